@@ -1,0 +1,25 @@
+# Everything a new machine needs: `make demo` and `make test` each make .venv by themselves; a second call installs nothing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := nemo eval instruct dev
+# What torch brings for CUDA is left to torch, so that each machine gets the build that it can run.
+TORCH_CUDA := cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 \
+  nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
+  nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
+
+.PHONY: install demo test test-all lint lock clean
+install: $(INSTALLED)
+
+# torch goes first, by version, with pip: pip takes the build that this machine is set up for, and uv then leaves it alone.
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(shell grep -E '^(torch|uv)==' requirements.lock)
+	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock: $(INSTALLED)
+	$(BIN)/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --upgrade \
+	  $(EXTRAS:%=--extra %) $(TORCH_CUDA:%=--no-emit-package %) --output-file requirements.lock

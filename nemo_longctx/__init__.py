@@ -1,0 +1,1 @@
+"""Long-context continual pretraining for NVIDIA NeMo."""

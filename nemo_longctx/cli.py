@@ -1,0 +1,47 @@
+"""`nemo-longctx`: one command a job. A command's module is imported only when it runs, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from nemo_longctx.config import did_you_mean
+
+# name -> what `--help` says of it. The module is nemo_longctx.commands.NAME and has
+# configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
+COMMANDS = {
+    "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. A user's mistake (ValueError, a missing file, a full disk) ends in one sentence and status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = next((a for a in argv if not a.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, line in COMMANDS.items():
+        command_parser = sub.add_parser(command, help=line, description=line)
+        if command == name:
+            module = importlib.import_module(f"nemo_longctx.commands.{command.replace('-', '_')}")
+            module.configure(command_parser)
+    if name is not None and name not in COMMANDS:
+        parser.error(f"no command {name!r}: {did_you_mean(name, COMMANDS)}")
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("NEMO_LONGCTX_DEBUG"):
+            raise
+        print(f"nemo-longctx {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The one way from a mapping (YAML, command line, Python) to a checked, frozen dataclass.
+
+Dataclasses own defaults, units and checks; a mapping only overrides. An unknown key is an error that suggests the nearest
+known one; a bad value is a `ConfigError` that names the key, the value and the mend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A user's mistake, said in one sentence: which key, which value, what is wrong, and what to do instead.
+
+    Args:
+        key: dotted name of the setting, as the user wrote it (`data.seq_length`).
+        value: what it was set to.
+        mend: what is wrong and what to change, without a final full stop.
+    """
+
+    def __init__(self, key: str, value: object, mend: str):
+        super().__init__(f"{key}={value!r}: {mend}")
+        self.key, self.value, self.mend = key, value, mend
+
+    def __reduce__(self):  # exceptions cross process pools by pickle
+        return (type(self), (self.key, self.value, self.mend))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'rope'?)` for the nearest of `known`, or the sorted list of them all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") -> T:
+    """Make dataclass `cls` from `values`, nested dataclasses included.
+
+    Args:
+        cls: a dataclass whose `__post_init__` checks itself.
+        values: overrides by field name; None means all defaults.
+        where: dotted prefix for messages (`rope` gives `rope.base=...`).
+
+    Raises:
+        ConfigError: an unknown key, or a required key that is missing.
+    """
+    values = dict(values or {})
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {did_you_mean(str(key), fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{prefix}{name}", None, "missing; set it")
+        if name in values:
+            values[name] = _nested(hints[name], values[name], f"{prefix}{name}")
+    return cls(**values)
+
+
+def _nested(hint: Any, value: Any, where: str) -> Any:
+    """Build dataclasses inside `value` where the type hint asks for them; leave the rest alone."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = next((a for a in args if dataclasses.is_dataclass(a)), None)
+        return _nested(inner, value, where) if inner is not None else value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where=where)
+    if origin in (tuple, list) and args and isinstance(value, (list, tuple)):
+        made = [_nested(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return tuple(made) if origin is tuple else made
+    return value

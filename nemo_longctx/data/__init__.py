@@ -1,0 +1,1 @@
+"""Long-document data: corpus, mixture, packing, curriculum, and windows addressed by token."""

@@ -1,0 +1,1 @@
+"""Evaluation: probes, scoring with shared prefixes, loss by position."""

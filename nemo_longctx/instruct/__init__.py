@@ -1,0 +1,1 @@
+"""Long instruction data made without human labels."""

@@ -1,0 +1,1 @@
+"""FLOPs, memory and layouts, before anything is paid for."""

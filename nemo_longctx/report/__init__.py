@@ -1,0 +1,1 @@
+"""Figures and pages, each with its data beside it."""

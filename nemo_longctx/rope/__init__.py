@@ -1,0 +1,1 @@
+"""RoPE variants and their analysis: pure functions over NumPy."""
