@@ -1,0 +1,186 @@
+"""Figures as PNG. Each takes the rows that its CSV holds, so that picture and data never differ.
+
+Figures are drawn through matplotlib's object interface, without pyplot: a plot made in the middle of a training run leaves
+no global state (backend, current figure, rcParams) behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from nemo_longctx.eval.position import PositionRow
+
+# Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+INK, FAINT, MARK = "#222222", "#D9D9D9", "#777777"
+
+
+def new_figure(width: float = 7.2, height: float = 4.2) -> tuple[Figure, Axes]:
+    """A figure of one panel in the house style, inches at 150 dots each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#888888")
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    return figure, axes
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write the PNG, making its folder; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def tokens_label(tokens: float) -> str:
+    """`4096` -> `4k`, `1500000` -> `1.5M`: binary thousands where exact, decimal ones otherwise."""
+    if tokens >= 1024 and tokens % 1024 == 0 and tokens < 1 << 20:
+        return f"{int(tokens) // 1024}k"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.3g}"
+
+
+def _dress(axes: Axes, *, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
+    axes.set_xlabel(x, fontsize=9.5, color=INK)
+    axes.set_ylabel(y, fontsize=9.5, color=INK)
+
+
+def _mark(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
+    """Dashed verticals with their names at the top, inside the panel."""
+    for place, name in marks:
+        axes.axvline(place, color=MARK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            name,
+            (place, 0.985),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color="#555555",
+        )
+
+
+def _format_tokens(axes: Axes, *, log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        low, high = axes.get_xlim()
+        if high - low >= 2048:  # ticks on binary thousands: 4k, 8k, ...
+            step = 1024 * 2 ** max(0, math.ceil(math.log2((high - low) / 1024 / 9)))
+            if high < 1 << 20:
+                axes.set_xticks([t for t in range(0, int(high) + 1, step) if t >= low])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(value)))
+
+
+def plot_loss_by_position(
+    rows_by_model: Mapping[str, Sequence[PositionRow]],
+    path: str | Path,
+    *,
+    marks: Sequence[tuple[float, str]] = (),
+    title: str = "Loss by position in the context",
+) -> Path:
+    """Mean loss of each bin of positions, one line a model, with 95 % bands over documents.
+
+    Args:
+        rows_by_model: model name -> its rows (`nemo_longctx.eval.position`); names become the legend.
+        path: PNG to write.
+        marks: (position, name) verticals, say the length that a model was trained at.
+    """
+    figure, axes = new_figure()
+    for colour, (model, rows) in zip(_cycle(len(rows_by_model)), rows_by_model.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row.start)
+        middle = [(row.start + row.end) / 2 for row in rows]
+        loss = [row.loss for row in rows]
+        axes.plot(middle, loss, color=colour, linewidth=1.6, label=model, zorder=3)
+        half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
+        if any(half):
+            lower = [a - h for a, h in zip(loss, half, strict=True)]
+            upper = [a + h for a, h in zip(loss, half, strict=True)]
+            axes.fill_between(middle, lower, upper, color=colour, alpha=0.18, linewidth=0, zorder=2)
+    axes.set_xlim(left=0)
+    _format_tokens(axes, log=False)
+    _mark(axes, marks)
+    _dress(axes, title=title, x="position in the sequence (tokens)", y="loss (nats per token)")
+    if any(rows_by_model):
+        axes.legend(fontsize=8.5, frameon=False)
+    return save(figure, path)
+
+
+def plot_training_curve(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    switches: Sequence[tuple[float, str]] = (),
+    title: str = "Training loss",
+) -> Path:
+    """Loss against consumed tokens (or steps, where rows have no `tokens`), with the stage switches marked.
+
+    Args:
+        rows: mappings with `loss`, `tokens` or `step`, and optionally `validation_loss`; values may be text, as a CSV
+            reader gives them; a row without a value is left out of that line.
+        path: PNG to write.
+        switches: (tokens or step, name) of each change of stage, say (2e6, "1k -> 4k").
+
+    Raises:
+        ValueError: no row has a loss, or rows have neither `tokens` nor `step`.
+    """
+    clock = "tokens" if rows and "tokens" in rows[0] else "step"
+    lines = {name: _points(rows, clock, name) for name in ("loss", "validation_loss")}
+    if not lines["loss"]:
+        raise ValueError(f"no row has both {clock!r} and 'loss': nothing to draw")
+    figure, axes = new_figure()
+    x, y = zip(*lines["loss"], strict=True)
+    axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, zorder=2)
+    axes.plot(x, _smooth(y), color=COLOURS[0], linewidth=1.8, label="training (smoothed)", zorder=3)
+    if lines["validation_loss"]:
+        x, y = zip(*lines["validation_loss"], strict=True)
+        axes.plot(x, y, color=COLOURS[1], marker="o", markersize=4, linewidth=1.2, label="validation", zorder=4)
+    if clock == "tokens":
+        _format_tokens(axes, log=False)
+    _mark(axes, switches)
+    _dress(axes, title=title, x="tokens consumed" if clock == "tokens" else "step", y="loss (nats per token)")
+    axes.legend(fontsize=8.5, frameon=False)
+    return save(figure, path)
+
+
+def _points(rows: Sequence[Mapping[str, Any]], clock: str, name: str) -> list[tuple[float, float]]:
+    kept = [(row.get(clock), row.get(name)) for row in rows]
+    return [(float(x), float(y)) for x, y in kept if x not in (None, "") and y not in (None, "")]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about 1/20 of the curve, started without bias (Kingma and Ba 2015, section 3)."""
+    keep = 1 - 1 / max(1, len(values) / 20)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def _cycle(n: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]
