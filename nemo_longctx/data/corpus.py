@@ -1,0 +1,343 @@
+"""Megatron's indexed corpus, `.bin` (tokens) + `.idx` (lengths and pointers), read with NumPy alone.
+
+The `.idx` layout (little-endian), as `megatron.core.datasets.indexed_dataset` 0.15 writes and reads it:
+
+    9 bytes  b"MMIDIDX\\0\\0"      8 bytes  version = 1      1 byte  dtype code
+    8 bytes  S = number of sequences                        8 bytes  D = number of documents + 1
+    S x int32  tokens per sequence
+    S x int64  byte offset of each sequence in the `.bin`
+    D x int64  first sequence of each document, then S
+    (S x int8  modes, multimodal corpora only; ignored here)
+
+`prepare` writes one sequence per document. A corpus that was split into sentences has several; it is read by documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+CODE_OF_DTYPE = {np.dtype(kind): code for code, kind in DTYPE_OF_CODE.items()}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron picks for ids below `vocab_size`: uint16 under 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class IndexedCorpus:
+    """One `.bin/.idx` pair, memory-mapped. Opening reads the header and the last entry, whatever the size.
+
+    Attributes:
+        prefix: path without `.bin` / `.idx`.
+        n_documents: number of documents.
+        n_tokens: number of tokens in the `.bin`.
+        dtype: NumPy dtype of a token.
+
+    Args:
+        prefix: path without its suffix; a path that ends in `.bin` or `.idx` is taken to mean its prefix.
+
+    Raises:
+        ConfigError: a file is missing, empty, not an index, of another version, or the sizes of the two do not agree.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]):
+        self.prefix = _without_suffix(os.fspath(prefix))
+        idx_path, bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        for path in (idx_path, bin_path):
+            if not os.path.isfile(path):
+                raise ConfigError(
+                    "corpus", self.prefix, f"{os.path.basename(path)} is missing; `nemo-longctx prepare` makes one"
+                )
+        index = _map_file(idx_path, self.prefix, "index")
+        dtype, n_sequences, n_ends = _read_header(index, self.prefix)
+        self.dtype = dtype
+        _check_index_size(len(index), n_sequences, n_ends, self.prefix)
+        offset = HEADER.size
+        self._sequence_lengths = np.frombuffer(index, np.int32, n_sequences, offset)
+        offset += 4 * n_sequences
+        self._sequence_pointers = np.frombuffer(index, np.int64, n_sequences, offset)
+        offset += 8 * n_sequences
+        self._document_indices = np.frombuffer(index, np.int64, n_ends, offset)
+        if self._document_indices[0] != 0 or self._document_indices[-1] != n_sequences:
+            raise self._broken(f"its documents span {self._document_indices[-1]} sequences, it lists {n_sequences}")
+        self.n_documents = n_ends - 1
+        # Megatron's GPTDataset, too, takes each sequence for a document when there is one a document.
+        self._one_sequence_a_document = n_sequences == self.n_documents
+        end_bytes = int(self._sequence_pointers[-1]) + int(self._sequence_lengths[-1]) * dtype.itemsize
+        size = os.path.getsize(bin_path)
+        if end_bytes != size:
+            what = "is truncated" if size < end_bytes else "holds more than its index lists"
+            raise self._broken(f"the .bin {what}: {size} bytes, the .idx says {end_bytes}")
+        self.n_tokens = size // dtype.itemsize
+        if self.n_tokens == 0:
+            raise self._broken("it holds no token")
+        self._tokens = np.frombuffer(_map_file(bin_path, self.prefix, "token file"), dtype)
+
+    def __reduce__(self):  # data loader workers open their own maps
+        return (type(self), (self.prefix,))
+
+    def __len__(self) -> int:
+        return self.n_documents
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document, [n_documents]: the mapped int32, or int64 sums where documents have several sequences."""
+        if self._one_sequence_a_document:
+            return self._sequence_lengths
+        ends = np.concatenate([[0], np.cumsum(self._sequence_lengths, dtype=np.int64)])[self._document_indices]
+        return np.diff(ends)
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """Token offset of each document's first token, int64 [n_documents]. Made at first use: 8 bytes a document."""
+        return self.offsets_of(slice(None))
+
+    def offsets_of(self, documents: np.ndarray | slice) -> np.ndarray:
+        """Token offsets (int64) of some documents' first tokens: reads only their pointers, so it suits a huge corpus."""
+        if self._one_sequence_a_document:
+            return self._sequence_pointers[documents] // self.dtype.itemsize
+        first = self._document_indices[:-1][documents]
+        end = int(self.n_tokens)
+        inside = np.minimum(first, len(self._sequence_pointers) - 1)
+        # A last document without any sequence begins where the tokens end.
+        return np.where(first < len(self._sequence_pointers), self._sequence_pointers[inside] // self.dtype.itemsize, end)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of one document: a read-only view of `dtype`, nothing is copied.
+
+        Raises:
+            IndexError: no such document, or a range that leaves it.
+        """
+        if not 0 <= document < self.n_documents:
+            raise IndexError(f"document {document} of {self.n_documents} in {self.prefix}")
+        length = int(self.lengths[document])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"tokens [{start}, {stop}) of document {document}, which has {length}, in {self.prefix}")
+        if self._one_sequence_a_document:
+            first = int(self._sequence_pointers[document]) // self.dtype.itemsize
+        else:
+            first = int(self.document_offsets[document])
+        return self._tokens[first + start : first + stop]
+
+    def read(self, token_start: int, token_stop: int) -> np.ndarray:
+        """Tokens [token_start, token_stop) of the corpus, across documents: a read-only view of `dtype`.
+
+        Raises:
+            IndexError: a range that leaves the corpus.
+        """
+        if not 0 <= token_start <= token_stop <= self.n_tokens:
+            raise IndexError(f"tokens [{token_start}, {token_stop}) of {self.n_tokens} in {self.prefix}")
+        return self._tokens[token_start:token_stop]
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What `prepare` wrote beside the corpus (PREFIX.json); empty for a corpus that something else wrote."""
+        path = Path(f"{self.prefix}.json")
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+    def fingerprint(self) -> str:
+        """A hash that tells corpora apart, at a cost independent of size: counts, spread samples of the index and tokens."""
+        digest = hashlib.sha256(f"{self.dtype.name} {self.n_documents} {self.n_tokens}".encode())
+        sampled = np.linspace(0, len(self._sequence_lengths) - 1, num=min(4096, len(self._sequence_lengths)), dtype=np.int64)
+        digest.update(self._sequence_lengths[sampled].tobytes())
+        digest.update(self._sequence_pointers[sampled].tobytes())
+        for start in np.linspace(0, max(0, self.n_tokens - 256), num=64, dtype=np.int64):
+            digest.update(self._tokens[start : start + 256].tobytes())
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Read the whole index (no token) and make sure that it does not lie. Linear in documents: about 10 ns each.
+
+        Raises:
+            ConfigError: a negative length, pointers that are not the running sum of lengths, documents out of order, or a
+                document without tokens (which no window can hold).
+        """
+        lengths, pointers, indices = self._sequence_lengths, self._sequence_pointers, self._document_indices
+        position = 0
+        for start in range(0, len(lengths), 1 << 20):  # in pieces: the index of a huge corpus is larger than memory
+            piece = lengths[start : start + (1 << 20)].astype(np.int64)
+            if piece.min() < 0:
+                raise self._broken(f"sequence {start + int(piece.argmin())} has a negative length")
+            expected = position + np.concatenate([[0], np.cumsum(piece)]) * self.dtype.itemsize
+            wrong = np.flatnonzero(pointers[start : start + (1 << 20)] != expected[:-1])
+            if wrong.size:
+                raise self._broken(f"the pointer of sequence {start + int(wrong[0])} is not the sum of the lengths before it")
+            position = int(expected[-1])
+        for start in range(0, self.n_documents, 1 << 20):
+            steps = np.diff(indices[start : start + (1 << 20) + 1])
+            if self._one_sequence_a_document and not (steps == 1).all():
+                raise self._broken(
+                    f"document {start + int(np.flatnonzero(steps != 1)[0])} does not have one sequence, as its counts say"
+                )
+            if steps.min() < 0:
+                raise self._broken(f"document {start + int(steps.argmin())} ends before it begins")
+        empty = np.flatnonzero(self.lengths == 0)
+        if empty.size:
+            raise self._broken(f"{empty.size} documents have no tokens, the first is document {int(empty[0])}")
+
+    def _broken(self, what: str) -> ConfigError:
+        return ConfigError("corpus", self.prefix, f"{what}; write it again with `nemo-longctx prepare`")
+
+
+class ShardedCorpus:
+    """Many `.bin/.idx` pairs read as one corpus: documents and tokens count on from shard to shard, in the order given.
+
+    Has the attributes and methods of `IndexedCorpus`. A range of tokens that crosses shards is copied; all else is a view.
+
+    Raises:
+        ConfigError: no shard, or shards whose tokens have different dtypes.
+    """
+
+    def __init__(self, prefixes: Sequence[str | os.PathLike[str]]):
+        if not prefixes:
+            raise ConfigError("corpus", list(prefixes), "name at least one prefix")
+        self.shards = tuple(IndexedCorpus(prefix) for prefix in prefixes)
+        self.prefix = self.shards[0].prefix
+        self.dtype = self.shards[0].dtype
+        for shard in self.shards:
+            if shard.dtype != self.dtype:
+                mend = f"its tokens are {shard.dtype}, those of {self.prefix} {self.dtype}; prepare all with one tokenizer"
+                raise ConfigError("corpus", shard.prefix, mend)
+        self._document_ends = np.cumsum([shard.n_documents for shard in self.shards])
+        self._token_ends = np.cumsum([shard.n_tokens for shard in self.shards])
+        self.n_documents = int(self._document_ends[-1])
+        self.n_tokens = int(self._token_ends[-1])
+
+    def __reduce__(self):
+        return (type(self), ([shard.prefix for shard in self.shards],))
+
+    def __len__(self) -> int:
+        return self.n_documents
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document, [n_documents], copied out of the shards at first use (4 bytes a document)."""
+        return np.concatenate([shard.lengths for shard in self.shards])
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """Token offset of each document's first token in the whole, int64 [n_documents]."""
+        return self.offsets_of(np.arange(self.n_documents))
+
+    def offsets_of(self, documents: np.ndarray) -> np.ndarray:
+        """Token offsets (int64) of some documents' first tokens in the whole."""
+        documents = np.asarray(documents)
+        which = np.searchsorted(self._document_ends, documents, side="right")
+        offsets = np.empty(documents.shape, np.int64)
+        for number in np.unique(which):
+            shard, chosen = self.shards[number], which == number
+            inside = documents[chosen] - (self._document_ends[number] - shard.n_documents)
+            offsets[chosen] = shard.offsets_of(inside) + (self._token_ends[number] - shard.n_tokens)
+        return offsets
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of one document, as `IndexedCorpus.tokens`."""
+        if not 0 <= document < self.n_documents:
+            raise IndexError(f"document {document} of {self.n_documents} in the shards from {self.prefix}")
+        number = int(np.searchsorted(self._document_ends, document, side="right"))
+        shard = self.shards[number]
+        return shard.tokens(document - int(self._document_ends[number] - shard.n_documents), start, stop)
+
+    def read(self, token_start: int, token_stop: int) -> np.ndarray:
+        """Tokens [token_start, token_stop) of the whole; a copy where they lie in several shards."""
+        if not 0 <= token_start <= token_stop <= self.n_tokens:
+            raise IndexError(f"tokens [{token_start}, {token_stop}) of {self.n_tokens} in the shards from {self.prefix}")
+        pieces, position = [], token_start
+        number = min(int(np.searchsorted(self._token_ends, token_start, side="right")), len(self.shards) - 1)
+        while True:
+            shard, end = self.shards[number], int(self._token_ends[number])
+            begin = end - shard.n_tokens
+            pieces.append(shard.read(position - begin, min(token_stop, end) - begin))
+            if token_stop <= end:
+                return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            position, number = end, number + 1
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What `prepare` wrote beside the first shard; empty where something else wrote it."""
+        return self.shards[0].provenance
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' own fingerprints, in order."""
+        return hashlib.sha256("".join(shard.fingerprint() for shard in self.shards).encode()).hexdigest()
+
+    def check(self) -> None:
+        """`IndexedCorpus.check` on every shard."""
+        for shard in self.shards:
+            shard.check()
+
+
+Corpus = IndexedCorpus | ShardedCorpus
+
+
+def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Corpus:
+    """Open a prefix, a directory of shards (every `.idx` in it, by name), or a list of either, as one corpus.
+
+    Raises:
+        ConfigError: nothing there, or a broken pair.
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    prefixes: list[str] = []
+    for each in [os.fspath(item) for item in sources]:
+        if os.path.isdir(each) and not os.path.isfile(f"{each}.idx"):
+            inside = sorted(str(path)[: -len(".idx")] for path in Path(each).glob("*.idx"))
+            if not inside:
+                raise ConfigError("corpus", each, "this directory holds no .idx; name a prefix or a directory of shards")
+            prefixes += inside
+        else:
+            prefixes.append(each)
+    return IndexedCorpus(prefixes[0]) if len(prefixes) == 1 else ShardedCorpus(prefixes)
+
+
+def _without_suffix(prefix: str) -> str:
+    return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+
+
+def _map_file(path: str, prefix: str, what: str) -> mmap.mmap:
+    """Map a file read-only. The arrays made from the map keep it alive, as plain ndarrays: np.memmap costs 1 us a slice."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ConfigError("corpus", prefix, f"the {what} is empty; write it again with `nemo-longctx prepare`")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_header(index: mmap.mmap, prefix: str) -> tuple[np.dtype, int, int]:
+    """dtype, number of sequences, number of documents + 1."""
+    if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
+        raise ConfigError(
+            "corpus", prefix, "the .idx is not a Megatron index (wrong magic); name a prefix that `prepare` wrote"
+        )
+    _, version, code, n_sequences, n_ends = HEADER.unpack_from(index)
+    if version != 1:
+        raise ConfigError(
+            "corpus", prefix, f"the .idx has version {version}, this reader knows 1; write it again with `prepare`"
+        )
+    dtype = np.dtype(DTYPE_OF_CODE.get(code, np.void))
+    if not np.issubdtype(dtype, np.integer):
+        raise ConfigError("corpus", prefix, f"the .idx says dtype code {code}, which is no integer type; tokens are integers")
+    return dtype, n_sequences, n_ends
+
+
+def _check_index_size(size: int, n_sequences: int, n_ends: int, prefix: str) -> None:
+    plain = HEADER.size + 12 * n_sequences + 8 * n_ends
+    if n_sequences == 0 or n_ends < 2:
+        raise ConfigError("corpus", prefix, "the .idx lists no documents; prepare it from input that has some")
+    if size not in (plain, plain + n_sequences):  # the second: a mode of one byte a sequence
+        says = f"{n_sequences} sequences and {n_ends - 1} documents need {plain} bytes, it has {size}"
+        raise ConfigError("corpus", prefix, f"the .idx lies about its size: {says}; copy it again, or prepare it again")

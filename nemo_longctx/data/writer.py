@@ -1,0 +1,137 @@
+"""Write Megatron's `.bin/.idx` with NumPy alone, byte for byte as Megatron's IndexedDatasetBuilder, one sequence a document."""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import CODE_OF_DTYPE, HEADER, MAGIC
+
+_PIECE = 1 << 20  # documents handled at once while writing an index
+
+
+class CorpusWriter:
+    """Appends documents to `PREFIX.bin.part`; `finish` writes the index and renames both, so no half corpus is ever seen.
+
+    Used as a context manager it finishes on success and removes the partial file on an error.
+
+    Args:
+        prefix: path without suffix.
+        dtype: integer dtype of the tokens (`corpus.token_dtype`).
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type):
+        self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
+        if self.dtype not in CODE_OF_DTYPE or not np.issubdtype(self.dtype, np.integer):
+            raise ConfigError("dtype", self.dtype.name, "not a type of Megatron's format for tokens; use uint16 or int32")
+        self.lengths = array("i")
+        self.n_tokens = 0
+        self._file = open(f"{self.prefix}.bin.part", "wb")  # noqa: SIM115 (closed by finish or abandon)
+
+    def add_document(self, tokens: np.ndarray | list[int]) -> None:
+        """Append one document.
+
+        Raises:
+            ConfigError: a document without tokens, or an id that `dtype` cannot hold.
+        """
+        wide_T = np.asarray(tokens)
+        if wide_T.size == 0:
+            raise ConfigError("document", len(self.lengths), "it has no tokens; leave it out")
+        limits = np.iinfo(self.dtype)
+        if wide_T.min() < limits.min or wide_T.max() > limits.max:
+            raise ConfigError("dtype", self.dtype.name, f"it cannot hold token id {int(wide_T.max())}; use int32")
+        self._file.write(wide_T.astype(self.dtype).tobytes())
+        self.lengths.append(wide_T.size)
+        self.n_tokens += wide_T.size
+
+    def finish(self) -> None:
+        """Flush to the disk, write the index, and give both their names.
+
+        Raises:
+            ConfigError: not one document was added.
+        """
+        if not self.lengths:
+            self.abandon()
+            raise ConfigError("corpus", self.prefix, "no document was written; the input holds none")
+        _sync(self._file)
+        self._file.close()
+        write_index(f"{self.prefix}.idx.part", [np.frombuffer(self.lengths, np.int32)], self.dtype)
+        publish(self.prefix, self.prefix)
+
+    def abandon(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        Path(f"{self.prefix}.bin.part").unlink(missing_ok=True)
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
+
+def write_index(path: str | os.PathLike[str], lengths: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    """Write an `.idx` of one sequence a document.
+
+    Args:
+        path: the file to write.
+        lengths: int32 tokens per document, in pieces (one array a shard).
+        dtype: dtype of the tokens in the `.bin`.
+    """
+    pieces = list(lengths)
+    n_documents = sum(len(piece) for piece in pieces)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, CODE_OF_DTYPE[np.dtype(dtype)], n_documents, n_documents + 1))
+        for piece in pieces:
+            file.write(piece.astype("<i4").tobytes())
+        position = 0
+        for piece in pieces:
+            for start in range(0, len(piece), _PIECE):
+                ends = position + np.cumsum(piece[start : start + _PIECE], dtype=np.int64) * np.dtype(dtype).itemsize
+                file.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes())
+                position = int(ends[-1])
+        for start in range(0, n_documents + 1, _PIECE):
+            file.write(np.arange(start, min(start + _PIECE, n_documents + 1), dtype="<i8").tobytes())
+        _sync(file)
+
+
+def publish(partial: str, prefix: str) -> None:
+    """Give a finished `PARTIAL.bin.part/.idx.part` the names of `prefix`, replacing what has them.
+
+    The `.idx` goes first and comes last: killed in between, there is no corpus rather than an index of other tokens.
+    """
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    os.replace(f"{partial}.bin.part", f"{prefix}.bin")
+    os.replace(f"{partial}.idx.part", f"{prefix}.idx")
+
+
+@contextmanager
+def explain_full_disk(where: str) -> Iterator[None]:
+    """Turn 'no space left' into a sentence that says what is safe and what to do.
+
+    Raises:
+        OSError: with the same errno and that sentence; any other error passes unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        mend = "what was there before is unharmed and finished shards are kept; free space and run the same command again"
+        raise OSError(error.errno, f"{os.strerror(error.errno)} while writing {where}; {mend}") from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

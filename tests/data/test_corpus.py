@@ -1,0 +1,192 @@
+"""The memory-mapped corpus: what goes in comes out, and an index that lies is refused."""
+
+import pickle
+import struct
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, open_corpus
+from nemo_longctx.data.writer import CorpusWriter
+
+
+def write(prefix, documents, dtype=np.uint16):
+    with CorpusWriter(prefix, dtype) as writer:
+        for tokens in documents:
+            writer.add_document(tokens)
+    return prefix
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return write(tmp_path / "c", [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), cuts=st.sets(st.integers(1, 29), max_size=4), data=st.data()
+)
+def test_shards_read_as_the_whole(tmp_path_factory, lengths, cuts, data):
+    directory = tmp_path_factory.mktemp("shards")
+    stream = np.random.default_rng(len(lengths)).integers(0, 60000, size=sum(lengths)).astype(np.uint16)
+    documents = np.split(stream, np.cumsum(lengths)[:-1])
+    whole = IndexedCorpus(write(directory / "whole", documents))
+    bounds = [0, *sorted(c for c in cuts if c < len(documents)), len(documents)]
+    (directory / "parts").mkdir()
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        write(directory / "parts" / f"{number:03d}", documents[first:last])
+    parts = open_corpus(directory / "parts")
+    assert (parts.n_documents, parts.n_tokens) == (whole.n_documents, whole.n_tokens)
+    assert parts.lengths.tolist() == whole.lengths.tolist() == lengths
+    assert parts.document_offsets.tolist() == whole.document_offsets.tolist()
+    for number, tokens in enumerate(documents):
+        assert parts.tokens(number).tolist() == whole.tokens(number).tolist() == tokens.tolist()
+    start = data.draw(st.integers(0, whole.n_tokens))
+    stop = data.draw(st.integers(start, whole.n_tokens))
+    assert parts.read(start, stop).tolist() == whole.read(start, stop).tolist() == stream[start:stop].tolist()
+
+
+def test_ranges_within_a_document(prefix):
+    corpus = IndexedCorpus(prefix)
+    assert corpus.tokens(3, 1, 3).tolist() == [8, 9]
+    assert corpus.tokens(0, 3).tolist() == []
+    for bad in [(4,), (-1,), (0, 0, 4), (0, 2, 1), (1, 2)]:
+        with pytest.raises(IndexError):
+            corpus.tokens(*bad)
+    for bad in [(-1, 2), (3, 2), (0, 11)]:
+        with pytest.raises(IndexError):
+            corpus.read(*bad)
+
+
+def test_tokens_are_read_only_views(prefix):
+    tokens = IndexedCorpus(prefix).tokens(0)
+    assert type(tokens) is np.ndarray
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 9
+
+
+@pytest.mark.parametrize("make", [IndexedCorpus, lambda prefix: ShardedCorpus([prefix, prefix])])
+def test_a_pickle_reopens_the_files(prefix, make):
+    corpus = make(prefix)
+    again = pickle.loads(pickle.dumps(corpus))
+    assert again.read(0, again.n_tokens).tolist() == corpus.read(0, corpus.n_tokens).tolist()
+    assert len(pickle.dumps(corpus)) < 1000
+
+
+def test_the_fingerprint_sees_a_changed_token_and_a_changed_length(tmp_path):
+    names = {"a": [[1, 2], [3]], "same": [[1, 2], [3]], "token": [[1, 2], [4]], "length": [[1], [2, 3]]}
+    seen = {name: IndexedCorpus(write(tmp_path / name, documents)).fingerprint() for name, documents in names.items()}
+    assert seen["a"] == seen["same"]
+    assert len({seen["a"], seen["token"], seen["length"]}) == 3
+
+
+def test_a_suffix_or_a_bare_prefix_mean_the_same(prefix):
+    assert IndexedCorpus(f"{prefix}.bin").prefix == IndexedCorpus(f"{prefix}.idx").prefix == str(prefix)
+
+
+def edit(path, change):
+    raw = bytearray(path.read_bytes())
+    changed = change(raw)
+    path.write_bytes(bytes(raw if changed is None else changed))
+
+
+def field(offset, kind, value):
+    def change(raw):
+        struct.pack_into(kind, raw, offset, value)
+
+    return change
+
+
+N = 4
+LENGTHS, POINTERS, ENDS = HEADER.size, HEADER.size + 4 * N, HEADER.size + 12 * N
+BROKEN_AT_OPEN = {
+    "truncated token file": ("bin", lambda raw: raw[:-2], "truncated: 18 bytes, the .idx says 20"),
+    "longer token file": ("bin", lambda raw: raw + b"xx", "more than its index"),
+    "empty token file": ("bin", lambda raw: b"", "truncated: 0 bytes"),
+    "wrong magic": ("idx", lambda raw: b"X" + raw[1:], "magic"),
+    "short header": ("idx", lambda raw: raw[:20], "magic"),
+    "version": ("idx", field(9, "<Q", 2), "version 2"),
+    "float tokens": ("idx", field(17, "<B", 7), "dtype code 7"),
+    "unknown code": ("idx", field(17, "<B", 99), "dtype code 99"),
+    "more sequences than bytes": ("idx", field(18, "<Q", 5), "lies about its size"),
+    "absurd count": ("idx", field(18, "<Q", 1 << 60), "lies about its size"),
+    "no documents": ("idx", field(26, "<Q", 1), "no documents"),
+    "truncated index": ("idx", lambda raw: raw[:-8], "lies about its size"),
+    "last document ends early": ("idx", field(ENDS + 8 * N, "<q", 3), "span 3 sequences"),
+    "last length": ("idx", field(LENGTHS + 4 * (N - 1), "<i", 3), "more than its index"),
+}
+BROKEN_AT_CHECK = {
+    "negative length": (field(LENGTHS, "<i", -3), "sequence 0 has a negative length"),
+    "pointer": (field(POINTERS + 8, "<q", 4), "pointer of sequence 1"),
+    "documents out of order": (field(ENDS + 8, "<q", 2), "document 0 does not have one sequence"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_AT_OPEN)
+def test_a_broken_pair_is_refused_at_once(prefix, name):
+    suffix, change, message = BROKEN_AT_OPEN[name]
+    edit(prefix.with_suffix(f".{suffix}"), change)
+    with pytest.raises(ConfigError, match=message):
+        IndexedCorpus(prefix)
+
+
+@pytest.mark.parametrize("name", BROKEN_AT_CHECK)
+def test_check_finds_lies_inside_the_index(prefix, name):
+    change, message = BROKEN_AT_CHECK[name]
+    IndexedCorpus(prefix).check()
+    edit(prefix.with_suffix(".idx"), change)
+    with pytest.raises(ConfigError, match=message):
+        IndexedCorpus(prefix).check()
+
+
+def test_check_finds_documents_without_tokens(prefix):
+    def change(raw):
+        struct.pack_into("<i", raw, LENGTHS + 4, 3)  # document 1 takes the tokens of document 2
+        struct.pack_into("<i", raw, LENGTHS + 8, 0)
+        struct.pack_into("<q", raw, POINTERS + 16, 12)
+
+    edit(prefix.with_suffix(".idx"), change)
+    with pytest.raises(ConfigError, match="1 documents have no tokens, the first is document 2"):
+        IndexedCorpus(prefix).check()
+
+
+def test_missing_files_and_directories_without_shards(tmp_path, prefix):
+    with pytest.raises(ConfigError, match=r"nowhere\.idx is missing"):
+        IndexedCorpus(tmp_path / "nowhere")
+    prefix.with_suffix(".bin").unlink()
+    with pytest.raises(ConfigError, match=r"c\.bin is missing"):
+        IndexedCorpus(prefix)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no \.idx"):
+        open_corpus(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="at least one"):
+        open_corpus([])
+
+
+def test_shards_of_different_types_are_refused(tmp_path):
+    prefixes = [write(tmp_path / "narrow", [[1]]), write(tmp_path / "wide", [[1]], np.int32)]
+    with pytest.raises(ConfigError, match="one tokenizer"):
+        open_corpus(prefixes)
+
+
+def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
+    with pytest.raises(ConfigError, match="cannot hold token id 70000"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document([70000])
+    with pytest.raises(ConfigError, match="no tokens"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document([])
+    with pytest.raises(ConfigError, match="no document"), CorpusWriter(tmp_path / "a", np.uint16):
+        pass
+    with pytest.raises(ConfigError, match="float32"):
+        CorpusWriter(tmp_path / "a", np.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_corpus_that_was_there(prefix):
+    with pytest.raises(ConfigError), CorpusWriter(prefix, np.uint16) as writer:
+        writer.add_document([1])
+        writer.add_document([70000])
+    assert IndexedCorpus(prefix).n_tokens == 10
