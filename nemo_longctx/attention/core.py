@@ -1,0 +1,168 @@
+"""Causal attention that never makes an S x S tensor, behind one signature on every device.
+
+| where | kernel |
+| --- | --- |
+| CPU, any float dtype | torch's flash kernel for the CPU, called per segment with one shared gradient buffer (`cpu_kernel.py`) |
+| CUDA, bf16/fp16, segments | flash-attn's varlen kernel where installed, else torch's own (`torch.nn.attention.varlen`) |
+| CUDA, everything else | `scaled_dot_product_attention`, restricted to its flash, cuDNN and memory-efficient kernels |
+
+Shapes: B batch, S query tokens, T key tokens, H query heads, K key/value heads (H is a multiple of K: grouped queries),
+D head size. Heads stay where the model has them, before the head size; nothing is expanded or transposed in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from nemo_longctx.attention.cpu_kernel import cpu_segment_attention
+from nemo_longctx.attention.documents import Segment
+from nemo_longctx.config import ConfigError
+
+# Every kernel of torch but `math`, which builds the score matrix; where none of these fits, torch raises.
+LINEAR_MEMORY_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+@functools.cache
+def flash_attn_installed() -> bool:
+    """Whether the flash-attn package can be imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def backend_name(device: torch.device, dtype: torch.dtype, *, segmented: bool) -> str:
+    """What `causal_attention` runs for tensors of this device and dtype: `cpu-flash`, `flash-attn-varlen`, `torch-varlen`
+    or `sdpa`. `segmented` says whether there are documents, a cache or a context-parallel share."""
+    if device.type == "cpu":
+        return "cpu-flash"
+    if segmented and dtype in (torch.float16, torch.bfloat16):
+        return "flash-attn-varlen" if flash_attn_installed() else "torch-varlen"
+    return "sdpa"
+
+
+def causal_attention(
+    q_BSHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    *,
+    segments: Sequence[Segment] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the keys that each query may see.
+
+    Args:
+        q_BSHD: queries.
+        k_BTKD, v_BTKD: keys and values; T >= S. Without `segments` the last query is aligned with the last key, so that a
+            KV cache of T - S earlier tokens is seen in full (torch's own `is_causal` aligns the first ones instead).
+        segments: which query rows see which key rows (`documents.py`), the same for every row of the batch; they cover
+            every query row once.
+        scale: factor of the scores; None means D ** -0.5.
+
+    Returns:
+        out_BSHD in q's dtype; softmax and accumulation are in float32 for half-precision inputs. Differentiable once.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+    """
+    _check(q_BSHD, k_BTKD, v_BTKD)
+    S, T = q_BSHD.shape[1], k_BTKD.shape[1]
+    scale = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
+    whole = (Segment(0, S, 0, T),)
+    parts = whole if segments is None else tuple(segments)
+    _check_segments(parts, S, T)
+    backend = backend_name(q_BSHD.device, q_BSHD.dtype, segmented=parts != whole or S != T)
+    if backend == "cpu-flash":
+        return cpu_segment_attention(q_BSHD, k_BTKD, v_BTKD, parts, scale)
+    if backend == "sdpa":
+        return _sdpa_segments(q_BSHD, k_BTKD, v_BTKD, parts, scale)
+    return _varlen(q_BSHD, k_BTKD, v_BTKD, parts, scale, use_flash_attn=backend == "flash-attn-varlen")
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        mend = "q must be [B, S, H, D], and k and v [B, T, K, D] of one shape"
+        raise ConfigError("attention", (tuple(q.shape), tuple(k.shape), tuple(v.shape)), mend)
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
+        mend = "q and k must share batch and head size, and the query heads be a multiple of the key heads"
+        raise ConfigError("attention", (tuple(q.shape), tuple(k.shape)), mend)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError("attention", (q.dtype, k.dtype, v.dtype), "q, k and v must have one dtype")
+
+
+@functools.lru_cache(maxsize=64)
+def _check_segments(segments: tuple[Segment, ...], S: int, T: int) -> None:
+    row = 0
+    for segment in segments:
+        ordered = segment.q_start == row < segment.q_end and 0 <= segment.k_start and segment.k_end <= T
+        if not ordered or segment.prefix < 0:
+            mend = f"must cover the {S} query rows in order, within {T} keys, with a key for each query"
+            raise ConfigError("segments", segment, mend)
+        row = segment.q_end
+    if row != S:
+        raise ConfigError("segments", segments[-1:], f"must end at query row {S}")
+
+
+def _sdpa_segments(
+    q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: tuple[Segment, ...], scale: float
+) -> torch.Tensor:
+    """Public SDPA, one call a segment. `causal_lower_right` is a marker for the kernels, no mask in memory."""
+    outs = []
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    queries = q_BSHD.split([s.q_end - s.q_start for s in segments], dim=1)
+    with sdpa_kernel(LINEAR_MEMORY_KERNELS):
+        for segment, q in zip(segments, queries, strict=True):
+            k = k_BTKD[:, segment.k_start : segment.k_end].transpose(1, 2)
+            v = v_BTKD[:, segment.k_start : segment.k_end].transpose(1, 2)
+            square = segment.prefix == 0
+            mask = None if square else causal_lower_right(q.shape[1], k.shape[2])
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+            )
+            outs.append(out.transpose(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _varlen(
+    q_BSHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float,
+    *,
+    use_flash_attn: bool,
+) -> torch.Tensor:
+    """One varlen launch for all segments of all rows. Keys are copied only where segments share or skip some."""
+    B, S, H, D = q_BSHD.shape
+    contiguous = all(a.k_end == b.k_start for a, b in zip(segments, segments[1:], strict=False))
+    if contiguous and segments[0].k_start == 0 and segments[-1].k_end == k_BTKD.shape[1]:
+        k_packed, v_packed = k_BTKD, v_BTKD
+    else:
+        k_packed = torch.cat([k_BTKD[:, s.k_start : s.k_end] for s in segments], dim=1)
+        v_packed = torch.cat([v_BTKD[:, s.k_start : s.k_end] for s in segments], dim=1)
+    q_lengths = [s.q_end - s.q_start for s in segments] * B
+    k_lengths = [s.k_end - s.k_start for s in segments] * B
+    cu_q, cu_k = (
+        F.pad(torch.tensor(lengths, dtype=torch.int32, device=q_BSHD.device).cumsum(0, dtype=torch.int32), (1, 0))
+        for lengths in (q_lengths, k_lengths)
+    )
+    q_NHD, k_MKD, v_MKD = q_BSHD.flatten(0, 1), k_packed.flatten(0, 1), v_packed.flatten(0, 1)
+    if use_flash_attn:
+        from flash_attn import flash_attn_varlen_func
+
+        out_NHD = flash_attn_varlen_func(
+            q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths), softmax_scale=scale, causal=True
+        )
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # window_size (-1, 0) is causal, aligned at the last key, as flash-attn is since its version 2.1.
+        out_NHD = varlen_attn(
+            q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths),
+            scale=scale, window_size=(-1, 0), enable_gqa=H != k_BTKD.shape[2],
+        )  # fmt: skip
+    return out_NHD.view(B, S, H, D)
