@@ -14,6 +14,7 @@ from nemo_longctx.config import did_you_mean
 # configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
 COMMANDS = {
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
+    "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and a figure",
 }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nemo_longctx.eval.position import PositionRow
+    from nemo_longctx.eval.scaling import ContextLaw
 
 # Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
@@ -184,3 +185,35 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _cycle(n: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(n)]
+
+
+def plot_context_law(
+    curves: Mapping[str, Mapping[str, Any]],
+    laws: Mapping[str, ContextLaw],
+    path: str | Path,
+    *,
+    title: str = "Validation loss against context length",
+) -> Path:
+    """Points, fitted L(c) and its bootstrap band, one colour a model, as Xiong et al. 2023, Figure 1.
+
+    Args:
+        curves: model -> {"context" [N] tokens, "loss" [N]} (`nemo_longctx.eval.scaling.read_curves`).
+        laws: model -> its fit.
+        path: PNG to write.
+    """
+    import numpy as np
+
+    figure, axes = new_figure()
+    for colour, (model, law) in zip(_cycle(len(laws)), laws.items(), strict=True):
+        c = np.asarray(curves[model]["context"], float)
+        axes.plot(c, curves[model]["loss"], "o", color=colour, markersize=3.2, alpha=0.65, markeredgewidth=0, zorder=3)
+        along = np.geomspace(c.min(), c.max(), 200)
+        if law.replicates:
+            low, high = law.band(along)
+            axes.fill_between(along, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        sign = f"$L(c) = ({law.alpha:.3g}/c)^{{{law.beta:.2f}}} + {law.gamma:.2f}$"
+        axes.plot(along, law.loss(along), color=colour, linewidth=1.6, label=f"{model}: {sign}", zorder=4)
+    _format_tokens(axes, log=True)
+    _dress(axes, title=title, x="context length c (tokens)", y="loss (nats per token)")
+    axes.legend(fontsize=8.5, frameon=False)
+    return save(figure, path)

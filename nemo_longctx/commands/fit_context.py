@@ -1,0 +1,66 @@
+"""`nemo-longctx fit-context CSV`: fit L(c) = (alpha/c)^beta + gamma to the losses of any table, with intervals and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from nemo_longctx.config import ConfigError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Columns: loss, and context (or c, length, position, or start and end of a bin of positions); optional model, "
+        "'standard error', tokens, document. With a document column the bootstrap draws documents; else it uses the "
+        "standard errors; else the residuals."
+    )
+    parser.add_argument("csv", type=Path, help="table of losses, for instance the loss_by_position.csv of an evaluation")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png (default: beside the CSV, as NAME.fit)")
+    parser.add_argument("--min-context", type=float, default=0, help="leave out points below this context, in tokens")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="replicates (default: %(default)s; 0: no intervals)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nemo_longctx.eval.scaling import fit_curve, read_curves
+    from nemo_longctx.report.plots import plot_context_law
+
+    if args.bootstrap < 0:
+        raise ConfigError("--bootstrap", args.bootstrap, "give 0 or more replicates")
+    curves = read_curves(args.csv)
+    for model, curve in curves.items():
+        keep = curve["context"] >= args.min_context
+        curves[model] = {key: values[keep] for key, values in curve.items()}
+    laws = {}
+    for model, curve in curves.items():
+        try:
+            laws[model] = fit_curve(curve, replicates=args.bootstrap, confidence=args.confidence, seed=args.seed)
+        except ValueError as error:
+            raise ValueError(f"{args.csv.name}, model {model!r}: {error}") from None
+        law = laws[model]
+        print(f"{model}: L(c) = (alpha/c)^beta + gamma, {len(curve['loss'])} points, bootstrap over {law.bootstrap}")
+        for name in ("alpha", "beta", "gamma"):
+            low, high = law.intervals.get(name, (float("nan"), float("nan")))
+            print(f"  {name:<6}{getattr(law, name):>10.4g}   {args.confidence:.0%} interval {low:.4g} to {high:.4g}")
+    out = args.out or args.csv.with_suffix(".fit")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        model: {
+            "alpha": law.alpha,
+            "beta": law.beta,
+            "gamma": law.gamma,
+            "intervals": law.intervals,
+            "confidence": law.confidence,
+            "bootstrap": law.bootstrap,
+            "replicates": law.replicates,
+            "seed": args.seed,
+        }
+        for model, law in laws.items()
+    }
+    json_path = out.with_name(out.name + ".json")
+    json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    png_path = plot_context_law(curves, laws, out.with_name(out.name + ".png"))
+    print(f"wrote {json_path} and {png_path}")
+    return 0
