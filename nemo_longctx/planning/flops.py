@@ -1,0 +1,346 @@
+"""Floating-point operations of training, under conventions that have names, because published ones differ by 2x.
+
+Three questions separate the conventions: which attention pairs are counted (all s x s, the causal half, or only pairs within
+one document), how large a layer is taken to be (the 12 h^2 of Narayanan et al. 2021 or its exact matrices), and whether the
+LM head counts. A fourth, recomputation, separates the model's arithmetic (MFU) from the hardware's (HFU).
+A multiply-add is two operations; the backward pass costs twice the forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.planning.models import ModelShape
+
+ATTENTION = ("full", "causal", "document")
+LAYERS = ("12h2", "exact")
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsConvention:
+    """What is counted.
+
+    Attributes:
+        name: what to call it in reports.
+        attention: `full` counts all s^2 query-key pairs; `causal` half of them; `document` half of the pairs that lie in the
+            same document, which is what a document mask leaves.
+        layers: `12h2` takes every layer as 12 h^2 weights (4 h wide MLP of two matrices, h wide keys and values), as
+            Narayanan et al. 2021 do; `exact` takes the model's own matrices (gated MLP, grouped queries).
+        vocabulary: count the LM head's product.
+        recompute: `none` is the model's arithmetic; `selective` adds a second forward of the attention core, `full` a second
+            forward of every layer (activation recomputation executes them; no MFU credits them).
+    """
+
+    name: str
+    attention: str
+    layers: str
+    vocabulary: bool
+    recompute: str = "none"
+
+    def __post_init__(self):
+        for key, known in (("attention", ATTENTION), ("layers", LAYERS), ("recompute", RECOMPUTE)):
+            if getattr(self, key) not in known:
+                raise ConfigError(f"flops.{key}", getattr(self, key), did_you_mean(str(getattr(self, key)), known))
+
+
+CONVENTIONS = {
+    convention.name: convention
+    for convention in (
+        # Narayanan et al. 2021, section 5.1 (here without recomputation and without the vocabulary term):
+        # F = 72 T l h^2 (1 + s/(6h)). Reproduces Xiong et al. 2023, Table 10 to all its digits.
+        FlopsConvention(name="full", attention="full", layers="12h2", vocabulary=False),
+        # 6 N + 12 l h s a token: Chowdhery et al. 2022 (PaLM), appendix B; torchtitan's MFU; NVIDIA's published tables of
+        # NeMo (docs/source/performance/performance_summary.md: Llama 2 7B, 16,847 tokens/s = 776 TFLOP/s).
+        FlopsConvention(name="full_exact", attention="full", layers="exact", vocabulary=True),
+        # The arithmetic that a causal kernel cannot avoid; NeMo 2.7.3's nemo/utils/flops_formulas.py.
+        FlopsConvention(name="causal", attention="causal", layers="exact", vocabulary=True),
+        FlopsConvention(name="document", attention="document", layers="exact", vocabulary=True),
+    )
+}
+
+
+def convention_by_name(name: str, *, vocabulary: bool | None = None, recompute: str = "none") -> FlopsConvention:
+    """The convention called `name`; `vocabulary` and `recompute` change it, and its name says so.
+
+    Raises:
+        ConfigError: an unknown name or recomputation.
+    """
+    if name not in CONVENTIONS:
+        raise ConfigError("flops", name, f"not a known convention, {did_you_mean(name, CONVENTIONS)}")
+    convention = CONVENTIONS[name]
+    if vocabulary is not None and vocabulary != convention.vocabulary:
+        sign = "+" if vocabulary else "-"
+        convention = replace(convention, vocabulary=vocabulary, name=f"{convention.name}{sign}vocabulary")
+    if recompute != "none":
+        convention = replace(convention, recompute=recompute, name=f"{convention.name}+recompute:{recompute}")
+    return convention
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFlops:
+    """Operations of training on one token, in parts that add up.
+
+    Attributes:
+        linear: layers' matrix products, forward and backward, with recomputation where it was asked for.
+        attention: query-key and attention-value products, likewise.
+        vocabulary: the LM head, 0 where the convention leaves it out.
+    """
+
+    linear: float
+    attention: float
+    vocabulary: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.linear + self.attention + self.vocabulary
+
+
+def token_flops(
+    model: ModelShape, seq_length: int, convention: FlopsConvention, *, document_lengths_D: np.ndarray | None = None
+) -> TokenFlops:
+    """Operations of training on one token of a sequence of `seq_length` tokens, averaged over the sequence.
+
+    Args:
+        model: sizes.
+        seq_length: s, tokens.
+        convention: what is counted.
+        document_lengths_D: tokens of each document, (D,) integers; needed by (and only by) `attention="document"`.
+
+    Raises:
+        ConfigError: `document` without lengths, or a length under 1.
+    """
+    if seq_length < 1:
+        raise ConfigError("seq_length", seq_length, "must be 1 or more")
+    # Under 12h2 a head's products are h wide; exactly, they are (query heads x head width) wide.
+    width = model.hidden_size if convention.layers == "12h2" else model.query_width
+    weights = 12 * model.hidden_size**2 if convention.layers == "12h2" else model.attention_weights + model.mlp_weights
+    span = _attention_span(seq_length, convention, document_lengths_D)
+    linear_passes = 4 if convention.recompute == "full" else 3
+    attention_passes = 3 if convention.recompute == "none" else 4
+    return TokenFlops(
+        linear=2.0 * linear_passes * weights * model.num_layers,
+        attention=4.0 * attention_passes * width * span * model.num_layers,
+        vocabulary=6.0 * model.embedding_parameters if convention.vocabulary else 0.0,
+    )
+
+
+def _attention_span(seq_length: int, convention: FlopsConvention, document_lengths_D: np.ndarray | None) -> float:
+    """Mean number of keys that count for a query."""
+    if convention.attention == "full":
+        return float(seq_length)
+    if convention.attention == "causal":
+        return seq_length / 2
+    if document_lengths_D is None:
+        raise ConfigError("flops", convention.name, "needs the lengths of the documents; give them with --documents")
+    return mean_square_piece(document_lengths_D, seq_length) / 2
+
+
+def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int) -> float:
+    """Mean number of tokens in the piece of a document that a token shares its window with.
+
+    Documents lie end to end and windows of `seq_length` cut them at positions that know nothing of the documents. Two tokens
+    at distance d of one document then share a window with probability max(0, 1 - d/s), so the expected sum of squared piece
+    lengths of a document of L tokens is L + 2 sum_{d=1}^{min(L,s)-1} (L - d)(1 - d/s), which has a closed form.
+
+    Args:
+        document_lengths_D: (D,) integers, tokens.
+        seq_length: window, tokens.
+
+    Returns:
+        expected sum of squared pieces over the number of tokens; seq_length in the limit of endless documents.
+
+    Raises:
+        ConfigError: no documents, or a length under 1.
+    """
+    L = np.asarray(document_lengths_D, dtype=np.float64)
+    if L.size == 0 or L.min() < 1:
+        raise ConfigError("documents", f"{L.size} lengths", "every document must have one token or more, and there must be one")
+    s = float(seq_length)
+    n = np.minimum(L, s) - 1  # largest distance that counts
+    sum_d, sum_dd = n * (n + 1) / 2, n * (n + 1) * (2 * n + 1) / 6
+    squares = L + 2 * (n * L - (1 + L / s) * sum_d + sum_dd / s)
+    return float(squares.sum() / L.sum())
+
+
+def crossover_length(model: ModelShape, convention: FlopsConvention) -> float:
+    """Sequence length at which attention costs as much as the layers' matrices: 6h under `full`, 12h under its causal half.
+
+    Raises:
+        ConfigError: the convention's attention does not grow with the sequence alone (`document`).
+    """
+    if convention.attention == "document":
+        raise ConfigError("flops", convention.name, "has no crossover length: its cost depends on the documents")
+    one = token_flops(model, 1, convention)
+    return one.linear / one.attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a curriculum: `seq_length` until the share `until` of all tokens is consumed."""
+
+    until: float
+    seq_length: int
+
+    def __post_init__(self):
+        if not 0 < self.until <= 1:
+            raise ConfigError("curriculum.until", self.until, "must lie in (0, 1]: the share of all tokens at which the stage ends")
+        if self.seq_length < 1:
+            raise ConfigError("curriculum.seq_length", self.seq_length, "must be 1 or more")
+
+
+def parse_curriculum(text: str) -> tuple[Stage, ...]:
+    """`4096@0.2,32768`: 4,096 tokens until 20 % of all tokens are consumed, then 32,768 to the end.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    stages = []
+    items = [item.strip() for item in text.split(",")]
+    for i, item in enumerate(items):
+        length, at, until = item.partition("@")
+        last = i == len(items) - 1
+        if not at and not last:
+            raise ConfigError("curriculum", text, f"stage {item!r} needs the share of tokens at which it ends, such as {item}@0.2")
+        try:
+            stages.append(Stage(seq_length=int(length), until=float(until) if at else 1.0))
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError("curriculum", text, "must look like 4096@0.2,32768") from error
+    check_curriculum(tuple(stages))
+    return tuple(stages)
+
+
+def check_curriculum(stages: tuple[Stage, ...]) -> None:
+    """Raises:
+    ConfigError: no stage, ends that do not rise, or a last stage that does not end at 1.
+    """
+    ends = [stage.until for stage in stages]
+    if not ends or ends[-1] != 1.0:
+        raise ConfigError("curriculum", ends, "the last stage must end at 1.0")
+    if any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+        raise ConfigError("curriculum", ends, "the shares at which stages end must rise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage costs.
+
+    Attributes:
+        seq_length: tokens a sequence.
+        tokens: tokens consumed in the stage.
+        steps: optimizer steps (fractional where a stage ends within one).
+        sequences_per_step: sequences in one optimizer step; a whole number where the length divides the tokens of a step.
+        flops: operations of the stage, `token_flops * tokens`.
+        token_flops: operations a token, by part.
+        attention_share: attention / (attention + layers); the LM head is in neither.
+        relative_speed: tokens/s at equal FLOP/s, against the first stage.
+    """
+
+    seq_length: int
+    tokens: float
+    steps: float
+    sequences_per_step: float
+    flops: float
+    token_flops: TokenFlops
+    attention_share: float
+    relative_speed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """What a curriculum costs under one convention.
+
+    Attributes:
+        convention: what was counted.
+        tokens: of the whole run.
+        steps: optimizer steps of the whole run.
+        tokens_per_step: constant through the run (Xiong et al. 2023, section 4.4).
+        stages: one cost a stage.
+        total_flops: sum over the stages.
+        long_from_start_flops: the same tokens, all at the longest length.
+        saving: 1 - total / long_from_start.
+        crossover_6h: 6 x hidden size (Xiong et al. 2023, section 2.1).
+        crossover_tokens: where attention overtakes the layers' matrices in this convention; None for `document`.
+    """
+
+    convention: FlopsConvention
+    tokens: float
+    steps: float
+    tokens_per_step: int
+    stages: tuple[StageCost, ...]
+    total_flops: float
+    long_from_start_flops: float
+    saving: float
+    crossover_6h: int
+    crossover_tokens: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+def training_cost(
+    model: ModelShape,
+    curriculum: tuple[Stage, ...],
+    convention: FlopsConvention,
+    *,
+    tokens_per_step: int,
+    steps: float,
+    document_lengths_D: np.ndarray | None = None,
+) -> TrainingCost:
+    """FLOPs of training `steps` optimizer steps of `tokens_per_step` tokens under a curriculum.
+
+    Raises:
+        ConfigError: a number out of range, or `document` attention without lengths.
+    """
+    for key, value in (("tokens_per_step", tokens_per_step), ("steps", steps)):
+        if value <= 0:
+            raise ConfigError(key, value, "must be over 0")
+    check_curriculum(curriculum)
+    tokens = float(steps) * tokens_per_step
+    costs: list[StageCost] = []
+    begin = 0.0
+    for stage in curriculum:
+        per_token = token_flops(model, stage.seq_length, convention, document_lengths_D=document_lengths_D)
+        stage_tokens = (stage.until - begin) * tokens
+        first = costs[0].token_flops if costs else per_token
+        costs.append(
+            StageCost(
+                seq_length=stage.seq_length,
+                tokens=stage_tokens,
+                steps=stage_tokens / tokens_per_step,
+                sequences_per_step=tokens_per_step / stage.seq_length,
+                flops=per_token.total * stage_tokens,
+                token_flops=per_token,
+                attention_share=per_token.attention / (per_token.attention + per_token.linear),
+                relative_speed=first.total / per_token.total,
+            )
+        )
+        begin = stage.until
+    total = sum(cost.flops for cost in costs)
+    longest = max(stage.seq_length for stage in curriculum)
+    long_from_start = token_flops(model, longest, convention, document_lengths_D=document_lengths_D).total * tokens
+    return TrainingCost(
+        convention=convention,
+        tokens=tokens,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        stages=tuple(costs),
+        total_flops=total,
+        long_from_start_flops=long_from_start,
+        saving=1 - total / long_from_start,
+        crossover_6h=6 * model.hidden_size,
+        crossover_tokens=None if convention.attention == "document" else crossover_length(model, convention),
+    )
+
+
+def slow_down(model: ModelShape, short: int, long: int, convention: FlopsConvention) -> float:
+    """Share of the tokens/s that is lost at equal FLOP/s when the length goes from `short` to `long` tokens."""
+    return 1 - token_flops(model, short, convention).total / token_flops(model, long, convention).total

@@ -1,0 +1,251 @@
+"""The sizes of a dense decoder that decide its arithmetic and memory: from a name, a Hugging Face config.json, or numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError, build, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer with RMSNorm and without mixture of experts.
+
+    Attributes:
+        num_layers: transformer layers (l).
+        hidden_size: width of the residual stream (h).
+        ffn_hidden_size: inner width of the MLP.
+        num_attention_heads: query heads (a).
+        num_query_groups: key/value heads; None means one for each query head.
+        kv_channels: width of a head (d); None means hidden_size / num_attention_heads.
+        vocab_size: rows of the embedding, before padding.
+        gated_linear_unit: three MLP matrices (SwiGLU) rather than two.
+        share_embeddings_and_output_weights: the LM head is the embedding.
+        add_qkv_bias: biases on the query, key and value projections (Qwen2.5).
+        seq_length: the length that the published checkpoint was trained on, in tokens; the planner's default.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    gated_linear_unit: bool = True
+    share_embeddings_and_output_weights: bool = False
+    add_qkv_bias: bool = False
+    seq_length: int = 4096
+
+    def __post_init__(self):
+        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"model.{key}", value, "must be a whole number of 1 or more")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                "model.num_attention_heads",
+                self.num_attention_heads,
+                f"does not divide hidden_size={self.hidden_size}; set kv_channels or change one of the two",
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ConfigError(
+                "model.num_query_groups", self.num_query_groups, f"must divide num_attention_heads={self.num_attention_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head (d)."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """Query heads x head width: h in most models."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Key/value heads x head width."""
+        return self.query_groups * self.head_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """Matrix parameters of one layer's attention: query, key, value and output projections."""
+        return self.hidden_size * (2 * self.query_width + 2 * self.kv_width)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Matrix parameters of one layer's MLP."""
+        return self.hidden_size * self.ffn_hidden_size * (3 if self.gated_linear_unit else 2)
+
+    @property
+    def layer_parameters(self) -> int:
+        """All parameters of one layer: matrices, biases, two norms."""
+        bias = self.query_width + 2 * self.kv_width if self.add_qkv_bias else 0
+        return self.attention_weights + self.mlp_weights + bias + 2 * self.hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding table, which are also those of the LM head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model; a shared embedding counts once."""
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        return self.num_layers * self.layer_parameters + tables * self.embedding_parameters + self.hidden_size
+
+
+# Sizes: the config.json that each checkpoint is published with. Llama 2 and Code Llama: Touvron et al. 2023, Roziere et al. 2023;
+# Llama 3: Grattafiori et al. 2024, Table 3; Qwen2.5: Qwen team 2024, Table 1; Mistral 7B: Jiang et al. 2023, Table 1 (v0.3: a
+# vocabulary of 32,768). The paper's own 34B was never published: Code Llama 34B has its sizes.
+MODELS: dict[str, ModelShape] = {
+    "llama2_7b": ModelShape(
+        num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000, seq_length=4096
+    ),
+    "llama2_13b": ModelShape(
+        num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40, vocab_size=32000, seq_length=4096
+    ),
+    "codellama_34b": ModelShape(
+        num_layers=48,
+        hidden_size=8192,
+        ffn_hidden_size=22016,
+        num_attention_heads=64,
+        num_query_groups=8,
+        vocab_size=32000,
+        seq_length=4096,
+    ),
+    "llama2_70b": ModelShape(
+        num_layers=80,
+        hidden_size=8192,
+        ffn_hidden_size=28672,
+        num_attention_heads=64,
+        num_query_groups=8,
+        vocab_size=32000,
+        seq_length=4096,
+    ),
+    "llama3_8b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        vocab_size=128256,
+        seq_length=8192,
+    ),
+    "llama3_70b": ModelShape(
+        num_layers=80,
+        hidden_size=8192,
+        ffn_hidden_size=28672,
+        num_attention_heads=64,
+        num_query_groups=8,
+        vocab_size=128256,
+        seq_length=8192,
+    ),
+    "qwen25_7b": ModelShape(
+        num_layers=28,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
+        vocab_size=152064,
+        add_qkv_bias=True,
+        seq_length=32768,
+    ),
+    "mistral_7b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        vocab_size=32768,
+        seq_length=32768,
+    ),
+}
+
+_HF_ARCHITECTURES = ("llama", "mistral", "qwen2")
+
+
+def model_by_name(name: str) -> ModelShape:
+    """The published model called `name`.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    if name not in MODELS:
+        raise ConfigError("model", name, f"not a model that the planner knows by name, {did_you_mean(name, MODELS)}")
+    return MODELS[name]
+
+
+def model_from_hf(path: Path) -> ModelShape:
+    """Read the sizes out of a Hugging Face `config.json` (Llama, Mistral, Qwen2 and models of their form).
+
+    Raises:
+        ConfigError: the file is of an architecture whose arithmetic this planner does not know (experts, encoders), or lacks a size.
+        OSError: the file cannot be read.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError("model", str(path), f"is not JSON ({error})") from error
+    kind = config.get("model_type")
+    if kind not in _HF_ARCHITECTURES:
+        raise ConfigError("model", str(path), f"model_type={kind!r} is not planned for; known: {', '.join(_HF_ARCHITECTURES)}")
+    missing = [
+        k for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size") if k not in config
+    ]
+    if missing:
+        raise ConfigError("model", str(path), f"its config.json lacks {', '.join(missing)}")
+    return ModelShape(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_key_value_heads"),
+        kv_channels=config.get("head_dim"),
+        vocab_size=config["vocab_size"],
+        share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
+        # Qwen2 always has these biases and its config.json does not say so.
+        add_qkv_bias=kind == "qwen2" or config.get("attention_bias", False),
+        seq_length=config.get("max_position_embeddings", 4096),
+    )
+
+
+def parse_model(text: str) -> tuple[str, ModelShape]:
+    """A model from the command line: a name, a path to a config.json (or its folder), or `num_layers=...,hidden_size=...`.
+
+    Returns:
+        what to call the model, and its sizes.
+
+    Raises:
+        ConfigError: none of the three.
+    """
+    if "=" in text:
+        pairs: dict[str, Any] = {}
+        for item in text.split(","):
+            key, _, value = item.partition("=")
+            pairs[key.strip()] = _number_or_flag(key.strip(), value.strip())
+        return "given sizes", build(ModelShape, pairs, where="model")
+    path = Path(text)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return path.parent.name or path.name, model_from_hf(path)
+    return text, model_by_name(text)
+
+
+def _number_or_flag(key: str, value: str) -> int | bool:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"model.{key}", value, "must be a whole number, true or false") from error
