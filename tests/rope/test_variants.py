@@ -1,0 +1,212 @@
+"""What holds for every variant, whatever its numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.hf import from_hf, to_hf
+from nemo_longctx.rope.rotation import per_dimension, rotate
+from nemo_longctx.rope.variants import VARIANTS, YarnRope, parse, to_dict
+
+DIM = 16
+LONG = {"short_factor": [1.0] * 8, "long_factor": [1.0 + j for j in range(8)]}
+EXAMPLES = {
+    "rope": {},
+    "abf": {},
+    "pi": {"factor": 4.0},
+    "ntk": {"factor": 4.0},
+    "ntk_by_parts": {"factor": 4.0, "original_max_position_embeddings": 4096},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 4096},
+    "dynamic_ntk": {"factor": 4.0, "original_max_position_embeddings": 4096},
+    "llama3": {},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 4096, **LONG},
+    "xpos": {"base": 500_000},
+}
+
+
+def example(name, **changes):
+    return parse({"variant": name, **EXAMPLES[name], **changes})
+
+
+def test_every_variant_has_an_example_here():
+    assert set(EXAMPLES) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_frequencies_are_float32_positive_and_never_above_plain_rope(name):
+    variant = example(name)
+    plain = parse({"variant": "rope", "base": variant.base}).theta(DIM)
+    inv_freq = variant.inv_freq(DIM)
+    assert inv_freq.dtype == np.float32
+    assert inv_freq.shape == (DIM // 2,)
+    assert (inv_freq > 0).all()
+    assert (variant.theta(DIM) <= plain * (1 + 1e-15)).all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_frequencies_are_the_float64_ones_rounded_once(name):
+    variant = example(name)
+    np.testing.assert_array_equal(variant.inv_freq(DIM), variant.theta(DIM).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parse_reads_what_to_dict_wrote(name):
+    assert parse(to_dict(example(name))) == example(name)
+
+
+@pytest.mark.parametrize("name", [n for n, v in EXAMPLES.items() if "factor" in v and n != "longrope"])
+def test_factor_one_is_plain_rope(name):
+    variant = example(name, factor=1.0)
+    np.testing.assert_allclose(variant.theta(DIM), parse({"variant": "rope"}).theta(DIM), rtol=1e-15)
+    assert variant.attention_scaling == 1.0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("rotary_dim", [0, 1, 15, -2])
+def test_a_dimension_that_makes_no_pairs_is_refused(name, rotary_dim):
+    with pytest.raises(ConfigError, match="rotary_dim"):
+        example(name).inv_freq(rotary_dim)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variant": "yarm", "factor": 2.0}, "did you mean 'yarn'"),
+        ({"base": 10_000}, "no such variant, known: abf"),
+        ({"variant": "pi"}, "rope.factor=None: missing"),
+        ({"variant": "pi", "factr": 2.0}, "did you mean 'factor'"),
+        ({"variant": "pi", "factor": 0.25}, "at least 1"),
+        ({"variant": "abf", "base": "5e5"}, "not a number"),
+        ({"variant": "abf", "base": 1}, "above 1"),
+        ({"variant": "abf", "base": math.nan}, "not a number"),
+        ({"variant": "abf", "base": True}, "not a number"),
+        ({"variant": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096.5}, "whole number"),
+        ({"variant": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096, "beta_fast": 1}, "above beta_slow=1"),
+        ({"variant": "llama3", "high_freq_factor": 0.5}, "above low_freq_factor=1"),
+        ({"variant": "longrope", **EXAMPLES["longrope"], "long_factor": "1.0"}, "list of numbers"),
+        ({"variant": "xpos", "scale_base": 0}, "above 0"),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(values, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(values)
+
+
+def test_longrope_needs_one_factor_a_pair():
+    with pytest.raises(ConfigError, match="long_factor.*needs 4"):
+        example("longrope").inv_freq(8)
+
+
+def test_the_yarn_ramp_keeps_fast_pairs_and_interpolates_slow_ones():
+    """The direction, from the definition: a pair that turns more than beta_fast times in the trained length is kept."""
+    variant = YarnRope(factor=8.0, original_max_position_embeddings=4096, truncate=False)
+    plain = parse({"variant": "rope"}).theta(128)
+    turns = 4096 * plain / (2 * math.pi)
+    theta = variant.theta(128)
+    np.testing.assert_allclose(theta[turns > 32], plain[turns > 32], rtol=1e-12)
+    np.testing.assert_allclose(theta[turns < 1], plain[turns < 1] / 8, rtol=1e-12)
+    between = theta[(turns < 32) & (turns > 1)] / plain[(turns < 32) & (turns > 1)]
+    assert (np.diff(between) < 0).all()
+
+
+def test_yarn_attention_factor_is_the_papers():
+    """Peng et al. 2023, eq. 22: sqrt(1/t) = 0.1 ln(s) + 1."""
+    assert example("yarn", factor=8.0).attention_scaling == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_ntk_interpolates_the_slowest_pair_by_the_factor_and_keeps_the_fastest():
+    plain, ntk = parse({"variant": "rope"}).theta(DIM), example("ntk").theta(DIM)
+    assert ntk[0] == plain[0]
+    assert ntk[-1] == pytest.approx(plain[-1] / 4.0, rel=1e-12)
+
+
+def test_dynamic_ntk_is_plain_up_to_the_trained_length_and_stretches_beyond():
+    variant, plain = example("dynamic_ntk", factor=2.0), parse({"variant": "rope"}).theta(DIM)
+    np.testing.assert_array_equal(variant.theta(DIM, 4096), plain)
+    # At twice the trained length factor 2 stretches by 2 * 2 - 1 = 3.
+    assert variant.theta(DIM, 8192)[-1] == pytest.approx(plain[-1] / 3, rel=1e-12)
+
+
+def test_longrope_takes_the_short_factors_up_to_the_trained_length():
+    variant, plain = example("longrope"), parse({"variant": "rope"}).theta(DIM)
+    np.testing.assert_array_equal(variant.theta(DIM, 4096), plain)
+    np.testing.assert_allclose(variant.theta(DIM, 4097) * np.arange(1.0, 9.0), plain, rtol=1e-15)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from([n for n in VARIANTS if n != "longrope"]),
+    interleaved=st.booleans(),
+    percent=st.sampled_from([0.25, 0.5, 1.0]),
+    shift=st.integers(0, 3000),
+    seed=st.integers(0, 2**16),
+)
+def test_scores_depend_on_distance_alone(name, interleaved, percent, shift, seed):
+    """The point of RoPE, and of xPos: moving q and k together changes no score, whatever the layout."""
+    rng = np.random.default_rng(seed)
+    q_TD, k_TD = rng.standard_normal((2, 1, 32))
+    kwargs = {"rotary_dim": int(32 * percent), "interleaved": interleaved}
+    variant = example(name)
+
+    def score(m, n):
+        q = rotate(q_TD, np.array([m]), variant, is_key=False, **kwargs)
+        return float((q @ rotate(k_TD, np.array([n]), variant, is_key=True, **kwargs).T)[0, 0])
+
+    assert score(700 + shift, 300 + shift) == pytest.approx(score(700, 300), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "longrope"])
+def test_interleaved_is_the_halves_layout_with_its_dimensions_reordered(name):
+    rng = np.random.default_rng(0)
+    x_TD, variant = rng.standard_normal((5, DIM)), example(name)
+    order = per_dimension(np.arange(DIM // 2) * 2, interleaved=False) + np.repeat([0, 1], DIM // 2)
+    halves = rotate(x_TD[:, order], np.arange(5) * 100, variant, rotary_dim=DIM, is_key=True)
+    interleaved = rotate(x_TD, np.arange(5) * 100, variant, rotary_dim=DIM, is_key=True, interleaved=True)
+    np.testing.assert_allclose(interleaved[:, order], halves, rtol=1e-12)
+
+
+def test_xpos_damps_fast_pairs_most_and_cancels_at_distance_zero():
+    zeta = example("xpos").xpos_zeta(DIM)
+    assert ((zeta > 0) & (zeta < 1)).all()
+    assert (np.diff(zeta) > 0).all()
+    # Sun et al. 2022: zeta_0 = gamma / (1 + gamma), applied over scale_base tokens.
+    assert zeta[0] ** 512 == pytest.approx(0.4 / 1.4)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "xpos"])
+def test_what_is_written_for_transformers_reads_back_with_the_same_frequencies(name, version):
+    variant = example(name)
+    keys = to_hf(variant, rotary_dim=DIM, max_position_embeddings=16_384, version=version)
+    again = from_hf(keys)
+    for length in (None, 100, 16_384):
+        np.testing.assert_array_equal(again.inv_freq(DIM, length), variant.inv_freq(DIM, length))
+    assert again.attention_scaling == variant.attention_scaling
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_partial_rotary_is_written_where_each_version_reads_it(version):
+    keys = to_hf(example("abf"), rotary_dim=4, max_position_embeddings=64, version=version, partial_rotary_factor=0.25)
+    assert (keys["rope_parameters"] if version == 5 else keys)["partial_rotary_factor"] == 0.25
+
+
+def test_xpos_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="transformers has no xPos"):
+        to_hf(example("xpos"), rotary_dim=DIM, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "linnear", "factor": 2.0}}, "did you mean 'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor=None: missing"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set a layer type"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        from_hf(config)
