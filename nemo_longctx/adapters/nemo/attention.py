@@ -1,0 +1,209 @@
+"""Core attention for Megatron-Core layers without an S x S tensor, and the layer specs that use it.
+
+`LongContextAttention` takes the place of `DotProductAttention` (or, under context parallelism with documents, of
+`TEDotProductAttention`) as the `core_attention` submodule of any stock layer spec. It needs no attention mask: causality is
+in the kernel, documents come as `packed_seq_params`, and a KV cache shows as more keys than queries.
+
+Shapes follow Megatron-Core: [s, b, heads, head size], or [t, heads, head size] for packed windows (`qkv_format="thd"`).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from nemo_longctx.attention.context_parallel import context_parallel_attention
+from nemo_longctx.attention.core import backend_name, causal_attention
+from nemo_longctx.attention.documents import Segment, check_cu_seqlens, context_parallel_segments, document_segments
+from nemo_longctx.config import ConfigError
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """`PackedSeqParams` that also keeps the boundaries on the host, so that no layer waits for the device to read them."""
+
+    boundaries: tuple[int, ...] = ()
+    window: int = 0
+
+
+def packed_documents(
+    cu_seqlens: Sequence[int] | torch.Tensor, *, seq_length: int | None = None, device: torch.device | str = "cpu"
+) -> PackedDocuments:
+    """`packed_seq_params` for a packed window, for `GPTModel.forward(packed_seq_params=...)` with a batch of one row.
+
+    A batch of several windows is passed as one row: flatten [b, s] to [1, b * s] and give the boundaries of all windows.
+
+    Args:
+        cu_seqlens: boundaries of the whole window or windows on all context-parallel ranks together, beginning with 0.
+        seq_length: tokens of one window on all ranks together; None means that there is one window.
+        device: where the model is.
+
+    Returns:
+        parameters with `qkv_format="thd"`. Without context parallelism rotary positions restart with each document; with it
+        they run on through the window, since Megatron-Core can only restart them where every document is split over the
+        ranks (attention scores depend on distances alone, so the two agree but for rounding).
+    """
+    numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+    ends = check_cu_seqlens(numbers, int(numbers[-1]) if len(numbers) else 0)
+    window = ends[-1] if seq_length is None else seq_length
+    if ends[-1] % window:
+        raise ConfigError("cu_seqlens", ends[-1], f"must end at a multiple of the window, {window} tokens")
+    if not set(range(0, ends[-1], window)) <= set(ends):
+        raise ConfigError("cu_seqlens", ends[:6], f"must have a boundary at each window of {window} tokens")
+    cp_size = parallel_state.get_context_parallel_world_size()
+    boundaries = torch.tensor(ends, dtype=torch.int32, device=device)
+    params = PackedDocuments(
+        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, boundaries=ends, window=window,
+        max_seqlen_q=max(b - a for a, b in zip(ends, ends[1:], strict=False)),
+    )  # fmt: skip
+    if cp_size > 1:
+        # Megatron-Core lays out rotary positions by the padded boundaries: here one zig-zag split a window.
+        windows = torch.arange(0, ends[-1] + 1, window, dtype=torch.int32, device=device)
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = windows
+        params.max_seqlen_q = window
+    params.max_seqlen_kv = params.max_seqlen_q
+    return params
+
+
+class LongContextAttention(MegatronModule):
+    """`core_attention` for self-attention over `nemo_longctx.attention.core`, with context parallelism.
+
+    Raises:
+        ConfigError: the config asks for what a linear-memory kernel cannot do (dropout, a window, a learned sink).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ConfigError("attention_dropout", dropout, "must be 0.0: the linear-memory kernels drop nothing")
+        if attention_type != "self":
+            raise ConfigError("attention_type", attention_type, "only self-attention is causal")
+        for name, needed in (("window_size", None), ("softmax_type", "vanilla"), ("multi_latent_attention", False)):
+            value = getattr(config, name, needed)
+            if value != needed:
+                raise ConfigError(name, value, f"must be {needed!r} with this attention, or use Transformer Engine")
+        self.layer_number = layer_number
+        self.scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attention output [s, b, heads * head size], or [t, heads * head size] for packed windows.
+
+        In training a dense mask is refused, since what it says could not be kept; in evaluation it is taken to be causal, as
+        Transformer Engine takes it. `attn_mask_type` is not needed: the last query is aligned with the last key.
+        """
+        if attention_bias is not None:
+            raise ConfigError("attention_bias", "a tensor", "this attention takes none; use Transformer Engine")
+        if attention_mask is not None and self.training:
+            mend = "must be None in training: documents are given as packed_seq_params (cu_seqlens), never as a mask"
+            raise ConfigError("attention_mask", tuple(attention_mask.shape), mend)
+        packed = query.dim() == 3
+        q, k, v = ((x.unsqueeze(0) if packed else x.transpose(0, 1)) for x in (query, key, value))
+        if self.cp_group.size() > 1:
+            out = self._context_parallel(q, k, v, packed_seq_params)
+        else:
+            segments = None if packed_seq_params is None else document_segments(_boundaries(packed_seq_params, q.shape[1]))
+            out = causal_attention(q, k, v, segments=segments, scale=self.scale)
+        return out.flatten(2).squeeze(0) if packed else out.transpose(0, 1).flatten(2)
+
+    def _context_parallel(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        if q.shape[1] != k.shape[1]:
+            raise ConfigError("context_parallel_size", size, "must be 1 for generation with a KV cache")
+        tokens = q.shape[1] * size
+        boundaries = (0, tokens) if packed_seq_params is None else _boundaries(packed_seq_params, tokens)
+        window = getattr(packed_seq_params, "window", 0) or tokens
+        segments: tuple[Segment, ...] = context_parallel_segments(boundaries, window, rank, size)
+        return context_parallel_attention(
+            q, k, v, segments=segments, group=self.cp_group, windows=tokens // window, scale=self.scale
+        )
+
+
+def _boundaries(params: PackedSeqParams, n_tokens: int) -> tuple[int, ...]:
+    host = getattr(params, "boundaries", ())
+    return check_cu_seqlens(host or params.cu_seqlens_q.tolist(), n_tokens)
+
+
+def transformer_engine_installed() -> bool:
+    """Whether Transformer Engine can be imported."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def with_long_context_attention(spec: ModuleSpec | TransformerBlockSubmodules) -> ModuleSpec | TransformerBlockSubmodules:
+    """A copy of a stock layer (or block) spec whose self-attention uses `LongContextAttention`."""
+    spec = copy.deepcopy(spec)
+    for layer in spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]:
+        layer.submodules.self_attention.submodules.core_attention = LongContextAttention
+    return spec
+
+
+def long_context_layer_spec(config: Any) -> ModuleSpec:
+    """For `GPTConfig.transformer_layer_spec`: the stock spec with an attention that fits long windows.
+
+    With Transformer Engine its own attention stays, given `packed_seq_params`; but under context parallelism it splits every
+    document over the ranks, which our windows do not, so that there ours is used with its linear layers. Without it, the
+    local spec with ours.
+    """
+    common = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
+    if not transformer_engine_installed():
+        stock = gpt_layer_specs.get_gpt_layer_local_spec(**common, normalization=config.normalization)
+        return with_long_context_attention(stock)
+    stock = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
+    return stock if config.context_parallel_size == 1 else with_long_context_attention(stock)
+
+
+def attention_summary(model: torch.nn.Module) -> str:
+    """One line for the start of a run: which attention each layer of `model` uses, and on which kernel."""
+    kinds: dict[str, int] = {}
+    for module in model.modules():
+        core = getattr(module, "core_attention", None)
+        if core is not None:
+            kinds[_describe(core, model)] = kinds.get(_describe(core, model), 0) + 1
+    return "core attention: " + ("; ".join(f"{kind} ({n} layers)" for kind, n in kinds.items()) or "none on this rank")
+
+
+def _describe(core: torch.nn.Module, model: torch.nn.Module) -> str:
+    if not isinstance(core, LongContextAttention):
+        return type(core).__name__
+    weight = next(model.parameters())
+    dtype = core.config.params_dtype
+    whole, packed = (backend_name(weight.device, dtype, segmented=s) for s in (False, True))
+    shared = f", context parallel over {core.cp_group.size()} ranks" if core.cp_group.size() > 1 else ""
+    return f"LongContextAttention on {whole}" + (f", packed on {packed}" if packed != whole else "") + shared

@@ -1,0 +1,97 @@
+"""Context parallelism by gathering keys and values: every rank attends its own queries to all keys that they may see.
+
+Each rank holds two chunks of every window, one early and one late (`documents.zigzag_chunks`), so that causal work is even.
+Works on any backend of torch.distributed, gloo included. The gathered keys and values are not kept for the backward: they
+are gathered again there, so that a rank's memory stays that of its own share.
+
+Shapes: B batch, T tokens of the whole window, N = T / cp_size local tokens, K heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_longctx.attention.core import causal_attention
+from nemo_longctx.attention.documents import Segment, zigzag_chunks
+
+
+def slice_zigzag(x: torch.Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) -> torch.Tensor:
+    """A rank's two chunks of `x` along `dim`, whose length is a multiple of 2 * cp_size."""
+    chunks = x.chunk(2 * cp_size, dim=dim)
+    return torch.cat([chunks[c] for c in zigzag_chunks(cp_rank, cp_size)], dim=dim)
+
+
+def context_parallel_attention(
+    q_BNHD: torch.Tensor,
+    k_BNKD: torch.Tensor,
+    v_BNKD: torch.Tensor,
+    *,
+    segments: tuple[Segment, ...],
+    group: dist.ProcessGroup,
+    windows: int = 1,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of this rank's queries to the keys of the whole group.
+
+    Args:
+        q_BNHD, k_BNKD, v_BNKD: this rank's tokens, zig-zag halves of `windows` windows one after another.
+        segments: `documents.context_parallel_segments` for this rank.
+        group: the context-parallel group; all its ranks call this together, forward and backward.
+
+    Returns:
+        out_BNHD for this rank's queries. Gradients of keys and values are summed over the group.
+    """
+    kv_2BNKD = torch.stack((k_BNKD, v_BNKD))
+    gathered = _GatherZigzag.apply(kv_2BNKD, group, windows)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | int:
+        # Which of k (0) and v (1) a saved tensor is, by where it lies; everything else is kept as it is.
+        for index in (0, 1):
+            if tensor.data_ptr() == gathered[index].data_ptr() and tensor.shape == gathered[index].shape:
+                return index
+        return tensor
+
+    again: dict[int, torch.Tensor] = {}
+
+    def unpack(saved: torch.Tensor | int) -> torch.Tensor:
+        if not isinstance(saved, int):
+            return saved
+        if not again:
+            again.update(enumerate(_gather(kv_2BNKD.detach(), group, windows)))
+        return again.pop(saved)
+
+    if not torch.is_grad_enabled() or not gathered.requires_grad:
+        return causal_attention(q_BNHD, gathered[0], gathered[1], segments=segments, scale=scale)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return causal_attention(q_BNHD, gathered[0], gathered[1], segments=segments, scale=scale)
+
+
+def _gather(x: torch.Tensor, group: dist.ProcessGroup, windows: int) -> torch.Tensor:
+    """[2, B, N, K, D] of every rank -> [2, B, T, K, D] in window order."""
+    size = group.size()
+    ranks = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(ranks, x.contiguous(), group=group)
+    early, late = zip(*(r.unflatten(2, (windows, 2, -1)).unbind(3) for r in ranks), strict=True)
+    return torch.stack((*early, *reversed(late)), dim=3).flatten(2, 4)
+
+
+class _GatherZigzag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, windows: int) -> torch.Tensor:
+        ctx.group, ctx.windows = group, windows
+        return _gather(x, group, windows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        size = ctx.group.size()
+        chunks = grad.unflatten(2, (ctx.windows, 2 * size, -1)).unbind(3)
+        shares = []
+        for rank in range(size):
+            early, late = zigzag_chunks(rank, size)
+            shares.append(torch.stack((chunks[early], chunks[late]), dim=3).flatten(2, 4).contiguous())
+        mine = torch.empty_like(shares[0])
+        dist.reduce_scatter(mine, shares, group=ctx.group)
+        return mine, None, None
