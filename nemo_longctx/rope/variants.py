@@ -65,7 +65,7 @@ class RopeVariant:
 
         Args:
             rotary_dim: dimensions of a head that are rotated: `int(head_dim * rotary_percent)`, even.
-            seq_length: tokens in the input, for the variants that look at it; None is the longest they are made for (LongRoPE) or
+            seq_length: tokens in the input, for the variants that look at it; None is the longest (LongRoPE) or
                 the trained length (dynamic NTK).
 
         Raises:

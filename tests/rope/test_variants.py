@@ -97,7 +97,7 @@ def test_a_mistake_is_named_with_its_mend(values, message):
 
 
 def test_longrope_needs_one_factor_a_pair():
-    with pytest.raises(ConfigError, match="long_factor.*needs 4"):
+    with pytest.raises(ConfigError, match=r"long_factor.*needs 4"):
         example("longrope").inv_freq(8)
 
 
