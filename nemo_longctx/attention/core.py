@@ -2,7 +2,7 @@
 
 | where | kernel |
 | --- | --- |
-| CPU, any float dtype | torch's flash kernel for the CPU, called per segment with one shared gradient buffer (`cpu_kernel.py`) |
+| CPU, any float dtype | torch's flash kernel for the CPU, one gradient buffer for all segments (`cpu_kernel.py`) |
 | CUDA, bf16/fp16, segments | flash-attn's varlen kernel where installed, else torch's own (`torch.nn.attention.varlen`) |
 | CUDA, everything else | `scaled_dot_product_attention`, restricted to its flash, cuDNN and memory-efficient kernels |
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -98,7 +98,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def _check_segments(segments: tuple[Segment, ...], S: int, T: int) -> None:
     row = 0
     for segment in segments:
-        ordered = segment.q_start == row < segment.q_end and 0 <= segment.k_start and segment.k_end <= T
+        ordered = segment.q_start == row < segment.q_end and segment.k_start >= 0 and segment.k_end <= T
         if not ordered or segment.prefix < 0:
             mend = f"must cover the {S} query rows in order, within {T} keys, with a key for each query"
             raise ConfigError("segments", segment, mend)
@@ -120,7 +120,7 @@ def _sdpa_segments(
             v = v_BTKD[:, segment.k_start : segment.k_end].transpose(1, 2)
             square = segment.prefix == 0
             mask = None if square else causal_lower_right(q.shape[1], k.shape[2])
-            out = F.scaled_dot_product_attention(
+            out = torch.nn.functional.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
             )
             outs.append(out.transpose(1, 2))
@@ -138,7 +138,7 @@ def _varlen(
 ) -> torch.Tensor:
     """One varlen launch for all segments of all rows. Keys are copied only where segments share or skip some."""
     B, S, H, D = q_BSHD.shape
-    contiguous = all(a.k_end == b.k_start for a, b in zip(segments, segments[1:], strict=False))
+    contiguous = all(a.k_end == b.k_start for a, b in itertools.pairwise(segments))
     if contiguous and segments[0].k_start == 0 and segments[-1].k_end == k_BTKD.shape[1]:
         k_packed, v_packed = k_BTKD, v_BTKD
     else:
@@ -147,7 +147,9 @@ def _varlen(
     q_lengths = [s.q_end - s.q_start for s in segments] * B
     k_lengths = [s.k_end - s.k_start for s in segments] * B
     cu_q, cu_k = (
-        F.pad(torch.tensor(lengths, dtype=torch.int32, device=q_BSHD.device).cumsum(0, dtype=torch.int32), (1, 0))
+        torch.nn.functional.pad(
+            torch.tensor(lengths, dtype=torch.int32, device=q_BSHD.device).cumsum(0, dtype=torch.int32), (1, 0)
+        )
         for lengths in (q_lengths, k_lengths)
     )
     q_NHD, k_MKD, v_MKD = q_BSHD.flatten(0, 1), k_packed.flatten(0, 1), v_packed.flatten(0, 1)
@@ -163,6 +165,6 @@ def _varlen(
         # window_size (-1, 0) is causal, aligned at the last key, as flash-attn is since its version 2.1.
         out_NHD = varlen_attn(
             q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths),
-            scale=scale, window_size=(-1, 0), enable_gqa=H != k_BTKD.shape[2],
+            scale=scale, window_size=(-1, 0), enable_gqa=k_BTKD.shape[2] != H,
         )  # fmt: skip
     return out_NHD.view(B, S, H, D)

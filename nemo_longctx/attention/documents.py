@@ -8,6 +8,7 @@ of documents; no mask of S x S is ever made.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def check_cu_seqlens(cu_seqlens: Sequence[int], n_tokens: int, *, key: str = "cu
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != n_tokens:
         shown = ends if len(ends) <= 6 else (*ends[:3], "...", *ends[-2:])
         raise ConfigError(key, shown, f"must begin with 0 and end with the number of tokens, {n_tokens}")
-    if any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+    if any(b < a for a, b in itertools.pairwise(ends)):
         raise ConfigError(key, ends[:6], "must not fall: each entry is the end of a document")
     return ends
 
@@ -76,7 +77,7 @@ def document_ids_from_cu_seqlens(cu_seqlens: Sequence[int]) -> np.ndarray:
 @functools.lru_cache(maxsize=64)
 def document_segments(cu_seqlens: tuple[int, ...]) -> tuple[Segment, ...]:
     """One causal square a document; empty documents vanish."""
-    return tuple(Segment(a, b, a, b) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False) if b > a)
+    return tuple(Segment(a, b, a, b) for a, b in itertools.pairwise(cu_seqlens) if b > a)
 
 
 def zigzag_chunks(cp_rank: int, cp_size: int) -> tuple[int, int]:
@@ -123,7 +124,7 @@ def context_parallel_segments(cu_seqlens: tuple[int, ...], seq_length: int, cp_r
         for index in zigzag_chunks(cp_rank, cp_size):
             begin = window_start + index * chunk
             end = begin + chunk
-            for doc_start, doc_end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+            for doc_start, doc_end in itertools.pairwise(cu_seqlens):
                 a, b = max(doc_start, begin), min(doc_end, end)
                 if a < b:
                     segments.append(Segment(q_offset + a - begin, q_offset + b - begin, doc_start, b))

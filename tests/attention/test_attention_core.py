@@ -1,5 +1,7 @@
 """Causal attention against a plain float64 reference with an explicit mask, in every form: whole, packed, cached, shared."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_packed_equals_each_document_alone():
     packed = causal_attention(q, k, v, segments=document_segments(cu_seqlens))
     grad = torch.randn_like(packed)
     packed_grads = torch.autograd.grad(packed, (q, k, v), grad)
-    for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for a, b in itertools.pairwise(cu_seqlens):
         part = [x.detach()[:, a:b].clone().requires_grad_() for x in (q, k, v)]
         alone = causal_attention(*part)
         torch.testing.assert_close(packed[:, a:b], alone, rtol=1e-6, atol=1e-6)

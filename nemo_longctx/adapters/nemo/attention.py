@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def packed_documents(
     boundaries = torch.tensor(ends, dtype=torch.int32, device=device)
     params = PackedDocuments(
         qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, boundaries=ends, window=window,
-        max_seqlen_q=max(b - a for a, b in zip(ends, ends[1:], strict=False)),
+        max_seqlen_q=max(b - a for a, b in itertools.pairwise(ends)),
     )  # fmt: skip
     if cp_size > 1:
         # Megatron-Core lays out rotary positions by the padded boundaries: here one zig-zag split a window.

@@ -1,0 +1,175 @@
+"""Cross entropy of a language-model head over chunks of tokens: no logits of all tokens, forward or backward.
+
+torch's `linear_cross_entropy` and Liger's kernel do this for one whole vocabulary and a summed loss. What they lack is here:
+a vocabulary split over tensor-parallel ranks, and one loss per token without computing the logits a second time.
+
+The gradients are computed in the forward, while a chunk's logits are at hand. That takes knowing how much each token will
+count: `weights_N`, the loss mask. Where the gradient that comes back is proportional to it, as for any masked sum or mean
+with any scale, the gradients made in the forward are scaled and done. Where it is not, they are computed anew, chunk by
+chunk: slower, equally exact.
+
+Shapes: N tokens, C hidden size, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_longctx.config import ConfigError
+
+# Logits of one chunk in float32: below it the weight gradient is read and written too often, above it memory is all that grows.
+CHUNK_BYTES = 64 * 2**20
+
+
+def chunk_length(n_tokens: int, vocabulary: int) -> int:
+    """Tokens in a chunk: a multiple of 64 whose float32 logits take at most CHUNK_BYTES, and 64 at least."""
+    return min(max(CHUNK_BYTES // (4 * vocabulary) // 64 * 64, 64), max(n_tokens, 1))
+
+
+def chunked_cross_entropy(
+    hidden_NC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    weights_N: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Cross entropy of softmax(hidden weight^T) at `labels`, one loss a token.
+
+    Args:
+        hidden_NC: last hidden states. Under tensor parallelism every rank holds all N.
+        weight_VC: the head's weight, or this rank's rows of it, in rank order and equal parts.
+        labels_N: vocabulary indices (int64), those of the whole vocabulary; read only where the weight is not 0.
+        weights_N: how much each token counts in the loss (a mask of 0 and 1, or any number); None counts all alike. A
+            token of weight 0 is left out: its loss is 0 and it costs nothing.
+        group: the tensor-parallel group that holds the vocabulary; None means that this rank holds it all.
+
+    Returns:
+        losses_N in float32 (float64 for float64 inputs), not multiplied by the weights. The gradient of `hidden` is this
+        rank's part of a sum over `group`, as that of any column-parallel product. Differentiable once.
+
+    Raises:
+        ConfigError: shapes that do not fit, or a label outside the vocabulary.
+    """
+    N = hidden_NC.shape[0]
+    if hidden_NC.dim() != 2 or weight_VC.dim() != 2 or hidden_NC.shape[1] != weight_VC.shape[1]:
+        raise ConfigError("hidden", tuple(hidden_NC.shape), f"must be [N, C] for a weight of {tuple(weight_VC.shape)}")
+    if labels_N.shape != (N,) or (weights_N is not None and weights_N.shape != (N,)):
+        raise ConfigError("labels", tuple(labels_N.shape), f"labels and weights must be [N] = [{N}]")
+    used_N = torch.ones(N, dtype=torch.bool, device=labels_N.device) if weights_N is None else weights_N != 0
+    everything = bool(used_N.all())
+    labels_M = labels_N if everything else labels_N[used_N]
+    hidden_MC = hidden_NC if everything else hidden_NC[used_N]
+    weights_M = hidden_MC.new_ones(hidden_MC.shape[0]) if weights_N is None else weights_N[used_N]
+    size = 1 if group is None else group.size()
+    vocabulary = weight_VC.shape[0] * size
+    if labels_M.numel() and not 0 <= int(labels_M.min()) <= int(labels_M.max()) < vocabulary:
+        mend = f"must lie in [0, {vocabulary}); give tokens that do not count the weight 0"
+        raise ConfigError("labels", (int(labels_M.min()), int(labels_M.max())), mend)
+    losses_M = _ChunkedCrossEntropy.apply(hidden_MC, weight_VC, labels_M, weights_M, group)
+    if everything:
+        return losses_M
+    return losses_M.new_zeros(N).masked_scatter(used_N, losses_M)
+
+
+class _Chunks:
+    """The shared loop of forward and recomputing backward: logits of one chunk, then the gradients that follow from them."""
+
+    def __init__(self, hidden_MC: torch.Tensor, weight_VC: torch.Tensor, labels_M: torch.Tensor, group: Any):
+        self.hidden_MC, self.weight_VC, self.labels_M, self.group = hidden_MC, weight_VC, labels_M, group
+        self.accumulate = torch.promote_types(hidden_MC.dtype, torch.float32)
+        self.first_row = 0 if group is None else group.rank() * weight_VC.shape[0]
+        self.length = chunk_length(hidden_MC.shape[0], weight_VC.shape[0])
+        self.logits_buffer = hidden_MC.new_empty(self.length, weight_VC.shape[0])
+
+    def spans(self) -> list[slice]:
+        M = self.hidden_MC.shape[0]
+        return [slice(start, min(start + self.length, M)) for start in range(0, M, self.length)]
+
+    def losses_and_softmax(self, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [m] and this rank's part of the softmax less the one-hot labels [m, V], in the accumulation dtype."""
+        hidden_mC, labels_m = self.hidden_MC[span], self.labels_M[span] - self.first_row
+        buffer = self.logits_buffer[: hidden_mC.shape[0]]
+        logits_mV = torch.mm(hidden_mC, self.weight_VC.t(), out=buffer).to(self.accumulate)
+        top_m = logits_mV.amax(-1)
+        if self.group is not None:
+            dist.all_reduce(top_m, op=dist.ReduceOp.MAX, group=self.group)
+        logits_mV.sub_(top_m.unsqueeze(-1))
+        mine_m = (labels_m >= 0) & (labels_m < self.weight_VC.shape[0])
+        column_m1 = labels_m.where(mine_m, 0).unsqueeze(-1)
+        target_m = logits_mV.gather(-1, column_m1).squeeze(-1).where(mine_m, 0)
+        softmax_mV = logits_mV.exp_()
+        sums_2m = torch.stack((softmax_mV.sum(-1), target_m))
+        if self.group is not None:
+            dist.all_reduce(sums_2m, group=self.group)
+        total_m, target_m = sums_2m
+        softmax_mV.div_(total_m.unsqueeze(-1))
+        softmax_mV.scatter_add_(-1, column_m1, -mine_m.to(softmax_mV.dtype).unsqueeze(-1))
+        return total_m.log() - target_m, softmax_mV
+
+    def gradients(
+        self, span: slice, softmax_mV: torch.Tensor, scale_m: torch.Tensor, dh_MC: torch.Tensor | None, dw_VC: torch.Tensor | None
+    ) -> None:
+        """Write the chunk's gradient of hidden into `dh_MC`, and add that of the weight to `dw_VC`."""
+        grad_mV = softmax_mV.mul_(scale_m.to(softmax_mV.dtype).unsqueeze(-1)).to(self.hidden_MC.dtype)
+        if dh_MC is not None:
+            torch.mm(grad_mV, self.weight_VC, out=dh_MC[span])
+        if dw_VC is None:
+            return
+        if dw_VC.dtype == grad_mV.dtype:
+            dw_VC.addmm_(grad_mV.t(), self.hidden_MC[span])
+        else:  # half precision: the sum over chunks is kept in float32
+            dw_VC.add_(grad_mV.t() @ self.hidden_MC[span])
+
+    def buffers(self, hidden: bool, weight: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        dh_MC = torch.empty_like(self.hidden_MC) if hidden else None
+        return dh_MC, torch.zeros_like(self.weight_VC, dtype=self.accumulate) if weight else None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MC: torch.Tensor, weight_VC: torch.Tensor, labels_M: torch.Tensor, weights_M: torch.Tensor, group: Any
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        chunks = _Chunks(hidden_MC, weight_VC, labels_M, group)
+        losses_M = torch.empty(hidden_MC.shape[0], dtype=chunks.accumulate, device=hidden_MC.device)
+        dh_MC, dw_VC = chunks.buffers(needs_hidden, needs_weight)
+        for span in chunks.spans():
+            losses_M[span], softmax_mV = chunks.losses_and_softmax(span)
+            if needs_hidden or needs_weight:
+                chunks.gradients(span, softmax_mV, weights_M[span], dh_MC, dw_VC)
+        if needs_hidden or needs_weight:
+            ctx.save_for_backward(hidden_MC, weight_VC, labels_M, weights_M)
+            ctx.ready, ctx.group = (dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype)), group
+        return losses_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden_MC, weight_VC, labels_M, weights_M = ctx.saved_tensors
+        ready, ctx.ready = ctx.ready, None  # the buffers become the gradients: a second backward computes them anew
+        factor = _common_factor(grad_M, weights_M)
+        if ready is not None and factor is not None:
+            for gradient in ready:
+                if gradient is not None and factor != 1.0:
+                    gradient.mul_(factor)
+            return (*ready, None, None, None)
+        chunks = _Chunks(hidden_MC, weight_VC, labels_M, ctx.group)
+        dh_MC, dw_VC = chunks.buffers(*ctx.needs_input_grad[:2])
+        for span in chunks.spans():
+            _, softmax_mV = chunks.losses_and_softmax(span)
+            chunks.gradients(span, softmax_mV, grad_M[span], dh_MC, dw_VC)
+        return dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype), None, None, None
+
+
+def _common_factor(grad_M: torch.Tensor, weights_M: torch.Tensor) -> float | None:
+    """The number f with grad = f * weights to rounding, or None. Weights are not 0 here."""
+    if grad_M.numel() == 0:
+        return 1.0
+    ratio = grad_M / weights_M
+    factor = ratio[0]
+    same = (ratio - factor).abs().max() <= 1e-6 * factor.abs()
+    return float(factor) if bool(same) else None

@@ -1,0 +1,126 @@
+"""The chunked loss against torch's cross entropy on full logits in float64: values, gradients, masks, scales, repeats."""
+
+import pytest
+import torch
+
+from nemo_longctx.attention import loss as module
+from nemo_longctx.attention.loss import chunked_cross_entropy
+from nemo_longctx.config import ConfigError
+
+N, C, V = 150, 24, 96
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)  # 64 tokens a chunk
+
+
+def problem(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    return hidden, weight, labels, (torch.rand(N, generator=generator) < 0.6).double()
+
+
+def full_losses(hidden, weight, labels):
+    return torch.nn.functional.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none")
+
+
+REDUCTIONS = {
+    "masked mean": lambda losses, mask: (losses * mask).sum() / mask.sum(),
+    "scaled sum": lambda losses, mask: -1024.0 * (losses * mask).sum(),
+    "not proportional": lambda losses, mask: (losses * mask * torch.arange(N)).sum() + losses[:N].pow(2).mul(mask).sum(),
+    "zero": lambda losses, mask: (losses * mask).sum() * 0.0,
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_values_and_gradients(reduction, masked, dtype, bound):
+    hidden, weight, labels, mask = problem(dtype)
+    mask = mask if masked else torch.ones(N)
+    ours = chunked_cross_entropy(hidden, weight, labels, weights_N=mask if masked else None)
+    theirs = full_losses(hidden, weight, labels)
+    assert ours.dtype == torch.promote_types(dtype, torch.float32)
+    kept = mask != 0
+    assert (ours[kept].double() - theirs[kept]).norm() / theirs[kept].norm() < bound
+    assert not ours[~kept].any()
+    mine = torch.autograd.grad(REDUCTIONS[reduction](ours, mask), (hidden, weight))
+    other = torch.autograd.grad(REDUCTIONS[reduction](theirs, mask), (hidden, weight))
+    for a, b in zip(mine, other, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b.double()).norm() <= bound * b.double().norm()
+
+
+def test_logits_are_computed_once_when_the_gradient_is_the_mask(monkeypatch):
+    calls = 0
+    original = module._Chunks.losses_and_softmax
+
+    def counted(self, span):
+        nonlocal calls
+        calls += 1
+        return original(self, span)
+
+    monkeypatch.setattr(module._Chunks, "losses_and_softmax", counted)
+    hidden, weight, labels, mask = problem()
+    (chunked_cross_entropy(hidden, weight, labels, weights_N=mask) * mask).sum().div(mask.sum()).backward()
+    assert calls == -(-int(mask.sum()) // 64)
+    chunked_cross_entropy(hidden, weight, labels, weights_N=mask).pow(2).sum().backward()
+    assert calls == 3 * -(-int(mask.sum()) // 64)
+
+
+def test_a_second_backward_gives_the_same():
+    hidden, weight, labels, _ = problem()
+    loss = chunked_cross_entropy(hidden, weight, labels).mean()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [g.clone() for g in first]
+    for a, b in zip(kept, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_masked_gives_zero_and_no_nan():
+    hidden, weight, labels, mask = problem()
+    losses = chunked_cross_entropy(hidden, weight, labels, weights_N=torch.zeros_like(mask))
+    losses.sum().backward()
+    assert not losses.any()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_frozen_parts_get_no_gradient():
+    hidden, weight, labels, _ = problem()
+    chunked_cross_entropy(hidden, weight.detach(), labels).sum().backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        assert not chunked_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_labels_are_read_only_where_they_count():
+    hidden, weight, labels, mask = problem()
+    wild = labels.where(mask != 0, -100)
+    ours = chunked_cross_entropy(hidden, weight, wild, weights_N=mask)
+    torch.testing.assert_close(ours, full_losses(hidden, weight, labels) * mask)
+    with pytest.raises(ConfigError, match="weight 0"):
+        chunked_cross_entropy(hidden, weight, wild)
+
+
+def test_nothing_as_large_as_the_logits_is_made():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(512, 16, requires_grad=True)
+    with Watch():
+        chunked_cross_entropy(hidden, weight, torch.randint(0, 512, (1024,))).mean().backward()
+    assert largest <= 64 * 512 * 4 < 1024 * 512
