@@ -1,0 +1,343 @@
+"""Sources, weights in tokens and length rules -> how often each group of documents comes.
+
+A *stratum* is the documents of one source on one side of the length that a mix up-weights. All of a stratum's documents come
+equally often, so a mix is one number a stratum: its share of the run's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, open_corpus
+
+Balance = Literal["source", "all"]
+OnCap = Literal["error", "renormalize"]
+CHUNK = 1 << 20  # documents looked at together: keeps temporary memory at a few MB whatever the corpus
+GATHER = 64  # documents that a window usually touches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One corpus of the mix.
+
+    Attributes:
+        path: prefix of a `.bin/.idx` pair, a directory of shards, or a list of either, read as one corpus.
+        name: what reports call it; None takes the last part of the path.
+        weight: share of the run's tokens; None in every source: natural shares (by tokens left after the length rules).
+        drop_shorter: leave out documents of fewer tokens; None: as the mix.
+        drop_longer: leave out documents of more tokens; None: as the mix.
+    """
+
+    path: str | Sequence[str]
+    name: str | None = None
+    weight: float | None = None
+    drop_shorter: int | None = None
+    drop_longer: int | None = None
+
+    def __post_init__(self):
+        if not self.path:
+            raise ConfigError("data.mix.sources.path", self.path, "name a prefix, a directory of shards, or a list of either")
+        if not isinstance(self.path, str):
+            object.__setattr__(self, "path", tuple(self.path))
+        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ConfigError("data.mix.sources.weight", self.weight, "a share above 0; leave a source out to give it none")
+
+    @property
+    def label(self) -> str:
+        """The name in reports."""
+        first = self.path if isinstance(self.path, str) else self.path[0]
+        return self.name or first.rstrip("/").rpartition("/")[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Which documents, how often.
+
+    Attributes:
+        sources: at least one.
+        drop_shorter: leave out documents of fewer tokens than this.
+        drop_longer: leave out documents of more tokens than this.
+        long_length: documents of at least this many tokens are long; goes with `long_share`.
+        long_share: the share of tokens that long documents get; None leaves them their natural share.
+        balance: whether each source gives `long_share` of its own tokens to long documents, so that sources keep their shares
+            (`source`, Fu et al. 2024), or long documents get it over all, wherever they come from (`all`).
+        max_repeats: how often a document may come in the run; None: as often as the shares ask.
+        on_cap: when a share asks for more: stop (`error`), or give what is over to the others (`renormalize`).
+        share_tolerance: largest difference between a share asked and delivered over a stage; more is an error before training.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    drop_shorter: int | None = None
+    drop_longer: int | None = None
+    long_length: int | None = None
+    long_share: float | None = None
+    balance: Balance = "source"
+    max_repeats: float | None = None
+    on_cap: OnCap = "error"
+    share_tolerance: float = 0.001
+
+    def __post_init__(self):
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if not self.sources:
+            raise ConfigError("data.mix.sources", [], "name at least one source, such as [{path: my_corpus}]")
+        weights = [source.weight for source in self.sources]
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(weights):
+            raise ConfigError("data.mix.sources.weight", weights, "weigh every source, or none for natural shares")
+        if given and not math.isclose(sum(given), 1.0, abs_tol=1e-6):
+            mend = f"weights are shares of tokens and add up to 1, these to {sum(given):g}; divide each by that"
+            raise ConfigError("data.mix.sources.weight", weights, mend)
+        labels = [source.label for source in self.sources]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ConfigError("data.mix.sources.name", twice[0], "two sources have this name; give each its own `name`")
+        if (self.long_length is None) != (self.long_share is None):
+            raise ConfigError("data.mix.long_share", self.long_share, "long_length and long_share go together; set both")
+        if self.long_share is not None and not 0 < self.long_share < 1:
+            raise ConfigError(
+                "data.mix.long_share", self.long_share, "a share in (0, 1); to keep only long text set drop_shorter"
+            )
+        for name, allowed in (("balance", get_args(Balance)), ("on_cap", get_args(OnCap))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"data.mix.{name}", getattr(self, name), f"one of {', '.join(allowed)}")
+        if self.max_repeats is not None and self.max_repeats <= 0:
+            raise ConfigError("data.mix.max_repeats", self.max_repeats, "above 0; null lifts the cap")
+        if not 0 < self.share_tolerance < 1:
+            raise ConfigError("data.mix.share_tolerance", self.share_tolerance, "a share in (0, 1), such as 0.001")
+
+    def length_range(self, source: SourceConfig) -> tuple[int, float]:
+        """Shortest and longest document (inclusive) that `source` gives."""
+        shortest = source.drop_shorter if source.drop_shorter is not None else self.drop_shorter
+        longest = source.drop_longer if source.drop_longer is not None else self.drop_longer
+        return shortest or 1, math.inf if longest is None else longest
+
+
+class Documents:
+    """The documents of all sources, numbered through: sources in the order of the config, shards in that of their source.
+
+    Attributes:
+        names: the sources' names.
+        shards: the opened `.bin/.idx` pairs of all sources.
+        shard_offsets: int64 [shards + 1], first number of each shard, then how many documents there are.
+        source_of_shard: int64 [shards].
+    """
+
+    def __init__(self, names: Sequence[str], corpora: Sequence[Corpus]):
+        self.names, self.corpora = tuple(names), tuple(corpora)
+        of_source = [corpus.shards if isinstance(corpus, ShardedCorpus) else (corpus,) for corpus in corpora]
+        self.shards = tuple(shard for shards in of_source for shard in shards)
+        self.source_of_shard = np.repeat(np.arange(len(corpora)), [len(shards) for shards in of_source])
+        self.shard_offsets = np.concatenate([[0], np.cumsum([shard.n_documents for shard in self.shards], dtype=np.int64)])
+        if len(self) > 2**32:
+            mend = "a mix numbers its documents with 32 bits (4.29 billion); split it into several runs"
+            raise ConfigError("data.mix.sources", len(self), mend)
+
+    @classmethod
+    def open(cls, mix: MixConfig) -> Documents:
+        """Open the sources of a mix: a few headers, whatever their size."""
+        return cls([source.label for source in mix.sources], [open_corpus(source.path) for source in mix.sources])
+
+    def __len__(self) -> int:
+        return int(self.shard_offsets[-1])
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens (int32, or int64 where a corpus has them so) of some documents."""
+        if len(self.shards) == 1:
+            return self.shards[0].lengths[documents]
+        shard = self._shards_of(documents)
+        if len(documents) <= 8 * GATHER:  # a few windows' worth: one by one is quicker than by shard
+            shards, offsets = self.shards, self.shard_offsets
+            inside = (documents - offsets[shard]).tolist()
+            return np.array([shards[s].lengths[d] for s, d in zip(shard.tolist(), inside, strict=True)], np.int64)
+        by_shard = np.argsort(shard.astype(np.uint16) if len(self.shards) < 65536 else shard, kind="stable")
+        edges = np.searchsorted(shard[by_shard], np.arange(len(self.shards) + 1)).tolist()
+        lengths = np.empty(len(documents), np.int64)
+        for number, (low, high) in enumerate(itertools.pairwise(edges)):
+            if low < high:
+                chosen = by_shard[low:high]
+                lengths[chosen] = self.shards[number].lengths[documents[chosen] - self.shard_offsets[number]]
+        return lengths
+
+    def places(self, documents: np.ndarray) -> Iterator[tuple[IndexedCorpus, int]]:
+        """For each document: the shard that holds it, and the offset of its first token there."""
+        if len(self.shards) == 1:
+            return zip(itertools.repeat(self.shards[0]), self.shards[0].offsets_of(documents).tolist(), strict=False)
+        shard = self._shards_of(documents)
+        inside = (documents - self.shard_offsets[shard]).tolist()
+        shards = [self.shards[number] for number in shard.tolist()]
+        return ((corpus, int(corpus.offsets_of(number))) for corpus, number in zip(shards, inside, strict=True))
+
+    def sources_of(self, documents: np.ndarray) -> np.ndarray:
+        """Source numbers (int64) of some documents."""
+        return self.source_of_shard[self._shards_of(documents)]
+
+    def of_source(self, source: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The documents of a source in pieces of bounded size: first number, lengths."""
+        for shard in np.flatnonzero(self.source_of_shard == source):
+            lengths = self.shards[shard].lengths
+            for start in range(0, len(lengths), CHUNK):
+                yield int(self.shard_offsets[shard]) + start, lengths[start : start + CHUNK]
+
+    def fingerprint(self) -> str:
+        """A hash of names and contents at a cost that does not grow with them (`IndexedCorpus.fingerprint`)."""
+        parts = [[name, corpus.fingerprint()] for name, corpus in zip(self.names, self.corpora, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _shards_of(self, documents: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.shard_offsets, documents, side="right") - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stratum:
+    """Documents of one source that come equally often.
+
+    Attributes:
+        source: number of the source.
+        name: for reports: `books`, or `books >= 32768` and `books < 32768`.
+        shortest, longest: tokens of its documents, inclusive.
+        documents, tokens: how many there are.
+        share: of the run's tokens.
+    """
+
+    source: int
+    name: str
+    shortest: int
+    longest: float
+    documents: int
+    tokens: int
+    share: float
+
+    def repeats(self, total_tokens: int) -> float:
+        """How often each document comes in a run of `total_tokens`, on average."""
+        return self.share * total_tokens / self.tokens
+
+    def members(self, documents: Documents) -> np.ndarray:
+        """The numbers (uint32, ascending) of its documents."""
+        members, filled = np.empty(self.documents, np.uint32), 0
+        for first, lengths in documents.of_source(self.source):
+            chosen = np.flatnonzero((lengths >= self.shortest) & (lengths <= self.longest))
+            members[filled : filled + len(chosen)] = chosen + first
+            filled += len(chosen)
+        return members
+
+
+def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int) -> tuple[Stratum, ...]:
+    """Shares of all strata that get tokens, in the order of the sources, short before long.
+
+    Args:
+        mix: what is asked.
+        documents: its opened sources.
+        total_tokens: tokens of the run.
+
+    Raises:
+        ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
+    """
+    for corpus in documents.corpora:
+        corpus.check()
+    strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
+    source_tokens = np.zeros(len(mix.sources))
+    for stratum in strata:
+        source_tokens[stratum.source] += stratum.tokens
+    weights = np.array([source.weight if source.weight is not None else 0.0 for source in mix.sources])
+    weights = weights / weights.sum() if weights.any() else source_tokens / source_tokens.sum()
+    natural = np.array([weights[s.source] * s.tokens / source_tokens[s.source] for s in strata])
+    shares = natural if mix.long_share is None else _up_weigh(mix, strata, natural, weights)
+    if mix.max_repeats is not None:
+        shares = _cap(mix, mix.max_repeats, strata, shares, total_tokens)
+    return tuple(dataclasses.replace(s, share=float(share)) for s, share in zip(strata, shares, strict=True) if share > 0)
+
+
+def _strata_of(mix: MixConfig, documents: Documents, number: int) -> list[Stratum]:
+    """The non-empty sides of one source, counted; shares are still 0."""
+    source = mix.sources[number]
+    shortest, longest = mix.length_range(source)
+    sides = [(source.label, shortest, longest)]
+    if mix.long_length is not None:
+        sides = [
+            (f"{source.label} < {mix.long_length}", shortest, min(longest, mix.long_length - 1)),
+            (f"{source.label} >= {mix.long_length}", max(shortest, mix.long_length), longest),
+        ]
+    counts = np.zeros((len(sides), 2), np.int64)
+    for _, lengths in documents.of_source(number):
+        for side, (_, low, high) in enumerate(sides):
+            chosen = lengths[(lengths >= low) & (lengths <= high)]
+            counts[side] += len(chosen), chosen.sum(dtype=np.int64)
+    strata = [
+        Stratum(source=number, name=name, shortest=low, longest=high, documents=int(n), tokens=int(tokens), share=0.0)
+        for (name, low, high), (n, tokens) in zip(sides, counts, strict=True)
+        if n
+    ]
+    if not strata:
+        raise ConfigError(
+            "data.mix.sources",
+            source.label,
+            f"no document of {shortest} to {longest} tokens is left after its length rules; loosen drop_shorter/drop_longer "
+            "or leave the source out",
+        )
+    return strata
+
+
+def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Shares with `long_share` of the tokens in long documents, by source or over all."""
+    long_length, long_share = mix.long_length or 0, mix.long_share or 0.0  # MixConfig: both are set
+    is_long = np.array([stratum.shortest >= long_length for stratum in strata])
+    if mix.balance == "all":
+        if is_long.all() or not is_long.any():
+            missing = "shorter than" if is_long.all() else "of at least"
+            mend = f"no source has documents {missing} {long_length} tokens; choose another long_length"
+            raise ConfigError("data.mix.long_length", long_length, mend)
+        factor_long, factor_short = long_share / natural[is_long].sum(), (1 - long_share) / natural[~is_long].sum()
+        return natural * np.where(is_long, factor_long, factor_short)
+    for number, source in enumerate(mix.sources):
+        sides = [long for long, stratum in zip(is_long, strata, strict=True) if stratum.source == number]
+        if len(sides) < 2:
+            missing = "shorter than" if sides[0] else "of at least"
+            mend = f"source {source.label} has no documents {missing} {long_length} tokens; set balance=all, or leave it out"
+            raise ConfigError("data.mix.balance", mix.balance, mend)
+    by_source = weights[[stratum.source for stratum in strata]]
+    return by_source * np.where(is_long, long_share, 1 - long_share)
+
+
+def _cap(mix: MixConfig, max_repeats: float, strata: Sequence[Stratum], shares: np.ndarray, total_tokens: int) -> np.ndarray:
+    """Shares within `max_repeats`: what is over goes to the strata below their cap, in proportion to their shares."""
+    caps = np.array([max_repeats * stratum.tokens / total_tokens for stratum in strata])
+    over = shares > caps * (1 + 1e-9)
+    if not over.any():
+        return shares
+    if mix.on_cap == "error":
+        worst = int(np.argmax(shares / caps))
+        mend = (
+            f"{strata[worst].name} would have to come {shares[worst] / caps[worst] * max_repeats:.2f} times for "
+            f"{shares[worst]:.2%} of the tokens; raise the cap, lower its weight, shorten the run, or set on_cap=renormalize"
+        )
+        raise ConfigError("data.mix.max_repeats", max_repeats, mend)
+    if caps.sum() < 1:
+        mend = f"all documents together give {caps.sum():.1%} of the run's tokens under this cap; raise it or shorten the run"
+        raise ConfigError("data.mix.max_repeats", max_repeats, mend)
+    capped = np.zeros(len(shares), bool)
+    given = shares.copy()
+    while (new := ~capped & (given > caps)).any():
+        capped |= new
+        given[capped] = caps[capped]
+        if not capped.all():
+            given[~capped] = shares[~capped] * (1 - caps[capped].sum()) / shares[~capped].sum()
+    return given
+
+
+def mix_dict(mix: MixConfig) -> dict[str, Any]:
+    """What the stream depends on, for its hash: paths are left out (contents are hashed), so that data may move."""
+    values = dataclasses.asdict(mix)
+    for source, config in zip(values["sources"], mix.sources, strict=True):
+        del source["path"]
+        source["name"] = config.label
+    del values["share_tolerance"]
+    return values

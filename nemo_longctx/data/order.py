@@ -1,0 +1,348 @@
+"""The run's list of document visits: built once, kept in one memory-mapped file that all processes of a node share.
+
+Each stratum (see `mixture`) goes through its documents epoch after epoch, each epoch in its own random order. A stage of the
+curriculum takes from every stratum as many of the next documents as bring the stratum to its share of all tokens so far, and
+mixes the strata at random, each in its own order. So every stage gets the shares that were asked for, and no document comes
+again before all of its stratum have come, stage or no stage.
+
+Cost: 4 bytes a visit (its document number) + 8 bytes every 64 visits (tokens up to there). Nothing is kept per sample.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.mixture import CHUNK, Documents, MixConfig, Stratum, mix_dict, plan_mix
+
+GROUP = 64  # visits between two running ends
+MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
+CANDIDATES = 4096  # documents that a stage may end on, to meet a share to the token rather than to the document
+
+
+def build_order(
+    documents: Documents, strata: Sequence[Stratum], curriculum: Curriculum, *, seed: int, file: BinaryIO
+) -> dict[str, Any]:
+    """Write the visits of a whole run.
+
+    Args:
+        documents: what the strata were planned on.
+        strata: `plan_mix`; their shares add up to 1.
+        curriculum: the stages.
+        seed: of all random choices.
+        file: empty and writable.
+
+    Returns:
+        The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_visits` (visits up to the
+        end of each stage), `stage_tokens` (tokens of each stratum up to there), `cuts` (visits before which a stratum began its
+        documents again).
+    """
+    draws = [_draw(documents, stratum, number, curriculum, seed) for number, stratum in enumerate(strata)]
+    writer = _Writer(file, documents)
+    cuts: list[int] = []
+    done = np.zeros(len(draws), np.int64)
+    stage_visits = []
+    for stage in range(len(curriculum.plan)):
+        until = np.array([draw.stage_visits[stage] for draw in draws])
+        rng = np.random.default_rng([seed, 1, stage])
+        while (left := until - done).any():
+            counts = left if left.sum() <= CHUNK else rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
+            _interleave(draws, done, counts, rng, writer, cuts)
+            done += counts
+        stage_visits.append(int(done.sum()))
+    facts = {"stage_visits": stage_visits, "stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
+    return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
+
+
+@dataclasses.dataclass
+class _Draw:
+    """A stratum's visits through the run, in order."""
+
+    visits: np.ndarray  # uint32 document numbers
+    stage_visits: list[int]  # visits up to the end of each stage
+    stage_tokens: list[int]  # and their tokens
+    epoch_starts: list[int]  # visits with which a second, third, ... epoch begins
+
+
+def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curriculum, seed: int) -> _Draw:
+    """Go through a stratum until it has given its share of every stage's end."""
+    # One token more than the run: the last window's last label.
+    ends = [stage.end_token for stage in curriculum.plan[:-1]] + [curriculum.total_tokens + 1]
+    targets = [round(stratum.share * end) for end in ends[:-1]] + [int(np.ceil(stratum.share * ends[-1]))]
+    members = stratum.members(documents)
+    epochs: list[np.ndarray] = []
+    stage_visits: list[int] = []
+    stage_tokens: list[int] = []
+    before = 0  # tokens of whole epochs
+    while len(stage_visits) < len(targets):
+        order = members.copy() if targets[-1] > stratum.tokens else members
+        np.random.default_rng([seed, 0, number, len(epochs)]).shuffle(order)
+        position, tokens = 0, before
+        while len(stage_visits) < len(targets) and targets[len(stage_visits)] <= before + stratum.tokens:
+            last = len(stage_visits) == len(targets) - 1
+            position, tokens = _advance(documents, order, position, tokens, targets[len(stage_visits)], at_least=last)
+            stage_visits.append(len(epochs) * len(members) + position)
+            stage_tokens.append(tokens)
+        epochs.append(order[:position] if len(stage_visits) == len(targets) else order)
+        before += stratum.tokens
+    starts = [epoch * len(members) for epoch in range(1, len(epochs)) if len(epochs[epoch])]
+    return _Draw(epochs[0] if len(epochs) == 1 else np.concatenate(epochs), stage_visits, stage_tokens, starts)
+
+
+def _advance(
+    documents: Documents, order: np.ndarray, position: int, tokens: int, target: int, *, at_least: bool
+) -> tuple[int, int]:
+    """Go on in `order` until the tokens come closest to `target` (or just reach it, where `at_least`).
+
+    The document that ends the walk is chosen for its length among the next few thousand, and changes places with the one that
+    stood there.
+
+    Returns:
+        The position after that document, and the tokens up to it.
+    """
+    while position < len(order) and tokens < target:
+        piece = order[position : position + CHUNK]
+        ends = np.cumsum(documents.lengths(piece), dtype=np.int64) + tokens
+        over = int(np.searchsorted(ends, target))  # the first that reaches the target
+        if over < len(piece):
+            position, tokens = position + over, int(ends[over - 1]) if over else tokens
+            break
+        position, tokens = position + len(piece), int(ends[-1])
+    if position == len(order) or tokens >= target:
+        return position, tokens
+    lengths = documents.lengths(order[position : position + CANDIDATES]).astype(np.int64)
+    miss = lengths - (target - tokens)
+    if at_least:
+        miss = np.where(miss < 0, np.iinfo(np.int64).max, miss)
+    best = int(np.argmin(np.abs(miss)))
+    if not at_least and abs(int(miss[best])) >= target - tokens:
+        return position, tokens  # stopping short is closer than any document
+    order[position], order[position + best] = order[position + best], order[position]
+    return position + 1, tokens + int(lengths[best])
+
+
+def _interleave(
+    draws: Sequence[_Draw], done: np.ndarray, counts: np.ndarray, rng: np.random.Generator, writer: _Writer, cuts: list[int]
+) -> None:
+    """Write the next `counts` visits of all strata in a random mixture that leaves each stratum in order; note epochs' ends."""
+    base, taken = writer.visits, [draw.visits[a : a + n] for draw, a, n in zip(draws, done, counts, strict=True)]
+    if len(draws) == 1:
+        slots, mixed = None, taken[0]
+    else:
+        labels = np.repeat(np.arange(len(draws), dtype=np.uint32 if len(draws) > 65535 else np.uint16), counts)
+        rng.shuffle(labels)
+        slots = np.argsort(labels, kind="stable")  # of each stratum in turn, ascending
+        mixed = np.empty(len(labels), np.uint32)
+        mixed[slots] = np.concatenate(taken)
+    firsts = np.cumsum(counts) - counts
+    for draw, first, start, count in zip(draws, firsts, done, counts, strict=True):
+        low, high = bisect.bisect_right(draw.epoch_starts, start), bisect.bisect_right(draw.epoch_starts, start + count)
+        for begins in draw.epoch_starts[low:high]:
+            last = int(first + begins - 1 - start)  # the last visit of the epoch before
+            cuts.append(base + 1 + (last if slots is None else int(slots[last])))
+    writer.append(mixed)
+
+
+class _Writer:
+    """Writes visits as they come, and keeps the running ends and the digest for the end of the file."""
+
+    def __init__(self, file: BinaryIO, documents: Documents):
+        self.file, self.documents, self.visits = file, documents, 0
+        self._sums: list[np.ndarray] = []
+        self._rest = np.empty(0, np.int64)  # lengths of visits that do not fill a group yet
+        self._digest = hashlib.blake2b(digest_size=16)
+        file.write(MAGIC)
+
+    def append(self, visits: np.ndarray) -> None:
+        for start in range(0, len(visits), CHUNK):
+            piece = np.ascontiguousarray(visits[start : start + CHUNK])
+            self.file.write(piece.data)
+            self._digest.update(piece.data)
+            lengths = self.documents.lengths(piece)
+            if len(self._rest):
+                lengths = np.concatenate([self._rest, lengths])
+            whole = len(lengths) - len(lengths) % GROUP
+            if whole:
+                self._sums.append(lengths[:whole].reshape(-1, GROUP).sum(axis=1, dtype=np.int64))
+            self._rest = lengths[whole:].copy()
+        self.visits += len(visits)
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        self._sums.append(self._rest.sum(dtype=np.int64, keepdims=True)[: len(self._rest)])
+        ends = np.cumsum(np.concatenate(self._sums))
+        self.file.write(bytes(-self.file.tell() % 8))
+        self.file.write(ends.tobytes())
+        facts = {"visits": self.visits, "digest": self._digest.hexdigest(), **facts}
+        text = json.dumps(facts).encode()
+        self.file.write(text + len(text).to_bytes(8, "little") + MAGIC)
+        return facts
+
+
+class Order:
+    """A written order, memory-mapped: opening reads its end, whatever its size.
+
+    Attributes:
+        documents: the sources.
+        visits: uint32 [V], document numbers.
+        ends: int64 [ceil(V / 64)], tokens up to and with each 64th visit.
+        facts: what `build_order` returned.
+
+    Raises:
+        ConfigError: the file is damaged or of another layout.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], documents: Documents):
+        self.path, self.documents = os.fspath(path), documents
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        head, size = len(MAGIC), len(self._map)
+        end = size - head - 8
+        if size < 2 * head + 8 or self._map[:head] != MAGIC or self._map[size - head :] != MAGIC:
+            raise ConfigError(
+                "data.cache_dir", self.path, "this order file is damaged or not one; delete it, it is built again"
+            )
+        text = int.from_bytes(self._map[end : end + 8], "little")
+        self.facts: dict[str, Any] = json.loads(self._map[end - text : end])
+        n_visits = self.facts["visits"]
+        n_groups = -(-n_visits // GROUP)
+        self.visits = np.frombuffer(self._map, np.uint32, n_visits, head)
+        self.ends = np.frombuffer(self._map, np.int64, n_groups, end - text - 8 * n_groups)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all visits."""
+        return self.facts["digest"]
+
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents whose tokens make up [start, stop) of the stream.
+
+        Returns:
+            Document numbers (uint32 [n]), their lengths ([n]), and the address (int64 [n]) at which each ends; the first may
+            begin before `start` and the last end after `stop`.
+        """
+        first = int(self.ends.searchsorted(start, "right"))
+        last = int(self.ends.searchsorted(stop, "left"))
+        visits = self.visits[first * GROUP : (last + 1) * GROUP]
+        lengths = self.documents.lengths(visits)
+        ends = np.add.accumulate(lengths, dtype=np.int64)
+        if first:
+            ends += self.ends[first - 1]
+        low, high = ends.searchsorted(start, "right"), ends.searchsorted(stop, "left") + 1
+        return visits[low:high], lengths[low:high], ends[low:high]
+
+    def address_of_visit(self, visit: int) -> int:
+        """Token address at which visit number `visit` begins."""
+        group, inside = divmod(visit, GROUP)
+        before = int(self.ends[group - 1]) if group else 0
+        if not inside:
+            return before
+        return before + int(self.documents.lengths(self.visits[group * GROUP : visit]).sum(dtype=np.int64))
+
+    @cached_property
+    def strata(self) -> tuple[Stratum, ...]:
+        """What was planned."""
+        return tuple(Stratum(**values) for values in self.facts["strata"])
+
+    def delivered(self, curriculum: Curriculum) -> np.ndarray:
+        """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends."""
+        until = np.array(self.facts["stage_tokens"], np.int64).T
+        for row, stage in enumerate(curriculum.plan):
+            planned = int(until[row].sum())  # the visits meant for the stages so far end here, near the stage's end
+            near = self.tokens_by_stratum(min(planned, stage.end_token), max(planned, stage.end_token))
+            until[row] += near if planned < stage.end_token else -near
+        return np.diff(until, axis=0, prepend=0)
+
+    def tokens_by_stratum(self, start: int, stop: int) -> np.ndarray:
+        """How many of the stream's tokens [start, stop) each stratum gives, int64 [strata]. Looks at every visit in there."""
+        totals = np.zeros(len(self.strata), np.int64)
+        if start == stop:
+            return totals
+        visits, lengths, ends = self.span(start, stop)
+        inside = np.minimum(ends, stop) - np.maximum(ends - lengths, start)
+        source = self.documents.sources_of(visits)
+        for number, stratum in enumerate(self.strata):
+            of_it = (source == stratum.source) & (lengths >= stratum.shortest) & (lengths <= stratum.longest)
+            totals[number] = inside[of_it].sum()
+        return totals
+
+
+def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, seed: int, cache_dir: str) -> Order:
+    """The order of a run, built where `cache_dir` lacks it. Many processes may call this together: one builds.
+
+    Raises:
+        ConfigError: the data does not give what the mix asks; see `plan_mix` and `check_delivery`.
+    """
+    key = order_key(mix, documents, curriculum, seed)
+    path = Path(cache_dir) / f"{key}.order"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                strata = plan_mix(mix, documents, curriculum.total_tokens)
+                with _written_atomically(path) as file:
+                    build_order(documents, strata, curriculum, seed=seed, file=file)
+    order = Order(path, documents)
+    check_delivery(mix, order, curriculum)
+    return order
+
+
+def check_delivery(mix: MixConfig, order: Order, curriculum: Curriculum) -> None:
+    """Make sure that each stage gets the shares that the mix asks.
+
+    Raises:
+        ConfigError: a share is off by more than `share_tolerance`, which happens where documents are long beside their share.
+    """
+    asked = np.array([stratum.share for stratum in order.strata])
+    for stage, tokens in zip(curriculum.plan, order.delivered(curriculum), strict=True):
+        shares = tokens / (stage.end_token - stage.first_token)
+        worst = int(np.argmax(np.abs(shares - asked)))
+        if abs(shares[worst] - asked[worst]) > mix.share_tolerance:
+            mend = (
+                f"stage {stage.number} would get {shares[worst]:.3%} of its tokens from {order.strata[worst].name}, not the "
+                f"{asked[worst]:.3%} asked, as its documents are too long to meet it; set drop_longer, lengthen the stage, or "
+                "accept it with a larger tolerance"
+            )
+            raise ConfigError("data.mix.share_tolerance", mix.share_tolerance, mend)
+
+
+def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:
+    """Name of an order: a hash of all it depends on, the data included."""
+    parts = [MAGIC.decode(), documents.fingerprint(), mix_dict(mix), curriculum.as_dict(), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is whole: a killed builder leaves nothing that another would open."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,191 @@
+"""Sample number or token address -> sample. A pure function of (seed, config, data): no state, so nothing to lose or to repeat.
+
+Shapes: S = tokens of the window, D = documents (or parts of one) in it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from functools import lru_cache
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from nemo_longctx.data.curriculum import Curriculum, Stage
+from nemo_longctx.data.mixture import Documents
+from nemo_longctx.data.order import Order
+from nemo_longctx.data.permutation import Permutation
+
+
+class Sample(TypedDict):
+    """One window.
+
+    tokens int64 [S]; labels int64 [S], the token after each; loss_mask float32 [S], 0 where a label is no continuation;
+    position_ids int64 [S]; cu_seqlens int32 [D + 1], where documents begin, then S: only with document masking.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: NotRequired[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where a sample lies: tokens [address, address + seq_length) of the stream."""
+
+    address: int
+    seq_length: int
+
+
+class ConcatenatedWindows:
+    """The windows of one stage, cut from its range of the stream one after the other, and then dealt in random order.
+
+    A window may begin and end inside documents, as in the paper and in Megatron's GPTDataset. Windows are permuted between the
+    places where a stratum begins again, so that no document comes a second time before the others have come.
+
+    Args:
+        order: the document visits of the run.
+        stage: the range of the stream, and the length of a window.
+        seed: of the permutation.
+        document_masking: whether documents are kept apart: `cu_seqlens`, positions that restart, no loss from one to the next.
+    """
+
+    def __init__(self, order: Order, stage: Stage, *, seed: int, document_masking: bool):
+        self.order, self.stage, self.document_masking = order, stage, document_masking
+        n_windows = stage.end_sample - stage.first_sample
+        bounds = {0, n_windows}
+        for cut in order.facts["cuts"]:
+            address = order.address_of_visit(cut)
+            if stage.first_token < address < stage.end_token:
+                whole, inside = divmod(address - stage.first_token, stage.seq_length)
+                bounds |= {whole, whole + 1} if inside else {whole}
+        self._bounds = sorted(bounds)
+        self._permutations = [
+            Permutation(high - low, f"{seed} windows {stage.number} {low}")
+            for low, high in zip(self._bounds[:-1], self._bounds[1:], strict=True)
+        ]
+
+    def window(self, number: int) -> Window:
+        """Which window comes as the stage's sample `number`."""
+        block = bisect.bisect_right(self._bounds, number) - 1
+        low = self._bounds[block]
+        place = low + self._permutations[block][number - low]
+        return Window(self.stage.first_token + place * self.stage.seq_length, self.stage.seq_length)
+
+    def sample(self, number: int) -> Sample:
+        """The stage's sample `number`."""
+        window = self.window(number)
+        return read_window(self.order, window.address, window.seq_length, document_masking=self.document_masking)
+
+
+def read_window(order: Order, address: int, seq_length: int, *, document_masking: bool) -> Sample:
+    """Tokens [address, address + seq_length) of the stream as a sample."""
+    visits, lengths, ends = order.span(address, address + seq_length + 1)  # the last label is the token after the window
+    edges = ends - address
+    edges[-1] = seq_length + 1
+    skip = address - int(ends[0] - lengths[0])
+    tokens = read_documents(order.documents, visits, edges.tolist(), skip)
+    if not document_masking:
+        return _plain(tokens)
+    return _apart(tokens, edges[:-1])
+
+
+def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], skip: int) -> np.ndarray:
+    """Copy documents one after the other, int64 [edges[-1]].
+
+    Args:
+        documents: the sources.
+        visits: document numbers, [n].
+        edges: where each document ends in the result, [n].
+        skip: tokens of the first document to leave out at its beginning; the last one may be cut at its end.
+    """
+    out = np.empty(edges[-1], np.int64)
+    begin = 0
+    for (corpus, first), end in zip(documents.places(visits), edges, strict=True):
+        first += skip
+        out[begin:end] = corpus.read(first, first + end - begin)
+        begin, skip = end, 0
+    return out
+
+
+def _plain(tokens: np.ndarray) -> Sample:
+    """Causal over the whole window: every label counts."""
+    seq_length = len(tokens) - 1
+    return {
+        "tokens": tokens[:-1],
+        "labels": tokens[1:],
+        "loss_mask": _ones(seq_length),
+        "position_ids": _counting(seq_length),
+    }
+
+
+def _apart(tokens: np.ndarray, seams: np.ndarray) -> Sample:
+    """Documents kept apart. `seams`: where a document ends and another begins, ascending, in [1, S]."""
+    seq_length = len(tokens) - 1
+    loss_mask = np.ones(seq_length, np.float32)
+    loss_mask[seams - 1] = 0
+    inside = seams[:-1] if len(seams) and seams[-1] == seq_length else seams
+    cu_seqlens = np.empty(len(inside) + 2, np.int32)
+    cu_seqlens[0], cu_seqlens[1:-1], cu_seqlens[-1] = 0, inside, seq_length
+    position_ids, counting = np.empty(seq_length, np.int64), _counting(seq_length)
+    begin = 0
+    for end in cu_seqlens[1:].tolist():
+        position_ids[begin:end] = counting[: end - begin]
+        begin = end
+    return {
+        "tokens": tokens[:-1],
+        "labels": tokens[1:],
+        "loss_mask": loss_mask,
+        "position_ids": position_ids,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+@lru_cache(maxsize=8)
+def _counting(length: int) -> np.ndarray:
+    counting = np.arange(length, dtype=np.int64)
+    counting.flags.writeable = False  # shared by all samples
+    return counting
+
+
+@lru_cache(maxsize=8)
+def _ones(length: int) -> np.ndarray:
+    ones = np.ones(length, np.float32)
+    ones.flags.writeable = False
+    return ones
+
+
+class Windows:
+    """The run's samples, numbered through across stages: what a dataset of any host wraps.
+
+    Args:
+        order: `open_order`.
+        curriculum: the stages.
+        seed: of the windows' order.
+        document_masking: see `ConcatenatedWindows`.
+    """
+
+    def __init__(self, order: Order, curriculum: Curriculum, *, seed: int, document_masking: bool):
+        self.order, self.curriculum, self.document_masking = order, curriculum, document_masking
+        self.stages = tuple(
+            ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking) for stage in curriculum.plan
+        )
+
+    def __len__(self) -> int:
+        return self.curriculum.total_samples
+
+    def __getitem__(self, sample: int) -> Sample:
+        """Sample number `sample` of the run.
+
+        Raises:
+            IndexError: the run has no such sample.
+        """
+        stage = self.curriculum.stage_of_sample(sample)
+        return self.stages[stage.number].sample(sample - stage.first_sample)
+
+    def at_token(self, address: int) -> Sample:
+        """The sample that comes after `address` consumed tokens."""
+        return self[self.curriculum.samples_at_token(address)]
