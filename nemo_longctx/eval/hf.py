@@ -1,0 +1,86 @@
+"""A Hugging Face causal language model behind the scorer's interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nemo_longctx.eval.scoring import logits_to_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Rope types whose frequencies transformers recomputes from the length of the sequence being read.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class HFCausalModel:
+    """`nemo_longctx.eval.scoring.CausalModel` over a transformers model.
+
+    The body and the head are called apart, so that logits exist only where they are scored. A head that does more than a
+    matrix product (soft caps, scales) is found out by comparing both ways on two tokens.
+
+    Args:
+        model: any `AutoModelForCausalLM`, on its device.
+        max_length: default, the model's `max_position_embeddings`.
+
+    Raises:
+        ValueError: the model's logits are not its head applied to its body's states.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_length: int | None = None):
+        self.model = model.eval()
+        self.max_length = max_length or model.config.max_position_embeddings
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        scaling = getattr(model.config, "rope_scaling", None) or {}
+        self.reads_whole = scaling.get("rope_type", scaling.get("type")) in LENGTH_DEPENDENT_ROPE
+        self.truncate(0)
+        self._check_head()
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        tokens_S = torch.tensor([0, 1])
+        ours_SV = self._logits(self.extend(tokens_S))
+        theirs_SV = self.model(tokens_S[None].to(self.model.device)).logits[0].float()
+        self.truncate(0)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        if not torch.allclose(ours_SV, theirs_SV, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(self.model).__name__} does more to its logits than its head"
+                f"{f' (final_logit_softcapping={cap})' if cap else ''}: score it with lm_eval --model hf"
+            )
+
+    def truncate(self, length: int) -> None:
+        from transformers import DynamicCache
+
+        if length == 0:
+            # Without the config every layer keeps all keys, so that a sliding-window layer can be cut back too.
+            self._cache = DynamicCache()
+        else:
+            self._cache.crop(length)
+
+    @torch.inference_mode()
+    def extend(self, tokens_S: Tensor) -> Tensor:
+        start = self._cache.get_seq_length()
+        place_S = torch.arange(start, start + len(tokens_S), device=self.model.device)
+        out = self.model.base_model(
+            input_ids=tokens_S[None].to(self.model.device),
+            past_key_values=self._cache,
+            cache_position=place_S,
+            position_ids=place_S[None],
+            use_cache=True,
+        )
+        return out.last_hidden_state[0]
+
+    def _logits(self, states_KH: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(states_KH).float()
+
+    @torch.inference_mode()
+    def log_probs(self, states_KH: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+        return logits_to_log_probs(self._logits(states_KH), targets_K)
+
+    @torch.inference_mode()
+    def next_logits(self, state_H: Tensor) -> Tensor:
+        return self._logits(state_H[None])[0]

@@ -1,0 +1,403 @@
+"""Log-likelihood and generation over any causal model with a key-value cache: each shared prefix is read once.
+
+Requests are sorted by their tokens, which is the depth-first order of their prefix tree: neighbours share the longest
+prefixes. The cache is kept along one path of that tree. Going from one request to the next cuts it back to the common
+prefix and reads only what is new, so a document is read once for all its questions, options and continuations. Logits exist
+only at positions that some request scores, a few hundred rows at a time.
+
+Shapes: S tokens read at once, K positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_longctx.config import ConfigError
+
+
+class CausalModel(Protocol):
+    """What the scorer asks of a model. Every rank of a model-parallel group makes the same calls in the same order."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that may be predicted (without padding rows of the head)."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model may read, tokens."""
+
+    @property
+    def reads_whole(self) -> bool:
+        """True where a token's state depends on tokens after it (say, frequencies that follow the total length), so that
+        nothing may be shared or read in pieces."""
+
+    def extend(self, tokens_S: Tensor) -> Tensor:
+        """Read `tokens_S` (int64, on the CPU) after what the cache holds, and cache them. Returns states [S, H]."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    def log_probs(self, states_KH: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each state: the float32 log-probability of its target, and whether the target is the most likely token."""
+
+    def next_logits(self, state_H: Tensor) -> Tensor:
+        """Float32 logits [V] after one state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """Score `continuation` after `context`: log p(continuation | context). Token ids; `context` must not be empty."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+    @property
+    def read(self) -> list[int]:
+        """Tokens the model reads: all but the last, which is only predicted."""
+        return [*self.context, *self.continuation][:-1]
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """Positions whose states are scored, [first, end)."""
+        return len(self.context) - 1, len(self.context) + len(self.continuation) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Continue `context`.
+
+    Args:
+        context: token ids, not empty.
+        max_new_tokens: most tokens to make.
+        stop: called with the tokens made so far after each one; True ends the generation (that token is kept).
+        temperature: 0 for greedy. top_p, top_k: nucleus and rank limits of sampling; 1 and 0 for none.
+        seed: of the sampling; the draw depends on it and on `context` only, whatever the order or number of ranks.
+    """
+
+    context: Sequence[int]
+    max_new_tokens: int
+    stop: Callable[[list[int]], bool]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError("temperature", self.temperature, "give 0 for greedy decoding or a positive temperature")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", self.top_p, "give a share above 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError("top_k", self.top_k, "give 0 for no limit or a positive number of tokens")
+
+    @property
+    def read(self) -> list[int]:
+        return list(self.context)
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        return len(self.context) - 1, len(self.context)
+
+
+Request = Continuation | Generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Of a `Continuation`: float32 log-probability of each token, and whether greedy decoding would produce them all."""
+
+    token_log_probs: NDArray[np.float32]
+    is_greedy: bool
+
+    @property
+    def log_likelihood(self) -> float:
+        return float(self.token_log_probs.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """How much is held at once.
+
+    Args:
+        read: tokens of one forward pass.
+        logits: bytes of float32 logits of one product with the head.
+    """
+
+    read: int = 1024
+    logits: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.read < 1:
+            raise ConfigError("chunks.read", self.read, "give at least 1 token")
+        if self.logits < 1:
+            raise ConfigError("chunks.logits", self.logits, "give a positive number of bytes")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request in reading order: `shared` tokens are in the cache, the rest is read; `later` positions stay wanted."""
+
+    index: int
+    tokens: NDArray[np.int64]
+    shared: int
+    later: tuple[tuple[int, int], ...]
+
+
+def plan_reading(requests: Sequence[Request], *, share: bool = True) -> list[Step]:
+    """Order requests depth-first through their prefix tree, with what each shares with the one before.
+
+    Raises:
+        ValueError: a request without context, or a continuation without tokens.
+    """
+    reads = []
+    for number, request in enumerate(requests):
+        if not request.context or (isinstance(request, Continuation) and not request.continuation):
+            raise ValueError(f"request {number} has an empty context or continuation: give at least one token of each")
+        reads.append(np.asarray(request.read, dtype=np.int64))
+    # Big-endian bytes sort as the token lists do, at the speed of memcmp.
+    keys = [tokens.astype(">u4").tobytes() for tokens in reads]
+    order = sorted(range(len(requests)), key=keys.__getitem__)
+    shared = [0] + [common_prefix(reads[a], reads[b]) if share else 0 for a, b in itertools.pairwise(order)]
+    steps: list[Step] = []
+    wanted: list[tuple[int, int]] = []  # of this request and those after it, on this request's path
+    for place in range(len(order) - 1, -1, -1):
+        after = shared[place + 1] if place + 1 < len(order) else 0
+        later = _clip(wanted, after)
+        steps.append(Step(order[place], reads[order[place]], shared[place], tuple(later)))
+        wanted = _union([*later, requests[order[place]].needed])
+    return steps[::-1]
+
+
+def common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """Length of the longest common prefix of two token arrays."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def _clip(ranges: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    return [(a, min(b, end)) for a, b in ranges if a < end]
+
+
+def _union(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for a, b in sorted(ranges):
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return merged
+
+
+def cost(steps: Sequence[Step]) -> float:
+    """Attention work of reading these steps: the growth of the squared length, tokens^2."""
+    return float(sum(len(step.tokens) ** 2 - step.shared**2 for step in steps))
+
+
+def share_work(requests: Sequence[Request], ranks: int) -> list[list[int]]:
+    """Divide requests among ranks by cost (length squared), keeping shared prefixes together where that stays balanced.
+
+    The sorted requests are cut where neighbours share least, until no piece costs more than a quarter of a rank's fair
+    share; then the dearest pieces go first, each to the rank with least work. A rank may get none.
+
+    Returns:
+        Request indices of each rank; the same on every rank that calls it.
+    """
+    steps = plan_reading(requests)
+    if ranks == 1:
+        return [[step.index for step in steps]]
+    fair = cost(steps) / (4 * ranks)
+    pieces, waiting = [], [steps] if steps else []
+    while waiting:
+        piece = waiting.pop()
+        # Near the middle among the cuts that share least; a cut costs reading its shared prefix twice.
+        cut = min(range(1, len(piece)), key=lambda i: (piece[i].shared, abs(i - len(piece) // 2)), default=0)
+        if not cut or cost(piece) <= fair or piece[cut].shared ** 2 > cost(piece) / 8:
+            pieces.append(piece)
+        else:
+            waiting += [piece[:cut], [_root(piece[cut]), *piece[cut + 1 :]]]
+    work: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for piece in sorted(pieces, key=lambda p: (-cost(p), p[0].index)):
+        rank = load.index(min(load))
+        load[rank] += cost(piece)
+        work[rank] += [step.index for step in piece]
+    return work
+
+
+def _root(step: Step) -> Step:
+    """The step as the first of its rank, with nothing shared yet."""
+    return Step(step.index, step.tokens, 0, step.later)
+
+
+class Scorer:
+    """Runs requests over a model.
+
+    Args:
+        model: behind the `CausalModel` protocol; its cache is used from empty and left empty.
+        chunks: sizes of what is held at once.
+        share: False reads every request from its start: the plain path that the shared one is tested against.
+    """
+
+    def __init__(self, model: CausalModel, *, chunks: Chunks | None = None, share: bool = True):
+        self.model, self.chunks, self.share = model, chunks or Chunks(), share
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score | list[int]]]:
+        """Yield (index of the request, result) in reading order.
+
+        Results are `Score` for a `Continuation` and the new tokens for a `Generation`.
+
+        Raises:
+            ValueError: a request that is longer than the model reads, or a token id outside the vocabulary.
+        """
+        for number, request in enumerate(requests):
+            self._check(number, request)
+        whole = self.model.reads_whole
+        self.model.truncate(0)
+        kept: list[tuple[int, Tensor]] = []  # (first position, states [K, H]) that later requests still want
+        for step in plan_reading(requests, share=self.share and not whole):
+            request = requests[step.index]
+            self.model.truncate(step.shared)
+            kept = list(_cut(kept, [(0, step.shared)]))
+            blocks = self._read(step, whole)
+            result: Score | list[int]
+            if isinstance(request, Continuation):
+                result, kept = self._score(request, kept, blocks, step)
+            else:
+                last = (len(step.tokens) - 1, len(step.tokens))
+                for block in blocks:
+                    kept += _copies(block, _union([*step.later, last]))
+                (_, last_1H), *_ = _cut(kept, [last])
+                result = self._generate(request, last_1H[0], len(step.tokens))
+                kept = list(_cut(kept, step.later))
+            yield step.index, result
+        self.model.truncate(0)
+
+    def score(self, requests: Sequence[Continuation], *, progress: Callable[[int], object] | None = None) -> list[Score]:
+        """Scores in the order of the requests; `progress` is told the length of each that is done. Errors as `run`."""
+        return cast(list[Score], self._all(requests, progress))
+
+    def generate(self, requests: Sequence[Generation], *, progress: Callable[[int], object] | None = None) -> list[list[int]]:
+        """New tokens in the order of the requests; `progress` and errors as `score`."""
+        return cast(list[list[int]], self._all(requests, progress))
+
+    def _all(self, requests: Sequence[Request], progress: Callable[[int], object] | None) -> list[Score | list[int]]:
+        results: dict[int, Score | list[int]] = {}
+        for index, result in self.run(requests):
+            results[index] = result
+            if progress is not None:
+                progress(len(requests[index].read))
+        return [results[i] for i in range(len(requests))]
+
+    def _check(self, number: int, request: Request) -> None:
+        length = len(request.context) + (
+            request.max_new_tokens if isinstance(request, Generation) else len(request.continuation) - 1
+        )
+        if length > self.model.max_length:
+            raise ValueError(f"request {number} needs {length} tokens of context, the model reads {self.model.max_length}")
+        tokens = np.asarray(request.context if isinstance(request, Generation) else [*request.context, *request.continuation])
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.model.vocab_size):
+            raise ValueError(
+                f"request {number} has token ids outside 0..{self.model.vocab_size - 1}: is this the model's tokenizer?"
+            )
+
+    def _read(self, step: Step, whole: bool) -> Iterator[tuple[int, Tensor]]:
+        """Read what is new, a chunk at a time -> (position of the first, states [S, H])."""
+        size = len(step.tokens) if whole else self.chunks.read
+        for start in range(step.shared, len(step.tokens), size):
+            tokens_S = torch.from_numpy(step.tokens[start : start + size])
+            yield start, self.model.extend(tokens_S)
+
+    def _score(
+        self, request: Continuation, kept: list[tuple[int, Tensor]], blocks: Iterator[tuple[int, Tensor]], step: Step
+    ) -> tuple[Score, list[tuple[int, Tensor]]]:
+        """Score a continuation from kept and new states; returns also what later requests want of them."""
+        targets = np.asarray(request.continuation, np.int64)
+        first, end = request.needed
+        rows = max(1, self.chunks.logits // (4 * self.model.vocab_size))
+        log_probs, greedy, still = [], True, list(_cut(kept, step.later))
+        for block in _chain(kept, blocks):
+            for start, states_KH in _cut([block], [(first, end)]):
+                for i in range(0, len(states_KH), rows):
+                    some_KH = states_KH[i : i + rows]
+                    targets_K = torch.from_numpy(targets[start + i - first : start + i - first + len(some_KH)])
+                    logp_K, greedy_K = self.model.log_probs(some_KH, targets_K)
+                    log_probs.append(logp_K)
+                    greedy = greedy and bool(greedy_K.all())
+            if block[0] >= step.shared:
+                still += _copies(block, step.later)
+        return Score(token_log_probs=torch.cat(log_probs).float().cpu().numpy(), is_greedy=greedy), still
+
+    def _generate(self, request: Generation, state_H: Tensor, length: int) -> list[int]:
+        """Decode after `length` cached tokens, then forget what was made."""
+        random = None
+        if request.temperature > 0:
+            words = np.asarray([request.seed, *request.context], np.int64).tobytes()
+            random = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) >> 1)
+        made: list[int] = []
+        while len(made) < request.max_new_tokens:
+            made.append(choose(self.model.next_logits(state_H), request, random))
+            if request.stop(made) or len(made) == request.max_new_tokens:
+                break
+            if self.model.reads_whole:
+                self.model.truncate(0)
+                state_H = self.model.extend(torch.tensor([*request.context, *made]))[-1]
+            else:
+                state_H = self.model.extend(torch.tensor(made[-1:]))[-1]
+        self.model.truncate(length)
+        return made
+
+
+def choose(logits_V: Tensor, request: Generation, random: torch.Generator | None) -> int:
+    """The next token: the most likely one, or a draw at the request's temperature within its top-k and top-p."""
+    if random is None:
+        return int(logits_V.argmax())
+    # Drawn on the CPU in float64, so that the draw does not depend on the device.
+    probs, ids = torch.softmax(logits_V.double().cpu() / request.temperature, -1).sort(descending=True, stable=True)
+    keep = (probs.cumsum(-1) - probs) < request.top_p
+    if request.top_k:
+        keep[request.top_k :] = False
+    return int(ids[torch.multinomial(probs * keep, 1, generator=random)])
+
+
+def logits_to_log_probs(logits_KV: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 log-probability of each target and whether it is the argmax, from whole rows of logits."""
+    logits_KV = logits_KV.float()
+    targets_K = targets_K.to(logits_KV.device)
+    picked_K = logits_KV.gather(-1, targets_K[:, None])[:, 0]
+    return picked_K - torch.logsumexp(logits_KV, -1), logits_KV.argmax(-1) == targets_K
+
+
+def _cut(blocks: Sequence[tuple[int, Tensor]], ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
+    """The parts of blocks of states that lie in `ranges` (disjoint, rising), as views."""
+    for start, states in blocks:
+        for a, b in ranges:
+            low, high = max(a, start), min(b, start + len(states))
+            if low < high:
+                yield low, states[low - start : high - start]
+
+
+def _copies(block: tuple[int, Tensor], ranges: Sequence[tuple[int, int]]) -> list[tuple[int, Tensor]]:
+    """As `_cut`, but copied: a view would keep the whole chunk of states alive."""
+    return [(start, states.clone()) for start, states in _cut([block], ranges)]
+
+
+def _chain(kept: list[tuple[int, Tensor]], blocks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    yield from sorted(kept, key=lambda block: block[0])
+    yield from blocks
+
+
+def token_losses(model: CausalModel, tokens: Sequence[int], *, chunks: Chunks | None = None) -> NDArray[np.float32]:
+    """Loss of every prediction within one document: entry p is that of token p + 1 after tokens 0..p. Nats, [len - 1]."""
+    (score,) = Scorer(model, chunks=chunks).score([Continuation(context=tokens[:1], continuation=tokens[1:])])
+    return -score.token_log_probs

@@ -1,0 +1,26 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+
+
+def tiny_llama(vocab=101, layers=2, seed=0, length=512, **more):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+        initializer_range=0.4,  # wide enough that logits, and so greedy choices, are far apart
+        **more,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_llama()

@@ -1,0 +1,205 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.scoring import Chunks, Continuation, Generation, Scorer, cost, plan_reading, share_work, token_losses
+
+VOCAB = 101
+SMALL = Chunks(read=5, logits=3 * 4 * VOCAB)  # 5 tokens a pass, 3 rows of logits: every seam is crossed
+
+
+def reference(model, request):
+    """Log-probabilities of a continuation from one uncached pass with full logits."""
+    tokens = torch.tensor([*request.context, *request.continuation])
+    with torch.inference_mode():
+        logits = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)[len(request.context) - 1 :]
+    targets = tokens[len(request.context) :]
+    return logits.gather(-1, targets[:, None])[:, 0].numpy(), bool((logits.argmax(-1) == targets).all())
+
+
+def never(_):
+    return False
+
+
+def check(model, requests, scores):
+    for request, score in zip(requests, scores, strict=True):
+        expected, greedy = reference(model, request)
+        np.testing.assert_allclose(score.token_log_probs, expected, atol=2e-5)
+        assert score.is_greedy == greedy
+        assert score.log_likelihood == pytest.approx(expected.sum(), abs=1e-4)
+
+
+class Counting(HFCausalModel):
+    """Counts the tokens that were read."""
+
+    read = 0
+
+    def extend(self, tokens_S):
+        self.read += len(tokens_S)
+        return super().extend(tokens_S)
+
+
+def test_a_document_is_read_once_for_all_its_questions_and_options(llama):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, VOCAB, 60).tolist() for _ in range(2)]
+    questions = [rng.integers(0, VOCAB, 9).tolist() for _ in range(5)]
+    options = [rng.integers(0, VOCAB, 4).tolist() for _ in range(4)]
+    requests = [Continuation(context=d + q, continuation=o) for q in questions for o in options for d in documents]
+    model = Counting(llama)
+    model.read = 0
+    scores = Scorer(model, chunks=SMALL).score(requests)
+    assert model.read == sum(len(step.tokens) - step.shared for step in plan_reading(requests))
+    assert model.read <= 2 * (60 + 5 * (9 + 4 * 3))
+    check(llama, requests, scores)
+
+
+# Few tokens and short lists make prefixes that nest, repeat, end inside one another and split within continuations.
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+CONTINUATIONS = st.builds(lambda c, t: Continuation(context=c, continuation=t), TOKENS, TOKENS)
+GENERATIONS = st.builds(lambda c, n: Generation(context=c, max_new_tokens=n, stop=never), TOKENS, st.integers(1, 4))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.one_of(CONTINUATIONS, GENERATIONS), max_size=8), st.integers(1, 7), st.integers(1, 4))
+def test_shared_prefixes_change_no_result(llama, requests, read, rows):
+    model = HFCausalModel(llama)
+    chunks = Chunks(read=read, logits=rows * 4 * VOCAB)
+    shared = dict(Scorer(model, chunks=chunks).run(requests))
+    plain = dict(Scorer(model, share=False).run(requests))
+    assert set(shared) == set(plain) == set(range(len(requests)))
+    for index, request in enumerate(requests):
+        if isinstance(request, Generation):
+            assert shared[index] == plain[index]
+        else:
+            check(llama, [request, request], [shared[index], plain[index]])
+
+
+def test_adversarial_prefixes(llama):
+    """A request that is another's prefix, equal requests, one split inside another's continuation, one token apart."""
+    rng = np.random.default_rng(1)
+    line = rng.integers(0, VOCAB, 40).tolist()
+    requests = [Continuation(context=line[:i], continuation=line[i:j]) for i in (1, 7, 20, 39) for j in (21, 25, 40) if i < j]
+    requests += [Continuation(context=line[:20], continuation=[t]) for t in range(20)]
+    requests += [Continuation(context=[*line[:20], 5], continuation=line[21:]), requests[0], requests[0]]
+    order = rng.permutation(len(requests))
+    requests = [requests[i] for i in order]
+    check(llama, requests, Scorer(HFCausalModel(llama), chunks=SMALL).score(requests))
+
+
+def test_states_kept_for_later_are_only_those_wanted():
+    a = Continuation(context=[1, 2, 3, 4, 5, 6, 7, 8], continuation=[9, 1])
+    b = Continuation(context=[1, 2, 3, 4, 5, 6, 7, 8], continuation=[9, 2])
+    c = Continuation(context=[1, 2], continuation=[3, 4, 9])
+    steps = plan_reading([a, b, c])
+    assert [step.index for step in steps] == [2, 0, 1] or [step.index for step in steps] == [0, 1, 2]
+    for step, following in itertools.pairwise(steps):
+        assert all(end <= following.shared for _, end in step.later)
+    assert steps[-1].later == ()
+
+
+def test_greedy_generation_is_transformers_own(llama):
+    rng = np.random.default_rng(2)
+    stem = rng.integers(0, VOCAB, 30).tolist()
+    contexts = [stem, stem[:12], [*stem, 4], [*stem, 4, 5], stem]
+    got = Scorer(HFCausalModel(llama), chunks=SMALL).generate(
+        [Generation(context=c, max_new_tokens=12, stop=lambda made: made[-1] == 7) for c in contexts]
+    )
+    for context, made in zip(contexts, got, strict=True):
+        out = llama.generate(torch.tensor([context]), max_new_tokens=12, do_sample=False, eos_token_id=7, pad_token_id=0)
+        assert made == out[0, len(context) :].tolist()
+
+
+def test_sampling_depends_on_seed_and_context_only(llama):
+    scorer = Scorer(HFCausalModel(llama))
+
+    def sample(contexts, **more):
+        options = {"max_new_tokens": 8, "stop": never, "temperature": 1.5, **more}
+        return scorer.generate([Generation(context=c, **options) for c in contexts])
+
+    together = sample([[1, 2], [1, 2, 3], [4]])
+    state = torch.get_rng_state()
+    assert [sample([c])[0] for c in ([1, 2], [1, 2, 3], [4])] == together
+    assert sample([[4], [1, 2]], seed=1) != [together[2], together[0]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample([[1, 2]], top_k=1) == sample([[1, 2]], temperature=0.0) == sample([[1, 2]], top_p=1e-9)
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "dynamic", "factor": 4.0}])
+def test_length_dependent_frequencies_are_not_shared(scaling):
+    model = tiny_llama(length=16, rope_scaling=scaling)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 60).tolist()
+    requests = [Continuation(context=tokens[:n], continuation=tokens[n : n + 3]) for n in (10, 30, 50)]
+    scorer = Scorer(HFCausalModel(model, max_length=64), chunks=SMALL)
+    for request, score in zip(requests, scorer.score(requests), strict=True):
+        # transformers grows the table and never shrinks it: compare with a fresh reading of the same state.
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.original_inv_freq
+        model.model.rotary_emb.max_seq_len_cached = 16
+        np.testing.assert_allclose(score.token_log_probs, reference(model, request)[0], atol=2e-5)
+
+
+def test_token_losses_is_the_loss_of_every_position(llama):
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 50).tolist()
+    expected = -reference(llama, Continuation(context=tokens[:1], continuation=tokens[1:]))[0]
+    np.testing.assert_allclose(token_losses(HFCausalModel(llama), tokens, chunks=SMALL), expected, atol=2e-5)
+
+
+def test_work_is_shared_by_cost_and_documents_stay_whole():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, VOCAB, n).tolist() for n in (400, 300, 300, 200, 200, 200, 20, 20, 20)]
+    requests = [Continuation(context=[*d, q], continuation=[o]) for d in documents for q in range(4) for o in range(4)]
+    for ranks in (1, 2, 3, 4):
+        work = share_work(requests, ranks)
+        assert sorted(i for part in work for i in part) == list(range(len(requests)))
+        costs = [cost(plan_reading([requests[i] for i in part])) for part in work]
+        assert sum(costs) <= 1.05 * cost(plan_reading(requests))  # no document is read on two ranks
+        assert max(costs) <= max(1.3 * sum(costs) / ranks, 1.05 * 420**2)
+    assert share_work(requests[:1], 3).count([]) == 2
+    assert share_work([], 2) == [[], []]
+
+
+def test_one_long_list_of_short_requests_is_spread():
+    requests = [Continuation(context=[1, 2, 3, i % VOCAB, i // VOCAB, *range(20)], continuation=[4]) for i in range(400)]
+    sizes = [len(part) for part in share_work(requests, 4)]
+    assert min(sizes) > 60
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Continuation(context=[], continuation=[1]), "request 0 has an empty context"),
+        (Continuation(context=[1], continuation=[]), "empty context or continuation"),
+        (Continuation(context=[1] * 600, continuation=[1]), "needs 600 tokens of context, the model reads 512"),
+        (Generation(context=[1] * 500, max_new_tokens=20, stop=never), "needs 520 tokens"),
+        (Continuation(context=[1], continuation=[VOCAB]), "outside 0..100"),
+    ],
+)
+def test_impossible_requests_are_refused(llama, request_, message):
+    with pytest.raises(ValueError, match=message):
+        list(Scorer(HFCausalModel(llama)).run([request_]))
+
+
+def test_bad_settings_are_refused():
+    for bad in ({"temperature": -1}, {"top_p": 0.0}, {"top_k": -1}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            Generation(context=[1], max_new_tokens=1, stop=never, **bad)
+    with pytest.raises(ConfigError, match=r"chunks\.read"):
+        Chunks(read=0)
+
+
+def test_a_head_that_does_more_than_a_product_is_found_out():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.05, initializer_range=0.5,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        HFCausalModel(Gemma2ForCausalLM(config))
