@@ -13,8 +13,11 @@ from nemo_longctx.config import did_you_mean
 # name -> what `--help` says of it. The module is nemo_longctx.commands.NAME and has
 # configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
 COMMANDS = {
+    "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",
+    "rope": "frequencies, score decay, granularity and wavelengths of RoPE variants; advice for a target length",
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
     "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and a figure",
+    "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
 }
 
 

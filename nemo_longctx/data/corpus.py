@@ -18,6 +18,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import struct
 from collections.abc import Sequence
 from functools import cached_property
@@ -207,6 +208,7 @@ class ShardedCorpus:
     def __init__(self, prefixes: Sequence[str | os.PathLike[str]]):
         if not prefixes:
             raise ConfigError("corpus", list(prefixes), "name at least one prefix")
+        _allow_open_files(2 * len(prefixes))
         self.shards = tuple(IndexedCorpus(prefix) for prefix in prefixes)
         self.prefix = self.shards[0].prefix
         self.dtype = self.shards[0].dtype
@@ -270,8 +272,9 @@ class ShardedCorpus:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What `prepare` wrote beside the first shard; empty where something else wrote it."""
-        return self.shards[0].provenance
+        """What `prepare` wrote beside the first shard or beside its directory; empty where something else wrote it."""
+        path = Path(f"{os.path.dirname(self.prefix)}.json")
+        return self.shards[0].provenance or (json.loads(path.read_text("utf-8")) if path.is_file() else {})
 
     def fingerprint(self) -> str:
         """A hash of the shards' own fingerprints, in order."""
@@ -303,6 +306,25 @@ def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         else:
             prefixes.append(each)
     return IndexedCorpus(prefixes[0]) if len(prefixes) == 1 else ShardedCorpus(prefixes)
+
+
+def _allow_open_files(n: int) -> None:
+    """Raise the soft limit on open files: Python holds a descriptor for every map.
+
+    Raises:
+        ConfigError: the hard limit is in the way.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 512  # for all else that the process opens
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ConfigError(
+            "corpus",
+            f"{n // 2} shards",
+            f"they need {wanted} open files, the limit is {hard}; merge them, or raise `ulimit -Hn`",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _without_suffix(prefix: str) -> str:

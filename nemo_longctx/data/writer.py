@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -61,15 +61,19 @@ class CorpusWriter:
         if not self.lengths:
             self.abandon()
             raise ConfigError("corpus", self.prefix, "no document was written; the input holds none")
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
-        write_index(f"{self.prefix}.idx.part", [np.frombuffer(self.lengths, np.int32)], self.dtype)
-        publish(self.prefix, self.prefix)
+        write_index(f"{self.prefix}.idx.part", np.frombuffer(self.lengths, np.int32), self.dtype)
+        # Killed between the renames, there is no corpus rather than an index of other tokens.
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        os.replace(f"{self.prefix}.bin.part", f"{self.prefix}.bin")
+        os.replace(f"{self.prefix}.idx.part", f"{self.prefix}.idx")
 
     def abandon(self) -> None:
         """Drop what was written."""
         self._file.close()
-        Path(f"{self.prefix}.bin.part").unlink(missing_ok=True)
+        for suffix in ("bin", "idx"):
+            Path(f"{self.prefix}.{suffix}.part").unlink(missing_ok=True)
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -81,39 +85,28 @@ class CorpusWriter:
             self.abandon()
 
 
-def write_index(path: str | os.PathLike[str], lengths: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Write an `.idx` of one sequence a document.
+def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write an `.idx` of one sequence a document, in pieces, so that `lengths` may be a map larger than memory.
 
     Args:
         path: the file to write.
-        lengths: int32 tokens per document, in pieces (one array a shard).
+        lengths: int32 [n_documents], tokens per document.
         dtype: dtype of the tokens in the `.bin`.
     """
-    pieces = list(lengths)
-    n_documents = sum(len(piece) for piece in pieces)
+    n_documents = len(lengths)
+    starts = range(0, n_documents, _PIECE)
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, 1, CODE_OF_DTYPE[np.dtype(dtype)], n_documents, n_documents + 1))
-        for piece in pieces:
-            file.write(piece.astype("<i4").tobytes())
+        for start in starts:
+            file.write(lengths[start : start + _PIECE].astype("<i4").tobytes())
         position = 0
-        for piece in pieces:
-            for start in range(0, len(piece), _PIECE):
-                ends = position + np.cumsum(piece[start : start + _PIECE], dtype=np.int64) * np.dtype(dtype).itemsize
-                file.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes())
-                position = int(ends[-1])
+        for start in starts:
+            ends = position + np.cumsum(lengths[start : start + _PIECE], dtype=np.int64) * np.dtype(dtype).itemsize
+            file.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes())
+            position = int(ends[-1])
         for start in range(0, n_documents + 1, _PIECE):
             file.write(np.arange(start, min(start + _PIECE, n_documents + 1), dtype="<i8").tobytes())
-        _sync(file)
-
-
-def publish(partial: str, prefix: str) -> None:
-    """Give a finished `PARTIAL.bin.part/.idx.part` the names of `prefix`, replacing what has them.
-
-    The `.idx` goes first and comes last: killed in between, there is no corpus rather than an index of other tokens.
-    """
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    os.replace(f"{partial}.bin.part", f"{prefix}.bin")
-    os.replace(f"{partial}.idx.part", f"{prefix}.idx")
+        sync(file)
 
 
 @contextmanager
@@ -132,6 +125,7 @@ def explain_full_disk(where: str) -> Iterator[None]:
         raise OSError(error.errno, f"{os.strerror(error.errno)} while writing {where}; {mend}") from error
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
+    """Bring a file's bytes to the disk before a rename makes them count."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,0 +1,126 @@
+"""`nemo-longctx prepare`: text -> Megatron's `.bin/.idx`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import fields
+from typing import Any
+
+from nemo_longctx.data.readers import FORMATS
+
+EPILOG = """\
+examples:
+  nemo-longctx prepare books.jsonl.zst papers/ --output data/long --tokenizer meta-llama/Llama-2-7b-hf
+  nemo-longctx prepare src/ --glob '*.py' --glob '*.md' --output data/code --tokenizer data/bpe --train-tokenizer 8192 \\
+      --holdout 0.02 --on-error skip
+
+Killed at any moment, the same command goes on and ends with the same bytes. PREFIX.json says how the corpus was made;
+PREFIX.rejected.tsv lists every record left out, with its file, line and reason. A special token spelled in a text is text.
+"""
+
+
+def size(text: str) -> int:
+    """`16M` -> 16,000,000; K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 16M or 64MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="JSONL (.gz, .zst), Parquet or text files, or directories of them"
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="Hugging Face name or directory")
+    parser.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE on the input, save it there"
+    )
+    parser.add_argument("--train-tokenizer-bytes", type=size, metavar="SIZE", help="text to train it on (default 16MiB)")
+    parser.add_argument("--keys", type=lambda text: tuple(text.split(",")), help="texts of a record, joined (default: text)")
+    parser.add_argument(
+        "--glob", dest="globs", action="append", help="which files of directories, e.g. '*.txt'; may be repeated"
+    )
+    parser.add_argument("--format", choices=("auto", *FORMATS), help="of all input (default: by each file's name)")
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, help="end documents with a token (default: yes)")
+    parser.add_argument("--eod-token", metavar="TOKEN", help="which one (default: the tokenizer's eos_token)")
+    parser.add_argument("--on-error", choices=("fail", "skip"), help="at a bad record (default: fail)")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="share of documents for PREFIX_holdout (default 0)")
+    parser.add_argument("--max-input-bytes", type=size, metavar="SIZE", help="a random choice of whole files, up to this size")
+    parser.add_argument("--seed", type=int, help="of the holdout and that choice (default 1234)")
+    parser.add_argument("--workers", type=int, help="processes, or Ray tasks at a time (default: one a core)")
+    parser.add_argument("--engine", help="processes (default) or ray (RAY_ADDRESS names a cluster; shared file system)")
+    parser.add_argument(
+        "--keep-shards", action="store_true", default=None, help="leave a directory PREFIX/ of shards, unmerged"
+    )
+    parser.add_argument("--shard-bytes", type=size, metavar="SIZE", help="input per shard (default: 1/64 of it, 1 to 256 MiB)")
+    parser.add_argument("--force", action="store_true", default=None, help="replace a corpus that other settings made")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, and print the report."""
+    import sys
+
+    from nemo_longctx.data.prepare import PrepareConfig, prepare
+
+    given = {field.name: getattr(args, field.name) for field in fields(PrepareConfig)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = PrepareConfig(**{name: value for name, value in values.items() if value is not None})
+    bars = _Bar()
+    try:
+        made = prepare(config, say=lambda line: print(line, file=sys.stderr), progress=bars.open)
+    finally:
+        bars.close()
+    if args.json:
+        print(json.dumps(made, indent=1))
+    else:
+        _print_report(config.output, made)
+    return 0
+
+
+class _Bar:
+    """A tqdm bar over input bytes that also shows documents and tokens per second."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._documents = self._tokens = 0
+
+    def open(self, n_bytes: int) -> Any:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing", dynamic_ncols=True)
+        return self._step
+
+    def _step(self, n_bytes: int, documents: int, tokens: int) -> None:
+        self._documents += documents
+        self._tokens += tokens
+        rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{self._documents:,} docs, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(n_bytes)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _print_report(output: str, made: dict[str, Any]) -> None:
+    for split, name in (("train", output), ("holdout", f"{output}_holdout")):
+        if made["documents"][split]:
+            print(f"{name}: {made['documents'][split]:,} documents, {made['tokens'][split]:,} tokens ({made['dtype']})")
+    rejected = made["bad_records"] + made["empty_records"]
+    if rejected:
+        where = f"{output}.rejected.tsv"
+        print(f"left out: {made['bad_records']:,} bad and {made['empty_records']:,} empty records, listed in {where}")
+        with open(where, encoding="utf-8") as file:
+            for line, _ in zip(file, range(5), strict=False):
+                path, number, reason = line.rstrip("\n").split("\t", 2)
+                print(f"  {path}:{number}: {reason}")
+        if rejected > 5:
+            print(f"  ... and {rejected - 5:,} more")

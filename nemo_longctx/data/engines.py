@@ -1,0 +1,154 @@
+"""Where `prepare` runs its shards: processes of this machine, or a Ray cluster. Both run `shards.tokenize_shard`."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, tokenize_shard
+
+Done = Iterator[tuple[ShardJob, ShardReport]]
+
+
+class StoppedError(Exception):
+    """Raised in a worker when the run has failed elsewhere."""
+
+
+def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) -> Done:
+    """Run the jobs in `workers` processes; yields each as it ends, in any order.
+
+    Raises:
+        ConfigError, OSError: what the first failing shard raised; the others stop within a batch.
+    """
+    context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
+    counters, stop = context.Array("q", 3), context.Event()
+    told = [0, 0, 0]
+
+    def tell() -> None:
+        now = list(counters.get_obj())  # without the lock: a killed worker may have it
+        progress(*(new - old for new, old in zip(now, told, strict=True)))
+        told[:] = now
+
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counters, stop))
+    try:
+        # Only a few jobs wait in the pool: a million shards need no million futures.
+        todo = iter(jobs)
+        running: dict[Any, ShardJob] = {}
+        while True:
+            for job in _next(todo, 2 * workers - len(running)):
+                running[pool.submit(_run_in_worker, job)] = job
+            if not running:
+                return
+            done, _ = wait(running, timeout=0.25, return_when=FIRST_COMPLETED)
+            tell()
+            for future in done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        mend = "a worker process was killed (out of memory?); use fewer, and the same command goes on from here"
+        raise ConfigError("workers", workers, mend) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _next(jobs: Iterator[ShardJob], n: int) -> Iterator[ShardJob]:
+    for _ in range(n):
+        job = next(jobs, None)
+        if job is None:
+            return
+        yield job
+
+
+def _start_worker(counters: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us by `stop`
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    def progress(*steps: int) -> None:
+        if stop.is_set():
+            raise StoppedError
+        with counters.get_lock():
+            for i, step in enumerate(steps):
+                counters[i] += step
+
+    global _progress
+    _progress = progress
+
+
+_progress: Progress
+
+
+def _die_with_parent() -> None:
+    """A killed parent must not leave a worker that writes beside the next run's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _run_in_worker(job: ShardJob) -> ShardReport:
+    return tokenize_shard(job, _progress)
+
+
+def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) -> Done:
+    """Run the jobs as Ray tasks of one CPU each, at most `workers` at a time; yields each as it ends.
+
+    Joins the cluster that RAY_ADDRESS names (or the one already joined), else starts Ray on this machine with `workers` CPUs.
+    Every node must see the input and the output under the same paths (a shared file system).
+
+    Raises:
+        ConfigError: Ray is not installed, or what the first failing shard raised.
+        OSError: likewise.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine", "ray", "Ray is not installed; pip install ray, or use --engine processes")
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="warning", **here)
+    try:
+        task = ray.remote(num_cpus=1, max_retries=3)(_run_on_node)
+        todo = iter(jobs)
+        running: dict[Any, ShardJob] = {}
+        while True:
+            for job in _next(todo, workers - len(running)):
+                running[task.remote(job)] = job
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                job = running.pop(reference)
+                report = _ray_result(ray, reference)
+                n_bytes = sum(part.n_bytes for part in job.parts)
+                progress(n_bytes, sum(report.documents.values()), sum(report.tokens.values()))
+                yield job, report
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run_on_node(job: ShardJob) -> ShardReport:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return tokenize_shard(job, lambda n_bytes, documents, tokens: None)
+
+
+def _ray_result(ray: Any, reference: Any) -> ShardReport:
+    """The report, or the worker's own error without Ray's wrapping."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+ENGINES: dict[str, Callable[..., Done]] = {"processes": run_in_processes, "ray": run_on_ray}

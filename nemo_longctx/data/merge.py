@@ -1,0 +1,98 @@
+"""Finished shards -> the output of `prepare`: one `.bin/.idx` a split, or a directory of shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import IndexedCorpus
+from nemo_longctx.data.shards import ShardJob, ShardReport
+from nemo_longctx.data.writer import sync, write_index
+
+
+def output_names(output: str, holdout: bool) -> dict[str, str]:
+    """Prefix of the corpus of each split; `train` last, since it is published last and so says that all is there."""
+    return {"holdout": f"{output}_holdout", "train": output} if holdout else {"train": output}
+
+
+def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
+    """Concatenate the shards in their order and give the result its names, `.idx` last.
+
+    Raises:
+        ConfigError: a split got no document.
+    """
+    names = _checked_names(output, made)
+    for split in names:
+        prefixes = [job.prefix(split) for job, report in zip(jobs, reports, strict=True) if report.documents[split]]
+        partial = os.path.join(jobs[0].directory, split)
+        with open(f"{partial}.bin.part", "wb") as tokens, open(f"{partial}.lengths", "wb") as lengths:
+            for prefix in prefixes:
+                lengths.write(IndexedCorpus(prefix).lengths.tobytes())
+                with open(f"{prefix}.bin", "rb") as shard:
+                    shutil.copyfileobj(shard, tokens, 1 << 22)
+            sync(tokens)
+        write_index(f"{partial}.idx.part", np.memmap(f"{partial}.lengths", np.int32, mode="r"), np.dtype(made["dtype"]))
+    # No index of the old corpus may outlive its tokens: killed from here on, the next run finishes from the shards.
+    for name in names.values():
+        Path(f"{name}.idx").unlink(missing_ok=True)
+    _publish_notes(output, made, reports)
+    for split, name in names.items():
+        partial = os.path.join(jobs[0].directory, split)
+        for suffix in ("bin", "idx"):
+            os.replace(f"{partial}.{suffix}.part", f"{name}.{suffix}")
+
+
+def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
+    """Make each split's directory of shards the output, as it is.
+
+    Raises:
+        ConfigError: a split got no document.
+    """
+    names = _checked_names(output, made)
+    _publish_notes(output, made, reports)
+    for split, name in names.items():
+        shards = os.path.join(jobs[0].directory, split)
+        if os.listdir(shards):  # else an earlier run was killed after it moved this split
+            shutil.rmtree(name, ignore_errors=True)
+            os.rename(shards, name)
+
+
+def is_shard_directory(path: str) -> bool:
+    """Whether a directory holds nothing but shards, so that replacing it loses nothing else."""
+    return all(name.startswith("shard-") and name.endswith((".bin", ".idx")) for name in os.listdir(path))
+
+
+def _checked_names(output: str, made: dict[str, Any]) -> dict[str, str]:
+    names = output_names(output, made["settings"]["holdout"] > 0)
+    for split in names:
+        if made["documents"][split] == 0:
+            if split == "train" and made["settings"]["holdout"] == 0:
+                counts = f"{made['bad_records']} bad and {made['empty_records']} empty records"
+                raise ConfigError("input", " ".join(made["inputs"]), f"it holds no document, only {counts}; name other input")
+            mend = f"no document fell to the {split} split; use a share nearer the middle, or more documents"
+            raise ConfigError("holdout", made["settings"]["holdout"], mend)
+    return names
+
+
+def _publish_notes(output: str, made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
+    """OUTPUT.json, OUTPUT_holdout.json, and OUTPUT.rejected.tsv: each record left out, with its file, line and reason."""
+    for name in output_names(output, made["settings"]["holdout"] > 0).values():
+        _write(f"{name}.json", json.dumps(made, indent=1) + "\n")
+    lines = [f"{path}\t{line}\t{reason}\n" for report in reports for path, line, reason in report.bad]
+    lines += [f"{path}\t{line}\tempty\n" for report in reports for path, line in report.empty]
+    if lines:
+        _write(f"{output}.rejected.tsv", "".join(lines))
+    else:
+        Path(f"{output}.rejected.tsv").unlink(missing_ok=True)
+
+
+def _write(path: str, text: str) -> None:
+    Path(f"{path}.part").write_text(text, "utf-8")
+    os.replace(f"{path}.part", path)

@@ -1,0 +1,192 @@
+"""Tokenizers for `prepare`: load one, train a byte-level BPE. `tokenizers` and `transformers` are imported when used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_longctx.config import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+_ALPHABET = 256  # byte-level BPE begins with every byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """A tokenizer as `prepare` uses it.
+
+    Attributes:
+        name: what the user called it: a directory or a Hugging Face name.
+        definition: the text of its `tokenizer.json`.
+        vocab_size: highest token id + 1, added tokens included.
+        eod_token, eod_id: what ends a document; None where it has none.
+    """
+
+    name: str
+    definition: str
+    vocab_size: int
+    eod_token: str | None
+    eod_id: int | None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the definition: two tokenizers with the same hash give the same ids."""
+        return hashlib.sha256(self.definition.encode()).hexdigest()
+
+
+def load_tokenizer(name: str, eod_token: str | None = None) -> TokenizerInfo:
+    """Load a tokenizer from a directory with a `tokenizer.json`, else through transformers' AutoTokenizer.
+
+    Args:
+        name: directory, or name on the Hugging Face hub.
+        eod_token: the token that ends a document, if not the tokenizer's `eos_token`.
+
+    Raises:
+        ConfigError: no such tokenizer, none with a fast (Rust) form, a broken one, or an end token outside the vocabulary.
+    """
+    tokenizer, eos = _from_directory(name) if os.path.isfile(os.path.join(name, "tokenizer.json")) else _from_transformers(name)
+    tokenizer.no_truncation()  # a length limit saved with a tokenizer would cut long documents in silence
+    tokenizer.no_padding()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    eod = eod_token or eos
+    if eod is not None and eod not in vocabulary:
+        raise ConfigError("eod_token", eod, f"not in the vocabulary of {name}; name a token that is")
+    return TokenizerInfo(
+        name=name,
+        definition=tokenizer.to_str(),
+        vocab_size=max(vocabulary.values()) + 1,
+        eod_token=eod,
+        eod_id=None if eod is None else vocabulary[eod],
+    )
+
+
+def _from_directory(directory: str) -> tuple[Tokenizer, str | None]:
+    from tokenizers import Tokenizer
+
+    broken = "its {} is broken ({}); save the tokenizer again"
+    try:
+        tokenizer = Tokenizer.from_str(Path(directory, "tokenizer.json").read_text("utf-8"))
+    except Exception as error:  # the Rust side raises no narrower type
+        raise ConfigError("tokenizer", directory, broken.format("tokenizer.json", error)) from error
+    settings_path = Path(directory, "tokenizer_config.json")
+    try:
+        settings = json.loads(settings_path.read_text("utf-8")) if settings_path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError("tokenizer", directory, broken.format("tokenizer_config.json", error)) from error
+    eos = settings.get("eos_token")
+    return tokenizer, eos["content"] if isinstance(eos, dict) else eos
+
+
+def _from_transformers(name: str) -> tuple[Tokenizer, str | None]:
+    if os.path.exists(name) and not os.path.isdir(name):
+        raise ConfigError("tokenizer", name, "this is a file; name the directory that holds tokenizer.json")
+    if os.path.isdir(name) and not os.listdir(name):
+        raise ConfigError(
+            "tokenizer", name, "an empty directory; name one with a tokenizer, or train one with --train-tokenizer"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        mend = f"no tokenizer there ({why}); name a directory or a hub name, or train one with --train-tokenizer VOCAB"
+        raise ConfigError("tokenizer", name, mend) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "tokenizer", name, "it has no fast form; save one with a tokenizer.json (save_pretrained of the fast class)"
+        )
+    return tokenizer.backend_tokenizer, tokenizer.eos_token
+
+
+@lru_cache(maxsize=2)
+def encoder(path: str) -> Tokenizer:
+    """The tokenizer saved at `path` (a tokenizer.json), once a process. Special tokens spelled in a text stay text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, directory: str, notes: dict[str, Any]) -> None:
+    """Train a byte-level BPE and save it as a directory that transformers loads, all at once or not at all.
+
+    Args:
+        texts: what to train on; the same texts in the same order give the same tokenizer.
+        vocab_size: ids wanted, the two special tokens (end of text = begin, padding) included.
+        directory: where to save; must not exist.
+        notes: what goes into its `training.json`, so that a later run knows how it was made.
+
+    Raises:
+        ConfigError: a vocabulary too small for the bytes, or a text too short to fill it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        mend = f"the text yields only {tokenizer.get_vocab_size()} tokens; ask for no more, or give more text"
+        raise ConfigError("train_tokenizer", vocab_size, mend)
+    partial = f"{directory}.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    tokenizer.save(os.path.join(partial, "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),  # transformers' own way to say: no limit
+    }
+    for name, values in {"tokenizer_config.json": settings, "training.json": notes}.items():
+        Path(partial, name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    os.rename(partial, directory)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """A byte-level BPE needs an id for each byte and special token.
+
+    Raises:
+        ConfigError: fewer.
+    """
+    if vocab_size < _ALPHABET + 2:
+        raise ConfigError(
+            "train_tokenizer", vocab_size, f"too few for {_ALPHABET} bytes and 2 special tokens; ask for 258 or more"
+        )
+
+
+def trained_with(directory: str) -> dict[str, Any] | None:
+    """The notes that `train_bpe` left in a directory; None where nothing is.
+
+    Raises:
+        ConfigError: the path is taken by something that `train_bpe` did not write.
+    """
+    if not os.path.exists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
+        return None
+    try:
+        return json.loads(Path(directory, "training.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        mend = "something is there that was not trained here; name another directory, or leave --train-tokenizer out to use it"
+        raise ConfigError("tokenizer", directory, mend) from error
