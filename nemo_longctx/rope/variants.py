@@ -378,9 +378,13 @@ class XposRope(RopeVariant):
         _check_number("scale_base", self.scale_base, above=0.0)
         _check_number("gamma", self.gamma, above=0.0)
 
-    def xpos_zeta(self, rotary_dim: int) -> Float64s:
+    def xpos_scale(self, rotary_dim: int) -> Float64s:
+        """zeta_j over `scale_base` tokens, float64 [rotary_dim / 2]."""
         share = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
-        return ((share + self.gamma) / (1 + self.gamma)) ** (1.0 / self.scale_base)
+        return (share + self.gamma) / (1 + self.gamma)
+
+    def xpos_zeta(self, rotary_dim: int) -> Float64s:
+        return self.xpos_scale(rotary_dim) ** (1.0 / self.scale_base)
 
 
 VARIANTS: dict[str, type[RopeVariant]] = {

@@ -1,0 +1,192 @@
+"""`nemo-longctx rope show|plot|advise`: what a RoPE variant does, in under two seconds and without torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.analysis import advise, candidates, describe, first_negative, fitted_base, smallest_base
+from nemo_longctx.rope.variants import VARIANTS, Rope, RopeVariant, parse, to_dict
+
+FIGURES = ("decay", "wavelengths", "helices")
+PAPER_BASES = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 10_000_000.0)
+# The four of Xiong et al. 2023, Figure 4, in its order.
+PAPER_VARIANTS = ("rope", "pi:factor=4", "abf:base=500000", "xpos:base=500000")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the three subcommands."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show|plot|advise")
+    show = actions.add_parser("show", help="frequencies, attention factor, granularity, wavelengths and turns of one variant")
+    show.add_argument("--variant", required=True, help=", ".join(sorted(VARIANTS)))
+    for name, kind in _fields().items():
+        flags = sorted({f"--{name.replace('_', '-')}", f"--{name}"})
+        show.add_argument(*flags, dest=f"field_{name}", type=kind, metavar="VALUE", help=f"the variant's {name}")
+    show.add_argument(
+        "--spread", type=float, default=2.0, help="largest pair of x over its smallest, for Theorem 1's bounds (2)"
+    )
+    show.add_argument("--json", action="store_true", help="print JSON")
+    plot = actions.add_parser("plot", help="score decay, wavelengths or helices of several variants, as PNG and CSV")
+    plot.add_argument(
+        "--variants", nargs="+", default=PAPER_VARIANTS, metavar="NAME[:field=value,...]", help="variants to draw"
+    )
+    plot.add_argument("--figures", nargs="+", choices=FIGURES, default=["decay"], help="which (decay)")
+    plot.add_argument("--pair", type=int, default=4, help="pair of dimensions of the helices (4)")
+    plot.add_argument("--positions", type=int, default=24, help="positions on the helices (24)")
+    plot.add_argument("--out", type=Path, default=Path("rope-figures"), help="folder to write (rope-figures)")
+    advice = actions.add_parser("advise", help="compare the variants, and the bases, for one trained and one target length")
+    advice.add_argument("--from", dest="trained", type=int, required=True, metavar="TOKENS", help="trained length")
+    advice.add_argument("--to", dest="target", type=int, required=True, metavar="TOKENS", help="target length")
+    advice.add_argument("--base", type=float, default=10_000.0, help="base of the trained model (10000)")
+    advice.add_argument("--new-base", type=float, help="base of abf and xpos (the smallest that reaches the target)")
+    advice.add_argument("--bases", type=float, nargs="+", default=PAPER_BASES, help="bases to judge")
+    advice.add_argument("--json", action="store_true", help="print JSON")
+    advice.add_argument("--png", type=Path, metavar="FILE", help="also draw the comparison")
+    for sub in (show, plot, advice):
+        sub.add_argument("--head-dim", type=int, default=128, help="dimensions of a head (128)")
+    for sub in (show, plot):
+        sub.add_argument("--rotary-percent", type=float, default=1.0, help="share of them that is rotated (1.0)")
+        sub.add_argument("--seq-length", type=int, default=32_768, help="context, tokens (32768)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch to the subcommand."""
+    actions: Mapping[str, Any] = {"show": _show, "plot": _plot, "advise": _advise}
+    actions[args.action](args)
+    return 0
+
+
+def _fields() -> dict[str, Any]:
+    """Every field of every variant -> what turns its text into a value."""
+    return {field.name: _value for cls in VARIANTS.values() for field in dataclasses.fields(cls)}
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, or numbers joined by commas; other text is left for the variant's own check to name."""
+    if "," in text:
+        return tuple(_value(part) for part in text.split(","))
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _named(text: str) -> RopeVariant:
+    """`pi:factor=4,base=10000` -> a variant. A list of numbers is joined by `/`: `long_factor=1.0/1.5`."""
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {"variant": name}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError("--variants", text, "is NAME:field=value,field=value")
+        values[key] = _value(value.replace("/", ","))
+    return parse(values)
+
+
+def _rotary_dim(args: argparse.Namespace) -> int:
+    return int(args.head_dim * args.rotary_percent)
+
+
+def _show(args: argparse.Namespace) -> None:
+    fields = {name: getattr(args, f"field_{name}") for name in _fields()}
+    variant = parse({"variant": args.variant, **{name: value for name, value in fields.items() if value is not None}})
+    facts = describe(
+        variant,
+        head_dim=args.head_dim,
+        rotary_dim=_rotary_dim(args),
+        spread=args.spread,
+        seq_length=args.seq_length,
+    )
+    if args.json:
+        print(json.dumps({**to_dict(variant), "head_dim": args.head_dim, "seq_length": args.seq_length, **facts}, indent=1))
+        return
+    print("  ".join(f"{key}={value}" for key, value in to_dict(variant).items()))
+    paper = facts["paper"]
+
+    def beside(key: str) -> str:
+        return f"   (Xiong et al. 2023: {paper[key]})" if key in paper else ""
+
+    limit = "none" if facts["granularity_limit"] is None else f"{facts['granularity_limit']:.4f}{beside('granularity_limit')}"
+    print(f"attention factor   {facts['attention_factor']:.6g}")
+    print(f"raw score at 0     {facts['raw_score_at_0']:.2f}{beside('raw_score_at_0')}")
+    lower, upper = facts["granularity_bounds"]
+    print(f"granularity C_d    {facts['granularity']:.4f}, for any x of spread {args.spread:g}: {lower:.4f} to {upper:.4f}")
+    print(f"  as d grows       {limit}")
+    print(f"{'pair':>5}{'inv_freq':>14}{'tokens a turn':>16}{'turns in ' + str(args.seq_length):>18}", end="")
+    print(f"{'xPos scale':>14}" if "xpos_scale" in facts else "")
+    for j, (freq, wave, turns) in enumerate(zip(facts["inv_freq"], facts["wavelengths"], facts["turns"], strict=True)):
+        print(f"{j:>5}{freq:>14.6g}{wave:>16.1f}{turns:>18.3f}", end="")
+        print(f"{facts['xpos_scale'][j]:>14.6f}" if "xpos_scale" in facts else "")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from nemo_longctx.rope.figures import plot_decay, plot_helices, plot_wavelengths
+
+    variants = {text: _named(text) for text in args.variants}
+    rotary_dim = _rotary_dim(args)
+    written: list[Path] = []
+    if "decay" in args.figures:
+        written += plot_decay(variants, args.out, head_dim=args.head_dim, rotary_dim=rotary_dim, distances=args.seq_length)
+    if "wavelengths" in args.figures:
+        written += plot_wavelengths(variants, args.out, rotary_dim=rotary_dim, context=args.seq_length)
+    if "helices" in args.figures:
+        written += plot_helices(variants, args.out, rotary_dim=rotary_dim, pair=args.pair, positions=args.positions)
+    for path in written:
+        print(path)
+
+
+def _advise(args: argparse.Namespace) -> None:
+    if not 1 < args.trained < args.target:
+        raise ConfigError("--to", args.target, f"must be above the trained length, {args.trained}")
+    least = smallest_base(args.target, args.head_dim)
+    new_base = args.new_base if args.new_base is not None else max(least, args.base)
+    variants = candidates(args.trained, args.target, args.base, new_base)
+    rows = advise(variants, trained=args.trained, target=args.target, base=args.base, head_dim=args.head_dim)
+    bases = [_judge(base, args) for base in sorted({*args.bases, args.base, new_base})]
+    if args.json:
+        facts = {"from": args.trained, "to": args.target, "head_dim": args.head_dim, "smallest_base": least}
+        facts |= {
+            "fitted_base": fitted_base(args.target),
+            "bases": bases,
+            "variants": [dataclasses.asdict(row) for row in rows],
+        }
+        print(json.dumps(facts, indent=1))
+    else:
+        _print_advice(args, rows, bases, least)
+    if args.png is not None:
+        from nemo_longctx.rope.figures import plot_advice
+
+        plot_advice(rows, args.png, target=args.target)
+
+
+def _judge(base: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Each base by its own sums: being above the smallest that reaches the target does not make one reach it too."""
+    reaches = first_negative(Rope(base=base).theta(args.head_dim), args.target + 1)
+    return {"base": base, "too_small": reaches is not None, "reaches": reaches}
+
+
+def _print_advice(args: argparse.Namespace, rows: list[Any], bases: list[dict[str, Any]], least: float) -> None:
+    print(f"From {args.trained} to {args.target} tokens, head size {args.head_dim}, trained base {args.base:g}\n")
+    header = ("variant", "base", "granularity", "att. factor", "reaches", "unseen pairs", "score at target")
+    print("{:<14}{:>12}{:>13}{:>13}{:>11}{:>14}{:>17}".format(*header))
+    for row in rows:
+        reaches = f">{args.target}" if row.reaches is None else str(row.reaches)
+        print(
+            f"{row.variant['variant']:<14}{row.variant['base']:>12.6g}{row.granularity:>13.4f}{row.attention_factor:>13.4f}"
+            f"{reaches:>11}{row.unseen_pairs:>14}{row.score_at_target:>17.2f}"
+        )
+    print("\nreaches: first distance where a key like the query scores below a random one (Men et al. 2024)")
+    print("unseen pairs: pairs that meet angles at the target which training never showed them")
+    print(f"\nSmallest base for {args.target} tokens: {least:.3g} (fit 0.0424 L^1.628: {fitted_base(args.target):.3g})")
+    for entry in bases:
+        verdict = f"too small: reaches {entry['reaches']}" if entry["too_small"] else "large enough"
+        print(f"  {entry['base']:>12g}  {verdict}")

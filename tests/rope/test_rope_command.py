@@ -1,0 +1,113 @@
+"""`nemo-longctx rope` as a user runs it, and the settings that ship with it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from nemo_longctx.cli import main
+from nemo_longctx.rope.variants import VARIANTS, AbfRope, LongRope, parse
+
+CONF = sorted((Path(__file__).parents[2] / "conf" / "rope").glob("*.yaml"))
+
+
+def test_show_json(capsys):
+    assert main(["rope", "show", "--variant", "abf", "--base", "500000", "--head-dim", "128", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    np.testing.assert_array_equal(np.float32(facts["inv_freq"]), AbfRope(base=500_000.0).inv_freq(128))
+    assert facts["attention_factor"] == 1.0
+    assert facts["granularity_limit"] == pytest.approx(facts["paper"]["granularity_limit"], abs=5e-4)
+    assert facts["raw_score_at_0"] == pytest.approx(facts["paper"]["raw_score_at_0"], abs=0.05)
+    assert facts["granularity_bounds"][0] < facts["granularity"] < facts["granularity_bounds"][1]
+
+
+def test_show_takes_every_field_by_its_name(capsys):
+    argv = ["rope", "show", "--variant", "longrope", "--head-dim", "4", "--factor", "2", "--json"]
+    argv += ["--short_factor", "1,1", "--long-factor", "1,4", "--original_max_position_embeddings", "64"]
+    assert main(argv) == 0
+    facts = json.loads(capsys.readouterr().out)
+    made = LongRope(factor=2.0, short_factor=(1, 1), long_factor=(1, 4), original_max_position_embeddings=64)
+    np.testing.assert_array_equal(np.float32(facts["inv_freq"]), made.inv_freq(4))
+    assert (
+        main(
+            [
+                "rope",
+                "show",
+                "--variant",
+                "yarn",
+                "--factor",
+                "2",
+                "--original_max_position_embeddings",
+                "64",
+                "--truncate",
+                "false",
+            ]
+        )
+        == 0
+    )
+    assert "truncate=False" in capsys.readouterr().out
+
+
+def test_show_prints_xpos_scales(capsys):
+    assert main(["rope", "show", "--variant", "xpos", "--head-dim", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["xpos_scale"][0] == pytest.approx(0.4 / 1.4)
+    assert main(["rope", "show", "--variant", "xpos", "--head-dim", "8"]) == 0
+    assert "xPos scale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["show", "--variant", "pi", "--factor", "4", "--scale-base", "3"], "rope.scale_base=3: unknown key"),
+        (["show", "--variant", "abf", "--base", "big"], "not a number"),
+        (["plot", "--variants", "pi:4"], "NAME:field=value"),
+        (["advise", "--from", "8192", "--to", "4096"], "above the trained length"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(argv, message, capsys):
+    assert main(["rope", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plot_writes_pictures_and_their_data(tmp_path, capsys):
+    argv = ["rope", "plot", "--variants", "rope", "pi:factor=4", "--figures", "decay", "wavelengths", "helices"]
+    assert main([*argv, "--head-dim", "16", "--seq-length", "500", "--out", str(tmp_path)]) == 0
+    for name in capsys.readouterr().out.split():
+        assert Path(name).stat().st_size > 200
+    with (tmp_path / "decay.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["distance", "rope", "pi:factor=4"]
+    assert len(rows) == 501
+    assert [float(x) for x in rows[1]] == [0.0, 4.0, 4.0]
+
+
+def test_advise_names_the_bases_that_are_too_small(tmp_path, capsys):
+    argv = ["rope", "advise", "--from", "1024", "--to", "8192", "--bases", "10000", "500000"]
+    assert main([*argv, "--json", "--png", str(tmp_path / "a.png")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    judged = {entry["base"]: entry["too_small"] for entry in facts["bases"]}
+    assert judged == {10_000.0: True, 500_000.0: False, facts["smallest_base"]: False}
+    assert (tmp_path / "a.png").exists()
+    assert main(argv) == 0
+    assert "too small" in capsys.readouterr().out
+
+
+def test_analysis_needs_no_torch():
+    code = "import sys; from nemo_longctx.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    argv = ["rope", "advise", "--from", "1024", "--to", "2048", "--json"]
+    assert subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", CONF, ids=lambda p: p.stem)
+def test_every_shipped_setting_parses(path):
+    assert parse(yaml.safe_load(path.read_text())).inv_freq(128).shape == (64,)
+
+
+def test_every_variant_but_longrope_ships_a_setting():
+    """LongRoPE's factors belong to one model."""
+    assert {yaml.safe_load(p.read_text())["variant"] for p in CONF} == set(VARIANTS) - {"longrope"}
