@@ -1,0 +1,132 @@
+"""`nemo-longctx instruct generate`: long question-answer data from unlabelled documents."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import build
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add `generate` with one flag for each setting of the pipeline and the client."""
+    from nemo_longctx.instruct.client import ClientConfig
+    from nemo_longctx.instruct.pipeline import GenerateConfig
+
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
+    line = "ask a short-context model about chunks of long documents and build long training instances"
+    generate = jobs.add_parser("generate", help=line, description=line)
+    generate.add_argument("documents", metavar="DOCS", type=Path, help="JSONL file, one object with a text a line")
+    generate.add_argument(
+        "--output", type=Path, required=True, help="folder for journal.jsonl, instances.jsonl and report.json"
+    )
+    generate.add_argument(
+        "--prompts", type=Path, help="folder of .txt files that replace the shipped prompts of the same names"
+    )
+    generate.add_argument("--price-input", type=float, default=0.0, help="money for a million prompt tokens (0)")
+    generate.add_argument("--price-output", type=float, default=0.0, help="money for a million completion tokens (0)")
+    _add_flags(generate, ClientConfig)
+    _add_flags(generate, GenerateConfig, skip=("documents",))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print the yield. Status 1 when some calls got no answer and should be asked again."""
+    from nemo_longctx.instruct.client import ChatClient, ClientConfig
+    from nemo_longctx.instruct.pipeline import GenerateConfig, Generation
+    from nemo_longctx.instruct.prompts import PromptSet
+    from nemo_longctx.instruct.replies import Prices
+
+    config = build(GenerateConfig, _settings(args, GenerateConfig))
+    client_config = build(ClientConfig, _settings(args, ClientConfig))
+
+    async def generate() -> dict[str, Any]:
+        client = ChatClient(client_config, api_key=os.environ.get(client_config.api_key_env))
+        try:
+            generation = Generation(
+                config,
+                prompts=PromptSet.load(args.prompts),
+                completer=client,
+                output=args.output,
+                prices=Prices(input=args.price_input, output=args.price_output),
+            )
+            return await generation.run()
+        finally:
+            await client.close()
+
+    report = asyncio.run(generate())
+    print(yield_table(report))
+    print(f"wrote {args.output / 'instances.jsonl'} and {args.output / 'report.json'}")
+    unanswered = sum(count for name, count in report["yield"].items() if name.endswith("_unanswered"))
+    if unanswered:
+        print(f"{unanswered} calls got no answer; the same command asks for them again", file=sys.stderr)
+    return 1 if unanswered else 0
+
+
+def yield_table(report: dict[str, Any]) -> str:
+    """What was asked, what was lost at each step and why, and what is left, a line each."""
+    counts, calls = report["yield"], report["calls"]
+    explained = {
+        "documents": "documents read",
+        "documents_empty": "  without text",
+        "documents_repeated": "  repeated word for word",
+        "chunks": "chunks",
+        "outside_cut_before_asking": "  beyond the target length, not asked",
+        "chunks_not_drawn": "  not drawn",
+        "asked": "questions asked for",
+        "question_malformed": "  never in form",
+        "question_refused": "  refused by the server",
+        "question_unanswered": "  without an answer so far",
+        "parsed": "parsed",
+        "near_duplicate": "  near-duplicates of an earlier question",
+        "critique_malformed": "  critique never in form",
+        "critique_refused": "  critique refused by the server",
+        "critique_unanswered": "  critique without an answer so far",
+        "critiqued_away": "  found incorrect by the critique",
+        "outside_cut": "  chunk outside the cut document",
+        "kept": "kept",
+        "kept_normal": "  with a normal answer",
+        "kept_short": "  with a short answer",
+    }
+    lines = [f"{text:<42}{counts[name]:>9,}" for name, text in explained.items() if name in counts]
+    tokens = f"{calls['prompt_tokens']:,} prompt + {calls['completion_tokens']:,} completion tokens"
+    lines.append(f"{'replies paid in all':<42}{calls['made'] + calls['replayed']:>9,}  ({tokens}, cost {calls['cost']:.4f})")
+    return "\n".join(lines)
+
+
+def _add_flags(parser: argparse.ArgumentParser, config: type, *, skip: tuple[str, ...] = ()) -> None:
+    """A flag for each field of the dataclass, explained by its docstring."""
+    hints, about = typing.get_type_hints(config), _argument_lines(config)
+    for field in dataclasses.fields(config):
+        if field.name in skip:
+            continue
+        required = field.default is dataclasses.MISSING
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=hints[field.name],
+            required=required,
+            default=argparse.SUPPRESS,
+            metavar="TEXT" if hints[field.name] is str else "N",
+            help=about[field.name] + ("" if required else f" ({field.default})"),
+        )
+
+
+def _argument_lines(config: type) -> dict[str, str]:
+    """name -> explanation, from the `Args:` of a docstring; a line may explain `a, b` together."""
+    about: dict[str, str] = {}
+    block = inspect.getdoc(config).partition("Args:\n")[2]  # type: ignore[union-attr]
+    for names, text in re.findall(r"^    ([a-z_, ]+): ((?:.|\n(?=     ))+)", block, flags=re.MULTILINE):
+        for name in names.split(", "):
+            about[name] = " ".join(text.split()).rstrip(".").replace("%", "%%")
+    return about
+
+
+def _settings(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}

@@ -1,0 +1,242 @@
+"""One call to an OpenAI-compatible server: paced, retried with backoff, and never telling the key.
+
+What fails for good ends the run (`EndpointError`) or, where the server refuses one request, only that request
+(`CallError`); all else is retried. Retries never change what is asked, so they cannot change a run's output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.instruct.journal import Reply
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletion
+
+_BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.5, 60.0
+# Until the server has answered once, a refused connection most likely means a wrong address: do not wait for minutes.
+_RETRIES_BEFORE_FIRST_ANSWER = 2
+# This many calls given up with no answer between them mean that the server, not a call, is at fault.
+_GIVEN_UP_MEANS_DOWN = 3
+
+
+class EndpointError(ValueError):
+    """The endpoint cannot serve this run: it is down, refuses the key, or does not know the model."""
+
+
+class CallError(ValueError):
+    """This one call got no answer; others may. `refused` tells a refusal for good from retries used up."""
+
+    def __init__(self, message: str, *, refused: bool):
+        super().__init__(message)
+        self.refused = refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How calls travel. Nothing here changes what comes out.
+
+    Args:
+        endpoint: base URL of an OpenAI-compatible server (`http://localhost:8000/v1`).
+        concurrency: calls in flight at once.
+        requests_per_minute: most calls begun in a minute, retries included; 0 means no limit.
+        timeout_s: seconds after which one call counts as hung.
+        max_retries: tries of one call beyond the first before it is given up for this run.
+        api_key_env: environment variable that holds the key; unset sends none (local servers need none).
+    """
+
+    endpoint: str
+    concurrency: int = 8
+    requests_per_minute: float = 0
+    timeout_s: float = 120.0
+    max_retries: int = 8
+    api_key_env: str = "OPENAI_API_KEY"
+
+    def __post_init__(self):
+        url = urlsplit(self.endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(
+                "endpoint", self.endpoint, "is no http(s) address; give the base URL, as http://localhost:8000/v1"
+            )
+        if url.username or url.password or url.query:
+            raise ConfigError("endpoint", f"{url.scheme}://{url.hostname}", "holds a key; keys only come from the environment")
+        if self.concurrency < 1:
+            raise ConfigError("concurrency", self.concurrency, "must be at least 1")
+        if self.requests_per_minute < 0:
+            raise ConfigError("requests_per_minute", self.requests_per_minute, "must not be negative; 0 means no limit")
+        if self.timeout_s <= 0:
+            raise ConfigError("timeout_s", self.timeout_s, "must be more than 0 seconds")
+        if self.max_retries < 0:
+            raise ConfigError("max_retries", self.max_retries, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request. `attempt` counts replies out of form to the same words: a new attempt is a new, separately paid call."""
+
+    model: str
+    prompt: str
+    max_tokens: int
+    temperature: float
+    seed: int
+    attempt: int
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all that shapes the reply."""
+        parts = [self.model, self.prompt, self.max_tokens, self.temperature, self.seed, self.attempt]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class Completer(Protocol):
+    """Anything that answers calls: a server, or a checkpoint in this process."""
+
+    concurrency: int
+    faults: Counter[str]
+
+    async def complete(self, call: Call) -> Reply:
+        """Answer one call. Raises EndpointError or CallError."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+class ChatClient:
+    """`Completer` over the `openai` client. `faults` counts what went wrong and was retried, by name.
+
+    Args:
+        config: how to travel.
+        api_key: the key, or None to send a placeholder (the client insists on one).
+    """
+
+    def __init__(self, config: ClientConfig, *, api_key: str | None):
+        from openai import AsyncOpenAI
+
+        self.config = config
+        self.concurrency = config.concurrency
+        self.faults: Counter[str] = Counter()
+        self._key = api_key
+        self._answered = False
+        self._given_up = 0  # calls given up since the last answer
+        self._next_start = 0.0  # monotonic seconds before which no call may begin
+        self._openai = AsyncOpenAI(base_url=config.endpoint, api_key=api_key or "none", max_retries=0, timeout=config.timeout_s)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._openai.close()
+
+    async def complete(self, call: Call) -> Reply:
+        """Answer one call, through as many retries as it takes within the limit.
+
+        Raises:
+            EndpointError: the endpoint is down, refuses the key, or does not know the model.
+            CallError: the server refuses this request for what it holds, or the retries are used up.
+        """
+        import openai
+
+        tries = 0
+        while True:
+            await self._wait_for_turn()
+            try:
+                async with asyncio.timeout(self.config.timeout_s):  # httpx's own limit restarts with every byte
+                    completion = await self._request(call)
+                reply = _reply(completion)
+                self._answered, self._given_up = True, 0
+                return reply
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                where = (
+                    f"the key in {self.config.api_key_env}"
+                    if self._key
+                    else f"a call without a key ({self.config.api_key_env} is unset)"
+                )
+                raise EndpointError(f"{self.config.endpoint} refused {where}: {self._said(error)}") from None
+            except openai.NotFoundError as error:
+                raise EndpointError(f"{self.config.endpoint} has no model {call.model!r} there: {self._said(error)}") from None
+            except (openai.RateLimitError, openai.InternalServerError, openai.ConflictError) as error:
+                fault, wait_s = f"http_{error.status_code}", _retry_after(error)
+                self._answered = True
+                last = self._said(error)
+            except openai.APIStatusError as error:
+                if error.status_code == 408:
+                    fault, wait_s, last = "http_408", 0.0, self._said(error)
+                else:
+                    raise CallError(f"HTTP {error.status_code}: {self._said(error)}", refused=True) from None
+            except (TimeoutError, openai.APITimeoutError):
+                fault, wait_s, last = "hung", 0.0, f"no answer within {self.config.timeout_s:g} s"
+            except openai.APIConnectionError as error:
+                fault, wait_s, last = "connection", 0.0, self._said(error.__cause__ or error)
+            except (openai.APIResponseValidationError, json.JSONDecodeError, BrokenReplyError) as error:
+                fault, wait_s, last = "broken_reply", 0.0, self._said(error)
+            self.faults[fault] += 1
+            tries += 1
+            allowed = self.config.max_retries if self._answered else min(self.config.max_retries, _RETRIES_BEFORE_FIRST_ANSWER)
+            if tries > allowed:
+                self._given_up += 1
+                if not self._answered or self._given_up >= _GIVEN_UP_MEANS_DOWN:
+                    raise EndpointError(f"{self.config.endpoint} does not answer; after {tries} tries: {last}")
+                raise CallError(f"no answer after {tries} tries: {last}", refused=False)
+            await self._back_off(tries, wait_s)
+
+    async def _request(self, call: Call) -> ChatCompletion:
+        return await self._openai.chat.completions.create(
+            model=call.model,
+            messages=[{"role": "user", "content": call.prompt}],
+            max_tokens=call.max_tokens,
+            temperature=call.temperature,
+            seed=call.seed,
+            # A server that knows the header answers a repeated request from its memory, so that even the calls that a kill
+            # left in flight are not charged again.
+            extra_headers={"Idempotency-Key": call.key},
+        )
+
+    async def _wait_for_turn(self) -> None:
+        now = time.monotonic()
+        start = max(now, self._next_start)
+        if self.config.requests_per_minute:
+            self._next_start = start + 60.0 / self.config.requests_per_minute
+        await asyncio.sleep(start - now)
+
+    async def _back_off(self, tries: int, wait_s: float) -> None:
+        """Exponential with full jitter (Brooker 2015); a wait that the server asks for holds back every call."""
+        if wait_s:
+            self._next_start = max(self._next_start, time.monotonic() + min(wait_s, _BACKOFF_MOST_S))
+        await asyncio.sleep(random.uniform(0, min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2 ** (tries - 1))))
+
+    def _said(self, error: BaseException) -> str:
+        """The error's own words on one line, without the key (servers like to quote it)."""
+        words = " ".join(str(error).split()) or type(error).__name__
+        return (words.replace(self._key, "[key]") if self._key else words)[:300]
+
+
+class BrokenReplyError(ValueError):
+    """An answer with status 200 that holds no message."""
+
+
+def _reply(completion: ChatCompletion) -> Reply:
+    if not getattr(completion, "choices", None) or completion.choices[0].message.content is None:
+        raise BrokenReplyError("the answer holds no message")
+    usage = completion.usage
+    return Reply(
+        text=completion.choices[0].message.content,
+        finish_reason=completion.choices[0].finish_reason or "stop",
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+        completion_tokens=usage.completion_tokens if usage else 0,
+    )
+
+
+def _retry_after(error: openai.APIStatusError) -> float:
+    """Seconds the server asks to wait (the header's other form, a date, counts as none)."""
+    value = error.response.headers.get("retry-after", "")
+    return float(value) if value.replace(".", "", 1).isdigit() else 0.0

@@ -1,0 +1,124 @@
+"""The client against a real server: every fault is retried, and what cannot be mended is said at once, without the key."""
+
+import asyncio
+import time
+
+import pytest
+from faulty_server import TRANSIENT, Behaviour, answer, serve
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.instruct import client as client_module
+from nemo_longctx.instruct.client import Call, CallError, ChatClient, ClientConfig, EndpointError
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(client_module, "_BACKOFF_FIRST_S", 0.001)
+
+
+def call(prompt: str = "Here is the part: A b.", attempt: int = 0) -> Call:
+    return Call(model="small", prompt=prompt, max_tokens=9, temperature=0.5, seed=7, attempt=attempt)
+
+
+def complete(config: ClientConfig, *calls: Call, api_key: str | None = None):
+    async def run():
+        client = ChatClient(config, api_key=api_key)
+        try:
+            return [await client.complete(one) for one in calls], client.faults
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def test_a_call_carries_its_settings_and_the_reply_its_usage():
+    behaviour = Behaviour()
+    with serve(behaviour) as url:
+        (reply,), faults = complete(ClientConfig(endpoint=url), call())
+    sent = behaviour.bodies[0]
+    assert (sent["model"], sent["max_tokens"], sent["temperature"], sent["seed"]) == ("small", 9, 0.5, 7)
+    assert reply.text == answer("Here is the part: A b.")
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.finish_reason) == (100, 10, "stop")
+    assert not faults
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_each_fault_is_retried(fault):
+    behaviour = Behaviour(fault_rate=1.0, faults=(fault,), most_faults=2, hang_s=0.6)
+    with serve(behaviour) as url:
+        config = ClientConfig(endpoint=url, timeout_s=0.3 if fault == "hung" else 5.0, max_retries=2)
+        (reply,), faults = complete(config, call())
+    assert reply.text == answer("Here is the part: A b.")
+    assert sum(faults.values()) == 2
+    assert len(behaviour.bodies) == 3
+
+
+def test_retries_end():
+    behaviour = Behaviour(fault_rate=1.0, faults=("500",), most_faults=100)
+    with serve(behaviour) as url, pytest.raises(CallError) as error:
+        complete(ClientConfig(endpoint=url, max_retries=4), call())
+    assert not error.value.refused
+    assert len(behaviour.bodies) == 5
+
+
+def test_a_server_that_stays_broken_ends_the_run():
+    async def run(url):
+        client = ChatClient(ClientConfig(endpoint=url, max_retries=0), api_key=None)
+        for attempt in range(2):
+            with pytest.raises(CallError):
+                await client.complete(call(attempt=attempt))
+        with pytest.raises(EndpointError, match="does not answer"):
+            await client.complete(call(attempt=2))
+        await client.close()
+
+    with serve(Behaviour(status=500)) as url:
+        asyncio.run(run(url))
+
+
+def test_endpoint_that_is_down():
+    with serve(Behaviour()) as url:
+        pass
+    with pytest.raises(EndpointError, match=r"does not answer; after 3 tries"):
+        complete(ClientConfig(endpoint=url), call())
+
+
+def test_wrong_key_is_said_once_and_without_the_key():
+    behaviour = Behaviour(accept_key="right")
+    with serve(behaviour) as url, pytest.raises(EndpointError, match="refused the key in OPENAI_API_KEY") as error:
+        complete(ClientConfig(endpoint=url), call(), api_key="sk-secret-123")
+    assert "sk-secret" not in str(error.value)
+    assert len(behaviour.bodies) == 1
+    with serve(behaviour) as url, pytest.raises(EndpointError, match="OPENAI_API_KEY is unset"):
+        complete(ClientConfig(endpoint=url), call())
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, CallError), (413, CallError), (404, EndpointError), (403, EndpointError)])
+def test_refusals_are_not_retried(status, error):
+    behaviour = Behaviour(status=status)
+    with serve(behaviour) as url, pytest.raises(error, match="maximum context length"):
+        complete(ClientConfig(endpoint=url), call())
+    assert len(behaviour.bodies) == 1
+
+
+def test_rate_limit_spaces_the_calls():
+    with serve(Behaviour()) as url:
+        began = time.monotonic()
+        complete(ClientConfig(endpoint=url, requests_per_minute=600), *(call(attempt=i) for i in range(4)))
+        assert time.monotonic() - began >= 0.3  # a limit is a promise about time: three gaps of 0.1 s
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"endpoint": "localhost:8000"}, "http"),
+        ({"endpoint": "http://user:secret@host/v1"}, "environment"),
+        ({"endpoint": "http://h", "concurrency": 0}, "at least 1"),
+        ({"endpoint": "http://h", "timeout_s": 0}, "seconds"),
+        ({"endpoint": "http://h", "max_retries": -1}, "negative"),
+        ({"endpoint": "http://h", "requests_per_minute": -1}, "negative"),
+    ],
+)
+def test_bad_settings(settings, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        ClientConfig(**settings)
+    assert "secret" not in str(error.value)
