@@ -111,7 +111,12 @@ class _Chunks:
         return total_m.log() - target_m, softmax_mV
 
     def gradients(
-        self, span: slice, softmax_mV: torch.Tensor, scale_m: torch.Tensor, dh_MC: torch.Tensor | None, dw_VC: torch.Tensor | None
+        self,
+        span: slice,
+        softmax_mV: torch.Tensor,
+        scale_m: torch.Tensor,
+        dh_MC: torch.Tensor | None,
+        dw_VC: torch.Tensor | None,
     ) -> None:
         """Write the chunk's gradient of hidden into `dh_MC`, and add that of the weight to `dw_VC`."""
         grad_mV = softmax_mV.mul_(scale_m.to(softmax_mV.dtype).unsqueeze(-1)).to(self.hidden_MC.dtype)

@@ -77,11 +77,24 @@ def packed_documents(
     return params
 
 
+def check_attention_config(config: Any) -> None:
+    """Refuse a model config that asks for what a linear-memory kernel cannot do.
+
+    Raises:
+        ConfigError: dropout on attention, a sliding window, a learned sink, or latent attention.
+    """
+    refused = {"attention_dropout": 0.0, "window_size": None, "softmax_type": "vanilla", "multi_latent_attention": False}
+    for name, needed in refused.items():
+        value = getattr(config, name, needed)
+        if value != needed:
+            raise ConfigError(name, value, f"must be {needed!r} with this attention, or use Transformer Engine")
+
+
 class LongContextAttention(MegatronModule):
     """`core_attention` for self-attention over `nemo_longctx.attention.core`, with context parallelism.
 
     Raises:
-        ConfigError: the config asks for what a linear-memory kernel cannot do (dropout, a window, a learned sink).
+        ValueError: the config is one that `check_attention_config` refuses.
     """
 
     def __init__(
@@ -90,21 +103,17 @@ class LongContextAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ):
         super().__init__(config=config)
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        if dropout:
-            raise ConfigError("attention_dropout", dropout, "must be 0.0: the linear-memory kernels drop nothing")
         if attention_type != "self":
-            raise ConfigError("attention_type", attention_type, "only self-attention is causal")
-        for name, needed in (("window_size", None), ("softmax_type", "vanilla"), ("multi_latent_attention", False)):
-            value = getattr(config, name, needed)
-            if value != needed:
-                raise ConfigError(name, value, f"must be {needed!r} with this attention, or use Transformer Engine")
+            raise ValueError(f"attention_type={attention_type!r}: only self-attention is causal")
+        try:
+            check_attention_config(config)
+        except ConfigError as error:  # the host builds modules through a wrapper that makes errors anew from one string
+            raise ValueError(str(error)) from error
         self.layer_number = layer_number
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
@@ -177,6 +186,9 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
     With Transformer Engine its own attention stays, given `packed_seq_params`; but under context parallelism it splits every
     document over the ranks, which our windows do not, so that there ours is used with its linear layers. Without it, the
     local spec with ours.
+
+    Raises:
+        ConfigError: ours would be used and cannot do what the config asks for.
     """
     common = {
         "num_experts": config.num_moe_experts,
@@ -184,10 +196,14 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
         "qk_layernorm": config.qk_layernorm,
     }
     if not transformer_engine_installed():
+        check_attention_config(config)
         stock = gpt_layer_specs.get_gpt_layer_local_spec(**common, normalization=config.normalization)
         return with_long_context_attention(stock)
     stock = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
-    return stock if config.context_parallel_size == 1 else with_long_context_attention(stock)
+    if config.context_parallel_size == 1:
+        return stock
+    check_attention_config(config)
+    return with_long_context_attention(stock)
 
 
 def attention_summary(model: torch.nn.Module) -> str:
