@@ -56,12 +56,13 @@ def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
         ConfigError: a split got no document.
     """
     names = _checked_names(output, made)
+    # An empty directory of shards: an earlier run was stopped after it moved this split.
+    waiting = {split: name for split, name in names.items() if os.listdir(os.path.join(jobs[0].directory, split))}
+    for name in waiting.values():
+        shutil.rmtree(name, ignore_errors=True)
     _publish_notes(output, made, reports)
-    for split, name in names.items():
-        shards = os.path.join(jobs[0].directory, split)
-        if os.listdir(shards):  # else an earlier run was killed after it moved this split
-            shutil.rmtree(name, ignore_errors=True)
-            os.rename(shards, name)
+    for split, name in waiting.items():
+        os.rename(os.path.join(jobs[0].directory, split), name)
 
 
 def is_shard_directory(path: str) -> bool:

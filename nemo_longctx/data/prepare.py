@@ -26,7 +26,7 @@ from nemo_longctx.data.corpus import token_dtype
 from nemo_longctx.data.engines import ENGINES
 from nemo_longctx.data.merge import is_shard_directory, publish_merged, publish_shards
 from nemo_longctx.data.readers import FORMATS, Part, find_files, format_of, read_part, split_file
-from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, is_held_out, load_report
+from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, bad_record, is_held_out, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, check_vocab_size, load_tokenizer, train_bpe, trained_with
 from nemo_longctx.data.writer import explain_full_disk
 
@@ -204,6 +204,8 @@ def _sample_texts(config: PrepareConfig, sources: list[list[Part]], total: int) 
         if taken >= allowed:
             continue
         for record in read_part(part, config.keys):
+            if record.error and config.on_error == "fail":
+                raise bad_record(part, record)
             if not record.error and not is_held_out(record.text, config.holdout, config.seed):
                 yield record.text
                 taken += len(record.text.encode())

@@ -262,7 +262,8 @@ def _walk(directory: str, globs: Sequence[str]) -> Iterator[str]:
             if globs:
                 wanted = any(fnmatch.fnmatch(below if "/" in glob else name, glob) for glob in globs)
             else:
-                wanted = format_of(name) != "text"
+                # A lone .json beside data is settings more often than records.
+                wanted = format_of(name) != "text" and not name.lower().endswith(".json")
             if wanted and os.path.isfile(path):
                 yield path
 

@@ -125,7 +125,9 @@ def _batches(job: ShardJob, report: ShardReport) -> Iterator[tuple[list[str], in
         told = 0
         for record in read_part(part, job.keys):
             if record.error:
-                _note_bad(job, part, record, report)
+                if not job.skip_bad:
+                    raise bad_record(part, record)
+                report.bad.append((part.path, record.line + lines_before(part), record.error))
             elif not record.text.strip():
                 report.empty.append((part.path, record.line + lines_before(part)))
             else:
@@ -142,13 +144,10 @@ def _batches(job: ShardJob, report: ShardReport) -> Iterator[tuple[list[str], in
         yield texts, owed
 
 
-def _note_bad(job: ShardJob, part: Part, record: Record, report: ShardReport) -> None:
-    line = record.line + lines_before(part)
-    if not job.skip_bad:
-        raise ConfigError(
-            "input", f"{part.path}:{line}", f"{record.error}; mend it, or leave such records out with --on-error skip"
-        )
-    report.bad.append((part.path, line, record.error))
+def bad_record(part: Part, record: Record) -> ConfigError:
+    """The error that a bad record ends a run with."""
+    where = f"{part.path}:{record.line + lines_before(part)}"
+    return ConfigError("input", where, f"{record.error}; mend it, or leave such records out with --on-error skip")
 
 
 def _save_report(job: ShardJob, report: ShardReport) -> None:

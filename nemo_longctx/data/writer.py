@@ -6,7 +6,7 @@ import errno
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,7 +71,8 @@ class CorpusWriter:
 
     def abandon(self) -> None:
         """Drop what was written."""
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing fails too: it flushes
+            self._file.close()
         for suffix in ("bin", "idx"):
             Path(f"{self.prefix}.{suffix}.part").unlink(missing_ok=True)
 
