@@ -32,13 +32,12 @@ def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
     for split in names:
         prefixes = [job.prefix(split) for job, report in zip(jobs, reports, strict=True) if report.documents[split]]
         partial = os.path.join(jobs[0].directory, split)
-        with open(f"{partial}.bin.part", "wb") as tokens, open(f"{partial}.lengths", "wb") as lengths:
-            for prefix in prefixes:
-                lengths.write(IndexedCorpus(prefix).lengths.tobytes())
-                with open(f"{prefix}.bin", "rb") as shard:
-                    shutil.copyfileobj(shard, tokens, 1 << 22)
-            sync(tokens)
-        write_index(f"{partial}.idx.part", np.memmap(f"{partial}.lengths", np.int32, mode="r"), np.dtype(made["dtype"]))
+        try:
+            _concatenate(prefixes, partial, np.dtype(made["dtype"]))
+        except OSError:
+            for suffix in ("bin.part", "idx.part", "lengths"):  # room for whatever filled the disk
+                Path(f"{partial}.{suffix}").unlink(missing_ok=True)
+            raise
     # No index of the old corpus may outlive its tokens: killed from here on, the next run finishes from the shards.
     for name in names.values():
         Path(f"{name}.idx").unlink(missing_ok=True)
@@ -47,6 +46,16 @@ def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
         partial = os.path.join(jobs[0].directory, split)
         for suffix in ("bin", "idx"):
             os.replace(f"{partial}.{suffix}.part", f"{name}.{suffix}")
+
+
+def _concatenate(prefixes: Sequence[str], partial: str, dtype: np.dtype) -> None:
+    with open(f"{partial}.bin.part", "wb") as tokens, open(f"{partial}.lengths", "wb") as lengths:
+        for prefix in prefixes:
+            lengths.write(IndexedCorpus(prefix).lengths.tobytes())
+            with open(f"{prefix}.bin", "rb") as shard:
+                shutil.copyfileobj(shard, tokens, 1 << 22)
+        sync(tokens)
+    write_index(f"{partial}.idx.part", np.memmap(f"{partial}.lengths", np.int32, mode="r"), dtype)
 
 
 def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
