@@ -223,6 +223,9 @@ class Order:
         self.visits = np.frombuffer(self._map, np.uint32, n_visits, head)
         self.ends = np.frombuffer(self._map, np.int64, n_groups, end - text - 8 * n_groups)
 
+    def __reduce__(self):  # data loader workers map the file themselves
+        return (type(self), (self.path, self.documents))
+
     @property
     def digest(self) -> str:
         """Hash of all visits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from functools import lru_cache
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -81,13 +81,22 @@ class ConcatenatedWindows:
         return read_window(self.order, window.address, window.seq_length, document_masking=self.document_masking)
 
 
-def read_window(order: Order, address: int, seq_length: int, *, document_masking: bool) -> Sample:
+class Stream(Protocol):
+    """Documents one after the other: `Order`, or held-out text as it lies in its files."""
+
+    documents: Documents
+
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Order.span`."""
+
+
+def read_window(stream: Stream, address: int, seq_length: int, *, document_masking: bool) -> Sample:
     """Tokens [address, address + seq_length) of the stream as a sample."""
-    visits, lengths, ends = order.span(address, address + seq_length + 1)  # the last label is the token after the window
+    visits, lengths, ends = stream.span(address, address + seq_length + 1)  # the last label is the token after the window
     edges = ends - address
     edges[-1] = seq_length + 1
     skip = address - int(ends[0] - lengths[0])
-    tokens = read_documents(order.documents, visits, edges.tolist(), skip)
+    tokens = read_documents(stream.documents, visits, edges.tolist(), skip)
     if not document_masking:
         return _plain(tokens)
     return _apart(tokens, edges[:-1])
