@@ -14,7 +14,9 @@ from nemo_longctx.config import did_you_mean
 # configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
 COMMANDS = {
     "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",
+    "inspect": "documents, tokens, lengths, what windows cut and what a mix will deliver, from the index alone",
     "rope": "frequencies, score decay, granularity and wavelengths of RoPE variants; advice for a target length",
+    "plan": "FLOPs, memory, time, the fastest layout and the longest length of a run, before it is paid for",
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
     "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and a figure",
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",

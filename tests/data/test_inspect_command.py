@@ -1,0 +1,158 @@
+"""`nemo-longctx inspect`: from the index alone, without torch, and true to what a run gets."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nemo_longctx.cli import main
+from nemo_longctx.data.writer import CorpusWriter, write_index
+
+
+def write(prefix, lengths):
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(length) % 500)
+    return str(prefix)
+
+
+@pytest.fixture
+def prefixes(tmp_path):
+    rng = np.random.default_rng(0)
+    books = rng.lognormal(6, 1, size=400).astype(int) + 1
+    web = rng.lognormal(4, 1, size=2000).astype(int) + 1
+    return [write(tmp_path / "books", books), write(tmp_path / "web", web)]
+
+
+def inspect(capsys, *arguments):
+    status = main(["inspect", *map(str, arguments), "--json"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_natural_shares_and_the_files(prefixes, capsys):
+    report = inspect(capsys, *prefixes, "--seq-length", 512)
+    tokens = [source["tokens"] for source in report["sources"]]
+    rows = report["plan"]["strata"]
+    assert [row["name"] for row in rows] == ["books", "web"]
+    for row, count in zip(rows, tokens, strict=True):
+        assert row["asked_share"] == pytest.approx(count / sum(tokens))
+        assert row["delivered_share"] == pytest.approx(row["asked_share"], abs=0.001)
+        assert row["repeats_per_document"] == pytest.approx(1, abs=0.01)
+    with open(f"{prefixes[0]}.lengths.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert sum(int(row["tokens"]) for row in table) == sum(tokens)
+    with open(report["figure"], "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_mix_is_told_with_what_it_delivers(prefixes, tmp_path, capsys):
+    conf = tmp_path / "mix.yaml"
+    sources = [{"path": path, "weight": weight} for path, weight in zip(prefixes, (0.3, 0.7), strict=True)]
+    conf.write_text(json.dumps({"data": {"mix": {"sources": sources, "long_length": 128, "long_share": 0.6}}}))
+    stages = (
+        "{stages: [{until: 0.5, seq_length: 256}, {until: 1, seq_length: 1024}], tokens_per_step: 4096, total_tokens: 819200}"
+    )
+    report = inspect(capsys, "--mix", conf, "--curriculum", stages, "--no-figure")
+    rows = {row["name"]: row for row in report["plan"]["strata"]}
+    assert rows["books >= 128"]["asked_share"] == pytest.approx(0.18)
+    assert rows["web >= 128"]["asked_share"] == pytest.approx(0.42)
+    for row in rows.values():
+        assert row["delivered_share"] == pytest.approx(row["asked_share"], abs=0.001)
+        assert row["repeats_per_document"] == pytest.approx(row["asked_share"] * 819200 / row["tokens"])
+    assert [sum(stage["delivered"]) for stage in report["plan"]["stages"]] == [409600, 409600]
+    assert "figure" not in report
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_one_line_of_mix_over_prefixes(prefixes, capsys):
+    report = inspect(capsys, *prefixes, "--mix", "{drop_longer: 100}", "--no-figure")
+    assert sum(row["documents"] for row in report["plan"]["strata"]) < sum(s["documents"] for s in report["sources"])
+    assert report["plan"]["total_tokens"] <= sum(row["tokens"] for row in report["plan"]["strata"])
+
+
+def test_a_mix_that_cannot_be_met_is_shown_and_fails(tmp_path, capsys):
+    prefix = write(tmp_path / "few", [5000, 100, 100])
+    arguments = [prefix, "--mix", "{long_length: 1000, long_share: 0.5}", "--total-tokens", "8192", "--no-figure"]
+    assert main(["inspect", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "few >= 1000" in captured.out
+    assert "share_tolerance" in captured.err
+
+
+def test_shards_are_one_source(tmp_path, capsys):
+    (tmp_path / "many").mkdir()
+    for number in range(3):
+        write(tmp_path / "many" / f"shard-{number}", [10, 20])
+    [source] = inspect(capsys, tmp_path / "many")["sources"]
+    assert (source["documents"], source["tokens"]) == (6, 90)
+    assert os.path.exists(tmp_path / "many.lengths.png")
+
+
+NO_TOKEN_READ = """
+import re, sys
+from nemo_longctx.cli import main
+from nemo_longctx.data.mixture import Documents
+opened, open_ = [], Documents.open
+Documents.open = lambda mix: opened.append(open_(mix)) or opened[-1]  # keeps the maps for us to look at
+status = main(["inspect", sys.argv[1], "--seq-length", "32768", "--json", "--no-figure"])
+assert not {"torch", "transformers", "tokenizers", "nemo", "megatron"} & set(sys.modules)
+resident = {}
+for name, kilobytes in re.findall(r"/big\\.(bin|idx)\\n(?:(?!Rss).*\\n)*Rss: *(\\d+)", open("/proc/self/smaps").read()):
+    resident[name] = resident.get(name, 0) + int(kilobytes)
+print(resident, file=sys.stderr)
+assert resident["idx"] > 0 and resident["bin"] == 0
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="asks the kernel which pages of a file were touched")
+def test_no_token_is_read_and_no_torch_imported(tmp_path):
+    """64 billion tokens that only exist as a hole in a file; the kernel says that no page of it was touched."""
+    lengths = np.full(1_000_000, 64_000, np.int32)
+    write_index(tmp_path / "big.idx", lengths, np.dtype(np.uint16))
+    with open(tmp_path / "big.bin", "wb") as file:
+        file.truncate(2 * int(lengths.sum(dtype=np.int64)))
+    command = [sys.executable, "-c", NO_TOKEN_READ, str(tmp_path / "big")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sources"][0]["tokens"] == 64_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a corpus"),
+        (["gone"], "gone.idx is missing"),
+        (["books", "books"], "two sources have this name"),
+        (["books", "--mix", "{drop_longr: 5}"], "did you mean 'drop_longer'"),
+        (["books", "--mix", "nonsense"], "neither a file nor a YAML mapping"),
+        (["books", "--mix", "{a: ["], "not YAML"),
+        (["books", "--mix", "{sources: [{path: web}]}"], "leave out either"),
+        (["books", "--mix", "{drop_shorter: 1000000}"], "no document of 1000000"),
+        (["books", "--seq-length", "0"], "at least one token"),
+        (
+            ["books", "--curriculum", "{stages: [{until: 0.5, seq_length: 4}], tokens_per_step: 4, total_tokens: 8}"],
+            "end at 1.0",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(prefixes, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_lying_index_is_refused_before_any_figure(prefixes, capsys):
+    with open(f"{prefixes[0]}.idx", "r+b") as file:
+        file.seek(34)
+        file.write((7).to_bytes(4, "little"))
+    assert main(["inspect", *prefixes]) == 2
+    assert "pointer of sequence 1 is not the sum" in capsys.readouterr().err
