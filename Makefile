@@ -23,3 +23,21 @@ $(INSTALLED): requirements.lock pyproject.toml
 lock: $(INSTALLED)
 	$(BIN)/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --upgrade \
 	  $(EXTRAS:%=--extra %) $(TORCH_CUDA:%=--no-emit-package %) --output-file requirements.lock
+
+# Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto -m "not gpu"
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py $(if $(DATA),data=$(DATA))
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

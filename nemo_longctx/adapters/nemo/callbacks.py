@@ -1,0 +1,169 @@
+"""Lightning callbacks of a long-context run: its settings in the open, its training curve as a file that survives a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from nemo_longctx.adapters.nemo.attention import attention_summary
+from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, settings_table
+from nemo_longctx.config import ConfigError
+
+# Megatron-Core keeps fp32 weights and two Adam moments; a save writes the new checkpoint before it removes the old one.
+OPTIMIZER_BYTES_PER_PARAMETER = 12
+TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "val_loss", "tokens_per_second")
+
+
+class LongContextSettingsCallback(Callback):
+    """Prints checkpoint value -> run value, checks the live model against the run's settings, and stores both.
+
+    Before the first step, on every rank: the live RoPE frequencies of each layer must be those of the config, and the disk must
+    hold a checkpoint. A difference ends the run with both values.
+
+    Args:
+        changes: long-context settings of checkpoint and run.
+        source: what the left column is ("checkpoint", or the config class).
+        directory: where `settings.json` is written, on rank 0.
+        recipe: the recipe as a mapping, stored beside the settings.
+    """
+
+    def __init__(self, *, changes: list[SettingChange], source: str, directory: str, recipe: dict[str, Any]):
+        self.changes, self.source, self.directory, self.recipe = changes, source, Path(directory), recipe
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        modules = mcore_modules(trainer.strategy.megatron_parallel)
+        seen: list[str] = []
+        if not trainer.is_global_zero:
+            return
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        _check_disk(self.directory, parameters * OPTIMIZER_BYTES_PER_PARAMETER)
+        kernel = attention_summary(modules[0])
+        print(settings_table(self.changes, source=self.source), *seen, kernel, sep="\n", flush=True)
+        record = {
+            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in self.changes},
+            "source": self.source,
+            "verified": seen,
+            "attention": kernel,
+            "parameters": parameters,
+            "recipe": self.recipe,
+            "versions": versions(),
+        }
+        write_json(self.directory / "settings.json", record)
+
+
+class TrainingLogCallback(Callback):
+    """Appends one row an optimizer step to `training.csv`; a resumed run drops the rows after its checkpoint and goes on.
+
+    Args:
+        path: the CSV; columns `TRAINING_COLUMNS`, losses with all digits.
+        curriculum: gives tokens and sequence length of a step.
+        every: steps between two rows.
+    """
+
+    def __init__(self, *, path: str, curriculum: Any, every: int = 1):
+        self.path, self.curriculum, self.every = Path(path), curriculum, every
+        self._last: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = [row for row in read_training_log(self.path) if row["step"] <= trainer.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, TRAINING_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+        self._last = (trainer.global_step, time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or (step % self.every and step != self.curriculum.total_steps):
+            return
+        before, began = self._last or (step - 1, time.perf_counter())
+        now = time.perf_counter()
+        tokens = self.curriculum.tokens_per_step
+        self._append(
+            step=step,
+            tokens=step * tokens,
+            seq_length=self.curriculum.stage_at_step(step - 1).seq_length,
+            loss=_number(trainer.callback_metrics.get("reduced_train_loss")),
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            grad_norm=_number(trainer.callback_metrics.get("grad_norm")),
+            tokens_per_second=round((step - before) * tokens / max(now - began, 1e-9), 1),
+        )
+        self._last = (step, now)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or "val_loss" not in trainer.callback_metrics:
+            return
+        step = trainer.global_step
+        seq_length = self.curriculum.stage_at_step(max(step - 1, 0)).seq_length
+        tokens = step * self.curriculum.tokens_per_step
+        self._append(step=step, tokens=tokens, seq_length=seq_length, val_loss=_number(trainer.callback_metrics["val_loss"]))
+        self._last = (step, time.perf_counter())  # validation is no training time
+
+    def _append(self, **row: Any) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, TRAINING_COLUMNS, restval="").writerow(row)
+
+
+def read_training_log(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a `training.csv`, numbers as numbers, empty fields left out; [] where there is no file.
+
+    A row cut by a kill in the middle of a write is left out: its step is trained and written again.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        if row.get("step"):
+            numbers = {key: float(value) for key, value in row.items() if key and value}
+            rows.append({**numbers, "step": int(numbers["step"]), "tokens": int(numbers["tokens"])})
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("nemo-longctx", "nemo_toolkit", "megatron-core", "lightning", "torch", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(path.suffix + ".tmp")
+    beside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _check_disk(directory: Path, checkpoint_bytes: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if free < 2 * checkpoint_bytes:
+        mend = f"{free / 2**30:.1f} GiB are free, and two checkpoints of this model take {2 * checkpoint_bytes / 2**30:.1f} GiB"
+        raise ConfigError("output_dir", str(directory), f"the disk is too full to save: {mend}; free some or choose another")
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    return value.item() if isinstance(value, torch.Tensor) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -1,0 +1,192 @@
+"""A stock NeMo GPT model with long-context settings: from a config class or a checkpoint, the differences in the open.
+
+Only the host's own fields are set (`seq_length`, `rotary_base`, `transformer_layer_spec`, `forward_step_fn`, ...), so that
+checkpoints, exporters and tools of the host see what the run did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning import io
+
+from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.nemo.attention import long_context_layer_spec
+from nemo_longctx.adapters.nemo.steps import longctx_data_step, longctx_forward_step
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.rope.variants import RopeVariant
+
+# A checkpoint's weights fix these: another value in the recipe cannot be loaded into them.
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+    "share_embeddings_and_output_weights", "normalization", "gated_linear_unit", "add_bias_linear", "add_qkv_bias",
+    "qk_layernorm", "num_moe_experts",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingChange:
+    """One line of the table that a run prints before it begins: what the checkpoint (or class) has, what the run uses."""
+
+    setting: str
+    before: Any
+    run: Any
+
+    @property
+    def changed(self) -> bool:
+        return self.before != self.run
+
+
+def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
+    """A model with random weights from a config class of `nemo.collections.llm`.
+
+    Args:
+        model: `config`, the class's name (`Llama2Config7B`), and overrides of its fields.
+        tokenizer: what checkpoints and exports of the model carry.
+
+    Raises:
+        ConfigError: no such class, no such field, or values that the class itself refuses.
+    """
+    fields = {key: value for key, value in model.items() if key != "config"}
+    config_class = _config_class(model["config"])
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    for key, value in fields.items():
+        if key not in known:
+            raise ConfigError(f"model.{key}", value, f"{config_class.__name__} has no such field, {did_you_mean(key, known)}")
+    with cpu.unfused_rope_config():
+        try:
+            config = config_class(**fields)
+        except (ValueError, AssertionError) as error:
+            raise ConfigError("model", dict(model), f"{config_class.__name__} refuses these sizes: {error}") from error
+    _check_heads(config)
+    return model_class(config_class)(config, tokenizer=tokenizer)
+
+
+def checkpoint_model(path: str | Path, overrides: Mapping[str, Any]) -> GPTModel:
+    """The model that a NeMo checkpoint describes (config and tokenizer; weights are loaded by the strategy).
+
+    Args:
+        path: a NeMo 2 distributed checkpoint: a directory with `weights/` and `context/`.
+        overrides: fields of its config to change; one that the weights fix must agree with them.
+
+    Raises:
+        ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
+    """
+    directory = checkpoint_directory(path)
+    with cpu.unfused_rope_config():
+        model = io.load_context(directory / "context", subpath="model")
+    known = {field.name for field in dataclasses.fields(model.config)}
+    for key, value in overrides.items():
+        if key not in known:
+            raise ConfigError(f"model.{key}", value, f"no such field in the checkpoint's config, {did_you_mean(key, known)}")
+        was = getattr(model.config, key)
+        if key in SHAPE_FIELDS and was != value:
+            mend = f"the checkpoint {directory} has {was!r}, and its weights have that shape; remove the override"
+            raise ConfigError(f"model.{key}", value, mend)
+        setattr(model.config, key, value)
+    return model
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """The checkpoint at `path`, or the newest finished one in a run's directory (its `checkpoints/`).
+
+    Raises:
+        ConfigError: nothing there, or no finished NeMo checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError("restore_from", str(path), "no such directory; give a NeMo checkpoint (a directory with weights/)")
+    if (path / "weights").is_dir() and (path / "context").is_dir():
+        if Path(f"{path}-unfinished").exists():
+            raise ConfigError("restore_from", str(path), "this checkpoint was not written to its end; give another one")
+        return path
+    inside = sorted(path.glob("checkpoints/*-last"), key=lambda found: found.stat().st_mtime)
+    finished = [found for found in inside if not Path(f"{found}-unfinished").exists()]
+    if not finished:
+        mend = "no NeMo checkpoint: it has neither weights/ and context/ nor finished checkpoints/*-last"
+        raise ConfigError("restore_from", str(path), mend)
+    return checkpoint_directory(finished[-1])
+
+
+def prepare_config(config: GPTConfig, *, seq_length: int, variant: RopeVariant | None = None) -> list[SettingChange]:
+    """Give `config` the long-context settings of a run, in place, and say what changed.
+
+    Args:
+        seq_length: the run's longest window, tokens.
+        variant: position encoding; None keeps the config's.
+
+    Returns:
+        one entry for each long-context setting, changed or not.
+    """
+    before = {name: getattr(config, name, None) for name in long_context_fields(config)}
+    config.seq_length = seq_length
+    if variant is not None:
+        config.rotary_base = variant.base
+    config.transformer_layer_spec = long_context_layer_spec
+    config.forward_step_fn = longctx_forward_step
+    config.data_step_fn = longctx_data_step
+    if cpu.is_installed():
+        cpu.adapt_model_config(config)
+    return [SettingChange(setting=name, before=before[name], run=getattr(config, name)) for name in before]
+
+
+def long_context_fields(config: GPTConfig) -> list[str]:
+    """Fields of `config` that say how far and how it sees."""
+    wanted = ["seq_length", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
+              "seq_len_interpolation_factor", "scale_factor", "window_size", "attention_backend"]  # fmt: skip
+    wanted += [field.name for field in dataclasses.fields(config) if field.name.startswith("yarn_")]
+    return [name for name in wanted if hasattr(config, name)]
+
+
+def settings_table(changes: list[SettingChange], *, source: str) -> str:
+    """The table checkpoint value -> run value, as text; a changed line is marked."""
+    rows = [("setting", source, "run")]
+    rows += [(change.setting + (" *" if change.changed else ""), _show(change.before), _show(change.run)) for change in changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def mcore_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The Megatron-Core GPT models under NeMo's, DDP's and precision's wrappers, one a pipeline chunk of this rank."""
+    from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+
+    return [module for module in model.modules() if isinstance(module, MCoreGPTModel)]
+
+
+def model_class(config_class: type) -> type[GPTModel]:
+    """NeMo's model class for a config class: the one in the same module whose constructor takes that config."""
+    for base in config_class.__mro__:
+        module = inspect.getmodule(base)
+        for candidate in vars(module).values() if module else ():
+            if inspect.isclass(candidate) and issubclass(candidate, GPTModel) and candidate.__module__ == base.__module__:
+                return candidate
+    raise ConfigError("model.config", config_class.__name__, "no model class of nemo.collections.llm takes this config")
+
+
+def _config_class(name: str) -> type[GPTConfig]:
+    found = getattr(llm, str(name), None)
+    if not (inspect.isclass(found) and issubclass(found, GPTConfig)):
+        known = [key for key, value in vars(llm).items() if inspect.isclass(value) and issubclass(value, GPTConfig)]
+        raise ConfigError(
+            "model.config", name, f"no GPT config class of nemo.collections.llm, {did_you_mean(str(name), known)}"
+        )
+    return found
+
+
+def _check_heads(config: GPTConfig) -> None:
+    if config.position_embedding_type not in ("rope", "yarn"):
+        raise ConfigError("model.position_embedding_type", config.position_embedding_type, "only RoPE models can be extended")
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size", None, "set it, so that no tokenizer changes the model's shape in silence")
+
+
+def _show(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(getattr(value, "name", value))

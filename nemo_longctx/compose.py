@@ -1,0 +1,56 @@
+"""Hydra over conf/: a recipe's YAML and `key=value` overrides become one plain mapping.
+
+The compose API is used rather than `@hydra.main`, so that an unknown key ends in the schema's own message, no working
+directory is made, and tests and Python call what the command line calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError, did_you_mean
+
+CONF_DIR = Path(__file__).parent / "conf"
+
+
+def groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
+    """Config groups and their choices: `{"rope": ["abf", "pi", ...], ...}`."""
+    folders = sorted(folder for folder in conf_dir.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: Path = CONF_DIR) -> dict[str, Any]:
+    """Compose `conf_dir/config_name.yaml` with `overrides` (`recipe=tiny_cpu_long`, `optimizer.lr=1e-4`).
+
+    Raises:
+        ConfigError: an override that is not `key=value`, or an unknown choice of a group.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = groups(conf_dir)
+    with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
+        try:
+            config = hydra_compose(config_name, overrides=[_override(item, known) for item in overrides])
+            return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from error
+
+
+def _override(item: str, known: dict[str, list[str]]) -> str:
+    """Check one override; a value's key may be new to the YAML, since the schema is what knows the keys."""
+    key, equals, value = item.partition("=")
+    if item.startswith(("+", "~")):
+        return item
+    if not equals or not key:
+        raise ConfigError("override", item, "write key=value, for example recipe=tiny_cpu_long or optimizer.lr=1e-4")
+    if key in known and not value.startswith("{"):
+        if value not in known[key] and value != "null":
+            raise ConfigError(key, value, f"no such choice, {did_you_mean(value, known[key])}")
+        return item
+    return f"++{item}"

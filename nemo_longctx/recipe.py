@@ -1,0 +1,212 @@
+"""The one schema of a run. Hydra, nemo_run and Python all fill it and hand it to `adapters.nemo.run`.
+
+YAML only overrides what stands here; an unknown key is an error that suggests the nearest known one. Parts that other rooms own
+(`rope`, `data`, `curriculum`) are kept as mappings and parsed by those rooms' own dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.rope import variants
+
+PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+SCHEDULES = ("cosine", "constant")
+
+
+def _positive(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}.{name}", value, "set a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a warm-up, through Megatron-Core's optimizer.
+
+    Attributes:
+        lr: peak learning rate. 2e-5 for 7B and 13B, 1e-5 for 34B and 70B (Xiong et al. 2023, section 2.1).
+        min_lr: where the schedule ends.
+        warmup_tokens: tokens over which the rate climbs from 0 (the paper: 2,000 steps of 4 Mi tokens).
+        schedule: "cosine" to the end of the run, or "constant".
+        clip_grad: largest norm of the whole gradient; 0 clips nothing.
+        distributed: shard optimizer states over data-parallel ranks (Megatron-Core's distributed optimizer).
+    """
+
+    lr: float = 2e-5
+    min_lr: float = 2e-6
+    warmup_tokens: int = 0
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-5
+    clip_grad: float = 1.0
+    distributed: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.lr < 1:
+            raise ConfigError("optimizer.lr", self.lr, "set a peak learning rate between 0 and 1, such as 2e-5")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ConfigError("optimizer.min_lr", self.min_lr, f"set it between 0 and optimizer.lr ({self.lr})")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError("optimizer.schedule", self.schedule, did_you_mean(str(self.schedule), SCHEDULES))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), "set a decay rate in [0, 1)")
+        for name in ("warmup_tokens", "weight_decay", "clip_grad", "epsilon"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), "it cannot be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Where the run computes, and how it is split: NeMo's own trainer and Megatron strategy do both.
+
+    Attributes:
+        accelerator: "cpu" or "gpu".
+        devices: processes on one node.
+        precision: "32", "bf16-mixed" or "16-mixed".
+        val_every_tokens: tokens between validations; 0 validates only at the end.
+        limit_val_batches: micro batches of one validation.
+        log_every_n_steps: optimizer steps between two lines of the training log.
+    """
+
+    accelerator: str = "gpu"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "bf16-mixed"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    val_every_tokens: int = 0
+    limit_val_batches: int = 8
+    log_every_n_steps: int = 1
+
+    def __post_init__(self):
+        if self.accelerator not in ("cpu", "gpu"):
+            raise ConfigError("trainer.accelerator", self.accelerator, "set cpu or gpu")
+        if str(self.precision) not in PRECISIONS:
+            raise ConfigError("trainer.precision", self.precision, did_you_mean(str(self.precision), PRECISIONS))
+        object.__setattr__(self, "precision", str(self.precision))
+        _positive("trainer", self, "devices", "num_nodes", "limit_val_batches", "log_every_n_steps")
+        _positive("trainer", self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        if self.world_size % self.model_parallel_size:
+            mend = f"the {self.world_size} processes must divide by tensor x pipeline x context = {self.model_parallel_size}"
+            raise ConfigError("trainer.devices", self.devices, mend)
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("trainer.sequence_parallel", True, "needs trainer.tensor_model_parallel_size above 1")
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.devices * self.num_nodes
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that share one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model that read different windows."""
+        return self.world_size // self.model_parallel_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Attributes:
+    every_tokens: tokens between two checkpoints that a killed run goes on from; 0 saves only at the end.
+    keep: how many of the best by validation loss are kept besides the last.
+    """
+
+    every_tokens: int = 0
+    keep: int = 0
+
+    def __post_init__(self):
+        if self.every_tokens < 0:
+            raise ConfigError("checkpoint.every_tokens", self.every_tokens, "set 0 (only at the end) or more")
+        if self.keep < 0:
+            raise ConfigError("checkpoint.keep", self.keep, "set 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """A whole run.
+
+    Attributes:
+        name: the run's name; its results are written to `output_dir/name`.
+        restore_from: a NeMo checkpoint to go on from (continual pretraining); None starts from random weights.
+        model: `config`, a class of `nemo.collections.llm` such as `Llama2Config7B`, and any of its fields. With
+            `restore_from` the checkpoint says what the model is, and a field here that contradicts it is an error.
+        rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has.
+        data: fields of `LongContextDataModule`'s configuration.
+        curriculum: `stages`, `tokens_per_step`, `total_tokens` (`nemo_longctx.data.curriculum`).
+    """
+
+    name: str
+    output_dir: str = "runs"
+    restore_from: str | None = None
+    seed: int = 1234
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rope: Mapping[str, Any] | None = None
+    data: Mapping[str, Any]
+    curriculum: Curriculum
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        if not isinstance(self.seed, int) or self.seed < 1:
+            raise ConfigError("seed", self.seed, "set a whole number of at least 1")
+        if not self.restore_from and "config" not in self.model:
+            raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
+        if self.restore_from and "config" in self.model:
+            raise ConfigError("model.config", self.model["config"], "has no effect with restore_from, which says the model")
+        if self.rope_variant is not None and self.rope_variant.evaluation_only:
+            raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
+        for stage in self.curriculum.plan:
+            stage.num_microbatches(self.trainer.data_parallel_size)
+        for key, tokens in (("trainer.val_every_tokens", self.trainer.val_every_tokens),
+                            ("checkpoint.every_tokens", self.checkpoint.every_tokens),
+                            ("optimizer.warmup_tokens", self.optimizer.warmup_tokens)):  # fmt: skip
+            self.steps(key, tokens)
+
+    @property
+    def rope_variant(self) -> variants.RopeVariant | None:
+        """The position encoding asked for, or None where the checkpoint's or the config's own stays."""
+        return None if self.rope is None else variants.parse(self.rope)
+
+    @property
+    def seq_length(self) -> int:
+        """The longest window of the run, tokens."""
+        return max(stage.seq_length for stage in self.curriculum.stages)
+
+    def steps(self, key: str, tokens: int) -> int:
+        """`tokens` as optimizer steps: the same number of tokens in each, whatever the sequence length.
+
+        Raises:
+            ConfigError: `tokens` is no multiple of the tokens in a step.
+        """
+        steps, rest = divmod(tokens, self.curriculum.tokens_per_step)
+        if rest:
+            near = max(1, round(tokens / self.curriculum.tokens_per_step)) * self.curriculum.tokens_per_step
+            mend = f"set a multiple of curriculum.tokens_per_step ({self.curriculum.tokens_per_step}); the nearest is {near}"
+            raise ConfigError(key, tokens, mend)
+        return steps
+
+
+def load_recipe(values: Mapping[str, Any]) -> RecipeConfig:
+    """The recipe that a composed mapping describes.
+
+    Raises:
+        ConfigError: an unknown key or a bad value, by its dotted name.
+    """
+    return build(RecipeConfig, values)
