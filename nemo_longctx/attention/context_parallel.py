@@ -47,12 +47,12 @@ def context_parallel_attention(
     kv_2BNKD = torch.stack((k_BNKD, v_BNKD))
     gathered = _GatherZigzag.apply(kv_2BNKD, group, windows)
 
+    places = [(part.data_ptr(), part.shape) for part in gathered]  # not the tensor itself: the closure would keep it
+
     def pack(tensor: torch.Tensor) -> torch.Tensor | int:
         # Which of k (0) and v (1) a saved tensor is, by where it lies; everything else is kept as it is.
-        for index in (0, 1):
-            if tensor.data_ptr() == gathered[index].data_ptr() and tensor.shape == gathered[index].shape:
-                return index
-        return tensor
+        place = (tensor.data_ptr(), tensor.shape)
+        return places.index(place) if place in places else tensor
 
     again: dict[int, torch.Tensor] = {}
 

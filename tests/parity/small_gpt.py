@@ -18,22 +18,30 @@ VOCABULARY = 96
 
 
 @contextlib.contextmanager
-def parallel(rank=0, world_size=1, init_file=None, **sizes):
-    """Megatron-Core's process groups over gloo, and the CPU shim; both gone afterwards."""
+def model_parallel(**sizes):
+    """Megatron-Core's process groups over those of torch.distributed, and the CPU shim; both gone afterwards."""
     was_installed = cpu.is_installed()
     cpu.install()
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if not was_installed:
+            cpu.uninstall()
+
+
+@contextlib.contextmanager
+def parallel():
+    """One gloo process with Megatron-Core's groups."""
     with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{init_file or folder + '/store'}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        parallel_state.initialize_model_parallel(**sizes)
-        model_parallel_cuda_manual_seed(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            yield
+            with model_parallel():
+                yield
         finally:
-            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-            if not was_installed:
-                cpu.uninstall()
 
 
 def config(**overrides):

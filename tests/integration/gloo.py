@@ -1,0 +1,46 @@
+"""Run one function on several gloo processes, for tests: each gets (rank, size, *args) and returns something picklable."""
+
+import multiprocessing
+import tempfile
+import traceback
+from pathlib import Path
+
+
+def _worker(function, rank, size, store, queue, args):
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        result = function(rank, size, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        queue.put((rank, result, None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def run_on(size, function, *args, timeout=240):
+    """Results by rank; a failure on any rank is raised here with its traceback."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        workers = [context.Process(target=_worker, args=(function, r, size, store, queue, args)) for r in range(size)]
+        for worker in workers:
+            worker.start()
+        results = {}
+        try:
+            for _ in workers:
+                rank, result, error = queue.get(timeout=timeout)
+                if error:
+                    raise RuntimeError(f"rank {rank}:\n{error}")
+                results[rank] = result
+        finally:
+            for worker in workers:
+                worker.join(5)
+                if worker.is_alive():
+                    worker.terminate()
+    return [results[rank] for rank in range(size)]
