@@ -251,9 +251,13 @@ class Scorer:
     def __init__(self, model: CausalModel, *, chunks: Chunks | None = None, share: bool = True):
         self.model, self.chunks, self.share = model, chunks or Chunks(), share
 
+    def plan(self, requests: Sequence[Request]) -> list[Step]:
+        """The order in which `run` reads these requests, and what it reads."""
+        return plan_reading(requests, share=self.share and not self.model.reads_whole)
+
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score | list[int]]]:
-        """Yield (index of the request, result) in reading order.
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score | list[int], int]]:
+        """Yield (index of the request, result, tokens newly read for it) in reading order.
 
         Results are `Score` for a `Continuation` and the new tokens for a `Generation`.
 
@@ -265,7 +269,7 @@ class Scorer:
         whole = self.model.reads_whole
         self.model.truncate(0)
         kept: list[tuple[int, Tensor]] = []  # (first position, states [K, H]) that later requests still want
-        for step in plan_reading(requests, share=self.share and not whole):
+        for step in self.plan(requests):
             request = requests[step.index]
             self.model.truncate(step.shared)
             kept = list(_cut(kept, [(0, step.shared)]))
@@ -280,11 +284,11 @@ class Scorer:
                 (_, last_1H), *_ = _cut(kept, [last])
                 result = self._generate(request, last_1H[0], len(step.tokens))
                 kept = list(_cut(kept, step.later))
-            yield step.index, result
+            yield step.index, result, len(step.tokens) - step.shared
         self.model.truncate(0)
 
     def score(self, requests: Sequence[Continuation], *, progress: Callable[[int], object] | None = None) -> list[Score]:
-        """Scores in the order of the requests; `progress` is told the length of each that is done. Errors as `run`."""
+        """Scores in the order of the requests; `progress` is told the tokens newly read for each. Errors as `run`."""
         return cast(list[Score], self._all(requests, progress))
 
     def generate(self, requests: Sequence[Generation], *, progress: Callable[[int], object] | None = None) -> list[list[int]]:
@@ -293,10 +297,10 @@ class Scorer:
 
     def _all(self, requests: Sequence[Request], progress: Callable[[int], object] | None) -> list[Score | list[int]]:
         results: dict[int, Score | list[int]] = {}
-        for index, result in self.run(requests):
+        for index, result, read in self.run(requests):
             results[index] = result
             if progress is not None:
-                progress(len(requests[index].read))
+                progress(read)
         return [results[i] for i in range(len(requests))]
 
     def _check(self, number: int, request: Request) -> None:

@@ -66,13 +66,13 @@ CONTINUATIONS = st.builds(lambda c, t: Continuation(context=c, continuation=t), 
 GENERATIONS = st.builds(lambda c, n: Generation(context=c, max_new_tokens=n, stop=never), TOKENS, st.integers(1, 4))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.one_of(CONTINUATIONS, GENERATIONS), max_size=8), st.integers(1, 7), st.integers(1, 4))
 def test_shared_prefixes_change_no_result(llama, requests, read, rows):
     model = HFCausalModel(llama)
     chunks = Chunks(read=read, logits=rows * 4 * VOCAB)
-    shared = dict(Scorer(model, chunks=chunks).run(requests))
-    plain = dict(Scorer(model, share=False).run(requests))
+    shared = {index: result for index, result, _ in Scorer(model, chunks=chunks).run(requests)}
+    plain = {index: result for index, result, _ in Scorer(model, share=False).run(requests)}
     assert set(shared) == set(plain) == set(range(len(requests)))
     for index, request in enumerate(requests):
         if isinstance(request, Generation):

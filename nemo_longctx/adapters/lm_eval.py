@@ -1,0 +1,373 @@
+"""lm-eval's `LM` over any causal model: a live Megatron-Core one, a NeMo or a Hugging Face checkpoint.
+
+Importing this module registers the model as `nemo_longctx`. lm-eval 0.4.13 loads no plugins, so its command line needs the
+import: `python -m nemo_longctx.adapters.lm_eval run --model nemo_longctx ...` is stock `lm_eval` with it. Later releases
+find it through the entry-point group `lm_eval.models`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.eval.results_cache import ResultsCache, request_key, weights_digest
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Request, Score, Scorer, share_work
+from nemo_longctx.eval.truncation import Truncated, prompt_budget, token_span, truncate
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Returned instead of a generation whose prompt lost what it asks about; our tasks count it and leave it out of the mean.
+UNSCORED = "\x00not scored: truncation cut the "
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncationRecord:
+    """One cut prompt: the task and row it belongs to, the policy, tokens before and removed, protected spans lost."""
+
+    task: str
+    doc_id: int | None
+    policy: str
+    tokens: int
+    removed: int
+    lost: tuple[str, ...]
+
+
+@register_model("nemo_longctx")
+class LongContextLM(TemplateLM):
+    """Scores lm-eval's requests with shared prefixes, chunked logits and a key-value cache.
+
+    To lm-eval this is one process: every rank builds all requests, the work is divided here by cost, and every rank
+    returns all results. So no rank can run out of documents, and the same samples are scored in any layout.
+
+    Args:
+        pretrained: a `CausalModel`, or the path or name of a checkpoint (NeMo 2 folder, or Hugging Face).
+        tokenizer: Hugging Face tokenizer, its path or name, or NeMo's wrapper around one; default, that of `pretrained`.
+        max_length: tokens the model may read; default, what it says.
+        max_gen_toks: default length of generations.
+        add_bos_token: add the tokenizer's special tokens; None leaves it to the tokenizer.
+        device, dtype: for a checkpoint.
+        batch_size, max_batch_size: what lm-eval's command line passes. One document is read at a time, so only 1 or "auto".
+        read_chunk: tokens of one forward pass.
+        share_prefixes: False reads each request alone, to compare.
+        results_cache: file of results to reuse; needs `identity` for a `CausalModel` (for a checkpoint it is computed).
+        identity: what made the weights: at least {"weights": digest}, and say {"step": n}.
+        data_group: `torch.distributed` group of ranks that hold the same part of the model.
+        seed: of sampled generations.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | CausalModel,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        read_chunk: int = 1024,
+        share_prefixes: bool = True,
+        results_cache: str | None = None,
+        identity: Mapping[str, Any] | None = None,
+        data_group: torch.distributed.ProcessGroup | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if str(batch_size).split(":")[0] not in ("1", "auto") or max_batch_size not in (None, 1):
+            raise ConfigError("batch_size", batch_size, "requests share prefixes instead of batches; leave it at 1 or auto")
+        if isinstance(pretrained, str):
+            tokenizer = tokenizer or pretrained
+            pretrained, weights = load_checkpoint(pretrained, max_length=max_length, device=device, dtype=dtype)
+            identity = {"weights": weights} if results_cache else None
+        self.causal = pretrained
+        self.tokenizer = hf_tokenizer(tokenizer)
+        self._max_length = max_length or pretrained.max_length
+        self.max_gen_toks, self.add_bos_token, self.seed = max_gen_toks, add_bos_token, seed
+        self.scorer = Scorer(pretrained, chunks=Chunks(read=read_chunk), share=share_prefixes)
+        self.data_group = data_group
+        if results_cache and not (identity or {}).get("weights"):
+            raise ConfigError("identity", identity, "a results cache needs {'weights': digest} so that it never mixes models")
+        self.cache = ResultsCache(results_cache) if results_cache else None
+        self.identity = dict(identity or {})
+        self.truncations: list[TruncationRecord] = []
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.tokenizer.encode(string, **self._special(string, add_special_tokens), **kwargs)
+
+    def _special(self, string: str, add_special_tokens: bool | None) -> dict[str, bool]:
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token
+        return {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    # Log-likelihood
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._instances = requests
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        jobs, lost = [], []
+        for instance, (_, context, continuation) in zip(self._instances, requests, strict=True):
+            if len(continuation) > self.max_length:
+                raise ValueError(f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}")
+            cut = self._fit(instance, context, self.max_length + 1 - len(continuation))
+            jobs.append(Continuation(context=cut.tokens, continuation=continuation))
+            lost.append(bool(cut.lost))
+        scores = self._run(jobs, "log-likelihood", disable_tqdm)
+        # An answer about text that was cut away is no answer: NaN, which our tasks count and leave out of the mean.
+        return [(float("nan") if gone else s.log_likelihood, s.is_greedy) for s, gone in zip(scores, lost, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        jobs, owners = [], []
+        for owner, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, windows):
+                jobs.append(Continuation(context=context, continuation=continuation))
+                owners.append(owner)
+        totals = np.zeros(len(requests))
+        for owner, score in zip(owners, self._run(jobs, "rolling log-likelihood", disable_tqdm), strict=True):
+            totals[owner] += score.log_likelihood
+        return totals.tolist()
+
+    # Generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        jobs, untils, lost = [], [], []
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        for instance in requests:
+            text, asked = instance.args
+            options: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+            for name, value in options.items():
+                if name not in SAMPLING:
+                    raise ConfigError(f"generation_kwargs.{name}", value, f"not supported, {did_you_mean(name, SAMPLING)}")
+            until = handle_stop_sequences(options["until"], eos=eos)
+            new = options["max_gen_toks"]
+            cut = self._fit(instance, self.tok_encode(text), prompt_budget(self.max_length, new))
+            sampled = options["do_sample"]
+            jobs.append(
+                Generation(
+                    context=cut.tokens,
+                    max_new_tokens=new,
+                    stop=self._stop(until),
+                    temperature=options["temperature"] if sampled else 0.0,
+                    top_p=options.get("top_p") or 1.0,
+                    top_k=options.get("top_k") or 0,
+                    seed=self.seed,
+                )
+            )
+            untils.append(until)
+            lost.append(cut.lost)
+        made = self._run(jobs, "generation", disable_tqdm, extra=[{"until": u} for u in untils])
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
+        texts = [postprocess_generated_text(t, until, None) for t, until in zip(texts, untils, strict=True)]
+        return [UNSCORED + " and ".join(gone) if gone else text for text, gone in zip(texts, lost, strict=True)]
+
+    def _stop(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
+        """True once the tail of the generation holds a stop string, looked for as lm-eval's HF backend does: over the
+        tokens of the stop string and two more, since it may have been made in another tokenization."""
+        tails = [(text, len(self.tokenizer.encode(text, add_special_tokens=False)) + 2) for text in until if text]
+
+        def stop(made: list[int]) -> bool:
+            return made[-1] == self.eot_token_id or any(text in self.tokenizer.decode(made[-n:]) for text, n in tails)
+
+        return stop
+
+    # Truncation
+
+    def _fit(self, instance: Instance, tokens: list[int], room: int) -> Truncated:
+        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: from the left)."""
+        policy = {"policy": "left", "max_prompt": None, "protect": {}, **((instance.doc or {}).get("longctx") or {})}
+        budget = room if policy["max_prompt"] is None else min(room, policy["max_prompt"])
+        if len(tokens) <= budget:
+            return Truncated(tokens=tokens, removed=0, lost=())
+        spans = self._spans(instance.args[0], policy["protect"], len(tokens)) if policy["protect"] else {}
+        cut = truncate(tokens, budget, policy["policy"], spans)
+        self.truncations.append(
+            TruncationRecord(
+                task=instance.task_name or "",
+                doc_id=instance.doc_id,
+                policy=policy["policy"],
+                tokens=len(tokens),
+                removed=cut.removed,
+                lost=cut.lost,
+            )
+        )
+        return cut
+
+    def _spans(self, text: str, protect: Mapping[str, str], length: int) -> dict[str, tuple[int, int]]:
+        """Where protected texts lie in the prompt, in tokens. The last occurrence counts: shots come before the sample."""
+        offsets = self.tokenizer(text, return_offsets_mapping=True, **self._special(text, None))["offset_mapping"]
+        if len(offsets) != length:
+            raise ValueError(f"the prompt has {length} tokens but {len(offsets)} offsets: the tokenizer is not deterministic")
+        spans = {}
+        for name, wanted in protect.items():
+            start = text.rfind(wanted.strip())
+            if start < 0:
+                raise ValueError(f"the protected {name} {wanted[:60]!r} does not occur in its prompt")
+            spans[name] = token_span(offsets, start, start + len(wanted.strip()))
+        return spans
+
+    # Work
+
+    def _run(
+        self, jobs: Sequence[Request], what: str, quiet: bool, extra: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[Any]:
+        """Results of all jobs on every rank, from the cache where it has them."""
+        rank, ranks = (0, 1) if self.data_group is None else (self.data_group.rank(), self.data_group.size())
+        keys = [_key(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
+        known = self.cache.get(keys) if self.cache and rank == 0 else {}
+        if ranks > 1:
+            known = _everywhere(known, self.data_group)[0]
+        todo = [i for i, key in enumerate(keys) if key not in known]
+        mine = [todo[i] for i in share_work([jobs[i] for i in todo], ranks)[rank]]
+        done, error = {}, ""
+        try:
+            done = self._work([jobs[i] for i in mine], mine, what, quiet or rank != 0)
+        except (RuntimeError, ValueError) as failure:  # out of memory included: every rank must hear of it
+            if ranks == 1:
+                raise
+            error = f"rank {rank}: {type(failure).__name__}: {failure}"
+        if ranks > 1:
+            parts = _everywhere((done, error), self.data_group)
+            if any(errors := [e for _, e in parts if e]):
+                raise RuntimeError("; ".join(errors))
+            done = {i: value for part, _ in parts for i, value in part.items()}
+        fresh = {keys[i]: value for i, value in done.items()}
+        if self.cache and rank == 0:
+            self.cache.put(fresh)
+        return [_unpack((known | fresh)[key]) for key in keys]
+
+    def _work(self, jobs: list[Request], indices: list[int], what: str, quiet: bool) -> dict[int, Any]:
+        total = sum(len(step.tokens) - step.shared for step in self.scorer.plan(jobs)) if jobs else 0
+        done = {}
+        with tqdm(total=total, unit="tok", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
+            for i, result, read in self.scorer.run(jobs):
+                done[indices[i]] = _pack(result)
+                bar.update(read)
+        return done
+
+
+def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dtype: str) -> tuple[CausalModel, str]:
+    """A checkpoint behind the scorer's interface, and the digest of its weights.
+
+    Args:
+        path: NeMo 2 checkpoint folder (it holds `context` and `weights`), or name or folder of a Hugging Face model.
+        device: default, CUDA where there is one. dtype: "auto" for the checkpoint's own, or torch's name of one.
+    """
+    if (Path(path) / "weights").is_dir() and (Path(path) / "context").is_dir():
+        from nemo_longctx.adapters.nemo.evaluation import load_nemo_checkpoint
+
+        return load_nemo_checkpoint(path, max_length=max_length, device=device, dtype=dtype)
+    from transformers import AutoModelForCausalLM
+
+    from nemo_longctx.eval.hf import HFCausalModel
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(
+        device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    return HFCausalModel(model, max_length=max_length), weights_digest(model.state_dict().items())
+
+
+def _pack(result: Score | list[int]) -> dict[str, Any]:
+    """JSON form of a result. Log-probabilities keep their sum only: it is all that lm-eval asks."""
+    return {"sum": result.log_likelihood, "greedy": result.is_greedy} if isinstance(result, Score) else {"tokens": result}
+
+
+@dataclass(frozen=True)
+class _Scored:
+    log_likelihood: float
+    is_greedy: bool
+
+
+def _unpack(value: Mapping[str, Any]) -> Any:
+    return value["tokens"] if "tokens" in value else _Scored(value["sum"], value["greedy"])
+
+
+def _key(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> str:
+    if isinstance(job, Continuation):
+        return request_key(identity, "score", [*job.context, *job.continuation], len(job.context), more)
+    options = {k: v for k, v in asdict(job).items() if k not in ("context", "stop")}
+    return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
+
+
+def _everywhere(value: Any, group: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    parts = [None] * group.size()
+    torch.distributed.all_gather_object(parts, value, group=group)
+    return parts
+
+
+def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """The Hugging Face tokenizer itself, from its name or from inside NeMo's `AutoTokenizer`.
+
+    Raises:
+        ConfigError: another kind of tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    if isinstance(tokenizer, str):
+        return AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        kind = type(tokenizer).__name__
+        raise ConfigError("tokenizer", kind, "give a Hugging Face tokenizer (path, name or object) for evaluation")
+    return tokenizer
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
