@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
     "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and a figure",
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
+    "compare": "a page for blind side-by-side votes on two models' answers, and the table with 95 % intervals from the votes",
 }
 
 

@@ -1,0 +1,35 @@
+"""`nemo-longctx compare`: a page for blind side-by-side voting, and the table from its votes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Two files, and either a page to write or votes to count."""
+    parser.add_argument("a", metavar="A.jsonl", type=Path, help='one model\'s answers: {"id", "prompt", "response"} a line')
+    parser.add_argument("b", metavar="B.jsonl", type=Path, help="the other model's answers to the same examples")
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page to vote on")
+    job.add_argument("--votes", type=Path, nargs="+", metavar="VOTES.jsonl", help="count the votes that raters saved")
+    parser.add_argument("--table", type=Path, metavar="TABLE.json", help="with --votes: write the table here, too")
+    parser.add_argument("--seed", type=int, default=1234, help="of the order and the sides; the same for page and votes (1234)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page, or print the table."""
+    from nemo_longctx.instruct import compare
+
+    comparison = compare.compare_files(args.a, args.b, seed=args.seed)
+    if args.output is not None:
+        args.output.write_text(compare.page_html(comparison), encoding="utf-8")
+        print(f"wrote {args.output}: {len(comparison.pairs)} examples. Open it in a browser; each rater saves a file of votes.")
+        return 0
+    table = compare.tabulate(compare.read_votes(comparison, args.votes))
+    print(compare.table_text(table, a=args.a.stem, b=args.b.stem))
+    if args.table is not None:
+        args.table.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n", encoding="utf-8")
+    return 0

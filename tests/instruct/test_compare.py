@@ -1,0 +1,164 @@
+"""Blind comparison: the page gives nothing away, votes find their way back, and the intervals cover."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from browser import BINARY, browser
+
+from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError
+from nemo_longctx.instruct.compare import OUTCOMES, compare_files, page_html, read_votes, tabulate
+
+NASTY = "</script><script>document.title='owned'</script> <b>bold</b> & é 🚢 \u2028"
+
+
+def rows(path, model, count=6):
+    made = [{"id": i, "prompt": f"Question {i}?", "response": f"answer {model * (i + 1)} {NASTY}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return rows(tmp_path / "tuned.jsonl", "x"), rows(tmp_path / "base.jsonl", "y")
+
+
+def test_sides_are_balanced_and_found_again(files):
+    comparison = compare_files(*files, seed=1)
+    assert sum(pair.swapped for pair in comparison.pairs) == 3
+    assert comparison == compare_files(*files, seed=1)
+    assert comparison.page != compare_files(*files, seed=2).page
+    assert comparison.page != compare_files(*reversed(files), seed=1).page
+
+
+def test_the_page_tells_no_sides_and_stands_alone(files):
+    comparison = compare_files(*files, seed=1)
+    html = page_html(comparison)
+    assert not re.search(r"tuned|base\b|swapped|https?://", html)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
+    assert [set(example) for example in data["examples"]] == [{"id", "prompt", "left", "right"}] * 6
+    for pair, example in zip(comparison.pairs, data["examples"], strict=True):
+        assert (example["left"], example["right"]) == ((pair.b, pair.a) if pair.swapped else (pair.a, pair.b))
+
+
+@pytest.mark.skipif(BINARY is None, reason="no Chromium or Chrome on this machine")
+def test_votes_in_a_real_browser(files, tmp_path, capsys):
+    page, downloads = tmp_path / "page.html", tmp_path / "downloads"
+    downloads.mkdir()
+    assert main(["compare", *map(str, files), "--output", str(page)]) == 0
+    text = {name: f"document.getElementById('{name}').textContent" for name in ("left", "right", "prompt", "count", "notice")}
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page, downloads)
+        assert tab.evaluate("document.title") == "Which answer is better?"  # the nasty answer stayed text
+        assert NASTY in tab.evaluate(text["left"])
+        tab.click("button[data-vote=left]")
+        assert "name" in tab.evaluate(text["notice"])  # no vote without a rater
+        tab.click("#rater")
+        tab.type("Ada B.")
+        tab.evaluate("document.activeElement.blur()")
+        winners = []
+        for number in range(6):  # prefer the model that says x: by mouse and by key in turn
+            assert tab.evaluate(text["count"]).startswith(f"{number + 1} of 6; {number} voted")
+            on_left = "x" in tab.evaluate(text["left"]).split()[1]
+            winners.append("left" if on_left else "right")
+            if number == 4:
+                tab.press("2")
+            elif number % 2:
+                tab.press("1" if on_left else "3")
+            else:
+                tab.click(f"button[data-vote={winners[-1]}]")
+        assert "Save" in tab.evaluate(text["notice"])
+        tab.click("#save")
+        saved, until = downloads / "votes-Ada_B_.jsonl", time.monotonic() + 30
+        while not saved.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        tab.command("Page.reload")
+        time.sleep(0.5)
+        tab.click("#rater")
+        tab.type("Ada B.")
+        tab.evaluate("document.activeElement.blur()")
+        assert "6 voted" in tab.evaluate(text["count"])  # a closed tab loses no vote
+    assert set(winners) == {"left", "right"}
+    capsys.readouterr()
+    assert main(["compare", *map(str, files), "--votes", str(saved), "--table", str(tmp_path / "table.json")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"tuned better +83\.3%", said)
+    assert re.search(r"base better +0\.0%", said)
+    assert json.loads((tmp_path / "table.json").read_text())["shares"]["tie"]["share"] == pytest.approx(1 / 6)
+
+
+def write_votes(path, comparison, votes):
+    """votes: [(rater, example, win/tie/loss of A)]."""
+    pairs = {pair.id: pair for pair in comparison.pairs}
+    lines = []
+    for rater, example, outcome in votes:
+        side = "tie" if outcome == "tie" else "left" if (outcome == "win") != pairs[example].swapped else "right"
+        lines.append(json.dumps({"page": comparison.page, "rater": rater, "id": example, "vote": side}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_several_raters_and_the_later_vote(files, tmp_path):
+    comparison = compare_files(*files, seed=1)
+    ada = write_votes(tmp_path / "ada", comparison, [("Ada", "0", "loss"), ("Ada", "0", "win"), ("Ada", "1", "tie")])
+    bob = write_votes(tmp_path / "bob", comparison, [("Bob", "0", "win"), ("Bob", "1", "loss"), ("Bob", "2", "loss")])
+    votes = read_votes(comparison, [ada, bob])
+    assert votes == {"0": {"Ada": "win", "Bob": "win"}, "1": {"Ada": "tie", "Bob": "loss"}, "2": {"Bob": "loss"}}
+    table = tabulate(votes)
+    assert [table.shares[outcome].share for outcome in OUTCOMES] == pytest.approx([2 / 5, 1 / 5, 2 / 5])
+    assert (table.votes, table.examples, table.raters, table.agreement) == (5, 3, 2, 0.5)
+
+
+def test_votes_on_another_page_are_refused(files, tmp_path):
+    comparison = compare_files(*files, seed=1)
+    path = write_votes(tmp_path / "ada", comparison, [("Ada", "0", "win")])
+    with pytest.raises(ConfigError, match="another page"):
+        read_votes(compare_files(*files, seed=2), [path])
+    path.write_text("")
+    with pytest.raises(ConfigError, match="no vote"):
+        read_votes(comparison, [path])
+
+
+def test_files_that_do_not_match_are_named(files, tmp_path):
+    shorter = rows(tmp_path / "short.jsonl", "z", count=4)
+    with pytest.raises(ConfigError, match=r"short\.jsonl.*lacks 2"):
+        compare_files(files[0], shorter, seed=1)
+    shorter.write_text('{"id": 1, "prompt": "a"}\n')
+    with pytest.raises(ConfigError, match=r"short\.jsonl:1"):
+        compare_files(files[0], shorter, seed=1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(files[1].read_text().replace("Question 3?", "Question three?"))
+    with pytest.raises(ConfigError, match="different prompts"):
+        compare_files(files[0], other, seed=1)
+
+
+@pytest.mark.parametrize(("examples", "raters", "spread"), [(60, 3, 0.0), (60, 3, 0.35), (40, 1, 0.2), (150, 3, 1.0)])
+def test_intervals_cover_the_truth(examples, raters, spread):
+    """Raters who follow the example rather than a coin (`spread`) make votes alike; the interval must allow for that."""
+    draw = np.random.default_rng(3)
+    covered, trials, mean = 0, 300, 0.4
+    for _ in range(trials):
+        # Each example has a chance of its own around 0.4: from all alike (0) to always the same vote (1).
+        chance = (
+            np.full(examples, mean)
+            if spread == 0
+            else draw.beta(*(np.array([mean, 1 - mean]) * (1 / spread**2 - 1 + 1e-9)), examples)
+        )
+        votes = {
+            str(example): {str(rater): "win" if draw.random() < chance[example] else "loss" for rater in range(raters)}
+            for example in range(examples)
+        }
+        win = tabulate(votes).shares["win"]
+        covered += win.low <= mean <= win.high
+    assert 0.92 <= covered / trials <= 0.98
+
+
+def test_one_sided_votes_still_have_an_interval():
+    table = tabulate({str(example): {"Ada": "win", "Bob": "win"} for example in range(20)})
+    win, loss = table.shares["win"], table.shares["loss"]
+    assert (win.share, win.high, loss.share, loss.low) == (1.0, 1.0, 0.0, 0.0)
+    assert 0.8 < win.low < 0.9  # Wilson, 20 of 20: 0.839
+    assert loss.high == pytest.approx(1 - win.low)
