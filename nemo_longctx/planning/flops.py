@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.data.curriculum import Curriculum, Stage, StageConfig
 from nemo_longctx.planning.models import ModelShape
 
 ATTENTION = ("full", "causal", "document")
@@ -180,52 +181,28 @@ def crossover_length(model: ModelShape, convention: FlopsConvention) -> float:
     return one.linear / one.attention
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of a curriculum: `seq_length` until the share `until` of all tokens is consumed."""
-
-    until: float
-    seq_length: int
-
-    def __post_init__(self):
-        if not 0 < self.until <= 1:
-            raise ConfigError("curriculum.until", self.until, "must lie in (0, 1]: the share of all tokens at which the stage ends")
-        if self.seq_length < 1:
-            raise ConfigError("curriculum.seq_length", self.seq_length, "must be 1 or more")
-
-
-def parse_curriculum(text: str) -> tuple[Stage, ...]:
+def parse_curriculum(text: str, *, tokens_per_step: int, steps: int) -> Curriculum:
     """`4096@0.2,32768`: 4,096 tokens until 20 % of all tokens are consumed, then 32,768 to the end.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: not of that form, or stages that overlap or do not fill the run.
     """
     stages = []
     items = [item.strip() for item in text.split(",")]
     for i, item in enumerate(items):
         length, at, until = item.partition("@")
-        last = i == len(items) - 1
-        if not at and not last:
-            raise ConfigError("curriculum", text, f"stage {item!r} needs the share of tokens at which it ends, such as {item}@0.2")
+        if not at and i < len(items) - 1:
+            raise ConfigError(
+                "curriculum", text, f"stage {item!r} needs the share of tokens at which it ends, such as {item}@0.2"
+            )
         try:
-            stages.append(Stage(seq_length=int(length), until=float(until) if at else 1.0))
+            numbers = int(length), float(until) if at else 1.0
         except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError("curriculum", text, "must look like 4096@0.2,32768") from error
-    check_curriculum(tuple(stages))
-    return tuple(stages)
-
-
-def check_curriculum(stages: tuple[Stage, ...]) -> None:
-    """Raises:
-    ConfigError: no stage, ends that do not rise, or a last stage that does not end at 1.
-    """
-    ends = [stage.until for stage in stages]
-    if not ends or ends[-1] != 1.0:
-        raise ConfigError("curriculum", ends, "the last stage must end at 1.0")
-    if any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
-        raise ConfigError("curriculum", ends, "the shares at which stages end must rise")
+        stages.append(StageConfig(seq_length=numbers[0], until=numbers[1]))
+    if steps < 1:
+        raise ConfigError("steps", steps, "must be 1 or more")
+    return Curriculum(stages=tuple(stages), tokens_per_step=tokens_per_step, total_tokens=steps * tokens_per_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +212,8 @@ class StageCost:
     Attributes:
         seq_length: tokens a sequence.
         tokens: tokens consumed in the stage.
-        steps: optimizer steps (fractional where a stage ends within one).
-        sequences_per_step: sequences in one optimizer step; a whole number where the length divides the tokens of a step.
+        steps: optimizer steps.
+        global_batch_size: sequences in one optimizer step.
         flops: operations of the stage, `token_flops * tokens`.
         token_flops: operations a token, by part.
         attention_share: attention / (attention + layers); the LM head is in neither.
@@ -244,9 +221,9 @@ class StageCost:
     """
 
     seq_length: int
-    tokens: float
-    steps: float
-    sequences_per_step: float
+    tokens: int
+    steps: int
+    global_batch_size: int
     flops: float
     token_flops: TokenFlops
     attention_share: float
@@ -271,8 +248,8 @@ class TrainingCost:
     """
 
     convention: FlopsConvention
-    tokens: float
-    steps: float
+    tokens: int
+    steps: int
     tokens_per_step: int
     stages: tuple[StageCost, ...]
     total_flops: float
@@ -287,57 +264,47 @@ class TrainingCost:
 
 
 def training_cost(
-    model: ModelShape,
-    curriculum: tuple[Stage, ...],
-    convention: FlopsConvention,
-    *,
-    tokens_per_step: int,
-    steps: float,
-    document_lengths_D: np.ndarray | None = None,
+    model: ModelShape, curriculum: Curriculum, convention: FlopsConvention, *, document_lengths_D: np.ndarray | None = None
 ) -> TrainingCost:
-    """FLOPs of training `steps` optimizer steps of `tokens_per_step` tokens under a curriculum.
+    """FLOPs of training under a curriculum.
 
     Raises:
-        ConfigError: a number out of range, or `document` attention without lengths.
+        ConfigError: `document` attention without lengths.
     """
-    for key, value in (("tokens_per_step", tokens_per_step), ("steps", steps)):
-        if value <= 0:
-            raise ConfigError(key, value, "must be over 0")
-    check_curriculum(curriculum)
-    tokens = float(steps) * tokens_per_step
-    costs: list[StageCost] = []
-    begin = 0.0
-    for stage in curriculum:
-        per_token = token_flops(model, stage.seq_length, convention, document_lengths_D=document_lengths_D)
-        stage_tokens = (stage.until - begin) * tokens
-        first = costs[0].token_flops if costs else per_token
-        costs.append(
-            StageCost(
-                seq_length=stage.seq_length,
-                tokens=stage_tokens,
-                steps=stage_tokens / tokens_per_step,
-                sequences_per_step=tokens_per_step / stage.seq_length,
-                flops=per_token.total * stage_tokens,
-                token_flops=per_token,
-                attention_share=per_token.attention / (per_token.attention + per_token.linear),
-                relative_speed=first.total / per_token.total,
-            )
-        )
-        begin = stage.until
+
+    def per_token(seq_length: int) -> TokenFlops:
+        return token_flops(model, seq_length, convention, document_lengths_D=document_lengths_D)
+
+    first = per_token(curriculum.plan[0].seq_length)
+    costs = tuple(_stage_cost(stage, per_token(stage.seq_length), first) for stage in curriculum.plan)
     total = sum(cost.flops for cost in costs)
-    longest = max(stage.seq_length for stage in curriculum)
-    long_from_start = token_flops(model, longest, convention, document_lengths_D=document_lengths_D).total * tokens
+    longest = max(stage.seq_length for stage in curriculum.plan)
+    long_from_start = per_token(longest).total * curriculum.total_tokens
     return TrainingCost(
         convention=convention,
-        tokens=tokens,
-        steps=steps,
-        tokens_per_step=tokens_per_step,
-        stages=tuple(costs),
+        tokens=curriculum.total_tokens,
+        steps=curriculum.total_steps,
+        tokens_per_step=curriculum.tokens_per_step,
+        stages=costs,
         total_flops=total,
         long_from_start_flops=long_from_start,
         saving=1 - total / long_from_start,
         crossover_6h=6 * model.hidden_size,
         crossover_tokens=None if convention.attention == "document" else crossover_length(model, convention),
+    )
+
+
+def _stage_cost(stage: Stage, per_token: TokenFlops, first: TokenFlops) -> StageCost:
+    tokens = stage.end_token - stage.first_token
+    return StageCost(
+        seq_length=stage.seq_length,
+        tokens=tokens,
+        steps=stage.end_step - stage.first_step,
+        global_batch_size=stage.global_batch_size,
+        flops=per_token.total * tokens,
+        token_flops=per_token,
+        attention_share=per_token.attention / (per_token.attention + per_token.linear),
+        relative_speed=first.total / per_token.total,
     )
 
 

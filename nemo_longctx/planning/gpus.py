@@ -43,10 +43,20 @@ GPUS = {
         Gpu(name="a100", memory_gib=79.0, bf16_tflops=312, fp8_tflops=None, memory_gb_s=2039, nvlink_gb_s=300, network_gb_s=25),
         Gpu(name="h100", memory_gib=79.0, bf16_tflops=989, fp8_tflops=1979, memory_gb_s=3350, nvlink_gb_s=450, network_gb_s=50),
         Gpu(
-            name="h100-96gb", memory_gib=94.5, bf16_tflops=989, fp8_tflops=1979, memory_gb_s=2400, nvlink_gb_s=450, network_gb_s=50
+            name="h100-96gb",
+            memory_gib=94.5,
+            bf16_tflops=989,
+            fp8_tflops=1979,
+            memory_gb_s=2400,
+            nvlink_gb_s=450,
+            network_gb_s=50,
         ),
-        Gpu(name="h200", memory_gib=139.8, bf16_tflops=989, fp8_tflops=1979, memory_gb_s=4800, nvlink_gb_s=450, network_gb_s=50),
-        Gpu(name="b200", memory_gib=178.0, bf16_tflops=2250, fp8_tflops=4500, memory_gb_s=8000, nvlink_gb_s=900, network_gb_s=50),
+        Gpu(
+            name="h200", memory_gib=139.8, bf16_tflops=989, fp8_tflops=1979, memory_gb_s=4800, nvlink_gb_s=450, network_gb_s=50
+        ),
+        Gpu(
+            name="b200", memory_gib=178.0, bf16_tflops=2250, fp8_tflops=4500, memory_gb_s=8000, nvlink_gb_s=900, network_gb_s=50
+        ),
         Gpu(
             name="gb200",
             memory_gib=184.0,

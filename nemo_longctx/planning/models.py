@@ -104,9 +104,9 @@ class ModelShape:
         return self.num_layers * self.layer_parameters + tables * self.embedding_parameters + self.hidden_size
 
 
-# Sizes: the config.json that each checkpoint is published with. Llama 2 and Code Llama: Touvron et al. 2023, Roziere et al. 2023;
-# Llama 3: Grattafiori et al. 2024, Table 3; Qwen2.5: Qwen team 2024, Table 1; Mistral 7B: Jiang et al. 2023, Table 1 (v0.3: a
-# vocabulary of 32,768). The paper's own 34B was never published: Code Llama 34B has its sizes.
+# Sizes: the config.json that each checkpoint is published with. Llama 2 and Code Llama: Touvron et al. 2023, Roziere et al.
+# 2023; Llama 3: Grattafiori et al. 2024, Table 3; Qwen2.5: Qwen team 2024, Table 1; Mistral 7B: Jiang et al. 2023, Table 1
+# (v0.3: a vocabulary of 32,768). The paper's own 34B was never published: Code Llama 34B has its sizes.
 MODELS: dict[str, ModelShape] = {
     "llama2_7b": ModelShape(
         num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000, seq_length=4096
@@ -189,7 +189,7 @@ def model_from_hf(path: Path) -> ModelShape:
     """Read the sizes out of a Hugging Face `config.json` (Llama, Mistral, Qwen2 and models of their form).
 
     Raises:
-        ConfigError: the file is of an architecture whose arithmetic this planner does not know (experts, encoders), or lacks a size.
+        ConfigError: the file is of an architecture whose arithmetic this planner does not know, or lacks a size.
         OSError: the file cannot be read.
     """
     try:
@@ -200,7 +200,9 @@ def model_from_hf(path: Path) -> ModelShape:
     if kind not in _HF_ARCHITECTURES:
         raise ConfigError("model", str(path), f"model_type={kind!r} is not planned for; known: {', '.join(_HF_ARCHITECTURES)}")
     missing = [
-        k for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size") if k not in config
+        k
+        for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        if k not in config
     ]
     if missing:
         raise ConfigError("model", str(path), f"its config.json lacks {', '.join(missing)}")

@@ -1,0 +1,116 @@
+"""`nemo-longctx plan`: FLOPs, memory, time and layouts of a run, before it is paid for. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--model", help="a name (llama2_7b, ...), a Hugging Face config.json or its folder, or num_layers=...,..."
+    )
+    what.add_argument(
+        "--recipe", help="a recipe's YAML: its model, curriculum, tokens and layout, which the other options override"
+    )
+    what.add_argument("--curriculum", help="lengths and the share of tokens at which each ends: 4096@0.2,32768")
+    what.add_argument("--tokens-per-step", type=int, help="tokens of an optimizer step (default 4194304: Llama 2's)")
+    what.add_argument("--steps", type=int, help="optimizer steps (default 100000)")
+    what.add_argument("--documents", help="prefix of a .bin/.idx corpus: lengths for --flops document")
+    what.add_argument("--flops", default=None, help="convention: full (the paper's), full_exact, causal (default) or document")
+    what.add_argument("--vocabulary", action=argparse.BooleanOptionalAction, help="count the LM head, or not")
+    where = parser.add_argument_group("where, and at what speed")
+    where.add_argument("--gpu", help="kind of GPU: a100, h100, h200, b200, gb200 (default h100)")
+    where.add_argument("--gpus", type=int, help="how many")
+    where.add_argument("--mfu", type=float, help="share of the bf16 peak that the run reaches, in the convention of --flops")
+    where.add_argument("--mfu-from", help="JSON that a run (throughput.json) or benchmark wrote: its mfu, in its convention")
+    where.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
+    layout = parser.add_argument_group("layout: memory and time of this one, or a search for the best")
+    layout.add_argument("--tp", type=int, help="tensor_model_parallel_size")
+    layout.add_argument("--pp", type=int, help="pipeline_model_parallel_size")
+    layout.add_argument("--cp", type=int, help="context_parallel_size")
+    layout.add_argument("--vp", type=int, help="virtual_pipeline_model_parallel_size")
+    layout.add_argument("--micro-batch-size", type=int)
+    layout.add_argument("--recompute", help="none, selective, full or block:N")
+    layout.add_argument("--precision", help="bf16 (default), fp8, fp32 or fsdp_bf16")
+    layout.add_argument("--sharding", help="none, optimizer (default) or full")
+    layout.add_argument("--loss", help="vocab_parallel (default), chunked or eager")
+    layout.add_argument("--eval-length", type=int, default=0, help="context of an evaluation inside the run, for its KV cache")
+    layout.add_argument(
+        "--search", type=int, nargs="?", const=10, metavar="ROWS", help="rank all layouts; show so many of each kind"
+    )
+    layout.add_argument("--apply", metavar="FILE", help="write the fastest layout as a recipe override (implies --search)")
+    layout.add_argument("--longest", action="store_true", help="the longest sequence that fits these GPUs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0 unless an input is wrong."""
+    from nemo_longctx.planning.report import as_text, make_plan
+
+    plan = make_plan(_settings(args))
+    if args.apply:
+        Path(args.apply).write_text(plan["override"])
+    if args.json:
+        print(json.dumps(plan, indent=1))
+    else:
+        print(as_text(plan, rows=args.search or 10))
+        if args.apply:
+            print(f"\nwrote {args.apply}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from nemo_longctx.planning.layout import Layout
+    from nemo_longctx.planning.models import parse_model
+    from nemo_longctx.planning.report import PlanSettings
+
+    recipe = _recipe_defaults(args.recipe) if args.recipe else {}
+    if args.model is None and "model" not in recipe:
+        raise ConfigError("model", None, "name one with --model, or a recipe with --recipe")
+    name, shape = parse_model(args.model) if args.model else (recipe["model"], parse_model(recipe["model"])[1])
+    given = {
+        "gpus": args.gpus,
+        "tensor_model_parallel_size": args.tp,
+        "pipeline_model_parallel_size": args.pp,
+        "context_parallel_size": args.cp,
+        "virtual_pipeline_model_parallel_size": args.vp,
+        "micro_batch_size": args.micro_batch_size,
+        "recompute": args.recompute,
+        "precision": args.precision,
+        "sharding": args.sharding,
+        "loss": args.loss,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    layout = Layout(**{**recipe.get("layout", {}), **given}) if recipe.get("layout") or given else None
+    return PlanSettings(
+        model_name=name,
+        model=shape,
+        curriculum=args.curriculum or recipe.get("curriculum") or str(shape.seq_length),
+        tokens_per_step=args.tokens_per_step or recipe.get("tokens_per_step") or 4_194_304,
+        steps=args.steps or recipe.get("steps") or 100_000,
+        flops=args.flops or "causal",
+        vocabulary=args.vocabulary,
+        documents=args.documents,
+        gpu=args.gpu or recipe.get("gpu") or "h100",
+        layout=layout,
+        mfu=args.mfu,
+        mfu_from=args.mfu_from,
+        price=args.price,
+        eval_length=args.eval_length,
+        search=bool(args.search or args.apply),
+        longest=args.longest,
+    )
+
+
+def _recipe_defaults(path: str) -> dict[str, Any]:
+    from nemo_longctx.planning.recipe import recipe_settings
+
+    return asdict(recipe_settings(Path(path)))

@@ -1,0 +1,230 @@
+"""The fastest layout that fits, why every other one lost, and the longest length that a machine can train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.planning.gpus import GIB, Gpu
+from nemo_longctx.planning.layout import Layout, layout_faults
+from nemo_longctx.planning.memory import memory_plan
+from nemo_longctx.planning.models import ModelShape
+from nemo_longctx.planning.timing import StepTime, step_time
+
+# Share of a GPU's memory that a plan may fill: the allocator loses some to fragments, and the prediction has its error.
+FILL = 0.92
+MICRO_BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout, judged.
+
+    Attributes:
+        layout: what was judged.
+        memory_gib: predicted peak of the fullest GPU; None where the layout cannot run at all.
+        seconds: predicted step; None likewise.
+        tokens_per_second_per_gpu: of that step.
+        verdict: `fastest`, `slower`, `does not fit` or `cannot run`.
+        reason: why it lost, in a sentence; empty for the fastest.
+    """
+
+    layout: Layout
+    memory_gib: float | None
+    seconds: float | None
+    tokens_per_second_per_gpu: float | None
+    verdict: str
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, and on what.
+
+    Attributes:
+        model: sizes.
+        gpu: kind of GPU.
+        seq_length: the longest of the run's stages, tokens.
+        tokens_per_step: of an optimizer step.
+        eval_length: longest context of an evaluation inside the run, tokens; 0 for none.
+    """
+
+    model: ModelShape
+    gpu: Gpu
+    seq_length: int
+    tokens_per_step: int
+    eval_length: int = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.tokens_per_step // self.seq_length
+
+
+def judge(job: Job, layout: Layout) -> tuple[Candidate, StepTime | None]:
+    """Whether a layout runs and fits, and how fast it is. The verdict of one that fits is `slower` until it is compared."""
+
+    def verdict(kind: str, reason: str, memory: float | None = None, time: StepTime | None = None) -> Candidate:
+        return Candidate(
+            layout=layout,
+            memory_gib=memory,
+            seconds=time.total if time else None,
+            tokens_per_second_per_gpu=time.tokens_per_second_per_gpu if time else None,
+            verdict=kind,
+            reason=reason,
+        )
+
+    faults = layout_faults(job.model, layout, job.seq_length, job.global_batch_size)
+    if faults:
+        return verdict("cannot run", "; ".join(faults)), None
+    plan = memory_plan(
+        job.model,
+        layout,
+        seq_length=job.seq_length,
+        global_batch_size=job.global_batch_size,
+        eval_length=job.eval_length,
+    )
+    memory = plan.total / GIB
+    time = step_time(job.model, layout, job.gpu, seq_length=job.seq_length, global_batch_size=job.global_batch_size)
+    room = job.gpu.memory_gib * FILL
+    if memory > room:
+        parts = plan.as_gib()
+        del parts["total"]
+        largest = max(parts, key=lambda name: parts[name])
+        most = f"the largest part is {largest}, {parts[largest]:.0f} GiB"
+        reason = f"needs {memory:.0f} GiB of the {room:.0f} GiB that may be filled; {most}"
+        return verdict("does not fit", reason, memory, time), time
+    return verdict("slower", "", memory, time), time
+
+
+def search(job: Job, base: Layout) -> list[Candidate]:
+    """Every layout of `base.gpus` GPUs: the fastest that fits first, then the slower, then what does not fit or run.
+
+    Args:
+        job: what is trained.
+        base: number of GPUs, precision, loss and sharding, which every candidate keeps.
+    """
+    judged = [judge(job, layout) for layout in candidates(job.model, job.gpu, base)]
+    fitting = [(candidate, time) for candidate, time in judged if candidate.verdict == "slower" and time is not None]
+    fitting.sort(key=lambda pair: _rank(*pair))
+    ranked: list[Candidate] = []
+    for candidate, time in fitting:
+        if not ranked:
+            ranked.append(replace(candidate, verdict="fastest"))
+        else:
+            ranked.append(replace(candidate, reason=_why_slower(time, fitting[0][1])))
+    order = {"does not fit": 0, "cannot run": 1}
+    others = [candidate for candidate, _ in judged if candidate.verdict in order]
+    return ranked + sorted(others, key=lambda c: (order[c.verdict], c.memory_gib or 0.0))
+
+
+def _rank(candidate: Candidate, time: StepTime) -> tuple[float, ...]:
+    """By time in steps of half a percent, which is less than the prediction knows; then the plainer layout; then memory."""
+    layout = candidate.layout
+    plainness = layout.pipeline_model_parallel_size * layout.model_chunks
+    return round(math.log(time.total) / 0.005), plainness, layout.tensor_model_parallel_size, candidate.memory_gib or 0.0
+
+
+def _why_slower(time: StepTime, best: StepTime) -> str:
+    """The part of the step in which a layout loses most against the fastest."""
+    losses = {
+        "runs layers again for the backward pass": time.compute - best.compute,
+        "tensor-parallel traffic that nothing covers": time.tensor_parallel - best.tensor_parallel,
+        "context-parallel ring outlasts attention": time.context_parallel - best.context_parallel,
+        "gradient reduction outlasts the backward pass": time.data_parallel - best.data_parallel,
+        "pipeline bubble": time.bubble - best.bubble,
+    }
+    why = max(losses, key=lambda name: losses[name])
+    share = time.total / best.total - 1
+    if share < 0.005:
+        return f"{share:+.1%}: as fast within what the plan knows, by a less plain layout or with more memory"
+    return f"{share:.1%} slower, mostly: {why} (+{losses[why]:.2f} s a step)"
+
+
+def candidates(model: ModelShape, gpu: Gpu, base: Layout) -> Iterator[Layout]:
+    """Layouts worth judging: TP within a node, powers of two, and per size a few micro batches and recomputations."""
+    for tensor in _powers(min(gpu.gpus_per_node, 8, base.gpus)):
+        for context in _powers(base.gpus // tensor):
+            for pipeline in _powers(min(base.gpus // (tensor * context), model.num_layers)):
+                if base.gpus % (tensor * context * pipeline):
+                    continue
+                for chunks in _chunk_counts(model, pipeline):
+                    layers = max(1, model.num_layers // (pipeline * chunks))
+                    for recompute in dict.fromkeys(("none", f"block:{max(1, layers // 2)}", "full")):
+                        for micro in MICRO_BATCHES:
+                            yield replace(
+                                base,
+                                tensor_model_parallel_size=tensor,
+                                context_parallel_size=context,
+                                pipeline_model_parallel_size=pipeline,
+                                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                                micro_batch_size=micro,
+                                recompute=recompute,
+                            )
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << k for k in range(limit.bit_length()) if 1 << k <= limit]
+
+
+def _chunk_counts(model: ModelShape, pipeline: int) -> list[int]:
+    """No interleaving, and the most of it: one layer a chunk needs the least bubble, some layers a chunk less traffic."""
+    if pipeline == 1 or model.num_layers % pipeline:
+        return [1]
+    layers = model.num_layers // pipeline
+    finest = [v for v in range(2, layers + 1) if layers % v == 0]
+    return [1, *dict.fromkeys((finest[0], finest[-1]))] if finest else [1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longest:
+    """The longest sequence that fits a machine.
+
+    Attributes:
+        seq_length: tokens, a multiple of 1,024.
+        layout: the layout that holds it.
+        memory_gib: predicted peak there.
+    """
+
+    seq_length: int
+    layout: Layout
+    memory_gib: float
+
+
+def longest_length(model: ModelShape, gpu: Gpu, base: Layout, *, limit: int = 1 << 26) -> Longest:
+    """The longest sequence for which any layout fits, with full recomputation and one sequence a micro batch.
+
+    Raises:
+        ConfigError: not even 1,024 tokens fit.
+    """
+    best: Longest | None = None
+    seen: dict[Layout, None] = {}
+    for layout in candidates(model, gpu, replace(base, recompute="full")):
+        if layout.micro_batch_size == 1 and layout.recompute == "full" and layout.model_chunks == 1:
+            seen[layout] = None
+    for layout in seen:
+        unit = 1024 * max(1, 2 * layout.context_parallel_size * layout.tensor_model_parallel_size // 1024)
+        batch = layout.data_parallel_size * layout.pipeline_model_parallel_size
+        if layout_faults(model, layout, unit * 2 * layout.context_parallel_size, batch):
+            continue
+        low, high = 0, limit // unit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = _memory_gib(model, layout, middle * unit, batch) <= gpu.memory_gib * FILL
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if low and (best is None or low * unit > best.seq_length):
+            best = Longest(seq_length=low * unit, layout=layout, memory_gib=_memory_gib(model, layout, low * unit, batch))
+    if best is None:
+        raise ConfigError("gpus", base.gpus, f"{base.gpus} x {gpu.name} cannot hold 1,024 tokens of this model; take more GPUs")
+    return best
+
+
+def _memory_gib(model: ModelShape, layout: Layout, seq_length: int, batch: int) -> float:
+    return memory_plan(model, layout, seq_length=seq_length, global_batch_size=batch).total / GIB

@@ -1,0 +1,138 @@
+"""FLOPs: the paper's table, conventions against one another and against counting by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.planning.flops import (
+    CONVENTIONS,
+    convention_by_name,
+    crossover_length,
+    mean_square_piece,
+    parse_curriculum,
+    slow_down,
+    token_flops,
+    training_cost,
+)
+from nemo_longctx.planning.models import MODELS, ModelShape
+
+PAPER = {"tokens_per_step": 4_194_304, "steps": 100_000}
+shapes = st.builds(
+    lambda layers, groups, per_group, dim, ffn, vocab, gated: ModelShape(
+        num_layers=layers,
+        hidden_size=groups * per_group * dim,
+        ffn_hidden_size=ffn,
+        num_attention_heads=groups * per_group,
+        num_query_groups=groups,
+        vocab_size=vocab,
+        gated_linear_unit=gated,
+    ),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([4, 8]),
+    st.integers(1, 64),
+    st.integers(2, 99),
+    st.booleans(),
+)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "published"),
+    [("32768", "3.783e+22"), ("4096@0.2,32768", "3.405e+22"), ("4096@0.4,32768", "3.026e+22"), ("4096@0.8,32768", "2.270e+22")],
+)
+def test_table_10_to_all_its_digits(curriculum, published):
+    """Xiong et al. 2023, Table 10."""
+    cost = training_cost(MODELS["llama2_7b"], parse_curriculum(curriculum, **PAPER), CONVENTIONS["full"])
+    assert f"{cost.total_flops:.3e}" == published
+    assert f"{cost.long_from_start_flops:.3e}" == "3.783e+22"
+    assert cost.total_flops == pytest.approx(sum(stage.flops for stage in cost.stages))
+
+
+def test_crossover_is_6h_for_the_papers_width():
+    """Xiong et al. 2023, section 2.1: 49,152 tokens at h = 8,192."""
+    model = MODELS["llama2_70b"]
+    assert crossover_length(model, CONVENTIONS["full"]) == 49_152
+    assert crossover_length(model, CONVENTIONS["causal"]) == pytest.approx(
+        2 * crossover_length(model, CONVENTIONS["full_exact"])
+    )
+
+
+def test_slow_down_of_the_70b_is_about_what_the_paper_reports():
+    """About 17 % from 4,096 to 16,384 tokens: the full conventions come close, a causal one would explain only 10 %."""
+    assert slow_down(MODELS["llama2_70b"], 4096, 16_384, CONVENTIONS["full_exact"]) == pytest.approx(0.17, abs=0.02)
+    assert slow_down(MODELS["llama2_70b"], 4096, 16_384, CONVENTIONS["causal"]) < 0.12
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(1, 40))
+def test_exact_full_convention_counts_every_multiply_add(model, seq_length):
+    """Against the products of one sequence written out one by one."""
+    s, h, d = seq_length, model.hidden_size, model.head_dim
+    heads, groups, f = model.num_attention_heads, model.query_groups, model.ffn_hidden_size
+    forward = 0
+    for _ in range(model.num_layers):
+        forward += 2 * s * h * heads * d + 2 * 2 * s * h * groups * d  # query; key and value
+        forward += heads * (2 * s * s * d + 2 * s * s * d)  # scores; weighted values
+        forward += 2 * s * heads * d * h  # output projection
+        forward += (3 if model.gated_linear_unit else 2) * 2 * s * h * f
+    forward += 2 * s * h * model.vocab_size
+    got = token_flops(model, s, CONVENTIONS["full_exact"]).total * s
+    assert got == pytest.approx(3 * forward)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 40), st.sampled_from(["full", "full_exact", "causal"]))
+def test_recomputation_adds_forwards_and_names_itself(model, seq_length, name):
+    plain = token_flops(model, seq_length, convention_by_name(name))
+    selective = token_flops(model, seq_length, convention_by_name(name, recompute="selective"))
+    full = token_flops(model, seq_length, convention_by_name(name, recompute="full"))
+    assert full.linear == pytest.approx(plain.linear * 4 / 3)
+    assert full.attention == selective.attention == pytest.approx(plain.attention * 4 / 3)
+    assert selective.linear == plain.linear
+    assert full.vocabulary == plain.vocabulary
+    assert convention_by_name(name, recompute="full").name == f"{name}+recompute:full"
+
+
+def test_vocabulary_term_is_the_head_and_is_named():
+    model = MODELS["llama3_8b"]
+    with_head = convention_by_name("full", vocabulary=True)
+    assert with_head.name == "full+vocabulary"
+    head = token_flops(model, 8192, with_head).total - token_flops(model, 8192, CONVENTIONS["full"]).total
+    assert head == 6 * model.vocab_size * model.hidden_size
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 40))
+def test_document_pieces_are_the_mean_over_all_window_offsets(lengths, seq_length):
+    """Cut each document by windows at every offset, and average the squares of the pieces."""
+    squares = 0.0
+    for length in lengths:
+        for offset in range(seq_length):
+            windows = (offset + np.arange(length)) // seq_length
+            squares += (np.unique(windows, return_counts=True)[1] ** 2).sum() / seq_length
+    assert mean_square_piece(np.array(lengths), seq_length) == pytest.approx(squares / sum(lengths))
+
+
+def test_document_mask_never_costs_more_than_causal_and_meets_it_for_endless_documents():
+    model, convention = MODELS["llama2_7b"], CONVENTIONS["document"]
+    short = token_flops(model, 32_768, convention, document_lengths_D=np.array([500, 2000])).total
+    endless = token_flops(model, 32_768, convention, document_lengths_D=np.array([10**12])).total
+    causal = token_flops(model, 32_768, CONVENTIONS["causal"]).total
+    assert short < 0.65 * causal
+    assert endless == pytest.approx(causal, rel=1e-6)
+    with pytest.raises(ConfigError, match="lengths of the documents"):
+        token_flops(model, 32_768, convention)
+
+
+@pytest.mark.parametrize("text", ["4096,32768", "abc", "4096@x,32768", "4096@0.5,32768@0.5", "4096@0.5", "", "4096@1.5,8192"])
+def test_bad_curricula_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_curriculum(text, **PAPER)
+
+
+def test_unknown_convention_suggests_a_known_one():
+    with pytest.raises(ConfigError, match="causal"):
+        convention_by_name("casual")

@@ -1,0 +1,86 @@
+"""Search: the winner wins, the losers say why; the longest length is the longest."""
+
+import pytest
+import yaml
+
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.planning.flops import parse_curriculum
+from nemo_longctx.planning.gpus import GIB, GPUS
+from nemo_longctx.planning.layout import Layout, layout_faults
+from nemo_longctx.planning.memory import memory_plan
+from nemo_longctx.planning.models import MODELS
+from nemo_longctx.planning.override import override_values, recipe_override, recompute_fields, recompute_name
+from nemo_longctx.planning.planner import FILL, Job, longest_length, search
+from nemo_longctx.recipe import TrainerConfig
+
+JOB = Job(model=MODELS["llama2_7b"], gpu=GPUS["h100"], seq_length=32_768, tokens_per_step=4_194_304)
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    return search(JOB, Layout(gpus=64))
+
+
+def test_fastest_that_fits_is_first_and_every_loser_says_why(ranked):
+    best = ranked[0]
+    assert best.verdict == "fastest"
+    assert best.memory_gib <= GPUS["h100"].memory_gib * FILL
+    fitting = [c for c in ranked if c.verdict in ("fastest", "slower")]
+    assert best.seconds <= min(c.seconds for c in fitting) * 1.01
+    assert all(c.reason for c in ranked[1:])
+    assert {c.verdict for c in ranked} == {"fastest", "slower", "does not fit", "cannot run"}
+
+
+def test_verdicts_are_true(ranked):
+    for candidate in ranked:
+        faults = layout_faults(JOB.model, candidate.layout, JOB.seq_length, JOB.global_batch_size)
+        assert bool(faults) == (candidate.verdict == "cannot run")
+        if not faults:
+            total = memory_plan(JOB.model, candidate.layout, seq_length=32_768, global_batch_size=128).total / GIB
+            assert (total > GPUS["h100"].memory_gib * FILL) == (candidate.verdict == "does not fit")
+
+
+def test_every_candidate_uses_all_gpus_once(ranked):
+    layouts = [c.layout for c in ranked]
+    assert len(set(layouts)) == len(layouts)
+    assert all(layout.model_parallel_size * layout.data_parallel_size == 64 for layout in layouts)
+
+
+def test_longest_length_fits_and_a_tenth_more_does_not():
+    model, gpu = MODELS["llama3_8b"], GPUS["h100"]
+    longest = longest_length(model, gpu, Layout(gpus=8, loss="chunked"))
+
+    def gib(length):
+        batch = longest.layout.data_parallel_size * longest.layout.pipeline_model_parallel_size
+        return memory_plan(model, longest.layout, seq_length=length, global_batch_size=batch).total / GIB
+
+    assert gib(longest.seq_length) <= gpu.memory_gib * FILL < gib(int(longest.seq_length * 1.1))
+    assert longest.seq_length > longest_length(model, gpu, Layout(gpus=8)).seq_length  # logits of all tokens cost length
+
+
+def test_more_gpus_never_shorten_the_longest_length():
+    lengths = [longest_length(MODELS["llama2_7b"], GPUS["h100"], Layout(gpus=n)).seq_length for n in (4, 8, 16)]
+    assert lengths == sorted(lengths)
+
+
+def test_a_model_that_no_layout_holds_is_an_error():
+    with pytest.raises(ConfigError, match="more GPUs"):
+        longest_length(MODELS["llama2_70b"], GPUS["a100"], Layout(gpus=4))
+
+
+def test_override_is_what_the_schema_accepts(ranked):
+    curriculum = parse_curriculum("4096@0.2,32768", tokens_per_step=4_194_304, steps=100_000)
+    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "llama2_7b", GPUS["h100"]))
+    trainer = build(TrainerConfig, written["trainer"])
+    assert trainer.world_size == 64
+    assert trainer.data_parallel_size == ranked[0].layout.data_parallel_size
+    assert build(Curriculum, written["curriculum"]) == build(
+        Curriculum, override_values(ranked[0].layout, curriculum, GPUS["h100"])["curriculum"]
+    )
+    assert written["curriculum"]["total_tokens"] == curriculum.total_tokens
+
+
+@pytest.mark.parametrize("name", ["none", "selective", "full", "block:7"])
+def test_recomputation_by_name_and_by_fields_are_inverse(name):
+    assert recompute_name(recompute_fields(name)) == name
