@@ -106,7 +106,7 @@ def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) ->
     Every node must see the input and the output under the same paths (a shared file system).
 
     Raises:
-        ConfigError: Ray is not installed, or what the first failing shard raised.
+        ConfigError: Ray is not installed or does not start, or what the first failing shard raised.
         OSError: likewise.
     """
     if importlib.util.find_spec("ray") is None:
@@ -116,7 +116,11 @@ def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) ->
     started = not ray.is_initialized()
     if started:
         here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="warning", **here)
+        try:
+            ray.init(log_to_driver=False, logging_level="warning", **here)
+        except Exception as error:  # Ray raises no narrower type where a node does not come up
+            mend = f"no cluster ({str(error).splitlines()[0]}); see RAY_ADDRESS, or use --engine processes"
+            raise ConfigError("engine", "ray", mend) from error
     try:
         task = ray.remote(num_cpus=1, max_retries=3)(_run_on_node)
         todo = iter(jobs)

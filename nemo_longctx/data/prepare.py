@@ -223,7 +223,7 @@ def _input_hash(config: PrepareConfig, sources: list[list[Part]]) -> str:
 def _plan_hash(config: PrepareConfig, sources: list[list[Part]], tokenizer: TokenizerInfo) -> str:
     """Everything that changes a byte of the output, or how it is laid out."""
     eod = tokenizer.eod_id if config.append_eod else None
-    return _hash([_input_hash(config, sources), tokenizer.sha256, eod, config.on_error, config.keep_shards])
+    return _hash([_input_hash(config, sources), tokenizer.sha256, eod, config.keep_shards])
 
 
 def _hash(values: Any) -> str:
@@ -241,7 +241,7 @@ def _already_made(config: PrepareConfig, output: str, plan: str) -> dict[str, An
         return None
     provenance = Path(f"{output}.json")
     made = json.loads(provenance.read_text("utf-8")) if provenance.is_file() else {}
-    if made.get("plan") == plan:
+    if made.get("plan") == plan and not (made["bad_records"] and config.on_error == "fail"):
         return made
     if config.keep_shards and not is_shard_directory(output):
         raise ConfigError("output", config.output, "this directory holds more than shards; name another")
@@ -287,7 +287,9 @@ def _jobs(
 def _run(
     config: PrepareConfig, jobs: list[ShardJob], say: Callable[[str], None], progress: Callable[[int], Progress]
 ) -> list[ShardReport]:
-    reports = {job.number: report for job in jobs if (report := load_report(job)) is not None}
+    found = {job.number: report for job in jobs if (report := load_report(job)) is not None}
+    # A shard that was read with bad records left out is not done for a run that must stop at them.
+    reports = {number: report for number, report in found.items() if config.on_error == "skip" or not report.bad}
     todo = [job for job in jobs if job.number not in reports]
     if reports:
         say(f"going on: {len(reports)} of {len(jobs)} shards were finished before")

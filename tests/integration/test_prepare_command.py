@@ -246,8 +246,11 @@ def test_bad_records_fail_or_are_listed_each_with_file_and_line(tmp_path, bpe, c
     assert "--on-error skip" in error
     assert not (tmp_path / "c.idx").exists()
     assert main([*common, *options, "--on-error", "skip"]) == 0
-    said = capsys.readouterr().out
-    assert "2 bad and 1 empty" in said
+    captured = capsys.readouterr()
+    assert "2 bad and 1 empty" in captured.out
+    assert "going on" in captured.err  # shards without bad records were done
+    assert main([*common, *options]) == 2  # what is there was made with records left out
+    assert "--force" in capsys.readouterr().err
     rows = [line.split("\t") for line in (tmp_path / "c.rejected.tsv").read_text().splitlines()]
     assert [row[1] for row in rows] == ["211", "251", "21"]
     assert open_corpus(tmp_path / "c").n_documents == len(texts) - 3
