@@ -1,0 +1,261 @@
+"""A RoPE variant on any stock NeMo GPT: by the host's own fields where they can say it, else by one model transform.
+
+| variant                | where                                                                                  |
+| ---------------------- | -------------------------------------------------------------------------------------- |
+| rope, abf, ntk         | `rotary_base`                                                                          |
+| pi                     | `rotary_base`, `seq_len_interpolation_factor`                                          |
+| llama3                 | `scale_factor`, ... where the config has them (Llama31Config), else the transform      |
+| yarn                   | `yarn_*` where the config has them (gpt-oss) and the host can say it, else the transform |
+| all others             | the transform                                                                          |
+
+The transform is kept in the checkpoint's context as the model's `model_transform`, so that whoever loads it has the variant.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from nemo.lightning import io
+
+from nemo_longctx.adapters.nemo.rope_scale import ScoreScale, refuse_other_inference
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.variants import (
+    AbfRope,
+    Llama3Rope,
+    NtkRope,
+    PiRope,
+    Rope,
+    RopeVariant,
+    YarnRope,
+    ntk_base,
+    parse,
+    to_dict,
+)
+
+# Llama31Config's fields -> Llama3Rope's.
+LLAMA31_FIELDS = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+# Megatron-Core's YaRN attributes -> YarnRope's.
+YARN_FIELDS = {
+    "yarn_rotary_scaling_factor": "factor",
+    "yarn_original_max_position_embeddings": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+    "yarn_correction_range_round_to_int": "truncate",
+}
+
+
+def rotary_dim_of(config: Any) -> int:
+    """Rotated dimensions of a head of a NeMo GPT config, as Megatron-Core counts them."""
+    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    percent = getattr(config, "rotary_percent", 1.0)
+    return head_dim if percent >= 1.0 else int(head_dim * percent)
+
+
+def host_fields(variant: RopeVariant, config: Any) -> tuple[dict[str, Any], bool]:
+    """What to set on a NeMo GPT config for `variant`, and whether that says all of it.
+
+    Fields of the config that would add another extension are put back to none, since Megatron-Core applies YaRN's attention
+    factor, and Llama31Config its scaling, whatever else is asked for.
+
+    Returns:
+        (field -> value, True), or with False where the transform has to place the variant as well.
+    """
+    base = ntk_base(variant.base, variant.factor, rotary_dim_of(config)) if isinstance(variant, NtkRope) else variant.base
+    fields: dict[str, Any] = {"rotary_base": int(base) if float(base).is_integer() else base}
+    fields["seq_len_interpolation_factor"] = variant.factor if isinstance(variant, PiRope) else None
+    complete = isinstance(variant, (Rope, AbfRope, PiRope, NtkRope))
+    if _has_all(config, LLAMA31_FIELDS):
+        is_llama3 = isinstance(variant, Llama3Rope)
+        fields |= (
+            {host: getattr(variant, ours) for host, ours in LLAMA31_FIELDS.items()} if is_llama3 else {"scale_factor": 1.0}
+        )
+        # With scale_factor 1 Llama31Config still recomputes its frequencies, which moves them by a rounding.
+        complete = is_llama3
+    if _has_all(config, YARN_FIELDS):
+        if isinstance(variant, YarnRope) and _host_can_yarn(variant, config):
+            fields |= {host: getattr(variant, ours) for host, ours in YARN_FIELDS.items()}
+            fields["position_embedding_type"] = "yarn"
+            complete = True
+        else:
+            fields |= {"yarn_rotary_scaling_factor": 1.0, "position_embedding_type": "rope"}
+    return fields, complete
+
+
+def _has_all(config: Any, names: dict[str, str]) -> bool:
+    return all(hasattr(config, name) for name in names)
+
+
+def _host_can_yarn(variant: YarnRope, config: Any) -> bool:
+    """Megatron-Core's YaRN ignores partial rotary, refuses interleaving, and loses its attention factor under RoPE fusion."""
+    partial = getattr(config, "rotary_percent", 1.0) < 1.0
+    return not (partial or config.rotary_interleaved or config.apply_rope_fusion or variant.attention_factor is not None)
+
+
+def place_rope(model: Any, variant: RopeVariant) -> None:
+    """Give a NeMo GPT model (`nemo.collections.llm.GPTModel`, before it is built) `variant`, and its checkpoints with it.
+
+    Args:
+        model: its config is changed in place, and what NeMo will write as its context too.
+
+    Raises:
+        ConfigError: a model without RoPE, with several, or with another transform (PEFT).
+    """
+    config = model.config
+    check_supported(config)
+    was = model.model_transform
+    if was is not None and not isinstance(was, RopeTransform):
+        raise ConfigError("model_transform", type(was).__name__, "a model has one transform, and this RoPE variant needs it")
+    fields, complete = host_fields(variant, config)
+    for name, value in fields.items():
+        set_config_field(model, name, value)
+    model.model_transform = None if complete else RopeTransform(rope=to_dict(variant))
+    if hasattr(model, "__io__"):
+        model.__io__.model_transform = None if complete else copy.deepcopy(model.model_transform.__io__)
+
+
+def set_config_field(model: Any, name: str, value: Any) -> None:
+    """Set a field of a NeMo model's config on the config and in the context that its checkpoints carry."""
+    setattr(model.config, name, value)
+    for captured in (getattr(model.config, "__io__", None), getattr(getattr(model, "__io__", None), "config", None)):
+        if captured is not None:
+            setattr(captured, name, value)
+
+
+def variant_of(model: Any) -> RopeVariant:
+    """The variant that a NeMo GPT model has now: its transform's, or what its config's fields say."""
+    if isinstance(model.model_transform, RopeTransform):
+        return model.model_transform.variant
+    return variant_of_config(model.config)
+
+
+def variant_of_config(config: Any) -> RopeVariant:
+    """The variant that the host's own fields of a NeMo GPT config say."""
+    base = float(config.rotary_base)
+    if config.position_embedding_type == "yarn":
+        return YarnRope(base=base, **{ours: getattr(config, host) for host, ours in YARN_FIELDS.items()})
+    if _has_all(config, LLAMA31_FIELDS) and config.scale_factor != 1.0:
+        return Llama3Rope(base=base, **{ours: getattr(config, host) for host, ours in LLAMA31_FIELDS.items()})
+    if config.seq_len_interpolation_factor is not None:
+        return PiRope(base=base, factor=float(config.seq_len_interpolation_factor))
+    return Rope(base=base)
+
+
+def check_supported(config: Any) -> None:
+    """Raise ConfigError for models whose RoPE is not one table for all layers."""
+    kind = getattr(config, "position_embedding_type", "rope")
+    if kind not in ("rope", "yarn"):
+        raise ConfigError("position_embedding_type", kind, "only RoPE models can be extended")
+    if config.multi_latent_attention:
+        raise ConfigError(
+            "multi_latent_attention", True, "latent attention keeps a RoPE of its own in each layer; not supported"
+        )
+    if isinstance(getattr(config, "rotary_base", 0), (tuple, list)):
+        raise ConfigError("rotary_base", config.rotary_base, "models that mix local and global RoPE are not supported")
+
+
+class TableRotaryEmbedding(RotaryEmbedding):
+    """Megatron-Core's rotary embedding with a variant's own frequencies, which may follow the length of the input.
+
+    Args:
+        variant: gives the frequencies.
+        like: the host's embedding that this one takes the place of.
+        rotary_dim: rotated dimensions of a head.
+    """
+
+    def __init__(self, variant: RopeVariant, like: RotaryEmbedding, rotary_dim: int):
+        torch.nn.Module.__init__(self)  # not the host's: it would compute a table from a base
+        self.variant, self.rotary_dim = variant, rotary_dim
+        self.rotary_interleaved, self.cp_group = like.rotary_interleaved, like.cp_group
+        self.seq_len_interpolation_factor = None
+        self.inv_freq = self.table(2).to(like.inv_freq.device)
+
+    def table(self, max_seq_len: int) -> torch.Tensor:
+        """float32 [rotary_dim / 2] for an input of `max_seq_len` tokens."""
+        if hasattr(self, "inv_freq") and not self.variant.depends_on_length:
+            return self.inv_freq
+        table = torch.from_numpy(self.variant.inv_freq(self.rotary_dim, max_seq_len))
+        return table.to(self.inv_freq.device) if hasattr(self, "inv_freq") else table
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Angles float32 [max_seq_len, rotary_dim / 2]."""
+        positions = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        return torch.outer(positions, self.table(max_seq_len))
+
+
+class RopeTransform(io.IOMixin):
+    """Places a variant on built Megatron-Core models; for NeMo's `model_transform`. Placing twice is the same as once.
+
+    Args:
+        rope: the variant as a mapping (`nemo_longctx.rope.variants.to_dict`), as it is kept in checkpoints.
+    """
+
+    def __init__(self, rope: dict[str, Any]):
+        self.variant = parse(rope)
+
+    def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Transform every Megatron-Core GPT model inside `model` (NeMo's, DDP's and precision's wrappers included)."""
+        from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+
+        for module in model.modules():
+            if isinstance(module, MCoreGPTModel):
+                transform_rope(module, self.variant)
+        return model
+
+
+def transform_rope(model: Any, variant: RopeVariant) -> None:
+    """Place `variant` on one built Megatron-Core GPTModel: its frequency table, and the scaling of q and k.
+
+    Args:
+        model: `megatron.core.models.gpt.GPTModel`, whatever its layer spec.
+
+    Raises:
+        ConfigError: a model whose rotary embedding is not the host's plain one or YaRN.
+    """
+    check_supported(model.config)
+    like = model.rotary_pos_emb
+    if type(like) not in (RotaryEmbedding, YarnRotaryEmbedding, TableRotaryEmbedding):
+        raise ConfigError(
+            "rotary_pos_emb", type(like).__name__, "a rotary embedding of its own, which would be lost; not supported"
+        )
+    for handle in getattr(model, "_rope_hooks", ()):
+        handle.remove()
+    rotary_dim = model.rotary_pos_emb.rotary_dim if isinstance(like, TableRotaryEmbedding) else 2 * len(like.inv_freq)
+    model.rotary_pos_emb = TableRotaryEmbedding(variant, like, rotary_dim)
+    model.position_embedding_type = "rope"
+    model._rope_hooks = ()
+    if variant.attention_scaling == 1.0 and variant.xpos_zeta(rotary_dim) is None:
+        return
+    scale = score_scale(variant, model, rotary_dim)
+    handles = []
+    for attention in self_attentions(model):
+        handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
+    model._rope_hooks = tuple(handles)
+
+
+def score_scale(variant: RopeVariant, model: Any, rotary_dim: int) -> ScoreScale:
+    """The scaling of q and k that `variant` asks of `model`."""
+    group = model.rotary_pos_emb.cp_group or parallel_state.get_context_parallel_group()
+    return ScoreScale(variant, rotary_dim=rotary_dim, interleaved=model.config.rotary_interleaved, cp_group=group)
+
+
+def self_attentions(model: Any) -> list[Any]:
+    """The self-attention of each layer on this rank, in order (multi-token-prediction layers included)."""
+    return [m for m in model.modules() if hasattr(m, "core_attention") and hasattr(m, "get_query_key_value_tensors")]
+
+
+def settings(variant: RopeVariant) -> dict[str, Any]:
+    """`rope.variant` and each field, for the table of settings that a run prints and stores."""
+    return {f"rope.{key}": value for key, value in to_dict(variant).items()}
