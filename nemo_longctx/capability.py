@@ -135,7 +135,7 @@ def _transformer_engine() -> Capability:
     name = "Transformer Engine"
     if has_module("transformer_engine"):
         return Capability(name=name, available=True, detail=_version("transformer_engine"))
-    cost = "no FP8, no fused layers; our attention (SDPA or flash-attn) and chunked loss take their place, also under context parallelism"
+    cost = "no FP8 and no fused layers; attention runs on SDPA or flash-attn, also under context parallelism"
     remedy = "on a CUDA machine: pip install --no-build-isolation 'transformer_engine[pytorch]'"
     return Capability(name=name, available=False, detail="not installed", cost=cost, remedy=remedy)
 

@@ -1,4 +1,4 @@
-"""`nemo-longctx doctor`: versions, what this machine can use, and, for a model, a self-test of the path that a run would take."""
+"""`nemo-longctx doctor`: versions, what this machine can use, and what each missing part costs."""
 
 from __future__ import annotations
 

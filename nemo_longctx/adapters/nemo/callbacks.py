@@ -17,11 +17,13 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_longctx.adapters.nemo.attention import attention_summary
 from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, settings_table
+from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
 from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.variants import RopeVariant
 
 # Megatron-Core keeps fp32 weights and two Adam moments; a save writes the new checkpoint before it removes the old one.
 OPTIMIZER_BYTES_PER_PARAMETER = 12
-TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "val_loss", "tokens_per_second")
+TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
 
 
 class LongContextSettingsCallback(Callback):
@@ -33,16 +35,20 @@ class LongContextSettingsCallback(Callback):
     Args:
         changes: long-context settings of checkpoint and run.
         source: what the left column is ("checkpoint", or the config class).
+        variant: the position encoding that was asked for.
         directory: where `settings.json` is written, on rank 0.
         recipe: the recipe as a mapping, stored beside the settings.
     """
 
-    def __init__(self, *, changes: list[SettingChange], source: str, directory: str, recipe: dict[str, Any]):
-        self.changes, self.source, self.directory, self.recipe = changes, source, Path(directory), recipe
+    def __init__(
+        self, *, changes: list[SettingChange], source: str, variant: RopeVariant, directory: str, recipe: dict[str, Any]
+    ):
+        self.changes, self.source, self.variant = changes, source, variant
+        self.directory, self.recipe = Path(directory), recipe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         modules = mcore_modules(trainer.strategy.megatron_parallel)
-        seen: list[str] = []
+        seen = [verify_live_rope(module, self.variant) for module in modules]
         if not trainer.is_global_zero:
             return
         parameters = sum(p.numel() for module in modules for p in module.parameters())
@@ -111,7 +117,8 @@ class TrainingLogCallback(Callback):
         step = trainer.global_step
         seq_length = self.curriculum.stage_at_step(max(step - 1, 0)).seq_length
         tokens = step * self.curriculum.tokens_per_step
-        self._append(step=step, tokens=tokens, seq_length=seq_length, val_loss=_number(trainer.callback_metrics["val_loss"]))
+        loss = _number(trainer.callback_metrics["val_loss"])
+        self._append(step=step, tokens=tokens, seq_length=seq_length, validation_loss=loss)
         self._last = (step, time.perf_counter())  # validation is no training time
 
     def _append(self, **row: Any) -> None:

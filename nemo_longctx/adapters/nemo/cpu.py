@@ -11,12 +11,14 @@ training step costs what it costs (`benchmarks/cpu_shim.py` measures it).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from nemo_longctx.capability import has_module
 
 # Fields of a Megatron-Core config that need CUDA kernels or Transformer Engine, and what they must be without.
 CPU_MODEL_FIELDS: dict[str, Any] = {
@@ -65,26 +67,42 @@ def uninstall() -> None:
         setattr(owner, name, value)
 
 
-def adapt_model_config(config: Any) -> list[str]:
-    """Switch off what `config` (a `GPTConfig`) cannot have without CUDA; returns the names of the fields changed."""
-    changed = []
-    for name, value in CPU_MODEL_FIELDS.items():
-        if hasattr(config, name) and getattr(config, name) != value:
-            setattr(config, name, value)
-            changed.append(name)
-    return changed
+def fields_to_change(config: Any) -> dict[str, Any]:
+    """Fields of a `GPTConfig` that this machine asks to be other than they are, with the values to set.
+
+    Without CUDA: what `CPU_MODEL_FIELDS` says. With CUDA: the class's own defaults for a config that was written without
+    (it says `use_cpu_initialization`), and no fusion of a package that is missing.
+    """
+    wanted: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        wanted = dict(CPU_MODEL_FIELDS)
+    else:
+        if getattr(config, "use_cpu_initialization", False):
+            defaults = {field.name: field.default for field in dataclasses.fields(config)}
+            wanted = {name: defaults[name] for name in CPU_MODEL_FIELDS if name in defaults}
+        if not has_module("transformer_engine"):
+            wanted["apply_rope_fusion"] = False
+        if not has_module("amp_C"):
+            wanted["persist_layer_norm"] = False
+    return {name: value for name, value in wanted.items() if hasattr(config, name) and getattr(config, name) != value}
+
+
+def adapt_model_config(config: Any) -> None:
+    """Set `fields_to_change` on `config`."""
+    for name, value in fields_to_change(config).items():
+        setattr(config, name, value)
 
 
 @contextlib.contextmanager
-def unfused_rope_config():
-    """Build the host's own configs where Transformer Engine is missing: their `__post_init__` refuses RoPE fusion.
+def stock_configs():
+    """Build the host's own configs on any machine: their `__post_init__` refuses RoPE fusion without Transformer Engine.
 
-    Inside, `apply_rope_fusion` and the other CUDA-only fields are forced off before any `TransformerConfig` checks itself, so
-    that the stock Hugging Face importers and the stock configs can be built. Inert with CUDA.
+    Inside, what this machine cannot have is off before any `TransformerConfig` checks itself, so that stock configs,
+    checkpoints' contexts and the stock Hugging Face importers can be built. Inert with CUDA and Transformer Engine.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and has_module("transformer_engine"):
         yield
         return
     post_init = TransformerConfig.__post_init__
@@ -114,7 +132,7 @@ def _means_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def _on_cpu(factory: Callable) -> Callable:
+def _on_cpu(factory: Any) -> Any:
     @functools.wraps(factory)
     def make(*args, **kwargs):
         if kwargs:
@@ -130,8 +148,8 @@ def _on_cpu(factory: Callable) -> Callable:
 def _replace_factories() -> None:
     # torch's own list of what takes a device; asked for before anything is replaced, since torch caches the answer.
     for factory in _device_constructors():
-        name = factory.__name__
-        if getattr(torch, name, None) is factory:
+        name = getattr(factory, "__name__", "")
+        if factory is not None and getattr(torch, name, None) is factory:
             _replace(torch, name, _on_cpu(factory))
 
 

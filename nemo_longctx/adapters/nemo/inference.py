@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_config
+from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
 
 
 def initialize_distributed(
@@ -57,7 +57,7 @@ def load_model(path: str | Path, *, seq_length: int | None = None) -> tuple[torc
     directory = checkpoint_directory(path)
     nemo_model = checkpoint_model(directory, {})
     config, tokenizer = nemo_model.config, nemo_model.tokenizer
-    prepare_config(config, seq_length=seq_length or config.seq_length)
+    prepare_model(nemo_model, seq_length=seq_length or config.seq_length)
     config.tensor_model_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     config.pipeline_model_parallel_size = parallel_state.get_pipeline_model_parallel_world_size()
     config.context_parallel_size = parallel_state.get_context_parallel_world_size()

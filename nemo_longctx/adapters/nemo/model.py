@@ -19,6 +19,8 @@ from nemo.lightning import io
 
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.attention import long_context_layer_spec
+from nemo_longctx.adapters.nemo.rope import place_rope, set_config_field, variant_of
+from nemo_longctx.adapters.nemo.rope import settings as rope_settings
 from nemo_longctx.adapters.nemo.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.rope.variants import RopeVariant
@@ -60,7 +62,7 @@ def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
     for key, value in fields.items():
         if key not in known:
             raise ConfigError(f"model.{key}", value, f"{config_class.__name__} has no such field, {did_you_mean(key, known)}")
-    with cpu.unfused_rope_config():
+    with cpu.stock_configs():
         try:
             config = config_class(**fields)
         except (ValueError, AssertionError) as error:
@@ -80,7 +82,7 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any]) -> GPTModel
         ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
     """
     directory = checkpoint_directory(path)
-    with cpu.unfused_rope_config():
+    with cpu.stock_configs():
         model = io.load_context(directory / "context", subpath="model")
     known = {field.name for field in dataclasses.fields(model.config)}
     for key, value in overrides.items():
@@ -115,34 +117,40 @@ def checkpoint_directory(path: str | Path) -> Path:
     return checkpoint_directory(finished[-1])
 
 
-def prepare_config(config: GPTConfig, *, seq_length: int, variant: RopeVariant | None = None) -> list[SettingChange]:
-    """Give `config` the long-context settings of a run, in place, and say what changed.
+def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | None = None) -> list[SettingChange]:
+    """Give a model (not built yet) the long-context settings of a run, in place, and say what changed.
+
+    What describes the model (`seq_length`, RoPE) goes into the context that its checkpoints carry. What only says how this
+    run computes (layer spec, step functions) does not: checkpoints load where this package is not installed.
 
     Args:
+        model: `nemo.collections.llm.GPTModel`.
         seq_length: the run's longest window, tokens.
-        variant: position encoding; None keeps the config's.
+        variant: position encoding; None keeps the model's.
 
     Returns:
         one entry for each long-context setting, changed or not.
     """
-    before = {name: getattr(config, name, None) for name in long_context_fields(config)}
-    config.seq_length = seq_length
+    before = long_context_settings(model)
+    set_config_field(model, "seq_length", seq_length)
     if variant is not None:
-        config.rotary_base = variant.base
-    config.transformer_layer_spec = long_context_layer_spec
-    config.forward_step_fn = longctx_forward_step
-    config.data_step_fn = longctx_data_step
-    if cpu.is_installed():
-        cpu.adapt_model_config(config)
-    return [SettingChange(setting=name, before=before[name], run=getattr(config, name)) for name in before]
+        place_rope(model, variant)
+    for name, value in cpu.fields_to_change(model.config).items():
+        set_config_field(model, name, value)
+    model.config.transformer_layer_spec = long_context_layer_spec
+    model.config.forward_step_fn = longctx_forward_step
+    model.config.data_step_fn = longctx_data_step
+    run = long_context_settings(model)
+    names = list(dict.fromkeys([*run, *before]))
+    return [SettingChange(setting=name, before=before.get(name), run=run.get(name)) for name in names]
 
 
-def long_context_fields(config: GPTConfig) -> list[str]:
-    """Fields of `config` that say how far and how it sees."""
-    wanted = ["seq_length", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
-              "seq_len_interpolation_factor", "scale_factor", "window_size", "attention_backend"]  # fmt: skip
-    wanted += [field.name for field in dataclasses.fields(config) if field.name.startswith("yarn_")]
-    return [name for name in wanted if hasattr(config, name)]
+def long_context_settings(model: GPTModel) -> dict[str, Any]:
+    """What says how far and how a model sees: the config's fields, and the RoPE variant that they (or a transform) make."""
+    names = ("seq_length", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
+             "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
+    fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    return {**fields, **rope_settings(variant_of(model))}
 
 
 def settings_table(changes: list[SettingChange], *, source: str) -> str:

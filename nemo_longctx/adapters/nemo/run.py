@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import nemo.lightning as nl
@@ -18,7 +17,8 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
-from nemo_longctx.adapters.nemo.model import SettingChange, checkpoint_directory, checkpoint_model, fresh_model, prepare_config
+from nemo_longctx.adapters.nemo.model import SettingChange, checkpoint_directory, checkpoint_model, fresh_model, prepare_model
+from nemo_longctx.adapters.nemo.rope import variant_of
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.recipe import RecipeConfig
@@ -67,13 +67,17 @@ def build_run(recipe: RecipeConfig) -> Run:
         model, source = checkpoint_model(recipe.restore_from, recipe.model), "checkpoint"
     else:
         model, source = fresh_model(recipe.model, tokenizer=_tokenizer(recipe)), str(recipe.model["config"])
-    changes = prepare_config(model.config, seq_length=recipe.seq_length, variant=recipe.rope_variant)
+    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
     data = _data(recipe)
     _check_vocabulary(data, model.config)
     directory = run_directory(recipe)
     callbacks = [
         LongContextSettingsCallback(
-            changes=changes, source=source, directory=str(directory / "results"), recipe=dataclasses.asdict(recipe)
+            changes=changes,
+            source=source,
+            variant=recipe.rope_variant or variant_of(model),
+            directory=str(directory / "results"),
+            recipe=dataclasses.asdict(recipe),
         ),
         TrainingLogCallback(
             path=str(directory / "results" / "training.csv"),
@@ -101,7 +105,7 @@ def _prepare_device(recipe: RecipeConfig) -> None:
         raise ConfigError("trainer.accelerator", "gpu", mend)
     if recipe.trainer.accelerator == "cpu":
         if torch.cuda.is_available():
-            mend = "NeMo moves models to the GPU where there is one; set trainer.accelerator=gpu, or hide it: CUDA_VISIBLE_DEVICES="
+            mend = "NeMo moves models to a GPU where there is one; set gpu, or hide it with CUDA_VISIBLE_DEVICES="
             raise ConfigError("trainer.accelerator", "cpu", mend)
         cpu.install()
 

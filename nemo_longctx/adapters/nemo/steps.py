@@ -1,7 +1,8 @@
-"""What a micro batch is and how the model sees it: the host's `data_step_fn` and `forward_step_fn`, without attention masks.
+"""What a micro batch is and how a model sees it: the host's `data_step_fn` and `forward_step_fn`, without attention masks.
 
-A batch holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [b, s], and, where documents are masked, `cu_seqlens`: int32,
-the boundaries of all documents of all windows laid end to end. Functions at module level: checkpoints name them in their context.
+A batch holds `tokens`, `labels`, `loss_mask`, `position_ids`, each [b, s], and, where documents are masked, `cu_seqlens`:
+int32, the boundaries of all documents of all windows laid end to end. The functions stand at module level, since checkpoints
+name them in their context.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def longctx_data_step(dataloader_iter: Any) -> dict[str, Any]:
     """
     item = next(dataloader_iter)
     batch: dict[str, Any] = item[0] if isinstance(item, tuple) else item
-    needed = set()
+    needed: set[str] = set()
     if parallel_state.is_pipeline_first_stage():
         needed.update(ON_FIRST_STAGE)
     if parallel_state.is_pipeline_last_stage():
