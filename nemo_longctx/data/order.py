@@ -294,7 +294,7 @@ def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, 
     path = Path(cache_dir) / f"{key}.order"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not path.exists():
                 strata = plan_mix(mix, documents, curriculum.total_tokens)
                 with _written_atomically(path) as file:
@@ -330,7 +330,8 @@ def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Let one process of all that share the directory in at a time."""
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NotRequired, Protocol, TypedDict
 
@@ -96,28 +98,47 @@ def read_window(stream: Stream, address: int, seq_length: int, *, document_maski
     edges = ends - address
     edges[-1] = seq_length + 1
     skip = address - int(ends[0] - lengths[0])
-    tokens = read_documents(stream.documents, visits, edges.tolist(), skip)
+    tokens = read_documents(stream.documents, visits, edges.tolist(), itertools.chain([skip], itertools.repeat(0)))
     if not document_masking:
         return _plain(tokens)
     return _apart(tokens, edges[:-1])
 
 
-def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], skip: int) -> np.ndarray:
+def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], starts: Iterable[int]) -> np.ndarray:
     """Copy documents one after the other, int64 [edges[-1]].
 
     Args:
         documents: the sources.
         visits: document numbers, [n].
         edges: where each document ends in the result, [n].
-        skip: tokens of the first document to leave out at its beginning; the last one may be cut at its end.
+        starts: the token of each document to begin with, at least [n].
     """
     out = np.empty(edges[-1], np.int64)
     begin = 0
-    for (corpus, first), end in zip(documents.places(visits), edges, strict=True):
-        first += skip
+    for (corpus, first), start, end in zip(documents.places(visits), starts, edges, strict=False):
+        first += start
         out[begin:end] = corpus.read(first, first + end - begin)
-        begin, skip = end, 0
+        begin = end
     return out
+
+
+def finish_sample(tokens: np.ndarray, ends: list[int], seq_length: int, *, document_masking: bool) -> Sample:
+    """A packed window from the tokens of its documents.
+
+    Args:
+        tokens: int64 [m], m <= S, or S + 1 where the token after the window continues its last document.
+        ends: where documents end, ascending, in [1, m].
+        seq_length: S; tokens after the m-th are padding, which counts for nothing whatever its value.
+        document_masking: keep documents (and padding) apart.
+    """
+    size = len(tokens)
+    if size <= seq_length:
+        tokens = np.concatenate([tokens, np.zeros(seq_length + 1 - size, np.int64)])
+    sample = _apart(tokens, np.array(ends, np.int64)) if document_masking else _plain(tokens)
+    if size <= seq_length:  # the last token of all has no next one
+        sample["loss_mask"] = sample["loss_mask"].copy()
+        sample["loss_mask"][size - 1 :] = 0
+    return sample
 
 
 def _plain(tokens: np.ndarray) -> Sample:
@@ -167,21 +188,24 @@ def _ones(length: int) -> np.ndarray:
     return ones
 
 
+class StageWindows(Protocol):
+    """A stage's samples by number."""
+
+    def sample(self, number: int) -> Sample:
+        """The stage's sample `number`."""
+
+
 class Windows:
-    """The run's samples, numbered through across stages: what a dataset of any host wraps.
+    """The run's samples, numbered through across stages: what a dataset of any host wraps. `best_fit.open_windows` makes one.
 
     Args:
-        order: `open_order`.
+        order: the document visits of the run.
         curriculum: the stages.
-        seed: of the windows' order.
-        document_masking: see `ConcatenatedWindows`.
+        stages: the windows of each.
     """
 
-    def __init__(self, order: Order, curriculum: Curriculum, *, seed: int, document_masking: bool):
-        self.order, self.curriculum, self.document_masking = order, curriculum, document_masking
-        self.stages = tuple(
-            ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking) for stage in curriculum.plan
-        )
+    def __init__(self, order: Order, curriculum: Curriculum, stages: Sequence[StageWindows]):
+        self.order, self.curriculum, self.stages = order, curriculum, tuple(stages)
 
     def __len__(self) -> int:
         return self.curriculum.total_samples

@@ -10,22 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.best_fit import open_windows as open_packed
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.order import open_order
-from nemo_longctx.data.windows import Windows
 
 PER_DOCUMENT = 1000  # tests/data/conftest.py
 property_test = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def open_windows(prefixes, curriculum, cache_dir, *, seed=1, document_masking=False, **mix):
+def open_windows(prefixes, curriculum, cache_dir, *, seed=1, document_masking=False, packing="concatenate", **mix):
     weights = mix.pop("weights", [None] * len(prefixes))
     sources = [SourceConfig(path=path, weight=weight) for path, weight in zip(prefixes, weights, strict=True)]
     mix = MixConfig(sources=sources, share_tolerance=0.999, **mix)
     documents = Documents.open(mix)
     order = open_order(mix, documents, curriculum, seed=seed, cache_dir=str(cache_dir))
-    return Windows(order, curriculum, seed=seed, document_masking=document_masking)
+    return open_packed(order, curriculum, packing=packing, seed=seed, document_masking=document_masking)
 
 
 @st.composite
@@ -35,7 +35,9 @@ def runs(draw):
     lengths = draw(st.lists(st.sampled_from([8, 16, 32, 64]), min_size=1, max_size=4))
     steps = draw(st.lists(st.integers(1, 6), min_size=len(lengths), max_size=len(lengths)))
     ends = np.cumsum(steps)
-    stages = [StageConfig(until=end / sum(steps), seq_length=length) for end, length in zip(ends.tolist(), lengths, strict=True)]
+    stages = [
+        StageConfig(until=end / sum(steps), seq_length=length) for end, length in zip(ends.tolist(), lengths, strict=True)
+    ]
     return sources, Curriculum(stages=stages, tokens_per_step=128, total_tokens=128 * sum(steps))
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from nemo_longctx.adapters.nemo.sampler import CurriculumDataSampler, EvaluationSet, command_with
 from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
@@ -39,6 +40,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         mix: fields of `MixConfig`.
         curriculum: fields of `Curriculum`; without `total_tokens` the run is as long as the trainer's `max_steps`.
         validation, test: fields of `EvaluationConfig`, one mapping a set.
+        packing: `concatenate` cuts windows from the stream of documents (the paper); `best_fit` cuts no document that fits.
         document_masking: keep documents apart (`cu_seqlens`, positions that restart); off: causal over the window (the paper).
         seed: of all random choices.
         cache_dir: where the order of documents is kept, for all processes; None: `order_cache` beside the first source.
@@ -60,6 +62,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         *,
         validation: Sequence[Mapping[str, Any]] = (),
         test: Sequence[Mapping[str, Any]] = (),
+        packing: Packing = "concatenate",
         document_masking: bool = False,
         seed: int = 1234,
         cache_dir: str | None = None,
@@ -74,7 +77,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         self.mix = build(MixConfig, mix, where="data.mix")
         self.curriculum_values = dict(curriculum)
         self.evaluation = {"validation": _evaluation_sets(validation, "validation"), "test": _evaluation_sets(test, "test")}
-        self.document_masking, self.seed, self.allow_change = document_masking, seed, allow_change
+        self.packing, self.document_masking, self.seed, self.allow_change = packing, document_masking, seed, allow_change
         self.cache_dir = cache_dir or str(Path(_first_path(self.mix)).parent / "order_cache")
         self.num_workers, self.persistent_workers = num_workers, persistent_workers and num_workers > 0
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -111,7 +114,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self.data_sampler.curriculum = self.curriculum
             documents = Documents.open(self.mix)
             order = open_order(self.mix, documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir)
-            self.windows = Windows(order, self.curriculum, seed=self.seed, document_masking=self.document_masking)
+            self.windows = open_windows(
+                order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
+            )
             self._report(order)
         self._check_restored()
 
@@ -181,6 +186,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             "data.mix": mix_dict(self.mix),
             "curriculum": self.curriculum.as_dict(),
             "data.seed": self.seed,
+            "data.packing": self.packing,
             "data.document_masking": self.document_masking,
             "order": order.digest,
         }
@@ -239,6 +245,11 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
                 for stratum, count in zip(order.strata, tokens, strict=True)
             )
             rank_zero_info(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
+        for packed in self.windows.stages if self.windows else ():
+            if isinstance(packed, BestFitWindows):
+                share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
+                cut = f"{packed.facts['cut']} documents cut, all longer than a window"
+                rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
         for stratum in order.strata:
             repeats = stratum.repeats(self.curriculum.total_tokens)
             rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times each")

@@ -290,7 +290,7 @@ class CurriculumDataSampler(MegatronDataSampler):
 
 
 def command_with(sizes: dict[str, int]) -> str:
-    """This process's command with other parallel sizes, as `trainer.strategy.NAME=SIZE`."""
-    settings = {f"trainer.strategy.{name}": size for name, size in sizes.items()}
+    """This process's command with other parallel sizes, in the names of our recipes: `trainer.NAME=SIZE`."""
+    settings = {f"trainer.{name}": size for name, size in sizes.items()}
     kept = [argument for argument in sys.argv if argument.partition("=")[0].lstrip("+") not in settings]
     return shlex.join([sys.executable, *kept, *(f"{name}={size}" for name, size in settings.items())])

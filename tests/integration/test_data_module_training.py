@@ -1,0 +1,129 @@
+"""The stream under the real NeMo trainer: ranks, workers, kills and a change of length change no step's data."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_longctx.data.best_fit import open_windows
+from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
+from nemo_longctx.data.order import open_order
+from nemo_longctx.data.writer import CorpusWriter
+
+WORKER = Path(__file__).with_name("curriculum_worker.py")
+STAGES = [{"until": 0.5, "seq_length": 32, "micro_batch_size": 2}, {"until": 1.0, "seq_length": 64, "micro_batch_size": 1}]
+SIZES = {"tokens_per_step": 256, "total_tokens": 2048}  # 8 steps, the length changes after 4
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    directory, rng = tmp_path_factory.mktemp("corpora"), np.random.default_rng(0)
+    for name in ("books", "web", "held_out"):
+        with CorpusWriter(directory / name, np.uint16) as writer:
+            for _ in range(200):
+                writer.add_document(rng.integers(0, 100, rng.integers(3, 120)))
+    return directory
+
+
+def data_settings(corpora, **changes):
+    return {
+        "mix": {
+            "sources": [{"path": str(corpora / "books"), "weight": 0.3}, {"path": str(corpora / "web"), "weight": 0.7}],
+            "share_tolerance": 0.05,
+        },
+        "curriculum": {"stages": STAGES, **SIZES},
+        "validation": [
+            {"name": "short", "path": str(corpora / "held_out"), "seq_length": 16},
+            {"name": "long", "path": str(corpora / "held_out"), "seq_length": 128, "micro_batch_size": 2},
+        ],
+        "num_workers": 0,
+    } | changes
+
+
+def train(directory, name, processes, data, *, expected=0, **settings):
+    """Run the worker; its rows by rank, and what it printed."""
+    witness, path = directory / f"{name}.rows", directory / f"{name}.json"
+    path.write_text(json.dumps({"data": data, "witness": str(witness), **settings}))
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, str(WORKER), str(path)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == expected, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(directory.glob(f"{name}.*.jsonl"))]
+    return rows, done.stdout + done.stderr
+
+
+def windows_by_step(rows_of_ranks):
+    steps = defaultdict(list)
+    for rows in rows_of_ranks:
+        for row in rows:
+            if row["mode"] == "train":
+                steps[row["step"]] += row["windows"]
+    return {step: sorted(windows) for step, windows in steps.items()}
+
+
+def expected_windows(corpora, cache_dir):
+    mix = MixConfig(
+        sources=[SourceConfig(path=str(corpora / "books"), weight=0.3), SourceConfig(path=str(corpora / "web"), weight=0.7)],
+        share_tolerance=0.05,
+    )
+    curriculum = Curriculum(stages=[StageConfig(**stage) for stage in STAGES], **SIZES)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=1234, cache_dir=str(cache_dir))
+    windows = open_windows(order, curriculum, seed=1234, document_masking=False)
+    hashes = [hashlib.sha256(windows[number]["tokens"].tobytes()).hexdigest() for number in range(len(windows))]
+    steps = {}
+    for step in range(curriculum.total_steps):
+        first, end = (curriculum.samples_at_token(s * curriculum.tokens_per_step) for s in (step, step + 1))
+        steps[step] = sorted(hashes[first:end])
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_a_kill_and_a_restart_see_the_stream(corpora, tmp_path):
+    expected = expected_windows(corpora, tmp_path)
+    validation = {"limit_val_batches": 3, "val_check_interval": 4}
+
+    whole, log = train(tmp_path, "whole", 2, data_settings(corpora), **validation)
+    assert windows_by_step(whole) == expected
+    assert "stage 1 from step 4, 1024 tokens: sequences of 64, global batch 4" in log
+    for rows in whole:
+        shapes = {
+            row["step"]: (row["seq_length"], row["micro_batch_size"], row["num_microbatches"])
+            for row in rows
+            if row["mode"] == "train"
+        }
+        assert shapes == dict.fromkeys(range(4), (32, 2, 2)) | dict.fromkeys(range(4, 8), (64, 1, 2))
+        metrics = {row["consumed_tokens"]: row for row in rows if row["mode"] == "metrics"}
+        assert sorted(metrics) == [256 * step for step in range(1, 9)]
+        assert [metrics[tokens]["consumed_samples"] for tokens in (1024, 1280, 2048)] == [32, 36, 48]
+        validated = [row for row in rows if row["mode"] == "validated"]
+        assert [row["step"] for row in validated] == [4, 8]
+        assert all({"val_loss_short", "val_loss_long", "val_loss"} <= set(row) for row in validated)
+        lengths = [row["seq_length"] for row in rows if row["mode"] == "validation"]
+        assert lengths == [16, 16, 16, 128, 128, 128] * 2
+
+    checkpoint = str(tmp_path / "checkpoint")
+    killed, _ = train(
+        tmp_path, "killed", 1, data_settings(corpora), expected=9, save_after=3, die_after=5, checkpoint=checkpoint
+    )
+    assert windows_by_step(killed) == {step: expected[step] for step in range(5)}
+    resumed, _ = train(tmp_path, "resumed", 2, data_settings(corpora, num_workers=1), resume=checkpoint)
+    assert windows_by_step(resumed) == {step: expected[step] for step in range(3, 8)}
+
+    _, log = train(tmp_path, "changed", 1, data_settings(corpora, seed=2), expected=1, resume=checkpoint)
+    assert "data.seed, order changed since the checkpoint at 768 tokens" in log
+    allowed, log = train(tmp_path, "allowed", 1, data_settings(corpora, seed=2, allow_change=True), resume=checkpoint)
+    assert "going on at this address of the new stream" in log
+    assert sorted(windows_by_step(allowed)) == list(range(3, 8))
+    assert windows_by_step(allowed)[3] != expected[3]
