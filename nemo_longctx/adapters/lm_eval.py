@@ -96,8 +96,9 @@ class LongContextLM(TemplateLM):
         if str(batch_size).split(":")[0] not in ("1", "auto") or max_batch_size not in (None, 1):
             raise ConfigError("batch_size", batch_size, "requests share prefixes instead of batches; leave it at 1 or auto")
         if isinstance(pretrained, str):
-            tokenizer = tokenizer or pretrained
-            pretrained, weights = load_checkpoint(pretrained, max_length=max_length, device=device, dtype=dtype)
+            path = pretrained
+            pretrained, weights, own = load_checkpoint(path, max_length=max_length, device=device, dtype=dtype)
+            tokenizer = tokenizer or own or path
             identity = {"weights": weights} if results_cache else None
         self.causal = pretrained
         self.tokenizer = hf_tokenizer(tokenizer)
@@ -300,8 +301,9 @@ class LongContextLM(TemplateLM):
         return done
 
 
-def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dtype: str) -> tuple[CausalModel, str]:
-    """A checkpoint behind the scorer's interface, and the digest of its weights.
+def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dtype: str) -> tuple[CausalModel, str, Any]:
+    """A checkpoint behind the scorer's interface, the digest of its weights, and the tokenizer in it (None for a Hugging Face
+    model, whose tokenizer is loaded from the same path).
 
     Args:
         path: NeMo 2 checkpoint folder (it holds `context` and `weights`), or name or folder of a Hugging Face model.
@@ -318,7 +320,7 @@ def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dt
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(
         device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
-    return HFCausalModel(model, max_length=max_length), weights_digest(model.state_dict().items())
+    return HFCausalModel(model, max_length=max_length), weights_digest(model.state_dict().items()), None
 
 
 def _pack(result: Score | list[int]) -> dict[str, Any]:

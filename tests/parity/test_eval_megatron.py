@@ -1,0 +1,225 @@
+"""The Megatron-Core adapter against one uncached pass of the same model; two gloo processes against one."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+import gloo
+import small_gpt
+
+from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, evaluating, vocab_parallel_log_probs
+from nemo_longctx.eval.scoring import Chunks, Continuation, Generation, Scorer, share_work
+
+VOCAB = 90  # the head has 96 rows: six are padding
+CHUNKS = Chunks(read=7, logits=3 * 4 * VOCAB)
+
+
+def never(_):
+    return False
+
+
+def requests():
+    rng = np.random.default_rng(0)
+    document = rng.integers(0, VOCAB, 60).tolist()
+    stems = [[*document, *rng.integers(0, VOCAB, 5).tolist()] for _ in range(3)]
+    jobs = [Continuation(context=stem, continuation=rng.integers(0, VOCAB, n).tolist()) for stem in stems for n in (1, 4)]
+    jobs += [Continuation(context=document[:1], continuation=document[1:])]
+    jobs += [Generation(context=document[:n], max_new_tokens=6, stop=never) for n in (60, 20)]
+    jobs += [Generation(context=document[:30], max_new_tokens=6, stop=never, temperature=0.8)]
+    return jobs
+
+
+def results(model, jobs, indices=None):
+    """index -> log-probabilities or tokens."""
+    jobs_here = jobs if indices is None else [jobs[i] for i in indices]
+    out = {}
+    for place, result, _ in Scorer(model, chunks=CHUNKS).run(jobs_here):
+        index = place if indices is None else indices[place]
+        out[index] = result if isinstance(result, list) else (result.token_log_probs, result.is_greedy)
+    return out
+
+
+def assert_equal(got, want, atol):
+    assert set(got) == set(want)
+    for index, value in want.items():
+        if isinstance(value, list):
+            assert got[index] == value
+        else:
+            np.testing.assert_allclose(got[index][0], value[0], atol=atol)
+            assert got[index][1] == value[1]
+
+
+def run_one(settings=None, ours=True, **more):
+    module = small_gpt.build(small_gpt.config(**(settings or {})), ours=ours, **more)
+    widen(module)
+    with evaluating(module):
+        return results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), requests())
+
+
+def widen(module):
+    """Weights wide enough that log-probabilities are far apart; the same for any split of the same tensor."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+
+
+def test_scores_equal_one_uncached_pass():
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        widen(module)
+        module.eval()
+        jobs = requests()
+        want = {}
+        for index, job in enumerate(jobs):
+            if isinstance(job, Continuation):
+                tokens = torch.tensor([[*job.context, *job.continuation]])
+                with torch.no_grad():
+                    logits = module(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)[0, :, :VOCAB]
+                logits = logits.float().log_softmax(-1)[len(job.context) - 1 :]
+                targets = tokens[0, len(job.context) :]
+                greedy = bool((logits.argmax(-1) == targets).all())
+                want[index] = (logits.gather(-1, targets[:, None])[:, 0].numpy(), greedy)
+        with evaluating(module):
+            got = results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), jobs)
+        assert_equal({i: got[i] for i in want}, want, 2e-5)
+        for index, job in enumerate(jobs):
+            if isinstance(job, Generation):
+                assert max(got[index]) < VOCAB
+                if job.temperature == 0:
+                    tokens = list(job.context)
+                    for token in got[index]:
+                        with torch.no_grad():
+                            logits = module(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)[0, -1, :VOCAB]
+                        assert int(logits.argmax()) == token
+                        tokens.append(token)
+
+
+def test_stock_attention_reads_in_chunks_too():
+    """Megatron-Core's own kernel drops the causal mask for a second chunk; the evaluation puts ours in its place."""
+    with small_gpt.parallel():
+        assert_equal(run_one(ours=False), run_one(ours=True), 2e-5)
+
+
+def test_tied_embeddings():
+    with small_gpt.parallel():
+        got = run_one(share_embeddings_and_output_weights=True)
+        assert np.isfinite(got[0][0]).all()
+
+
+def test_training_state_is_as_before():
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config(), ours=False)
+        module.train()
+        module.decoder.layers[0].eval()  # a frozen part stays as it was
+        cores = [layer.self_attention.core_attention for layer in module.decoder.layers]
+        state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        keys = list(module.state_dict())
+        with evaluating(module):
+            results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), requests())
+            random.random(), np.random.rand(), torch.rand(1)
+        assert module.training
+        assert not module.decoder.layers[0].training
+        assert module.decoder.layers[1].training
+        assert module.post_process
+        assert [layer.self_attention.core_attention for layer in module.decoder.layers] == cores
+        assert list(module.state_dict()) == keys
+        assert random.getstate() == state[0]
+        np.testing.assert_array_equal(np.random.get_state()[1], state[1][1])
+        assert torch.equal(torch.get_rng_state(), state[2])
+
+
+def on_rank(rank, size, kind, weights):
+    sizes = {
+        "tp": {"tensor_model_parallel_size": 2},
+        "cp": {"context_parallel_size": 2},
+        "dp": {},
+        "pp": {"pipeline_model_parallel_size": 2},
+    }
+    with small_gpt.model_parallel(**sizes[kind]):
+        settings = dict(sizes[kind])
+        if kind == "pp":
+            settings["pipeline_dtype"] = torch.float32
+            stage = {"pre_process": rank == 0, "post_process": rank == 1}
+        module = small_gpt.build(small_gpt.config(**settings), **(stage if kind == "pp" else {}))
+        load_whole(module, rank, size, kind, weights)
+        jobs = requests()
+        trained = train_once(module) if kind == "cp" else None
+        with evaluating(module):
+            model = MCoreCausalModel(module, vocab_size=VOCAB, max_length=256)
+            mine = share_work(jobs, size)[rank] if kind in ("cp", "dp") else None
+            out = results(model, jobs, mine)
+        if kind == "cp":
+            assert torch.equal(trained, train_once(module))  # the rotary tables are the ranks' shares again
+        return out
+
+
+def train_once(module):
+    tokens, positions, _ = small_gpt.tokens(1, 128)
+    with torch.no_grad():
+        return module(tokens, positions, None)
+
+
+def load_whole(module, rank, size, kind, weights):
+    """The weights that one process builds from its seed, cut to this rank's share."""
+    whole = torch.load(weights)
+    layers = len(module.decoder.layers)
+    state = {}
+    for name, parameter in module.state_dict().items():
+        if "_extra_state" in name or parameter is None:
+            continue
+        source = name
+        if kind == "pp" and name.startswith("decoder.layers."):
+            number = int(name.split(".")[2])
+            source = name.replace(f"layers.{number}.", f"layers.{number + rank * layers}.", 1)
+        value = whole[source]
+        if value.shape != parameter.shape:
+            dim = next(d for d in range(value.dim()) if value.shape[d] != parameter.shape[d])
+            if "linear_fc1" in name:  # gate and up are each split over the ranks
+                value = torch.cat([half.chunk(size, dim)[rank] for half in value.chunk(2, dim)], dim)
+            else:
+                value = value.chunk(size, dim)[rank]
+        state[name] = value
+    module.load_state_dict(state, strict=False)
+
+
+def every_kind(rank, size, weights):
+    """All layouts in one pair of processes: starting one costs more than its work."""
+    return {kind: on_rank(rank, size, kind, weights) for kind in ("tp", "cp", "dp", "pp")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Results of one process, and its weights as a file."""
+    path = tmp_path_factory.mktemp("weights") / "whole.pt"
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        widen(module)
+        torch.save({k: v for k, v in module.state_dict().items() if v is not None and "_extra_state" not in k}, path)
+        with evaluating(module):
+            return results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), requests()), str(path)
+
+
+def test_two_processes_equal_one(alone):
+    want, weights = alone
+    parts = gloo.run_on(2, every_kind, weights)
+    for kind in ("tp", "pp"):
+        for part in parts:
+            assert_equal(part[kind], want, 1e-5)
+    for kind in ("cp", "dp"):
+        assert not set(parts[0][kind]) & set(parts[1][kind])
+        assert_equal(parts[0][kind] | parts[1][kind], want, 1e-5)
+
+
+def test_argmax_of_equals_is_the_first():
+    with small_gpt.parallel():
+        group = torch.distributed.group.WORLD
+        logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])
+        _, greedy = vocab_parallel_log_probs(logits, torch.tensor([2, 0]), group)
+        assert greedy.tolist() == [False, True]
