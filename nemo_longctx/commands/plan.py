@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model", help="a name (llama2_7b, ...), a Hugging Face config.json or its folder, or num_layers=...,..."
     )
     what.add_argument(
-        "--recipe", help="a recipe's YAML: its model, curriculum, tokens and layout, which the other options override"
+        "--recipe", help="a recipe of conf/recipe/: its model, curriculum, machine and layout; other options override it"
     )
     what.add_argument("--curriculum", help="lengths and the share of tokens at which each ends: 4096@0.2,32768")
     what.add_argument("--tokens-per-step", type=int, help="tokens of an optimizer step (default 4194304: Llama 2's)")
     what.add_argument("--steps", type=int, help="optimizer steps (default 100000)")
     what.add_argument("--documents", help="prefix of a .bin/.idx corpus: lengths for --flops document")
-    what.add_argument("--flops", default=None, help="convention: full (the paper's), full_exact, causal (default) or document")
+    what.add_argument(
+        "--flops", default="causal", help="convention: full (the paper's), full_exact, causal (default) or document"
+    )
     what.add_argument("--vocabulary", action=argparse.BooleanOptionalAction, help="count the LM head, or not")
     where = parser.add_argument_group("where, and at what speed")
     where.add_argument("--gpu", help="kind of GPU: a100, h100, h200, b200, gb200 (default h100)")
@@ -68,14 +70,52 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
+    from nemo_longctx.planning.flops import parse_curriculum
     from nemo_longctx.planning.layout import Layout
     from nemo_longctx.planning.models import parse_model
     from nemo_longctx.planning.report import PlanSettings
 
-    recipe = _recipe_defaults(args.recipe) if args.recipe else {}
-    if args.model is None and "model" not in recipe:
+    if args.model is None and args.recipe is None:
         raise ConfigError("model", None, "name one with --model, or a recipe with --recipe")
-    name, shape = parse_model(args.model) if args.model else (recipe["model"], parse_model(recipe["model"])[1])
+    recipe: Any = _recipe(args.recipe) if args.recipe else None
+    name, shape = parse_model(args.model) if args.model else (recipe.model_name, recipe.model)
+    tokens_per_step = args.tokens_per_step or (recipe.curriculum.tokens_per_step if recipe else 4_194_304)
+    steps = args.steps or (recipe.curriculum.total_steps if recipe else 100_000)
+    curriculum = recipe.curriculum if recipe else None
+    if curriculum is None or args.curriculum or args.steps or args.tokens_per_step:
+        text = args.curriculum or _curriculum_text(curriculum) or str(shape.seq_length)
+        micro = args.micro_batch_size or 1
+        curriculum = parse_curriculum(text, tokens_per_step=tokens_per_step, steps=steps, micro_batch_size=micro)
+    return PlanSettings(
+        model_name=name,
+        model=shape,
+        curriculum=curriculum,
+        flops=args.flops,
+        vocabulary=args.vocabulary,
+        documents=args.documents,
+        gpu=args.gpu or (recipe.gpu if recipe else None) or "h100",
+        layout=_layout(args, recipe.layout if recipe else None, Layout),
+        mfu=args.mfu,
+        mfu_from=args.mfu_from,
+        price=args.price,
+        eval_length=args.eval_length,
+        search=bool(args.search or args.apply),
+        longest=args.longest,
+    )
+
+
+def _recipe(name: str) -> Any:
+    from nemo_longctx.planning.recipe import recipe_plan
+
+    return recipe_plan(name)
+
+
+def _curriculum_text(curriculum: Any) -> str | None:
+    return ",".join(f"{stage.seq_length}@{stage.until}" for stage in curriculum.stages) if curriculum else None
+
+
+def _layout(args: argparse.Namespace, of_recipe: Any, layout_class: Any) -> Any:
+    """The recipe's layout with the options laid over it; None where neither says anything."""
     given = {
         "gpus": args.gpus,
         "tensor_model_parallel_size": args.tp,
@@ -89,28 +129,6 @@ def _settings(args: argparse.Namespace) -> Any:
         "loss": args.loss,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    layout = Layout(**{**recipe.get("layout", {}), **given}) if recipe.get("layout") or given else None
-    return PlanSettings(
-        model_name=name,
-        model=shape,
-        curriculum=args.curriculum or recipe.get("curriculum") or str(shape.seq_length),
-        tokens_per_step=args.tokens_per_step or recipe.get("tokens_per_step") or 4_194_304,
-        steps=args.steps or recipe.get("steps") or 100_000,
-        flops=args.flops or "causal",
-        vocabulary=args.vocabulary,
-        documents=args.documents,
-        gpu=args.gpu or recipe.get("gpu") or "h100",
-        layout=layout,
-        mfu=args.mfu,
-        mfu_from=args.mfu_from,
-        price=args.price,
-        eval_length=args.eval_length,
-        search=bool(args.search or args.apply),
-        longest=args.longest,
-    )
-
-
-def _recipe_defaults(path: str) -> dict[str, Any]:
-    from nemo_longctx.planning.recipe import recipe_settings
-
-    return asdict(recipe_settings(Path(path)))
+    if of_recipe is not None:
+        return replace(of_recipe, **given)
+    return layout_class(**given) if given else None

@@ -181,7 +181,7 @@ def crossover_length(model: ModelShape, convention: FlopsConvention) -> float:
     return one.linear / one.attention
 
 
-def parse_curriculum(text: str, *, tokens_per_step: int, steps: int) -> Curriculum:
+def parse_curriculum(text: str, *, tokens_per_step: int, steps: int, micro_batch_size: int = 1) -> Curriculum:
     """`4096@0.2,32768`: 4,096 tokens until 20 % of all tokens are consumed, then 32,768 to the end.
 
     Raises:
@@ -199,7 +199,7 @@ def parse_curriculum(text: str, *, tokens_per_step: int, steps: int) -> Curricul
             numbers = int(length), float(until) if at else 1.0
         except ValueError as error:
             raise ConfigError("curriculum", text, "must look like 4096@0.2,32768") from error
-        stages.append(StageConfig(seq_length=numbers[0], until=numbers[1]))
+        stages.append(StageConfig(seq_length=numbers[0], until=numbers[1], micro_batch_size=micro_batch_size))
     if steps < 1:
         raise ConfigError("steps", steps, "must be 1 or more")
     return Curriculum(stages=tuple(stages), tokens_per_step=tokens_per_step, total_tokens=steps * tokens_per_step)

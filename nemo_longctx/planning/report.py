@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus
-from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.planning.flops import (
     CONVENTIONS,
     RECOMPUTE,
@@ -38,9 +38,7 @@ class PlanSettings:
 
     model_name: str
     model: ModelShape
-    curriculum: str
-    tokens_per_step: int
-    steps: int
+    curriculum: Curriculum
     flops: str = "causal"
     vocabulary: bool | None = None
     documents: str | None = None
@@ -68,7 +66,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         ConfigError: a setting that does not fit the others.
     """
     convention = convention_by_name(settings.flops, vocabulary=settings.vocabulary)
-    curriculum = parse_curriculum(settings.curriculum, tokens_per_step=settings.tokens_per_step, steps=settings.steps)
+    curriculum = settings.curriculum
     lengths = open_corpus(settings.documents).lengths if settings.documents else None
     cost = training_cost(settings.model, curriculum, convention, document_lengths_D=lengths)
     plan: dict[str, Any] = {
@@ -107,7 +105,7 @@ def _job(settings: PlanSettings, gpu: Gpu, seq_length: int) -> Job:
         model=settings.model,
         gpu=gpu,
         seq_length=seq_length,
-        tokens_per_step=settings.tokens_per_step,
+        tokens_per_step=settings.curriculum.tokens_per_step,
         eval_length=settings.eval_length,
     )
 
@@ -141,13 +139,14 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
     stages: list[dict[str, Any]] = []
     hours = 0.0
     for stage in curriculum.plan:
-        candidate, time = judge(_job(settings, gpu, stage.seq_length), layout)
+        staged = _stage_layout(layout, stage)
+        candidate, time = judge(_job(settings, gpu, stage.seq_length), staged)
         if time is None:
             stages.append({"seq_length": stage.seq_length, "verdict": candidate.verdict, "reason": candidate.reason})
             continue
         memory = memory_plan(
             settings.model,
-            layout,
+            staged,
             seq_length=stage.seq_length,
             global_batch_size=stage.global_batch_size,
             eval_length=settings.eval_length,
@@ -176,6 +175,14 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
     return plan
 
 
+def _stage_layout(layout: Layout, stage: Stage) -> Layout:
+    """The layout as one stage of the curriculum has it."""
+    again = stage.config.recompute_num_layers
+    recompute = layout.recompute if again is None else f"block:{again}" if again else "none"
+    values = {**asdict(layout), **stage.config.parallel_sizes}
+    return Layout(**{**values, "micro_batch_size": stage.micro_batch_size, "recompute": recompute})
+
+
 def _given_mfu(settings: PlanSettings, convention: FlopsConvention) -> float | None:
     """The MFU that was given, or the one that a run or benchmark measured in the same convention."""
     if settings.mfu_from is None:
@@ -198,7 +205,7 @@ def _time_at_mfu(settings: PlanSettings, gpu: Gpu, gpus: int, cost: TrainingCost
             {
                 "seq_length": stage.seq_length,
                 "seconds_per_step": seconds,
-                "tokens_per_second": settings.tokens_per_step / seconds,
+                "tokens_per_second": cost.tokens_per_step / seconds,
                 "hours": seconds * stage.steps / 3600,
             }
         )
