@@ -1,0 +1,179 @@
+"""What a mix asks is what it delivers, by source and by length; what cannot be delivered is said."""
+
+import numpy as np
+import pytest
+
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict, plan_mix
+from nemo_longctx.data.order import open_order, order_key
+
+RNG = np.random.default_rng(0)
+BOOKS = RNG.integers(20, 400, 300).tolist()
+WEB = RNG.integers(1, 80, 3000).tolist()
+LONG = 60
+
+
+@pytest.fixture
+def prefixes(telling_corpora):
+    return telling_corpora([BOOKS, WEB])
+
+
+def mix_of(prefixes, weights=(None, None), **rules):
+    sources = [
+        {"path": path, "name": name, "weight": weight}
+        for path, name, weight in zip(prefixes, ("books", "web"), weights, strict=True)
+    ]
+    return build(MixConfig, {"sources": sources, **rules}, where="data.mix")
+
+
+def strata_of(mix, total_tokens=100_000):
+    return {stratum.name: stratum for stratum in plan_mix(mix, Documents.open(mix), total_tokens)}
+
+
+def tokens_of(lengths, low=0, high=10**9):
+    return sum(length for length in lengths if low <= length <= high)
+
+
+def test_natural_shares_are_those_of_tokens(prefixes):
+    strata = strata_of(mix_of(prefixes))
+    assert strata["books"].share == pytest.approx(tokens_of(BOOKS) / (tokens_of(BOOKS) + tokens_of(WEB)))
+    repeats = {round(stratum.repeats(100_000), 9) for stratum in strata.values()}
+    assert len(repeats) == 1  # all documents come equally often
+
+
+def test_up_weighting_by_source_keeps_the_sources_shares(prefixes):
+    strata = strata_of(mix_of(prefixes, (0.25, 0.75), long_length=LONG, long_share=0.5, balance="source"))
+    assert {name: stratum.share for name, stratum in strata.items()} == pytest.approx(
+        {"books < 60": 0.125, "books >= 60": 0.125, "web < 60": 0.375, "web >= 60": 0.375}
+    )
+    assert strata["books >= 60"].tokens == tokens_of(BOOKS, LONG)
+
+
+def test_up_weighting_over_all_keeps_proportions_among_the_long_and_among_the_short(prefixes):
+    strata = strata_of(mix_of(prefixes, (0.25, 0.75), long_length=LONG, long_share=0.5, balance="all"))
+    long = {name: stratum.share for name, stratum in strata.items() if ">=" in name}
+    assert sum(long.values()) == pytest.approx(0.5)
+    asked = {
+        "books >= 60": 0.25 * tokens_of(BOOKS, LONG) / tokens_of(BOOKS),
+        "web >= 60": 0.75 * tokens_of(WEB, LONG) / tokens_of(WEB),
+    }
+    assert long["books >= 60"] / long["web >= 60"] == pytest.approx(asked["books >= 60"] / asked["web >= 60"])
+    assert sum(stratum.share for stratum in strata.values()) == pytest.approx(1)
+
+
+def test_length_rules_choose_documents_and_a_source_may_have_its_own(prefixes):
+    mix = mix_of(prefixes, drop_shorter=30, drop_longer=60)
+    assert strata_of(mix)["web"].tokens == tokens_of(WEB, 30, 60)
+    sources = [{"path": prefixes[0], "name": "books", "drop_longer": 100}, {"path": prefixes[1], "name": "web"}]
+    strata = strata_of(build(MixConfig, {"sources": sources, "drop_longer": 60}))
+    assert strata["books"].tokens == tokens_of(BOOKS, 0, 100)
+    documents = Documents.open(mix)
+    members = strata_of(mix)["web"].members(documents)
+    assert members.dtype == np.uint32
+    assert documents.lengths(members).tolist() == [length for length in WEB if 30 <= length <= 60]
+    assert set(documents.sources_of(members).tolist()) == {1}
+
+
+def test_a_cap_is_an_error_or_gives_to_the_others(prefixes):
+    books, total = tokens_of(BOOKS), 10 * tokens_of(BOOKS)
+    with pytest.raises(ConfigError, match=r"books would have to come 5\.00 times"):
+        strata_of(mix_of(prefixes, (0.5, 0.5), max_repeats=2), total)
+    with pytest.raises(ConfigError, match="all documents together give"):
+        strata_of(mix_of(prefixes, (0.5, 0.5), max_repeats=2, on_cap="renormalize"), total)
+    capped = strata_of(mix_of(prefixes, (0.5, 0.5), max_repeats=4, on_cap="renormalize"), 5 * books)
+    assert sum(stratum.share for stratum in capped.values()) == pytest.approx(1)
+    assert max(stratum.repeats(5 * books) for stratum in capped.values()) <= 4 + 1e-9
+    assert capped["books"].share == pytest.approx(0.5)  # 2.5 times: under the cap, and there is nothing to give
+    over = strata_of(mix_of(prefixes, (0.9, 0.1), max_repeats=3, on_cap="renormalize"), 4 * books)
+    assert over["books"].repeats(4 * books) == pytest.approx(3)
+    assert over["web"].share == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"weights": (0.5, 0.6)}, r"add up to 1, these to 1\.1"),
+        ({"weights": (0.5, None)}, "weigh every source, or none"),
+        ({"weights": (1.0, 0.0)}, "a share above 0"),
+        ({"long_length": 10}, "go together"),
+        ({"long_length": 10, "long_share": 1.0}, r"a share in \(0, 1\)"),
+        ({"balance": "sources"}, "one of source, all"),
+        ({"on_cap": "stop"}, "one of error, renormalize"),
+        ({"max_repeats": 0}, "above 0"),
+        ({"drop_shortr": 3}, "did you mean 'drop_shorter'"),
+        ({"share_tolerance": 0}, "share_tolerance"),
+    ],
+)
+def test_a_mix_that_contradicts_itself(prefixes, rules, message):
+    rules = dict(rules)
+    with pytest.raises(ConfigError, match=message):
+        mix_of(prefixes, rules.pop("weights", (None, None)), **rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"drop_shorter": 401}, "books'.*no document of 401"),
+        ({"drop_shorter": 81}, "web'.*no document of 81"),
+        ({"long_length": 100, "long_share": 0.5}, "source web has no documents of at least 100"),
+        ({"long_length": 500, "long_share": 0.5, "balance": "all"}, "no source has documents of at least 500"),
+        ({"long_length": 1, "long_share": 0.5, "balance": "all"}, "no source has documents shorter than 1"),
+    ],
+)
+def test_rules_that_leave_nothing(prefixes, rules, message):
+    with pytest.raises(ConfigError, match=message):
+        strata_of(mix_of(prefixes, **rules))
+
+
+def test_two_sources_of_one_name(prefixes):
+    with pytest.raises(ConfigError, match="two sources have this name"):
+        MixConfig(sources=build(MixConfig, {"sources": [{"path": prefixes[0]}]}).sources * 2)
+
+
+def test_shares_are_delivered_in_every_stage(prefixes, tmp_path):
+    stages = [
+        StageConfig(until=0.5, seq_length=16),
+        StageConfig(until=0.6, seq_length=32),
+        StageConfig(until=1, seq_length=128),
+    ]
+    curriculum = Curriculum(stages=stages, tokens_per_step=256, total_tokens=256 * 2000)
+    mix = mix_of(prefixes, (0.25, 0.75), long_length=LONG, long_share=0.5, share_tolerance=0.001)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
+    for row, stage in zip(order.delivered(curriculum), curriculum.plan, strict=True):
+        counted = order.tokens_by_stratum(stage.first_token, stage.end_token)
+        assert counted.tolist() == row.tolist()
+        shares = counted / (stage.end_token - stage.first_token)
+        np.testing.assert_allclose(shares, [stratum.share for stratum in order.strata], atol=0.001)
+
+
+def test_documents_too_long_for_their_share_are_an_error_before_training(telling_corpora, tmp_path):
+    mix = mix_of(telling_corpora([[900], [10] * 50]), (0.5, 0.5))
+    curriculum = Curriculum.constant(seq_length=16, global_batch_size=2, total_steps=5)
+    with pytest.raises(ConfigError, match="too long to meet it"):
+        open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
+
+
+def test_the_key_of_an_order_follows_contents_not_places(prefixes, telling_corpora):
+    curriculum = Curriculum.constant(seq_length=16, global_batch_size=2, total_steps=5)
+
+    def key(mix, seed=1):
+        return order_key(mix, Documents.open(mix), curriculum, seed)
+
+    here, copy = mix_of(prefixes), mix_of(telling_corpora([BOOKS, WEB]))
+    assert mix_dict(here) == mix_dict(copy)
+    assert key(here) == key(copy)
+    others = {key(here), key(here, seed=2), key(mix_of(prefixes, (0.5, 0.5))), key(mix_of(telling_corpora([BOOKS, WEB[1:]])))}
+    assert len(others) == 4
+
+
+def test_shards_are_one_source(telling_corpora):
+    parts, whole = telling_corpora([BOOKS[:100], BOOKS[100:]]), telling_corpora([BOOKS])
+    split = build(MixConfig, {"sources": [{"path": parts, "name": "books"}]})
+    one = build(MixConfig, {"sources": [{"path": whole[0], "name": "books"}]})
+    a, b = Documents.open(split), Documents.open(one)
+    assert plan_mix(split, a, 1000) == plan_mix(one, b, 1000)
+    everything = np.random.default_rng(1).permutation(len(a)).astype(np.uint32)
+    assert a.lengths(everything).tolist() == b.lengths(everything).tolist()
+    for (corpus, first), (other, place) in zip(a.places(everything), b.places(everything), strict=False):
+        assert corpus.read(first, first + 3).tolist() == other.read(place, place + 3).tolist()
