@@ -42,15 +42,18 @@ class CorpusWriter:
         Raises:
             ConfigError: a document without tokens, or an id that `dtype` cannot hold.
         """
-        wide_T = np.asarray(tokens)
-        if wide_T.size == 0:
+        given = np.asarray(tokens)
+        if given.size == 0:
             raise ConfigError("document", len(self.lengths), "it has no tokens; leave it out")
-        limits = np.iinfo(self.dtype)
-        if wide_T.min() < limits.min or wide_T.max() > limits.max:
-            raise ConfigError("dtype", self.dtype.name, f"it cannot hold token id {int(wide_T.max())}; use int32")
-        self._file.write(wide_T.astype(self.dtype).tobytes())
-        self.lengths.append(wide_T.size)
-        self.n_tokens += wide_T.size
+        if given.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            low, high = int(given.min()), int(given.max())
+            if low < limits.min or high > limits.max:
+                wrong = low if low < limits.min else high
+                raise ConfigError("dtype", self.dtype.name, f"it cannot hold token id {wrong}; use int32")
+        self._file.write(given.astype(self.dtype, copy=False).tobytes())
+        self.lengths.append(given.size)
+        self.n_tokens += given.size
 
     def finish(self) -> None:
         """Flush to the disk, write the index, and give both their names.

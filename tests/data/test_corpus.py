@@ -176,6 +176,8 @@ def test_shards_of_different_types_are_refused(tmp_path):
 def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
     with pytest.raises(ConfigError, match="cannot hold token id 70000"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document([70000])
+    with pytest.raises(ConfigError, match="cannot hold token id -1"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(np.array([-1, 3]))
     with pytest.raises(ConfigError, match="no tokens"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document([])
     with pytest.raises(ConfigError, match="no document"), CorpusWriter(tmp_path / "a", np.uint16):
@@ -185,8 +187,12 @@ def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def fail_half_way(writer):
+    writer.add_document([1])
+    raise ConfigError("anything", 0, "two sizes of one thing")
+
+
 def test_a_failed_write_leaves_the_corpus_that_was_there(prefix):
-    with pytest.raises(ConfigError), CorpusWriter(prefix, np.uint16) as writer:
-        writer.add_document([1])
-        writer.add_document([70000])
+    with pytest.raises(ConfigError, match="two sizes"), CorpusWriter(prefix, np.uint16) as writer:
+        fail_half_way(writer)
     assert IndexedCorpus(prefix).n_tokens == 10
