@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def step(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of one `run()` (by the clock, and of all cores together) and the MiB by which the process's peak resident set rises over what it holds now.
+    """Seconds of one `run()`, by the clock and of all cores together, and the MiB by which it raises the peak resident set.
 
     Linux only lets a process raise its peak, so memory that was used and given back before hides below the old peak: what
     lies between the present size and the old peak is filled first, so that the rise that follows is all due to `run`.

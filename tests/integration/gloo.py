@@ -22,7 +22,7 @@ def _worker(function, rank, size, store, queue, args):
         raise
 
 
-def run_on(size, function, *args, timeout=240):
+def run_on(size, function, *args, timeout=840):
     """Results by rank; a failure on any rank is raised here with its traceback."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

@@ -8,6 +8,8 @@ import gloo
 import numpy as np
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 SEQ, ROWS, STEPS = 32, 2, 4
 DOCUMENTS = (0, 3, 19, 32, 50, 64)
 
@@ -83,7 +85,6 @@ VARIANTS = {"plain": (False, False), "documents": (True, False), "documents, one
 
 
 def two_ranks(rank, size):
-    """CP=2, and rank by rank the same on one process (each rank its own data-parallel replica would change the counts)."""
     return {name: train(rank, size, 1, 2, *variant, 1) for name, variant in VARIANTS.items()}
 
 
@@ -109,14 +110,12 @@ def check(losses, gradients, expected_losses, expected_gradients):
         assert error < 1e-5 * np.linalg.norm(expected_gradients[name]), name
 
 
-@pytest.mark.slow
 def test_two_context_parallel_ranks_equal_one(alone):
     for results in gloo.run_on(2, two_ranks):
         for name, (losses, gradients) in results.items():
             check(losses, gradients, *alone[name])
 
 
-@pytest.mark.slow
 def test_tensor_and_context_parallel_together_train(alone):
     for losses, gradients in gloo.run_on(4, four_ranks):
         check(losses, gradients, *alone["documents"])

@@ -91,8 +91,10 @@ def use_chunked_loss(model: torch.nn.Module) -> int:
     Raises:
         ConfigError: a head with a bias, a deferred weight gradient or multi-token prediction: the chunks serve none.
     """
+    if isinstance(model, _ChunkedLossModel):
+        return 1
     changed = 0
-    for module in model.modules():
+    for module in list(model.modules()):
         if not isinstance(module, GPTModel) or not module.post_process:
             continue
         changed += 1
@@ -118,6 +120,8 @@ def _mix_into(module: torch.nn.Module, mixin: type) -> None:
 def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Losses of the tokens of a batch, for a config's `forward_step_fn`; hidden states on earlier pipeline stages.
 
+    The first call gives the model the chunked loss (`use_chunked_loss`).
+
     Args:
         model: NeMo's `GPTModel` (its `module` is called, since its own forward passes no loss mask), or Megatron-Core's.
         batch: this rank's `tokens`, `position_ids`, `labels`, `loss_mask`, each [b, s], and `packed_seq_params`
@@ -127,6 +131,10 @@ def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) 
         losses [b, s] in float32, 0 where the loss mask is 0.
     """
     host = model.module if isinstance(model, pl.LightningModule) else model
+    inner = host
+    while not isinstance(inner, GPTModel):  # precision's and data parallelism's wrappers
+        inner = inner.module
+    use_chunked_loss(inner)
     names = ("tokens", "position_ids", "labels", "loss_mask")
     fields = {name: batch.get(name) for name in names}
     shape = next((x.shape for x in fields.values() if x is not None), None)

@@ -1,0 +1,119 @@
+"""The self-test passes on the real path and catches what it is there for: a leak, a wrong kernel, loss or scale."""
+
+import resource
+
+import pytest
+import small_gpt
+import torch
+
+from nemo_longctx.adapters.nemo import attention, self_test
+from nemo_longctx.adapters.nemo.loss import use_chunked_loss
+from nemo_longctx.adapters.nemo.self_test_parallel import context_parallel_error
+from nemo_longctx.attention import context_parallel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process():
+    with small_gpt.parallel():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_gpt.build(small_gpt.config())
+
+
+def test_the_real_path_passes(model):
+    findings = self_test.self_test(model, model.config, seq_length=256)
+    assert [f.name for f in findings if not f.passed] == []
+    assert len(findings) == 4
+    assert "FAILED" not in self_test.findings_text(findings)
+
+
+def test_a_planted_leak_is_caught(model, monkeypatch):
+    """Document boundaries get lost on the way to the kernel: the whole window is one document."""
+    monkeypatch.setattr(attention, "document_segments", lambda boundaries: None)
+    finding = self_test.leak_finding(model, small_gpt.VOCABULARY)
+    assert not finding.passed
+    assert not self_test.attention_finding(model).passed
+
+
+def test_a_leak_of_gradients_alone_is_caught(model, monkeypatch):
+    original = attention.causal_attention
+
+    def leaky(q, k, v, **kwargs):
+        out = original(q, k, v, **kwargs)
+        return out + (v.sum() - v.sum().detach())  # nothing changes forward
+
+    monkeypatch.setattr(attention, "causal_attention", leaky)
+    assert not self_test.leak_finding(model, small_gpt.VOCABULARY).passed
+
+
+def test_a_model_that_hears_nothing_does_not_pass(model):
+    model.embedding.word_embeddings.weight.data.mul_(0)
+    try:
+        assert "shows nothing" in self_test.leak_finding(model, small_gpt.VOCABULARY).detail
+    finally:
+        model.load_state_dict(small_gpt.build(small_gpt.config()).state_dict())
+
+
+def test_a_wrong_scale_of_the_scores_is_caught(model, monkeypatch):
+    layer = next(m for m in model.modules() if isinstance(m, attention.LongContextAttention))
+    monkeypatch.setattr(layer, "scale", 0.2)
+    assert not self_test.attention_finding(model).passed
+
+
+def test_a_wrong_loss_is_caught(model, monkeypatch):
+    use_chunked_loss(model)
+    original = type(model).compute_language_model_loss
+    monkeypatch.setattr(
+        type(model), "compute_language_model_loss", lambda self, labels, logits: original(self, labels.flip(1), logits)
+    )
+    assert not self_test.loss_finding(model, small_gpt.VOCABULARY).passed
+
+
+def test_a_length_that_does_not_fit_is_halved(model, monkeypatch):
+    tried = []
+
+    def peak(_model, _vocabulary, length):
+        tried.append(length)
+        return None if length > 500 else 1 << 20
+
+    monkeypatch.setattr(self_test, "_peak_of_a_step", peak)
+    finding = self_test.memory_finding(model, small_gpt.VOCABULARY, 1024)
+    assert tried == [1024, 512, 256]
+    assert not finding.passed
+    assert "256 tokens" in finding.detail
+
+
+def test_running_out_of_memory_ends_the_trial_only(model, monkeypatch):
+    """With 64 MiB left, a window whose activations need more is refused by the limit; the process lives on without it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(self_test, "_available_bytes", lambda: 64 << 20)
+    assert self_test._peak_of_a_step(model, small_gpt.VOCABULARY, 1 << 17) is None
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert self_test._peak_of_a_step(model, small_gpt.VOCABULARY, 256) > 1 << 20
+
+
+def scale_gradients_by_ranks():
+    original = context_parallel._GatherZigzag.backward
+
+    def scaled(ctx, grad):
+        mine, *rest = original(ctx, grad)
+        return mine * ctx.group.size(), *rest
+
+    context_parallel._GatherZigzag.backward = staticmethod(scaled)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_context_parallel_passes_and_a_planted_scale_is_caught():
+    assert context_parallel_error() < 1e-5
+    assert context_parallel_error(prepare=scale_gradients_by_ranks) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_means_of_ranks_instead_of_one_mean_are_caught():
+    assert torch.tensor(context_parallel_error(calculate_per_token_loss=False)) > 1e-2
