@@ -8,12 +8,19 @@ import dataclasses
 import inspect
 import os
 import re
+import signal
 import sys
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import build
+
+if TYPE_CHECKING:
+    from nemo_longctx.instruct.client import Completer
+    from nemo_longctx.instruct.pipeline import GenerateConfig
+    from nemo_longctx.instruct.prompts import PromptSet
+    from nemo_longctx.instruct.replies import Prices
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,43 +38,72 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--prompts", type=Path, help="folder of .txt files that replace the shipped prompts of the same names"
     )
+    who = generate.add_mutually_exclusive_group(required=True)
+    who.add_argument("--endpoint", metavar="URL", help="base URL of an OpenAI-compatible server (http://localhost:8000/v1)")
+    who.add_argument("--checkpoint", type=Path, help="or a model in Hugging Face form, run in this process")
+    generate.add_argument("--model", help="the model's name, as the server knows it (with --checkpoint: the folder's)")
+    generate.add_argument(
+        "--template", default="tokenizer", help="with --checkpoint: tokenizer, llama2, or a Jinja file (tokenizer)"
+    )
     generate.add_argument("--price-input", type=float, default=0.0, help="money for a million prompt tokens (0)")
     generate.add_argument("--price-output", type=float, default=0.0, help="money for a million completion tokens (0)")
-    _add_flags(generate, ClientConfig)
-    _add_flags(generate, GenerateConfig, skip=("documents",))
+    _add_flags(generate, ClientConfig, skip=("endpoint",))
+    _add_flags(generate, GenerateConfig, skip=("documents", "model"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print the yield. Status 1 when some calls got no answer and should be asked again."""
-    from nemo_longctx.instruct.client import ChatClient, ClientConfig
-    from nemo_longctx.instruct.pipeline import GenerateConfig, Generation
+    from nemo_longctx.instruct.pipeline import GenerateConfig
     from nemo_longctx.instruct.prompts import PromptSet
     from nemo_longctx.instruct.replies import Prices
 
-    config = build(GenerateConfig, _settings(args, GenerateConfig))
-    client_config = build(ClientConfig, _settings(args, ClientConfig))
+    settings = _settings(args, GenerateConfig)
+    if args.checkpoint is not None and args.model is None:
+        from nemo_longctx.instruct.local import fingerprint
 
-    async def generate() -> dict[str, Any]:
-        client = ChatClient(client_config, api_key=os.environ.get(client_config.api_key_env))
-        try:
-            generation = Generation(
-                config,
-                prompts=PromptSet.load(args.prompts),
-                completer=client,
-                output=args.output,
-                prices=Prices(input=args.price_input, output=args.price_output),
-            )
-            return await generation.run()
-        finally:
-            await client.close()
-
-    report = asyncio.run(generate())
+        settings["model"] = fingerprint(args.checkpoint)
+    config = build(GenerateConfig, settings)
+    prices = Prices(input=args.price_input, output=args.price_output)
+    report = asyncio.run(_generate(args, config, PromptSet.load(args.prompts), prices))
     print(yield_table(report))
     print(f"wrote {args.output / 'instances.jsonl'} and {args.output / 'report.json'}")
     unanswered = sum(count for name, count in report["yield"].items() if name.endswith("_unanswered"))
     if unanswered:
         print(f"{unanswered} calls got no answer; the same command asks for them again", file=sys.stderr)
     return 1 if unanswered else 0
+
+
+async def _generate(args: argparse.Namespace, config: GenerateConfig, prompts: PromptSet, prices: Prices) -> dict[str, Any]:
+    from nemo_longctx.instruct.pipeline import Generation
+
+    completer = _completer(args)
+    generation = Generation(config, prompts=prompts, completer=completer, output=args.output, prices=prices)
+    # The first interrupt lets calls under way come home, since they are paid for; the second ends the process at once.
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        print("stopping: waiting for the calls under way; interrupt again to leave them", file=sys.stderr)
+        generation.stop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        return await generation.run()
+    finally:
+        await completer.close()
+
+
+def _completer(args: argparse.Namespace) -> Completer:
+    from nemo_longctx.instruct.client import ChatClient, ClientConfig
+
+    if args.checkpoint is not None:
+        from nemo_longctx.instruct.local import LocalCheckpoint
+
+        return LocalCheckpoint(args.checkpoint, template=args.template)
+    config = build(ClientConfig, _settings(args, ClientConfig))
+    return ChatClient(config, api_key=os.environ.get(config.api_key_env))
 
 
 def yield_table(report: dict[str, Any]) -> str:
@@ -129,4 +165,4 @@ def _argument_lines(config: type) -> dict[str, str]:
 
 
 def _settings(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
+    return {field.name: value for field in dataclasses.fields(config) if (value := getattr(args, field.name, None)) is not None}

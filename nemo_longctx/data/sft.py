@@ -9,7 +9,6 @@ same, and hosts that count loss tokens as integers (Megatron-Core does) stay exa
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.data.packing import assign_bins, plan_bins
 from nemo_longctx.data.sft_instances import ANSWER, Instances
 from nemo_longctx.data.windows import Sample
 
@@ -78,26 +78,15 @@ def loss_units(prompt_loss_weight: float) -> tuple[int, int]:
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Which items share a bin: best-fit decreasing, none cut. Items of a bin come in rising order.
+    """Which items share a window: best-fit decreasing, none cut. Items of a window come in rising order.
 
     Args:
         lengths: of the items, int [n], each at most `capacity`.
-        capacity: of a bin.
+        capacity: of a window.
     """
-    bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending
-    for item in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        length = int(lengths[item])
-        place = bisect.bisect_left(open_bins, (length, -1))
-        if place == len(open_bins):
-            room, number = capacity, len(bins)
-            bins.append([])
-        else:
-            room, number = open_bins.pop(place)
-        bins[number].append(item)
-        if room > length:
-            bisect.insort(open_bins, (room - length, number))
-    return [sorted(members) for members in bins]
+    bins = assign_bins(plan_bins(np.bincount(lengths, minlength=capacity + 1), capacity), lengths)
+    by_bin = np.argsort(bins, kind="stable")
+    return [part.tolist() for part in np.split(by_bin, np.flatnonzero(np.diff(bins[by_bin])) + 1)]
 
 
 def plan_blend(

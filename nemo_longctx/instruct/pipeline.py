@@ -146,16 +146,22 @@ class Generation:
         self.prices, self.show_progress = prices, show_progress
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
         self.counts: Counter[str] = Counter()
+        self._asker: Asker | None = None
         self._ends: tuple[str, np.ndarray] | None = None
         # Items come document by document: a few texts in memory spare a read and a hash for every call.
         self._document_at = functools.lru_cache(maxsize=32)(self._read_document)
+
+    def stop(self) -> None:
+        """Begin no call any more: `run` ends in KeyboardInterrupt once those under way are journaled."""
+        if self._asker is not None:
+            self._asker.stop()
 
     async def run(self) -> dict[str, object]:
         """Generate; returns the report that report.json holds. Call once."""
         self.output.mkdir(parents=True, exist_ok=True)
         items = self._plan()
         with Journal(self.output / "journal.jsonl") as journal:
-            asker = Asker(
+            self._asker = asker = Asker(
                 self.completer,
                 journal,
                 form_attempts=self.config.form_attempts,

@@ -87,6 +87,11 @@ class Asker:
         self.out_of_form: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self._malformed_in_a_row = 0
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Begin no call any more; `ask_all` ends in KeyboardInterrupt once those under way are journaled."""
+        self._stopping = True
 
     async def ask_all(
         self,
@@ -100,6 +105,7 @@ class Asker:
         Raises:
             NeverInFormError: `stop_after_malformed` replies on end were out of form.
             EndpointError: from the completer.
+            KeyboardInterrupt: after `stop`.
         """
         self._malformed_in_a_row = 0
         outcomes: dict[str, Outcome] = {}
@@ -114,15 +120,21 @@ class Asker:
 
             async def work() -> None:
                 for item in queue:  # shared: each worker takes the next item that nobody has taken
+                    if self._stopping:
+                        return
                     outcomes[item.id] = await self._ask(item, make_call, parse)
                     bar.set_postfix_str(self._purse(), refresh=False)
                     bar.update()
 
             await _run_all(work() for _ in range(self.completer.concurrency))
+        if self._stopping:
+            raise KeyboardInterrupt
         return outcomes
 
     async def _ask(self, item: ItemT, make_call: Callable[[ItemT, int], Call], parse: Callable[[str], Any]) -> Outcome:
         for attempt in range(self.form_attempts):
+            if self._stopping:
+                break
             try:
                 reply = await self._reply(make_call(item, attempt))
             except CallError as failure:

@@ -190,6 +190,23 @@ def test_killed_runs_end_in_the_same_output(whole_run, tokenizer_folder, tmp_pat
     assert command.report()["yield"] == whole.report()["yield"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_calls_under_way(tokenizer_folder, tmp_path, number):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(seed, 20) for seed in range(40)])
+    behaviour = Behaviour(delay_s=0.3)
+    with serve(behaviour) as url:
+        command = Command(documents, tokenizer_folder, tmp_path / "out", url, concurrency=4, timeout_s=30)
+        process = command.start()
+        while not command.journal_keys():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert sum(behaviour.answered.values()) == len(command.journal_keys()) < 40  # nothing that was paid for is lost
+
+
 @pytest.mark.slow
 def test_a_thousand_documents_and_ten_kills(tokenizer_folder, tmp_path):
     draw = random.Random(7)

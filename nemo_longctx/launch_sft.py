@@ -1,0 +1,29 @@
+"""What the example of instruction tuning calls: overrides -> recipe -> run, every mistake in one sentence before any work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+
+
+def main(overrides: Sequence[str], *, description: str | None) -> int:
+    """Compose conf/sft.yaml with `overrides`, build and fit. Returns the exit status: 0, or 2 after a user's mistake."""
+    if {"-h", "--help"} & set(overrides):
+        print((description or "").strip())
+        return 0
+    try:
+        values = compose(overrides, config_name="sft")
+        # The host takes long to import: not before the overrides are known to compose.
+        from nemo_longctx.adapters.nemo.instruct_run import build_instruct_run, load_instruct_recipe
+
+        build_instruct_run(load_instruct_recipe(values)).fit()
+    except (ConfigError, OSError) as error:
+        if os.environ.get("NEMO_LONGCTX_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
