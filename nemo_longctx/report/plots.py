@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nemo_longctx.eval.position import PositionRow
+    from nemo_longctx.eval.probes import ProbeRow
     from nemo_longctx.eval.scaling import ContextLaw
 
 # Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
@@ -217,3 +218,71 @@ def plot_context_law(
     _dress(axes, title=title, x="context length c (tokens)", y="loss (nats per token)")
     axes.legend(fontsize=8.5, frameon=False)
     return save(figure, path)
+
+
+def plot_probes(
+    rows: Sequence[ProbeRow], path: str | Path, *, value: str = "score", title: str = "Long-context probes"
+) -> Path:
+    """One panel a (kind, model): a heat map of length x depth, or a line of length where the kind has no depth.
+
+    Args:
+        rows: cells of one or more models (`nemo_longctx.eval.probes`).
+        path: PNG to write.
+        value: `score`, or `answer_loss` (nats per token of the answer).
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
+    if not kinds:
+        raise ValueError("no probe was scored: nothing to draw")
+    figure = Figure(figsize=(3.9 * len(models) + 0.8, 2.9 * len(kinds) + 0.4), dpi=150, layout="constrained")
+    panels = figure.subplots(len(kinds), len(models), squeeze=False, sharey="row")
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    top = 1.0 if value == "score" else max((getattr(r, value) for r in rows if r.samples), default=1.0)
+    for kind, line in zip(kinds, panels, strict=True):
+        for model, axes in zip(models, line, strict=True):
+            cells = [row for row in rows if row.kind == kind and row.model == model]
+            depths = sorted({row.depth for row in cells})
+            if len(depths) > 1:
+                image = _heat_map(axes, cells, depths, value, top)
+            else:
+                image = None
+                _probe_line(axes, cells, value, top)
+            axes.set_title(f"{kind.replace('_', ' ')} · {model}", fontsize=9, color=INK, loc="left")
+            axes.set_xlabel("length (tokens)", fontsize=8.5, color=INK)
+            axes.tick_params(colors=INK, labelsize=8)
+        line[0].set_ylabel("depth" if image is not None else value.replace("_", " "), fontsize=8.5, color=INK)
+        if image is not None:
+            figure.colorbar(image, ax=list(line), label=value.replace("_", " "), shrink=0.9)
+    return save(figure, path)
+
+
+def _heat_map(axes: Axes, cells: Sequence[ProbeRow], depths: Sequence[float], value: str, top: float) -> Any:
+    import numpy as np
+
+    lengths = sorted({row.length for row in cells})
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for row in cells:
+        grid[depths.index(row.depth), lengths.index(row.length)] = getattr(row, value)
+    # Green for good: high scores, low losses. Cells that were not scored stay grey.
+    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=top, cmap="RdYlGn" if value == "score" else "RdYlGn_r")
+    axes.set_facecolor(FAINT)
+    axes.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    for (y, x), number in np.ndenumerate(grid):
+        if not math.isnan(number):
+            axes.annotate(f"{number:.2g}", (x, y), ha="center", va="center", fontsize=7, color=INK)
+    return image
+
+
+def _probe_line(axes: Axes, cells: Sequence[ProbeRow], value: str, top: float) -> None:
+    cells = sorted(cells, key=lambda row: row.length)
+    axes.plot(
+        [c.length for c in cells], [getattr(c, value) for c in cells], "o-", color=COLOURS[0], markersize=4, linewidth=1.4
+    )
+    axes.set_ylim(0, top * 1.05)
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _format_tokens(axes, log=True)

@@ -66,7 +66,7 @@ CONTINUATIONS = st.builds(lambda c, t: Continuation(context=c, continuation=t), 
 GENERATIONS = st.builds(lambda c, n: Generation(context=c, max_new_tokens=n, stop=never), TOKENS, st.integers(1, 4))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(CONTINUATIONS, GENERATIONS), max_size=8), st.integers(1, 7), st.integers(1, 4))
 def test_shared_prefixes_change_no_result(llama, requests, read, rows):
     model = HFCausalModel(llama)

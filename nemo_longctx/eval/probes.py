@@ -1,0 +1,418 @@
+"""Probes of long-context ability: first-sentence retrieval, passkey, needle grids and variable tracking.
+
+Made offline from any text, from a seed. A probe is a list of tokens of exactly the asked length, so no tokenizer detail can
+make it longer or move its needle; what it hides and where is on record beside it.
+
+Every probe is scored twice on one reading of its prompt: the text that the model generates, against the answers; and the loss
+of the first answer's own tokens, which tells a small model's progress long before it can say the answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import random
+import re
+import string
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.eval import metrics
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Score, Scorer
+
+# Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
+PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
+KINDS = ("first_sentence", "passkey", "needle", "needle_multi_key", "needle_multi_value", "variable_tracking")
+WITHOUT_DEPTH = ("first_sentence", "variable_tracking")
+WORDS = (
+    "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
+    "knoll", "lotus", "maple", "nectar", "olive", "pearl", "quill", "raven", "sable", "tulip",
+)  # fmt: skip
+# Mohtashami and Jaggi 2023, appendix: the text that a passkey is hidden in.
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that probes need."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Which probes to make.
+
+    Args:
+        kinds: any of `KINDS`. lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
+        samples: probes of each kind, length and depth. seed: of their texts, names and numbers.
+        max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
+    """
+
+    kinds: tuple[str, ...] = ("first_sentence", "passkey")
+    lengths: tuple[int, ...] = PAPER_LENGTHS
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 5
+    seed: int = 0
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError("probes.kinds", kind, f"unknown probe, {did_you_mean(kind, KINDS)}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError("probes.lengths", self.lengths, "give at least one positive length in tokens")
+        if not all(0 <= depth <= 1 for depth in self.depths) or not self.depths:
+            raise ConfigError("probes.depths", self.depths, "give shares between 0 (start) and 1 (end)")
+        if self.samples < 1:
+            raise ConfigError("probes.samples", self.samples, "give at least 1 sample a cell")
+        if self.max_new_tokens < 1:
+            raise ConfigError("probes.max_new_tokens", self.max_new_tokens, "give at least 1 token for the answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One prompt.
+
+    Args:
+        kind, length, depth, sample: its cell; `length` is that of `prompt`.
+        prompt: token ids, the question last.
+        answers: what the reply must hold. first: tokens of the first answer as it would follow the prompt.
+        max_new_tokens: longest reply.
+    """
+
+    kind: str
+    length: int
+    depth: float
+    sample: int
+    prompt: list[int]
+    answers: list[str]
+    first: list[int]
+    max_new_tokens: int
+
+    @property
+    def content_hash(self) -> str:
+        return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow:
+    """Result of one cell: mean score (ROUGE-L F for first sentences, share of answers found for others), mean loss of the
+    answer (nats per token), samples scored, and samples that did not fit the model and were not scored."""
+
+    model: str
+    kind: str
+    length: int
+    depth: float
+    score: float
+    answer_loss: float
+    samples: int
+    skipped: int
+
+
+def make_probes(
+    config: ProbeConfig,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    prefix: Sequence[int] = (),
+    cache: str | Path | None = None,
+) -> list[Probe]:
+    """Make every probe of `config`.
+
+    Args:
+        texts: documents to hide things in; joined and repeated where they are too short for the longest length.
+        prefix: tokens in front of each prompt (the tokenizer's BOS), part of its length.
+        cache: folder to keep probes in; they are found again by a hash of all that made them.
+
+    Raises:
+        ConfigError: a length too short for what it must hold.
+        ValueError: no text, or none with a sentence of 5 to 40 words.
+    """
+    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 1}
+    every_letter = "".join(chr(c) for c in range(32, 127)) + GRASS + " ".join(WORDS) + "".join(t[:2000] for t in texts[:8])
+    made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
+    path = Path(cache) / f"probes-{_digest(json.dumps(made_from))}.json" if cache else None
+    if path is not None and path.exists():
+        return [Probe(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    maker = _Maker(config, texts, tokenizer, list(prefix))
+    probes = [
+        maker.make(kind, length, depth, sample)
+        for kind in config.kinds
+        for length in config.lengths
+        for depth in ((0.0,) if kind in WITHOUT_DEPTH else config.depths)
+        for sample in range(config.samples)
+    ]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps([asdict(probe) for probe in probes]), encoding="utf-8")
+        beside.replace(path)
+    return probes
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+class _Maker:
+    """Builds prompts of exact length around hidden texts."""
+
+    def __init__(self, config: ProbeConfig, texts: Sequence[str], tokenizer: Tokenizer, prefix: list[int]):
+        self.config, self.tokenizer, self.prefix = config, tokenizer, prefix
+        self.text = "\n".join(texts)
+        if not self.text.strip():
+            raise ValueError("probes are hidden in text, and none was given")
+        sentences = re.finditer(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)", self.text)
+        self.sentences = [(m.start(1), m.group(1)) for m in sentences if 5 <= len(m.group(1).split()) <= 40]
+        self._ends: dict[int, bool] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def make(self, kind: str, length: int, depth: float, sample: int) -> Probe:
+        rng = random.Random(f"{self.config.seed} {kind} {length} {depth} {sample}")
+        if kind == "first_sentence":
+            parts, answers = self._first_sentence(rng, length)
+        elif kind == "variable_tracking":
+            parts, answers = self._variables(rng, length)
+        elif kind == "passkey":
+            parts, answers = self._passkey(rng, length, depth)
+        else:
+            parts, answers = self._needles(rng, kind, length, depth)
+        new = self.config.max_new_tokens
+        first = self.encode(" " + answers[0])
+        return Probe(
+            kind=kind,
+            length=length,
+            depth=depth,
+            sample=sample,
+            prompt=parts,
+            answers=answers,
+            first=first,
+            max_new_tokens=len(first) + 16 if kind == "first_sentence" else new,
+        )
+
+    def _room(self, kind: str, length: int, *fixed: list[int]) -> int:
+        room = length - len(self.prefix) - sum(len(part) for part in fixed)
+        if room < 0:
+            raise ConfigError("probes.lengths", length, f"too short for a {kind} probe, which needs {length - room} tokens")
+        return room
+
+    def _filler(self, start: int, tokens: int, text: str | None = None) -> list[int]:
+        """Exactly `tokens` tokens of text from character `start` on, going round to the beginning at the end."""
+        text = self.text if text is None else text
+        piece = text[start:]
+        made: list[int] = []
+        while len(made) < tokens:
+            # Only as much text as is needed: 8 characters a token is more than tokenizers reach on prose.
+            made += self.encode(piece[: 8 * (tokens - len(made)) + 64])
+            piece = text
+        return made[:tokens]
+
+    def _spread(self, filler: list[int], hidden: Sequence[tuple[float, list[int]]]) -> list[int]:
+        """Put each hidden text at its depth, moved back to the sentence end before it."""
+        places = sorted(((self._sentence_end(filler, round(depth * len(filler))), n) for n, (depth, _) in enumerate(hidden)))
+        out, last = [], 0
+        for place, n in places:
+            out += filler[last:place] + hidden[n][1]
+            last = place
+        return out + filler[last:]
+
+    def _sentence_end(self, filler: list[int], place: int) -> int:
+        """The nearest place at or before `place` that follows a full stop; `place` itself if none is near."""
+        if place in (0, len(filler)):
+            return place
+        for back in range(place, max(0, place - 100), -1):
+            token = filler[back - 1]
+            if token not in self._ends:
+                self._ends[token] = self.tokenizer.decode([token]).rstrip(" ").endswith((".", "!", "?", "\n"))
+            if self._ends[token]:
+                return back
+        return place
+
+    def _first_sentence(self, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+        if not self.sentences:
+            raise ValueError("no sentence of 5 to 40 words was found in the text: first-sentence retrieval needs prose")
+        start, sentence = rng.choice(self.sentences)
+        question = self.encode("\n\nWhat is the first sentence of the text above? The first sentence is:")
+        room = self._room("first_sentence", length, question)
+        body = self.encode(sentence)
+        if len(body) > room:
+            mend = f"too short for the first sentence of {len(body)} tokens and its question"
+            raise ConfigError("probes.lengths", length, mend)
+        body += self._filler(start + len(sentence), room - len(body))
+        return self.prefix + body + question, [sentence]
+
+    def _passkey(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
+        key = str(rng.randrange(10000, 100000))
+        head = self.encode(
+            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
+            "the important information there.\n"
+        )
+        needle = self.encode(f"The pass key is {key}. Remember it. {key} is the pass key. ")
+        question = self.encode("\nWhat is the pass key? The pass key is")
+        room = self._room("passkey", length, head, needle, question)
+        filler = self._filler(0, room, GRASS * 40)
+        return self.prefix + head + self._spread(filler, [(depth, needle)]) + question, [key]
+
+    def _needles(self, rng: random.Random, kind: str, length: int, depth: float) -> tuple[list[int], list[str]]:
+        """One key among others (multi-key), or one key with several values (multi-value); RULER's sentences."""
+        key, *others = rng.sample(WORDS, 4)
+        values = 4 if kind == "needle_multi_value" else 1
+        numbers = [str(rng.randrange(1000000, 10000000)) for _ in range(values)]
+        hidden = [(depth if n == 0 else rng.random(), self._needle(key, number)) for n, number in enumerate(numbers)]
+        if kind == "needle_multi_key":
+            hidden += [(rng.random(), self._needle(other, str(rng.randrange(1000000, 10000000)))) for other in others]
+        plural = "What are all the special magic numbers" if values > 1 else "What is the special magic number"
+        verb = "The special magic numbers" if values > 1 else "The special magic number"
+        question = self.encode(f"\n\n{plural} for {key} mentioned in the text? {verb} for {key}: ".rstrip())
+        room = self._room(kind, length, question, *(text for _, text in hidden))
+        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
+        return self.prefix + self._spread(filler, hidden) + question, numbers
+
+    def _needle(self, key: str, number: str) -> list[int]:
+        return self.encode(f" One of the special magic numbers for {key} is: {number}.")
+
+    def _variables(self, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+        """A chain of five assignments and a second chain that is not asked for (RULER, Hsieh et al. 2024)."""
+        hidden = []
+        chains = []
+        for _ in range(2):
+            names = ["".join(rng.choices(string.ascii_uppercase, k=5)) for _ in range(5)]
+            value = str(rng.randrange(10000, 100000))
+            lines = [f" VAR {names[0]} = {value}."] + [
+                f" VAR {after} = VAR {before}." for before, after in itertools.pairwise(names)
+            ]
+            hidden += [(d, self.encode(line)) for d, line in zip(sorted(rng.random() for _ in lines), lines, strict=True)]
+            chains.append((value, names))
+        value, names = chains[0]
+        question = self.encode(
+            f"\n\nFind all variables that are assigned the value {value} in the text above. "
+            f"The five variables that are assigned the value {value} are:"
+        )
+        room = self._room("variable_tracking", length, question, *(text for _, text in hidden))
+        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
+        return self.prefix + self._spread(filler, hidden) + question, names
+
+
+def score_reply(probe: Probe, reply: str) -> float:
+    """ROUGE-L of the first line for a first sentence; the share of answers found for others."""
+    if probe.kind == "first_sentence":
+        return metrics.rouge(reply.strip().split("\n")[0], probe.answers, ("rougeL",))["rougeL"]
+    return metrics.found(reply, probe.answers)
+
+
+def probe_requests(probes: Sequence[Probe], stop_tokens: Iterable[int]) -> list[Generation | Continuation]:
+    """Two requests a probe, in turn: its reply, and the loss of its first answer."""
+    stops = frozenset(stop_tokens)
+    requests: list[Generation | Continuation] = []
+    for probe in probes:
+        requests.append(
+            Generation(context=probe.prompt, max_new_tokens=probe.max_new_tokens, stop=lambda made: made[-1] in stops)
+        )
+        requests.append(Continuation(context=probe.prompt, continuation=probe.first))
+    return requests
+
+
+def fits(probe: Probe, max_length: int) -> bool:
+    """Whether a model that reads `max_length` tokens can be asked this probe whole; no probe is ever truncated."""
+    return len(probe.prompt) + max(probe.max_new_tokens, len(probe.first)) <= max_length
+
+
+def run_probes(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    probes: Sequence[Probe],
+    *,
+    name: str,
+    stop_tokens: Iterable[int] = (),
+    chunks: Chunks | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[ProbeRow]:
+    """Score every probe that fits the model; the others are counted."""
+    asked = [probe for probe in probes if fits(probe, model.max_length)]
+    requests = probe_requests(asked, stop_tokens)
+    results: dict[int, Score | list[int]] = {}
+    for index, result, read in Scorer(model, chunks=chunks).run(requests):
+        results[index] = result
+        if progress is not None:
+            progress(read)
+    return probe_rows(probes, [results[i] for i in range(len(requests))], tokenizer, name=name, max_length=model.max_length)
+
+
+def probe_rows(
+    probes: Sequence[Probe], results: Sequence[Score | list[int]], tokenizer: Tokenizer, *, name: str, max_length: int
+) -> list[ProbeRow]:
+    """Cells from the results of `probe_requests` over the probes that fit `max_length`."""
+    cells: dict[tuple[str, int, float], list[tuple[float, float]]] = {}
+    skipped: dict[tuple[str, int, float], int] = {}
+    waiting = iter(results)
+    for probe in probes:
+        cell = (probe.kind, probe.length, probe.depth)
+        scored = cells.setdefault(cell, [])
+        if not fits(probe, max_length):
+            skipped[cell] = skipped.get(cell, 0) + 1
+            continue
+        made, score = next(waiting), next(waiting)
+        if isinstance(made, Score) or not isinstance(score, Score):
+            raise TypeError("results must come in the order of probe_requests: a reply, then a score, for each probe")
+        scored.append((score_reply(probe, tokenizer.decode(made)), -score.log_likelihood / len(probe.first)))
+    rows = []
+    for (kind, length, depth), pairs in cells.items():
+        means = [metrics.mean_scored(column) for column in zip(*pairs, strict=True)] if pairs else [float("nan")] * 2
+        rows.append(
+            ProbeRow(
+                model=name,
+                kind=kind,
+                length=length,
+                depth=depth,
+                score=means[0],
+                answer_loss=means[1],
+                samples=len(pairs),
+                skipped=skipped.get((kind, length, depth), 0),
+            )
+        )
+    return rows
+
+
+def effective_length(rows: Sequence[ProbeRow], *, share: float = 0.9) -> dict[tuple[str, str], int]:
+    """(model, kind) -> the longest length up to which every length keeps `share` of the score at the shortest one.
+
+    Depths are averaged. 0 where the shortest length scores nothing, or was not scored.
+    """
+    lengths: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        lengths.setdefault((row.model, row.kind), {}).setdefault(row.length, []).append(row.score)
+    effective = {}
+    for key, by_length in lengths.items():
+        effective[key] = 0
+        short = sum(by_length[min(by_length)]) / len(by_length[min(by_length)])
+        for length in sorted(by_length):
+            score = sum(by_length[length]) / len(by_length[length])
+            if not (short > 0 and score >= share * short):  # NaN, not scored, ends it too
+                break
+            effective[key] = length
+    return effective
+
+
+def write_csv(path: str | Path, rows: Iterable[ProbeRow]) -> None:
+    """One line a cell, under the names of `ProbeRow`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(ProbeRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_csv(path: str | Path) -> list[ProbeRow]:
+    """Read what `write_csv` wrote."""
+    kinds = {"model": str, "kind": str, "length": int, "samples": int, "skipped": int}
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return [ProbeRow(**{key: kinds.get(key, float)(value) for key, value in row.items()}) for row in csv.DictReader(file)]

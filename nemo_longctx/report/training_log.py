@@ -1,0 +1,37 @@
+"""`training.csv`, the curve of a run that survives a kill, and JSON that is whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
+
+
+def read_training_log(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a `training.csv`, numbers as numbers, empty fields left out; [] where there is no file.
+
+    A row cut by a kill in the middle of a write is left out: its step is trained and written again.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        if row.get("step"):
+            numbers = {key: float(value) for key, value in row.items() if key and value}
+            rows.append({**numbers, "step": int(numbers["step"]), "tokens": int(numbers["tokens"])})
+    return rows
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(path.suffix + ".tmp")
+    beside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(beside, path)

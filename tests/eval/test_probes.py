@@ -1,0 +1,167 @@
+import json
+import re
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.probes import (
+    KINDS,
+    PAPER_LENGTHS,
+    ProbeConfig,
+    ProbeRow,
+    effective_length,
+    fits,
+    make_probes,
+    read_csv,
+    run_probes,
+    score_reply,
+    write_csv,
+)
+from nemo_longctx.report.plots import plot_probes
+
+TEXTS = [
+    "It was a bright cold day in the valley, and the clocks were late. The smith opened his door to the street before six. "
+    "Nobody in the town had ever seen such a machine at work! What would the council say about it when they met? " * 3,
+    "Chapter Two\nThe river had risen during the night and taken the bridge. They waited for the ferry until noon. ",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(TEXTS)
+
+
+def everything(**more):
+    return ProbeConfig(**{"kinds": KINDS, "lengths": (400, 1000), "depths": (0.0, 0.5, 1.0), "samples": 2, **more})
+
+
+def test_every_probe_is_exact_to_the_token(tokenizer):
+    probes = make_probes(everything(), TEXTS, tokenizer, prefix=[7])
+    assert {probe.kind for probe in probes} == set(KINDS)
+    for probe in probes:
+        assert len(probe.prompt) == probe.length
+        assert probe.prompt[0] == 7
+        text = tokenizer.decode(probe.prompt[1:])
+        if probe.kind == "first_sentence":
+            assert text.startswith(probe.answers[0])
+        elif probe.kind == "variable_tracking":
+            assert re.search(rf"VAR {probe.answers[0]} = \d{{5}}\.", text)
+            assert all(f"VAR {b} = VAR {a}." in text for a, b in zip(probe.answers, probe.answers[1:], strict=False))
+        else:
+            assert all(answer in text for answer in probe.answers)
+        assert tokenizer.decode(probe.first) == " " + probe.answers[0]
+
+
+def test_needles_lie_at_their_depth(tokenizer):
+    for probe in make_probes(everything(kinds=("needle", "passkey"), lengths=(3000,)), TEXTS, tokenizer):
+        text = tokenizer.decode(probe.prompt)
+        place = text.index(probe.answers[0]) / len(text)
+        assert abs(place - probe.depth) < 0.12, (probe.kind, probe.depth, place)
+
+
+def test_needles_come_in_their_numbers(tokenizer):
+    for kind, count in (("needle", 1), ("needle_multi_key", 4), ("needle_multi_value", 4)):
+        for probe in make_probes(everything(kinds=(kind,)), TEXTS, tokenizer):
+            hidden = re.findall(r"One of the special magic numbers for (\w+) is: (\d{7})\.", tokenizer.decode(probe.prompt))
+            assert len(hidden) == count
+            assert len({key for key, _ in hidden}) == (1 if kind == "needle_multi_value" else count)
+            assert {number for key, number in hidden if key in tokenizer.decode(probe.prompt[-60:])} == set(probe.answers)
+
+
+def test_seed_and_cache(tokenizer, tmp_path):
+    first = make_probes(everything(), TEXTS, tokenizer, cache=tmp_path)
+    again = make_probes(everything(), TEXTS, tokenizer, cache=tmp_path)
+    plain = make_probes(everything(), TEXTS, tokenizer)
+    assert first == again == plain
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [p.content_hash for p in first] == [p.content_hash for p in plain]
+    other = make_probes(everything(seed=1), TEXTS, tokenizer, cache=tmp_path)
+    assert not {p.content_hash for p in other} & {p.content_hash for p in first}
+    make_probes(everything(), [TEXTS[0]], tokenizer, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    # A larger set holds the smaller one's probes unchanged.
+    more = make_probes(everything(samples=3), TEXTS, tokenizer)
+    assert {p.content_hash for p in first} < {p.content_hash for p in more}
+
+
+def test_replies_are_scored(tokenizer):
+    by_kind = {probe.kind: probe for probe in make_probes(everything(), TEXTS, tokenizer)}
+    for kind, probe in by_kind.items():
+        assert score_reply(probe, " " + ", ".join(probe.answers) + "\nand more") == 1
+        assert score_reply(probe, "zzz") == 0
+        if len(probe.answers) > 1:
+            assert score_reply(probe, probe.answers[0]) == pytest.approx(1 / len(probe.answers)), kind
+
+
+def test_run_counts_what_does_not_fit(tokenizer):
+    model = HFCausalModel(tiny_llama(vocab=len(tokenizer), length=600))
+    probes = make_probes(everything(kinds=("passkey", "first_sentence"), depths=(0.5,)), TEXTS, tokenizer)
+    rows = run_probes(model, tokenizer, probes, name="tiny")
+    assert [(r.kind, r.length, r.samples, r.skipped) for r in rows] == [
+        ("passkey", 400, 2, 0), ("passkey", 1000, 0, 2), ("first_sentence", 400, 2, 0), ("first_sentence", 1000, 0, 2),
+    ]  # fmt: skip
+    for row in rows:
+        assert (row.score >= 0) == (row.samples > 0)
+        assert (row.answer_loss > 0) == (row.samples > 0)
+    # The loss is that of the answer's tokens after the prompt.
+    probe = next(p for p in probes if fits(p, 600))
+    tokens = torch.tensor([[*probe.prompt, *probe.first]])
+    with torch.no_grad():
+        logp = model.model(tokens).logits[0].log_softmax(-1)[len(probe.prompt) - 1 : -1]
+    one = run_probes(model, tokenizer, [probe], name="tiny")[0]
+    assert one.answer_loss == pytest.approx(-logp.gather(-1, torch.tensor(probe.first)[:, None]).mean().item(), abs=1e-4)
+
+
+def cell(length, score, kind="needle", depth=0.0, model="m"):
+    return ProbeRow(model=model, kind=kind, length=length, depth=depth, score=score, answer_loss=1.0, samples=1, skipped=0)
+
+
+def test_effective_length():
+    rows = [cell(256, 1.0), cell(1024, 0.95), cell(2048, 0.91), cell(4096, 0.5), cell(8192, 1.0)]
+    rows += [cell(256, 0.0, model="weak"), cell(256, 1.0, depth=0.5, kind="passkey"), cell(256, 0.8, depth=1.0, kind="passkey")]
+    rows += [cell(512, float("nan"), kind="passkey")]
+    assert effective_length(rows) == {("m", "needle"): 2048, ("weak", "needle"): 0, ("m", "passkey"): 256}
+    assert effective_length(rows, share=0.99)[("m", "needle")] == 256
+
+
+def test_csv_and_figure(tmp_path):
+    rows = [cell(n, 0.1 * d, depth=d / 10, model=m) for n in (256, 4096) for d in range(0, 11, 5) for m in ("before", "after")]
+    rows += [cell(n, 0.5, kind="first_sentence", model=m) for n in (256, 4096) for m in ("before", "after")]
+    write_csv(tmp_path / "probes.csv", rows)
+    assert read_csv(tmp_path / "probes.csv") == rows
+    for value in ("score", "answer_loss"):
+        assert plot_probes(rows, tmp_path / f"{value}.png", value=value).stat().st_size > 20_000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_probes([], tmp_path / "none.png")
+
+
+def test_the_papers_thirteen_lengths():
+    assert len(PAPER_LENGTHS) == 13
+    assert (PAPER_LENGTHS[0], PAPER_LENGTHS[-1]) == (256, 30 * 1024)
+    assert json.loads(json.dumps(PAPER_LENGTHS)) == sorted(PAPER_LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"kinds": ("neddle",)}, "did you mean 'needle'"),
+        ({"lengths": ()}, "at least one positive length"),
+        ({"depths": (1.5,)}, "between 0"),
+        ({"samples": 0}, "at least 1 sample"),
+    ],
+)
+def test_bad_settings_are_named(bad, message):
+    with pytest.raises(ConfigError, match=message):
+        everything(**bad)
+
+
+def test_texts_that_cannot_hold_a_probe(tokenizer):
+    with pytest.raises(ConfigError, match="too short for a passkey probe, which needs"):
+        make_probes(everything(kinds=("passkey",), lengths=(20,)), TEXTS, tokenizer)
+    with pytest.raises(ValueError, match="none was given"):
+        make_probes(everything(), [" "], tokenizer)
+    with pytest.raises(ValueError, match="needs prose"):
+        make_probes(everything(kinds=("first_sentence",)), ["no sentences here"], tokenizer)
