@@ -15,6 +15,8 @@ from nemo_longctx.config import did_you_mean
 COMMANDS = {
     "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",
     "inspect": "documents, tokens, lengths, what windows cut and what a mix will deliver, from the index alone",
+    "export": "a NeMo checkpoint -> a Hugging Face directory, RoPE variant and tokenizer included, verified by reloading",
+    "import": "a Hugging Face directory -> a NeMo checkpoint, RoPE variant and tokenizer included",
     "rope": "frequencies, score decay, granularity and wavelengths of RoPE variants; advice for a target length",
     "plan": "FLOPs, memory, time, the fastest layout and the longest length of a run, before it is paid for",
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, line in COMMANDS.items():
+        line = line.replace("%", "%%")  # argparse formats it
         command_parser = sub.add_parser(command, help=line, description=line)
         if command == name:
             module = importlib.import_module(f"nemo_longctx.commands.{command.replace('-', '_')}")

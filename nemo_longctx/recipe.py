@@ -145,7 +145,8 @@ class RecipeConfig:
         name: the run's name; its results are written to `output_dir/name`.
         restore_from: a NeMo checkpoint to go on from (continual pretraining); None starts from random weights.
         model: `config`, a class of `nemo.collections.llm` such as `Llama2Config7B`, and any of its fields. With
-            `restore_from` the checkpoint says what the model is, and a field here that contradicts it is an error.
+            `restore_from` the checkpoint says what the model is: what is named here is compared with its shape, and a
+            difference is an error.
         rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has.
         data: fields of `LongContextDataModule`'s configuration.
         curriculum: `stages`, `tokens_per_step`, `total_tokens` (`nemo_longctx.data.curriculum`).
@@ -168,8 +169,6 @@ class RecipeConfig:
             raise ConfigError("seed", self.seed, "set a whole number of at least 1")
         if not self.restore_from and "config" not in self.model:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
-        if self.restore_from and "config" in self.model:
-            raise ConfigError("model.config", self.model["config"], "has no effect with restore_from, which says the model")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
         for stage in self.curriculum.plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import shutil
@@ -19,11 +18,11 @@ from nemo_longctx.adapters.nemo.attention import attention_summary
 from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, settings_table
 from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
 from nemo_longctx.config import ConfigError
+from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, write_json
 from nemo_longctx.rope.variants import RopeVariant
 
 # Megatron-Core keeps fp32 weights and two Adam moments; a save writes the new checkpoint before it removes the old one.
 OPTIMIZER_BYTES_PER_PARAMETER = 12
-TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
 
 
 class LongContextSettingsCallback(Callback):
@@ -126,36 +125,10 @@ class TrainingLogCallback(Callback):
             csv.DictWriter(file, TRAINING_COLUMNS, restval="").writerow(row)
 
 
-def read_training_log(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a `training.csv`, numbers as numbers, empty fields left out; [] where there is no file.
-
-    A row cut by a kill in the middle of a write is left out: its step is trained and written again.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
-    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
-        if row.get("step"):
-            numbers = {key: float(value) for key, value in row.items() if key and value}
-            rows.append({**numbers, "step": int(numbers["step"]), "tokens": int(numbers["tokens"])})
-    return rows
-
-
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     names = ("nemo-longctx", "nemo_toolkit", "megatron-core", "lightning", "torch", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _check_disk(directory: Path, checkpoint_bytes: int) -> None:

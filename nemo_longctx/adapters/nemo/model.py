@@ -76,7 +76,8 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any]) -> GPTModel
 
     Args:
         path: a NeMo 2 distributed checkpoint: a directory with `weights/` and `context/`.
-        overrides: fields of its config to change; one that the weights fix must agree with them.
+        overrides: fields of its config to change; one that the weights fix must agree with them. `config` names a class that
+            the checkpoint must have the shape of.
 
     Raises:
         ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
@@ -84,15 +85,20 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any]) -> GPTModel
     directory = checkpoint_directory(path)
     with cpu.stock_configs():
         model = io.load_context(directory / "context", subpath="model")
+    fields = dict(overrides)
+    if "config" in fields:
+        named = fresh_model(fields).config
+        fields = {name: getattr(named, name) for name in SHAPE_FIELDS if hasattr(named, name)} | fields
+        del fields["config"]
     known = {field.name for field in dataclasses.fields(model.config)}
-    for key, value in overrides.items():
+    for key, value in fields.items():
         if key not in known:
             raise ConfigError(f"model.{key}", value, f"no such field in the checkpoint's config, {did_you_mean(key, known)}")
         was = getattr(model.config, key)
         if key in SHAPE_FIELDS and was != value:
-            mend = f"the checkpoint {directory} has {was!r}, and its weights have that shape; remove the override"
+            mend = f"the checkpoint {directory} has {was!r}, and its weights have that shape; take that or another checkpoint"
             raise ConfigError(f"model.{key}", value, mend)
-        setattr(model.config, key, value)
+        set_config_field(model, key, value)
     return model
 
 

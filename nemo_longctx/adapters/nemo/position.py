@@ -13,6 +13,7 @@ from nemo_longctx.data.corpus import Corpus
 from nemo_longctx.eval.position import PositionLosses
 
 WINDOWS_OF_A_DOCUMENT = 4  # so that a few books do not make up the whole mean
+SEED = 1234
 
 
 def loss_by_position(
@@ -52,10 +53,16 @@ def loss_by_position(
 
 
 def _windows(corpus: Corpus, window: int, max_windows: int) -> list[tuple[int, int]]:
-    """(document, first token) of the windows to read: the first of each document before the second of any."""
+    """(document, first token) of the windows to read: the first of each document before the second of any.
+
+    Windows lie side by side from a random place in their document (the same for any run): were the first one to begin where
+    the document does, early positions would hold titles and licences, late ones the body, and the text would pass for an
+    effect of position.
+    """
     lengths = np.asarray(corpus.lengths)
+    spare = np.random.default_rng(SEED).random(len(lengths)) * ((lengths - 1) % window)
     found = [
-        (document, turn * window)
+        (document, int(spare[document]) + turn * window)
         for turn in range(WINDOWS_OF_A_DOCUMENT)
         for document in np.flatnonzero(lengths >= (turn + 1) * window + 1).tolist()
     ]

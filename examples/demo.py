@@ -1,0 +1,105 @@
+"""The whole job on a laptop: a tiny Llama is trained at 256 tokens on real text, then taken to 2,048 by the paper's recipe.
+
+    python examples/demo.py [--data PATH] [--output runs/demo]
+
+Text: the Python sources and documents of the packages installed in this environment, or PATH (JSONL, Parquet, text files).
+Killed at any moment, the same command goes on where it was. At the end, under OUTPUT: summary.json and summary.md,
+loss_by_position.csv and .png, training.csv and .png, and hf/, the extended model as Hugging Face transformers loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY, TEXT = 512, "16MiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="your text: JSONL, Parquet or text files, or a directory of them")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    args = parser.parse_args()
+    for name, command in steps(args.output, args.data):
+        if not run_step(args.output, name, command):
+            return 1
+    from nemo_longctx.adapters.nemo.demo_report import write_report
+
+    return write_report(args.output, json.loads((args.output / "steps.json").read_text()))
+
+
+def steps(output: Path, data: Path | None) -> list[tuple[str, list[str]]]:
+    """The commands of the demo, each one that a user can type."""
+    tool = [str(Path(sys.executable).parent / "nemo-longctx")]
+    train = [sys.executable, str(ROOT / "examples" / "megatron_gpt_continual.py"), f"output_dir={output}"]
+    own = ["--glob", "*.py", "--glob", "*.md", "--glob", "*.rst", "--glob", "*.txt", "--on-error", "skip"]
+    text = [str(data)] if data else [sysconfig.get_path("purelib"), *own]
+    prepare = [*tool, "prepare", *text, "--output", f"{output}/data/corpus", "--tokenizer", f"{output}/data/tokenizer",
+               "--train-tokenizer", str(VOCABULARY), "--train-tokenizer-bytes", "4MiB", "--max-input-bytes", TEXT,
+               "--holdout", "0.06"]  # fmt: skip
+    long = f"{output}/tiny_cpu_long"
+    return [
+        ("prepare", prepare),
+        ("train_base", [*train, "recipe=tiny_cpu_base"]),
+        ("train_long", [*train, "recipe=tiny_cpu_long", f"restore_from={output}/tiny_cpu_base"]),
+        ("export", [*tool, "export", long, f"{output}/hf"]),
+    ]
+
+
+def run_step(output: Path, name: str, command: list[str]) -> bool:
+    """Run one command, its output in a log file and its progress here; a step that is done is not run again."""
+    record = output / "steps.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    if done.get(name, {}).get("command") == shlex.join(command):
+        print(f"{name}: done before, in {done[name]['seconds']} s", flush=True)
+        return True
+    log = output / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: {shlex.join(command)}\n  log: {log}", flush=True)
+    began = time.monotonic()
+    with log.open("ab") as file:
+        # prepare draws its own progress bar on the terminal; NeMo's lines go to the log, and its curve is followed here.
+        process = subprocess.Popen(command, stdout=file, stderr=None if name == "prepare" else file)
+        status = follow(process, output, name)
+    if status:
+        tail = log.read_text(errors="replace").splitlines()[-15:]
+        print(*tail, f"{name} ended with status {status}; the same command goes on from here", sep="\n", file=sys.stderr)
+        return False
+    seconds = round(done.get(name, {}).get("seconds", 0) + time.monotonic() - began, 1)
+    done[name] = {"command": shlex.join(command), "seconds": seconds}
+    beside = record.with_suffix(".tmp")
+    beside.write_text(json.dumps(done, indent=1))
+    beside.replace(record)
+    return True
+
+
+def follow(process: subprocess.Popen, output: Path, name: str) -> int:
+    """Wait for a step; while it trains, show tokens, speed and time left from the curve that it writes."""
+    from tqdm import tqdm
+
+    recipe = {"train_base": "tiny_cpu_base", "train_long": "tiny_cpu_long"}.get(name)
+    if recipe is None:
+        return process.wait()
+    from nemo_longctx.compose import compose
+    from nemo_longctx.report.training_log import read_training_log
+
+    total = compose([f"recipe={recipe}"])["curriculum"]["total_tokens"]
+    with tqdm(total=total, desc=f"{name} (NeMo takes about 20 s to start)", unit="token", unit_scale=True) as bar:
+        while process.poll() is None:
+            time.sleep(1)
+            rows = [row for row in read_training_log(output / recipe / "results" / "training.csv") if "loss" in row]
+            if rows:
+                bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
+                bar.update(rows[-1]["tokens"] - bar.n)
+    return process.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""One builder for all settings: nested, strict, and clear about what is wrong."""
+
+import dataclasses
+import pickle
+
+import pytest
+
+from nemo_longctx.config import ConfigError, build, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    length: int = 4
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ConfigError("inner.length", self.length, "set at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    others: tuple[Inner, ...] = ()
+    maybe: Inner | None = None
+
+
+def test_builds_nested_dataclasses():
+    made = build(Outer, {"name": "a", "inner": {"length": 2}, "others": [{"length": 3}, {}], "maybe": {"length": 5}})
+    assert made == Outer(name="a", inner=Inner(length=2), others=(Inner(length=3), Inner()), maybe=Inner(length=5))
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "mend"),
+    [
+        ({"nam": "a"}, "nam", "did you mean 'name'"),
+        ({"name": "a", "inner": {"lenght": 2}}, "inner.lenght", "did you mean 'length'"),
+        ({"name": "a", "others": [{}, {"zzz": 1}]}, "others[1].zzz", "known: length"),
+        ({}, "name", "missing"),
+        ({"name": "a", "inner": {"length": 0}}, "inner.length", "at least 1"),
+    ],
+)
+def test_mistakes_name_key_and_mend(values, key, mend):
+    with pytest.raises(ConfigError) as raised:
+        build(Outer, values)
+    assert raised.value.key == key
+    assert mend in str(raised.value)
+
+
+def test_errors_survive_a_process_pool():
+    error = pickle.loads(pickle.dumps(ConfigError("a.b", 3, "set 4")))
+    assert (error.key, error.value, error.mend, str(error)) == ("a.b", 3, "set 4", "a.b=3: set 4")
+
+
+def test_did_you_mean_lists_all_when_nothing_is_near():
+    assert did_you_mean("qqq", ["abf", "pi"]) == "known: abf, pi"

@@ -1,0 +1,82 @@
+"""Recipes compose from conf/, each of them, and a wrong setting is refused before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_longctx.compose import compose, groups
+from nemo_longctx.config import ConfigError
+from nemo_longctx.recipe import load_recipe
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "megatron_gpt_continual.py"
+
+
+def recipe(*overrides):
+    return load_recipe(compose(overrides))
+
+
+def test_every_recipe_composes():
+    names = groups()["recipe"]
+    assert {"tiny_cpu_base", "tiny_cpu_long"} <= set(names)
+    for name in names:
+        made = recipe(f"recipe={name}", *([] if name.startswith("tiny") else ["restore_from=somewhere"]))
+        assert made.name
+        assert made.curriculum.total_steps > 0
+
+
+def test_every_rope_choice_is_one_word():
+    for name in groups()["rope"]:
+        if name == "dynamic_ntk":
+            with pytest.raises(ConfigError, match="evaluation only"):
+                recipe("recipe=tiny_cpu_long", f"rope={name}")
+        else:
+            assert recipe("recipe=tiny_cpu_long", f"rope={name}").rope_variant is not None
+
+
+def test_overrides_reach_the_schema():
+    made = recipe("recipe=tiny_cpu_long", "rope=abf", "rope.base=123456", "optimizer.lr=0.01", "seed=7")
+    assert made.rope_variant.base == 123456
+    assert made.optimizer.lr == 0.01
+    assert made.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.learning_rate=1e-4"], "optimizer.learning_rate"),
+        (["optimizr.lr=1e-4"], "did you mean 'optimizer'"),
+        (["recipe=tiny_cpu_lnog"], "did you mean 'tiny_cpu_long'"),
+        (["rope=abff"], "did you mean 'abf'"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1"),
+        (["nonsense"], "write key=value"),
+        (["curriculum.tokens_per_step=1024"], "curriculum.stages.seq_length=2048"),
+        (["curriculum.stages=[{until: 1.0, seq_length: 2048, micro_batch_size: 3}]"], "micro_batch_size=3"),
+        (["checkpoint.every_tokens=1000"], "the nearest is 8192"),
+        (["trainer.devices=3", "trainer.tensor_model_parallel_size=2"], "must divide"),
+        (["rope.factor=2"], "rope.factor"),
+        (["trainer.precision=fp8"], "trainer.precision"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        recipe("recipe=tiny_cpu_long", *overrides)
+
+
+def test_warmup_and_validation_are_counted_in_tokens():
+    made = recipe("recipe=tiny_cpu_long")
+    assert made.steps("x", 5 * made.curriculum.tokens_per_step) == 5
+
+
+def test_the_script_says_what_is_wrong_in_one_sentence_and_helps():
+    wrong = subprocess.run(
+        [sys.executable, EXAMPLE, "recipe=tiny_cpu_base", "trainer.devicess=2"], capture_output=True, text=True, timeout=120
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: trainer.devicess=2: unknown key, did you mean 'devices'")
+    assert "Traceback" not in wrong.stderr
+    helped = subprocess.run([sys.executable, EXAMPLE, "--help"], capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0
+    assert "tiny_cpu_long" in helped.stdout
+    assert "optimizer.lr=2e-05" in helped.stdout
