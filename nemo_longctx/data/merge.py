@@ -22,6 +22,12 @@ def output_names(output: str, holdout: bool) -> dict[str, str]:
     return {"holdout": f"{output}_holdout", "train": output} if holdout else {"train": output}
 
 
+def own_files(output: str) -> set[str]:
+    """Every path that `prepare` or `inspect` may write for an output: none of them is its input."""
+    suffixes = (".bin", ".idx", ".json", ".rejected.tsv", ".lengths.png", ".lengths.csv", ".work", "")
+    return {f"{name}{suffix}" for name in output_names(output, holdout=True).values() for suffix in suffixes}
+
+
 def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
     """Concatenate the shards in their order and give the result its names, `.idx` last.
 

@@ -24,7 +24,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.corpus import token_dtype
 from nemo_longctx.data.engines import ENGINES
-from nemo_longctx.data.merge import is_shard_directory, publish_merged, publish_shards
+from nemo_longctx.data.merge import is_shard_directory, own_files, publish_merged, publish_shards
 from nemo_longctx.data.readers import FORMATS, Part, find_files, format_of, read_part, split_file
 from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, bad_record, is_held_out, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, check_vocab_size, load_tokenizer, train_bpe, trained_with
@@ -141,7 +141,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
 
 def _sources(config: PrepareConfig, output: str) -> list[list[Part]]:
     """The input cut into shards: consecutive parts of about the same size in all."""
-    paths = find_files(config.inputs, config.globs, exclude=f"{output}.")
+    paths = find_files(config.inputs, config.globs, exclude=own_files(output))
     sizes = {path: os.path.getsize(path) for path in paths}
     if config.max_input_bytes is not None:
         paths = _sample_files(paths, sizes, config.max_input_bytes, config.seed)

@@ -11,8 +11,9 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 from nemo_longctx.config import ConfigError, did_you_mean
@@ -61,6 +62,7 @@ def read_part(part: Part, keys: Sequence[str]) -> Iterator[Record]:
         yield _read_text(part)
 
 
+@lru_cache(maxsize=64)
 def lines_before(part: Part) -> int:
     """How many lines (rows) of the file lie before the part; read only when a bad record has to be named."""
     if part.start == 0:
@@ -222,13 +224,13 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: str = "") -> list[str]:
+def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: Collection[str] = ()) -> list[str]:
     """The files that `inputs` name: files as given; in directories, those that match `globs`, or all JSONL and Parquet.
 
     Args:
         inputs: files and directories.
         globs: shell patterns for names (`*.py`) or, with a slash, for paths below the directory.
-        exclude: paths that begin with it are not input (the output may lie inside an input directory).
+        exclude: absolute paths of files and directories to pass over (the output may lie inside an input directory).
 
     Raises:
         ConfigError: nothing at a path, nothing that matches in a directory, or a file named twice.
@@ -236,7 +238,7 @@ def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: str = ""
     found: dict[str, str] = {}
     for given in inputs:
         if os.path.isdir(given):
-            inside = [path for path in _walk(given, globs) if not (exclude and os.path.abspath(path).startswith(exclude))]
+            inside = list(_walk(given, globs, exclude))
             if not inside:
                 wanted = (
                     f"nothing matches {' '.join(globs)}" if globs else "no JSONL or Parquet; name text files by --glob '*.txt'"
@@ -253,10 +255,13 @@ def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: str = ""
     return list(found.values())
 
 
-def _walk(directory: str, globs: Sequence[str]) -> Iterator[str]:
+def _walk(directory: str, globs: Sequence[str], exclude: Collection[str]) -> Iterator[str]:
     for root, directories, names in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        here = os.path.abspath(root)
+        directories[:] = sorted(n for n in directories if not n.startswith(".") and os.path.join(here, n) not in exclude)
         for name in sorted(names):
+            if os.path.join(here, name) in exclude:
+                continue
             path = os.path.join(root, name)
             below = os.path.relpath(path, directory)
             if globs:

@@ -140,14 +140,18 @@ def test_directories_yield_data_files_or_what_the_globs_say(tmp_path):
         "n.txt",
         "a/m.md",
         ".hidden/x.jsonl",
-        "out.rejected.jsonl",
+        "out.jsonl",
+        "out.work/x.jsonl",
         "settings.json",
     ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
 
     def found(globs=()):
-        return [path.removeprefix(f"{tmp_path}/") for path in find_files([str(tmp_path)], globs, exclude=f"{tmp_path}/out.")]
+        return [
+            path.removeprefix(f"{tmp_path}/")
+            for path in find_files([str(tmp_path)], globs, exclude={f"{tmp_path}/out.jsonl", f"{tmp_path}/out.work"})
+        ]
 
     assert found() == ["a/y.jsonl.gz", "a/z.parquet", "b/x.jsonl"]
     assert found(["*.txt", "*.md"]) == ["n.txt", "a/m.md"]

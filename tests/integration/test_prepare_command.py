@@ -219,9 +219,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
 
 
 def test_a_second_call_does_nothing_and_another_one_needs_force(tmp_path, bpe, capsys):
-    write_jsonl(tmp_path / "a.jsonl", 30)
-    common = ["prepare", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "c"), "--tokenizer", str(bpe), "--workers", "1"]
+    texts = write_jsonl(tmp_path / "c.jsonl", 30)  # input and output of one name, as in `prepare data --output data/web`
+    common = ["prepare", str(tmp_path), "--output", str(tmp_path / "c"), "--tokenizer", str(bpe), "--workers", "1"]
     assert main(common) == 0
+    assert open_corpus(tmp_path / "c").n_documents == len(texts)
     stamp, before = (tmp_path / "c.bin").stat().st_mtime_ns, digests(tmp_path / "c")
     assert main(common) == 0
     assert (tmp_path / "c.bin").stat().st_mtime_ns == stamp
@@ -288,6 +289,56 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path, bpe, largest_file):
     assert again.returncode == 0
     assert ("going on" in again.stderr) == (largest_file > 100_000)
     assert digests(tmp_path / "c") != before
+
+
+def start_and_wait_for_a_shard(tmp_path, bpe):
+    """A run that has much left to do; returns its process and its command."""
+    write_jsonl(tmp_path / "a.jsonl", 8_000, seed=7)
+    arguments = [
+        tmp_path / "a.jsonl",
+        "--output",
+        tmp_path / "c",
+        "--tokenizer",
+        bpe,
+        "--workers",
+        "2",
+        "--shard-bytes",
+        "200K",
+    ]
+    command = [sys.executable, "-m", "nemo_longctx.cli", "prepare", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not list((tmp_path / "c.work" / "reports").glob("*.json")):
+        time.sleep(0.01)
+    return process, arguments
+
+
+def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path, bpe):
+    process, arguments = start_and_wait_for_a_shard(tmp_path, bpe)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in error
+    assert "Traceback" not in error
+    assert_group_ends(process.pid)
+    again = run(*arguments)
+    assert again.returncode == 0
+    assert "going on" in again.stderr
+
+
+def test_a_killed_worker_is_said(tmp_path, bpe):
+    process, _ = start_and_wait_for_a_shard(tmp_path, bpe)
+    children = [
+        int(pid.name)
+        for pid in Path("/proc").iterdir()
+        if pid.name.isdigit() and f"\nPPid:\t{process.pid}\n" in (pid / "status").read_text()
+        if b"spawn_main" in (pid / "cmdline").read_bytes()
+    ]
+    os.kill(children[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "out of memory?" in error
+    assert "Traceback" not in error
+    assert_group_ends(process.pid)
 
 
 def test_two_runs_do_not_share_an_output(tmp_path, bpe):

@@ -1,0 +1,93 @@
+"""Tokenizers of `prepare`: what a saved one carries must not cut or change text; a trained one is the same each time."""
+
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.prepare import PrepareConfig, _sample_texts, _sources
+from nemo_longctx.data.shards import is_held_out
+from nemo_longctx.data.tokenization import encoder, load_tokenizer, train_bpe
+
+SUBJECTS = [f"{adjective} {noun}" for adjective in ("long", "short", "old") for noun in ("dog", "context")]
+TEXTS = [f"The {subject} runs over {n} hills.\n" for subject in SUBJECTS for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bpe") / "tok"
+    train_bpe(TEXTS, 300, str(directory), {"made": "here"})
+    return directory
+
+
+def test_the_same_texts_give_the_same_tokenizer(directory, tmp_path):
+    train_bpe(iter(TEXTS), 300, str(tmp_path / "again"), {"made": "here"})
+    for path in directory.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_any_text_comes_back_from_its_tokens(directory):
+    tokenizer = encoder(str(directory / "tokenizer.json"))
+    for text in ("plain", "  spaces\n\n\ttabs ", "é ü 汉字 🎉", "\x00\x7f", "<|endoftext|><|pad|>"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_truncation_padding_and_added_begin_tokens_do_not_reach_the_corpus(directory, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    plain = tokenizer.encode(" ".join(TEXTS)).ids
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16)
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    info = load_tokenizer(str(tmp_path), "<|endoftext|>")
+    (tmp_path / "as_prepare_saves_it.json").write_text(info.definition)
+    [encoding] = encoder(str(tmp_path / "as_prepare_saves_it.json")).encode_batch_fast(
+        [" ".join(TEXTS)], add_special_tokens=False
+    )
+    assert encoding.ids == plain
+
+
+def test_a_tokenizer_without_tokenizer_json_comes_through_transformers(directory, tmp_path):
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>"}))
+    info, ours = load_tokenizer(str(tmp_path)), load_tokenizer(str(directory))
+    assert (info.eod_id, info.eod_token) == (ours.eod_id, ours.eod_token) == (0, "<|endoftext|>")
+    assert info.vocab_size >= ours.vocab_size
+    theirs = Tokenizer.from_str(info.definition).encode(TEXTS[5], add_special_tokens=False).ids
+    assert theirs == Tokenizer.from_str(ours.definition).encode(TEXTS[5], add_special_tokens=False).ids
+
+
+def test_a_name_that_is_nowhere_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="no tokenizer there"):
+        load_tokenizer("nobody/has-this")
+
+
+def test_a_vocabulary_with_holes_counts_to_its_highest_id(directory, tmp_path):
+    values = json.loads((directory / "tokenizer.json").read_text())
+    values["model"]["vocab"]["never"] = 70_000  # of 301 tokens, yet ids need more than 16 bits
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert load_tokenizer(str(tmp_path), "<|pad|>").vocab_size == 70_001
+
+
+def test_training_text_is_spread_over_the_input_without_the_holdout(tmp_path):
+    rng = random.Random(0)
+    for name in "abcd":
+        rows = [{"text": f"{name} " + " ".join(str(rng.random()) for _ in range(20))} for _ in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PrepareConfig(
+        inputs=(str(tmp_path),), output=str(tmp_path / "c"), tokenizer="t", holdout=0.3, train_tokenizer_bytes=40_000
+    )
+    shards = _sources(config, config.output)
+    texts = list(_sample_texts(config, shards, sum(part.n_bytes for shard in shards for part in shard)))
+    assert not any(is_held_out(text, config.holdout, config.seed) for text in texts)
+    taken = {name: sum(len(text) for text in texts if text.startswith(name)) for name in "abcd"}
+    assert 40_000 <= sum(taken.values()) < 41_000
+    assert all(9_000 < amount < 11_000 for amount in taken.values())
