@@ -226,8 +226,8 @@ def _communication_bytes(model: ModelShape, layout: Layout, tokens: float) -> fl
     total = 0.0
     if layout.residual_shards > 1:  # the gathered input of a product, and of its gradient
         total += 2 * tokens * model.hidden_size * precision.activation
-    if layout.context_parallel_size > 1:  # keys and values of two ring steps, and in backward their gradients
-        total += 4 * tokens * 2 * model.kv_width / tp * precision.activation
+    if layout.context_parallel_size > 1:  # keys and values on their way in, and in backward their gradients in and out
+        total += 3 * tokens * 2 * model.kv_width / tp * precision.activation
     if layout.sharding == "full" and layout.data_parallel_size * layout.context_parallel_size > 1:
         # The layer at work and the one fetched ahead, with their unsharded gradients, and the embedding or head.
         total += (4 * model.layer_parameters + model.embedding_parameters) / tp * precision.activation

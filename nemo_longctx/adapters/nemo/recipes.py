@@ -1,0 +1,240 @@
+"""Our recipes for nemo_run: `nemo llm pretrain --factory longctx_llama2`, `nemo longctx train recipe=llama2_7b`.
+
+nemo_run finds this module by the entry point `longctx` of group `nemo_run.cli`. One factory a family, with the size and any
+Hydra override as parameters; the numbers are those of conf/recipe/, the parts are NeMo's own, each a `run.Config` that the
+command line can change (`trainer.num_nodes=4`), and nemo_run's executors bring them to Slurm, Kubernetes or this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nemo.lightning as nl
+import nemo_run as run
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.utils.exp_manager import TimingCallback
+
+from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
+from nemo_longctx.adapters.nemo.model import model_class, prepare_model
+from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
+from nemo_longctx.compose import CONF_DIR, compose
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.rope import variants
+
+
+@run.cli.factory(target=llm.pretrain, name="longctx_llama2")
+def longctx_llama2(size: str = "7b", overrides: str = "", dir: str | None = None, name: str | None = None) -> run.Partial:
+    """Llama 2 as the paper extends it: sizes 7b, 13b, 70b, 7b_ablation, 7b_curriculum.
+
+    Args:
+        size: which recipe of the family, `conf/recipe/llama2_SIZE.yaml`.
+        overrides: Hydra overrides separated by spaces, such as `rope=pi trainer.num_nodes=4`.
+        dir: where logs and checkpoints go; None: `output_dir` of the recipe.
+        name: of the run; None: the recipe's.
+    """
+    return pretrain_partial("llama2", size, overrides, dir, name)
+
+
+@run.cli.factory(target=llm.pretrain, name="longctx_codellama")
+def longctx_codellama(size: str = "34b", overrides: str = "", dir: str | None = None, name: str | None = None) -> run.Partial:
+    """The shape of the paper's 34B, as the paper extends it; arguments as `longctx_llama2`."""
+    return pretrain_partial("codellama", size, overrides, dir, name)
+
+
+@run.cli.factory(target=llm.pretrain, name="longctx_llama3")
+def longctx_llama3(size: str = "8b", overrides: str = "", dir: str | None = None, name: str | None = None) -> run.Partial:
+    """Llama 3 to 128k; arguments as `longctx_llama2`."""
+    return pretrain_partial("llama3", size, overrides, dir, name)
+
+
+@run.cli.factory(target=llm.pretrain, name="longctx_qwen25")
+def longctx_qwen25(size: str = "7b", overrides: str = "", dir: str | None = None, name: str | None = None) -> run.Partial:
+    """Qwen2.5 to 128k; arguments as `longctx_llama2`."""
+    return pretrain_partial("qwen25", size, overrides, dir, name)
+
+
+@run.cli.factory(target=llm.pretrain, name="longctx_mistral")
+def longctx_mistral(size: str = "7b", overrides: str = "", dir: str | None = None, name: str | None = None) -> run.Partial:
+    """Mistral to 128k; arguments as `longctx_llama2`."""
+    return pretrain_partial("mistral", size, overrides, dir, name)
+
+
+@run.cli.entrypoint(namespace="longctx")
+def train(recipe: str, overrides: str = "") -> None:
+    """Train a recipe of conf/recipe/ as examples/megatron_gpt_continual.py does, on any of nemo_run's executors.
+
+    Args:
+        recipe: its name, such as `llama2_7b`.
+        overrides: Hydra overrides separated by spaces.
+    """
+    from nemo_longctx.adapters.nemo.run import build_run
+
+    build_run(load_recipe(compose([f"recipe={recipe}", *overrides.split()]))).fit()
+
+
+def pretrain_partial(family: str, size: str, overrides: str, directory: str | None, name: str | None) -> run.Partial:
+    """`llm.pretrain` with a recipe's parts, none of them built yet.
+
+    Raises:
+        ConfigError: the family has no such size, or an override is wrong.
+    """
+    recipe_name = f"{family}_{size}"
+    sizes = [path.stem.removeprefix(f"{family}_") for path in (CONF_DIR / "recipe").glob(f"{family}_*.yaml")]
+    if size not in sizes:
+        raise ConfigError("size", size, f"no recipe {recipe_name}, {did_you_mean(size, sizes)}")
+    asked = compose([f"recipe={recipe_name}", *overrides.split()])
+    model = {**_published_model(family, size), **asked["model"]}
+    recipe = load_recipe({**asked, "restore_from": None, "model": model})
+    output, run_name = directory or recipe.output_dir, name or recipe.name
+    return run.Partial(
+        llm.pretrain,
+        model=model_config(recipe),
+        data=run.Config(
+            LongContextDataModule,
+            **{key: value for key, value in recipe.data.items() if key != "tokenizer"},
+            curriculum=_curriculum_values(recipe.curriculum),
+            seed=recipe.seed,
+        ),
+        trainer=trainer_config(recipe, results=str(Path(output) / run_name / "results")),
+        log=_log_config(recipe, output, run_name),
+        resume=_resume_config(asked["restore_from"]),
+        optim=optimizer_config(recipe),
+    )
+
+
+def _published_model(family: str, size: str) -> dict[str, Any]:
+    """The config class of a family's checkpoint: a `run.Config` is needed before any checkpoint is at hand."""
+    return compose([f"model={family}_{size.partition('_')[0]}"])["model"]
+
+
+def extended_model(config: GPTConfig, *, seq_length: int, rope: Mapping[str, Any] | None = None) -> GPTModel:
+    """NeMo's model for `config`, with the run's length, RoPE variant, attention and step functions.
+
+    Args:
+        config: of `nemo.collections.llm`.
+        seq_length: the longest sequence of the run, tokens.
+        rope: `variant` and its fields; None keeps the config's own.
+    """
+    model = model_class(type(config))(config)
+    prepare_model(model, seq_length=seq_length, variant=None if rope is None else variants.parse(rope))
+    return model
+
+
+def model_config(recipe: RecipeConfig) -> run.Config:
+    """`extended_model` with the recipe's config class and fields."""
+    fields = {key: value for key, value in recipe.model.items() if key != "config"}
+    return run.Config(
+        extended_model,
+        config=run.Config(getattr(llm, recipe.model["config"]), **fields),
+        seq_length=recipe.seq_length,
+        rope=None if recipe.rope is None else dict(recipe.rope),
+    )
+
+
+def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
+    """NeMo's trainer and Megatron strategy, with timing and throughput callbacks."""
+    trainer, steps = recipe.trainer, recipe.curriculum.total_steps
+    strategy = run.Config(
+        nl.MegatronStrategy,
+        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
+        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=trainer.virtual_pipeline_model_parallel_size,
+        context_parallel_size=trainer.context_parallel_size,
+        sequence_parallel=trainer.sequence_parallel,
+        gradient_as_bucket_view=True,
+        ckpt_async_save=trainer.accelerator == "gpu",
+        ddp=run.Config(
+            DistributedDataParallelConfig,
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=recipe.optimizer.distributed,
+            overlap_param_gather=recipe.optimizer.distributed,
+            use_distributed_optimizer=recipe.optimizer.distributed,
+        ),
+    )
+    throughput = run.Config(
+        ThroughputCallback,
+        curriculum=run.Config(curriculum_of, values=_curriculum_values(recipe.curriculum)),
+        path=str(Path(results) / "throughput.json"),
+        every=max(10, trainer.log_every_n_steps),
+    )
+    return run.Config(
+        nl.Trainer,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        plugins=run.Config(nl.MegatronMixedPrecision, precision=trainer.precision),
+        max_steps=steps,
+        val_check_interval=recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps,
+        limit_val_batches=trainer.limit_val_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_every_n_steps,
+        use_distributed_sampler=False,
+        callbacks=[run.Config(TimingCallback), throughput],
+    )
+
+
+def optimizer_config(recipe: RecipeConfig) -> run.Config:
+    """AdamW with warm-up and cosine (or constant) schedule, counted in steps of constant tokens."""
+    optimizer = recipe.optimizer
+    config = run.Config(
+        OptimizerConfig,
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=recipe.trainer.precision == "bf16-mixed",
+        fp16=recipe.trainer.precision == "16-mixed",
+        use_distributed_optimizer=optimizer.distributed,
+    )
+    schedule = run.Config(
+        CosineAnnealingScheduler,
+        max_steps=recipe.curriculum.total_steps,
+        warmup_steps=recipe.steps("optimizer.warmup_tokens", optimizer.warmup_tokens),
+        constant_steps=0,
+        min_lr=optimizer.min_lr if optimizer.schedule == "cosine" else optimizer.lr,
+    )
+    return run.Config(MegatronOptimizerModule, config=config, lr_scheduler=schedule)
+
+
+def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
+    """A `Curriculum` from plain values, which nemo_run can carry to another machine."""
+    return build(Curriculum, values, where="curriculum")
+
+
+def _curriculum_values(curriculum: Curriculum) -> dict[str, Any]:
+    stages: Sequence[dict[str, Any]] = [
+        {key: value for key, value in vars(stage).items() if value is not None} for stage in curriculum.stages
+    ]
+    return {"stages": list(stages), "tokens_per_step": curriculum.tokens_per_step, "total_tokens": curriculum.total_tokens}
+
+
+def _log_config(recipe: RecipeConfig, directory: str, name: str) -> run.Config:
+    every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
+    checkpoint = run.Config(
+        nl.ModelCheckpoint,
+        monitor="val_loss" if recipe.checkpoint.keep else None,
+        save_last=True,
+        save_top_k=recipe.checkpoint.keep,
+        every_n_train_steps=every,
+        filename="{step}-{val_loss:.4f}" if recipe.checkpoint.keep else "{step}",
+    )
+    return run.Config(nl.NeMoLogger, ckpt=checkpoint, name=name, log_dir=directory)
+
+
+def _resume_config(restore_from: str | None) -> run.Config:
+    restore = run.Config(nl.RestoreConfig, path=restore_from, load_optim_state=False) if restore_from else None
+    return run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)

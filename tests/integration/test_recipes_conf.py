@@ -1,0 +1,135 @@
+"""Every large recipe composes, fits the machine it names, builds in the host, and is what the paper says."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from nemo_longctx.compose import CONF_DIR, compose
+from nemo_longctx.planning.layout import layout_faults
+from nemo_longctx.planning.planner import FILL
+from nemo_longctx.planning.recipe import machine_of, recipe_plan
+from nemo_longctx.planning.report import PlanSettings, make_plan
+from nemo_longctx.recipe import load_recipe
+
+NAMES = sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml") if machine_of(path.stem))
+LAYERS = 2
+
+
+def test_there_is_a_recipe_for_each_model_of_the_paper_and_of_today():
+    wanted = {"llama2_7b", "llama2_13b", "codellama_34b", "llama2_70b", "llama3_8b", "qwen25_7b", "mistral_7b"}
+    assert wanted | {"llama2_7b_ablation", "llama2_7b_curriculum"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_composes_and_its_plan_fits_the_machine_it_names(name):
+    recipe = load_recipe(compose([f"recipe={name}"]))
+    assert recipe.name == name
+    planned = recipe_plan(name)
+    for stage in planned.curriculum.plan:
+        layout = replace(planned.layout, micro_batch_size=stage.micro_batch_size)
+        assert not layout_faults(planned.model, layout, stage.seq_length, stage.global_batch_size)
+    plan = make_plan(
+        PlanSettings(
+            model_name=planned.model_name,
+            model=planned.model,
+            curriculum=planned.curriculum,
+            gpu=planned.gpu,
+            layout=planned.layout,
+        )
+    )
+    assert len(plan["layout"]["stages"]) == len(planned.curriculum.plan)
+    for stage in plan["layout"]["stages"]:
+        assert stage["fits"], stage["reason"]
+        assert stage["memory_gib"]["total"] <= plan["machine"]["memory_gib"] * FILL
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "lr"),
+    [("llama2_7b", 32_768, 2e-5), ("llama2_13b", 32_768, 2e-5), ("codellama_34b", 16_384, 1e-5), ("llama2_70b", 16_384, 1e-5)],
+)
+def test_paper_recipes_are_the_papers(name, length, lr):
+    """Xiong et al. 2023, section 2.1."""
+    recipe = load_recipe(compose([f"recipe={name}"]))
+    assert recipe.curriculum.total_steps == 100_000
+    assert recipe.curriculum.tokens_per_step == 4 * 2**20
+    assert recipe.seq_length == length
+    assert recipe.optimizer.lr == lr
+    assert recipe.optimizer.schedule == "cosine"
+    assert recipe.steps("optimizer.warmup_tokens", recipe.optimizer.warmup_tokens) == 2_000
+    assert recipe.rope_variant.base == 500_000
+    assert recipe.restore_from
+
+
+@pytest.mark.parametrize("variant", ["rope", "pi", "abf", "xpos_abf"])
+def test_ablation_runs_take_80_billion_tokens_with_any_position_encoding(variant):
+    recipe = load_recipe(compose(["recipe=llama2_7b_ablation", f"rope={variant}"]))
+    assert recipe.curriculum.total_tokens == pytest.approx(80e9, rel=1e-4)
+    assert recipe.rope["variant"] == variant.removesuffix("_abf")
+
+
+def test_curriculum_recipe_is_table_10():
+    planned = recipe_plan("llama2_7b_curriculum")
+    plan = make_plan(
+        PlanSettings(model_name=planned.model_name, model=planned.model, curriculum=planned.curriculum, flops="full")
+    )
+    assert f"{plan['total_flops']:.3e}" == "3.405e+22"
+    assert load_recipe(compose(["recipe=llama2_7b_curriculum"])).restore_from is None
+
+
+@pytest.fixture(scope="module")
+def built():
+    """All recipes in the host, in one process."""
+    worker = Path(__file__).with_name("recipes_worker.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(21000 + os.getpid() % 20000)}
+    done = subprocess.run([sys.executable, str(worker), *NAMES], capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.removeprefix("RECORD ") for line in done.stdout.splitlines() if line.startswith("RECORD ")]
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_builds_in_the_host_on_the_meta_device(built, name):
+    record, planned = built[name], recipe_plan(name)
+    recipe = load_recipe(compose([f"recipe={name}"]))
+    assert record["devices"] == ["meta"]
+    # The planner's count of parameters is Megatron-Core's.
+    assert record["parameters"] == replace(planned.model, num_layers=LAYERS).parameters
+    assert f"({LAYERS} layers)" in record["attention"]
+    assert record["seq_length"] == recipe.seq_length
+    assert record["max_steps"] == recipe.curriculum.total_steps
+    assert record["tokens_per_step"] == recipe.curriculum.tokens_per_step
+    assert record["lr"] == recipe.optimizer.lr
+    assert record["min_lr"] == recipe.optimizer.min_lr
+    assert record["restore_from"] == recipe.restore_from
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nemo_run_config_survives_the_way_to_another_machine(built, name):
+    assert built[name]["serialises"]
+
+
+def test_entry_point_is_declared_and_loads():
+    """nemo_run only prints that an entry point is broken, so that this test has to fail."""
+    points = {point.name: point for point in metadata.entry_points(group="nemo_run.cli")}
+    assert points["longctx"].value == "nemo_longctx.adapters.nemo.recipes"
+    module = points["longctx"].load()
+    assert callable(module.train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "factory", ["longctx_llama2", "longctx_codellama", "longctx_llama3", "longctx_qwen25", "longctx_mistral"]
+)
+def test_nemo_command_line_dry_runs_our_factories(factory, tmp_path):
+    nemo = str(Path(sys.executable).with_name("nemo"))
+    command = [nemo, "llm", "pretrain", "--factory", factory, "--dryrun", "--yes", "trainer.num_nodes=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Couldn't load entrypoint" not in done.stdout
+    assert "extended_model" in done.stdout + done.stderr
