@@ -15,6 +15,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import CODE_OF_DTYPE, HEADER, MAGIC
 
+_LONGEST = 2**31 - 1  # lengths are int32
 _PIECE = 1 << 20  # documents handled at once while writing an index
 
 
@@ -40,11 +41,13 @@ class CorpusWriter:
         """Append one document.
 
         Raises:
-            ConfigError: a document without tokens, or an id that `dtype` cannot hold.
+            ConfigError: a document without tokens or of more than 2**31 - 1, or an id that `dtype` cannot hold.
         """
         given = np.asarray(tokens)
         if given.size == 0:
             raise ConfigError("document", len(self.lengths), "it has no tokens; leave it out")
+        if given.size > _LONGEST:
+            raise ConfigError("document", len(self.lengths), f"{given.size} tokens, the format holds {_LONGEST}; split it")
         if given.dtype != self.dtype:
             limits = np.iinfo(self.dtype)
             low, high = int(given.min()), int(given.max())

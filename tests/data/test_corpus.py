@@ -2,6 +2,8 @@
 
 import pickle
 import struct
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -180,6 +182,9 @@ def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
         writer.add_document(np.array([-1, 3]))
     with pytest.raises(ConfigError, match="no tokens"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document([])
+    too_long = np.broadcast_to(np.uint16(1), 2**31)  # one token in memory
+    with pytest.raises(ConfigError, match="split it"), CorpusWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document(too_long)
     with pytest.raises(ConfigError, match="no document"), CorpusWriter(tmp_path / "a", np.uint16):
         pass
     with pytest.raises(ConfigError, match="float32"):
@@ -196,3 +201,23 @@ def test_a_failed_write_leaves_the_corpus_that_was_there(prefix):
     with pytest.raises(ConfigError, match="two sizes"), CorpusWriter(prefix, np.uint16) as writer:
         fail_half_way(writer)
     assert IndexedCorpus(prefix).n_tokens == 10
+
+
+MANY = """
+import resource, sys
+from nemo_longctx.data.corpus import open_corpus
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+corpus = open_corpus(sys.argv[1])
+print(corpus.n_documents, corpus.tokens(corpus.n_documents - 1).tolist(), corpus.read(0, corpus.n_tokens).sum())
+"""
+
+
+def test_more_shards_than_the_soft_limit_on_open_files_and_than_the_hard_one(tmp_path):
+    for number in range(100):
+        write(tmp_path / f"{number:03d}", [[number], [1]])
+    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    done = subprocess.run([*command, "4096"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["200", "[1]", str(sum(range(100)) + 100)], done.stderr
+    refused = subprocess.run([*command, "128"], capture_output=True, text=True, timeout=60)
+    assert "100 shards" in refused.stderr.splitlines()[-1]
+    assert "ConfigError" in refused.stderr.splitlines()[-1]
