@@ -7,8 +7,6 @@ find it through the entry-point group `lm_eval.models`.
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,18 +18,16 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.eval.results_cache import ResultsCache, request_key, weights_digest
-from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Request, Score, Scorer, share_work
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Request, Score, Scorer
+from nemo_longctx.eval.sharing import everywhere, run_shared
 from nemo_longctx.eval.truncation import Truncated, prompt_budget, token_span, truncate
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 # Returned instead of a generation whose prompt lost what it asks about; our tasks count it and leave it out of the mean.
 UNSCORED = "\x00not scored: truncation cut the "
@@ -271,34 +267,13 @@ class LongContextLM(TemplateLM):
         keys = [_key(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
         known = self.cache.get(keys) if self.cache and rank == 0 else {}
         if ranks > 1:
-            known = _everywhere(known, self.data_group)[0]
+            known = everywhere(known, self.data_group)[0]
         todo = [i for i, key in enumerate(keys) if key not in known]
-        mine = [todo[i] for i in share_work([jobs[i] for i in todo], ranks)[rank]]
-        done, error = {}, ""
-        try:
-            done = self._work([jobs[i] for i in mine], mine, what, quiet or rank != 0)
-        except (RuntimeError, ValueError) as failure:  # out of memory included: every rank must hear of it
-            if ranks == 1:
-                raise
-            error = f"rank {rank}: {type(failure).__name__}: {failure}"
-        if ranks > 1:
-            parts = _everywhere((done, error), self.data_group)
-            if any(errors := [e for _, e in parts if e]):
-                raise RuntimeError("; ".join(errors))
-            done = {i: value for part, _ in parts for i, value in part.items()}
-        fresh = {keys[i]: value for i, value in done.items()}
+        results = run_shared(self.scorer, [jobs[i] for i in todo], group=self.data_group, what=what, quiet=quiet)
+        fresh = {keys[i]: _pack(result) for i, result in zip(todo, results, strict=True)}
         if self.cache and rank == 0:
             self.cache.put(fresh)
         return [_unpack((known | fresh)[key]) for key in keys]
-
-    def _work(self, jobs: list[Request], indices: list[int], what: str, quiet: bool) -> dict[int, Any]:
-        total = sum(len(step.tokens) - step.shared for step in self.scorer.plan(jobs)) if jobs else 0
-        done = {}
-        with tqdm(total=total, unit="tok", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
-            for i, result, read in self.scorer.run(jobs):
-                done[indices[i]] = _pack(result)
-                bar.update(read)
-        return done
 
 
 def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dtype: str) -> tuple[CausalModel, str, Any]:
@@ -343,13 +318,6 @@ def _key(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> 
         return request_key(identity, "score", [*job.context, *job.continuation], len(job.context), more)
     options = {k: v for k, v in asdict(job).items() if k not in ("context", "stop")}
     return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
-
-
-def _everywhere(value: Any, group: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    parts = [None] * group.size()
-    torch.distributed.all_gather_object(parts, value, group=group)
-    return parts
 
 
 def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

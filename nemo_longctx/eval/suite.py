@@ -1,0 +1,329 @@
+"""What is measured of one model at one moment: loss by position, probes, and tasks, each a block of YAML.
+
+A suite runs the same way on a live model in the middle of a run and on a checkpoint. Ranks that hold the same model share the
+work; a task that fails on any rank is reported on all and the next one runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.eval import position, probes
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Scorer
+from nemo_longctx.eval.sharing import everywhere, new_tokens, run_shared
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTask:
+    """Loss by position over documents of an indexed corpus.
+
+    Args:
+        corpus: prefix of a `.bin/.idx` pair. seq_length: tokens of each document that are predicted.
+        documents: how many, evenly spaced among those long enough; the longest ones where too few are.
+        bins: equal bins; 0 for bins that grow with the position, as the fit of L(c) wants them.
+        guard: watch the mean loss of these documents against the first evaluation.
+    """
+
+    corpus: str
+    seq_length: int
+    documents: int = 32
+    bins: int = 64
+    guard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"eval.{name}", getattr(self, name), "give a positive number")
+        if self.bins < 0:
+            raise ConfigError("eval.bins", self.bins, "give a number of bins, or 0 for bins that grow")
+
+    @property
+    def name(self) -> str:
+        return f"position_{self.seq_length}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTask:
+    """Probes hidden in the text of a JSONL file (`text` field) or plain text file."""
+
+    text: str
+    probes: probes.ProbeConfig = field(default_factory=probes.ProbeConfig)
+    cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "probes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessTask:
+    """lm-eval tasks: ours, its own (`include_defaults`, which takes it some seconds to index), or from `include_path`.
+
+    Args:
+        tasks: names of tasks or groups. limit: samples of each. num_fewshot: shots in place of the tasks' own.
+        metadata: passed to the tasks' loaders, say {"data": folder}.
+        guard: watch the samples' scores against the first evaluation.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    include_defaults: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    guard: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or not self.tasks:
+            raise ConfigError("eval.tasks", self.tasks, "give a list of lm-eval task names")
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.tasks)
+
+
+Task = PositionTask | ProbeTask | HarnessTask
+TASKS: dict[str, type[Task]] = {"position": PositionTask, "probes": ProbeTask, "lm_eval": HarnessTask}
+
+
+def parse_tasks(blocks: Sequence[Mapping[str, Any] | Task]) -> list[Task]:
+    """Tasks from YAML blocks, each {kind: position | probes | lm_eval, ...}.
+
+    Raises:
+        ConfigError: an unknown kind or key.
+    """
+    tasks = []
+    for number, block in enumerate(blocks):
+        if not isinstance(block, Mapping):
+            tasks.append(block)
+            continue
+        values: dict[str, Any] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in block.items()}
+        kind = values.pop("kind", None)
+        if kind not in TASKS:
+            raise ConfigError(f"eval.tasks[{number}].kind", kind, f"unknown kind, {did_you_mean(str(kind), TASKS)}")
+        if "probes" in values:
+            values["probes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["probes"].items()}
+        tasks.append(build(TASKS[kind], values, where=f"eval.tasks[{number}]"))
+    return tasks
+
+
+def longest_input(tasks: Sequence[Task]) -> int:
+    """Tokens of the longest sequence that position and probe tasks read; 0 without them."""
+    needs = [task.seq_length + 1 for task in tasks if isinstance(task, PositionTask)]
+    for task in tasks:
+        if isinstance(task, ProbeTask):
+            needs.append(max(task.probes.lengths) + max(task.probes.max_new_tokens, 128))
+    return max(needs, default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What one evaluation found.
+
+    Args:
+        model: label of the model, say "step 200".
+        position: rows by task name. probes: cells. tasks: lm-eval's `results` by task.
+        watched: measurement -> value of each document or sample, for the guard.
+        errors: task -> what went wrong, on whichever rank. skipped: tasks for which the time did not suffice.
+        seconds: by task.
+    """
+
+    model: str
+    position: dict[str, list[position.PositionRow]]
+    probes: list[probes.ProbeRow]
+    tasks: dict[str, dict[str, Any]]
+    watched: dict[str, list[float]]
+    errors: dict[str, str]
+    skipped: list[str]
+    seconds: dict[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        """One number a measurement, for a logger."""
+        found = {f"{name}/loss": _mean_loss(rows) for name, rows in self.position.items()}
+        for row in self.probes:
+            if row.samples:
+                cell = f"{row.kind}/{row.length}" + ("" if row.kind in probes.WITHOUT_DEPTH else f"/{row.depth:.2f}")
+                found |= {f"{cell}/score": row.score, f"{cell}/answer_loss": row.answer_loss}
+        for (_, kind), length in probes.effective_length(self.probes).items():
+            found[f"{kind}/effective_length"] = length
+        for task, values in self.tasks.items():
+            found |= {f"{task}/{key}": v for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return {key: float(value) for key, value in found.items()}
+
+
+def _mean_loss(rows: Sequence[position.PositionRow]) -> float:
+    tokens = sum(row.tokens for row in rows)
+    return sum(row.loss * row.tokens for row in rows) / tokens if tokens else math.nan
+
+
+# Runs lm-eval tasks: (task, model) -> (results by task, watched values by measurement).
+HarnessRunner = Callable[[HarnessTask], tuple[dict[str, dict[str, Any]], dict[str, list[float]]]]
+
+
+class Suite:
+    """Runs tasks over models.
+
+    Args:
+        tasks: what to measure.
+        tokenizer: Hugging Face tokenizer; probes and lm-eval tasks need one.
+        chunks: how much is held at once.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, tokenizer: Any = None, chunks: Chunks | None = None):
+        self.tasks, self.tokenizer, self.chunks = list(tasks), tokenizer, chunks
+        if tokenizer is None and any(not isinstance(task, PositionTask) for task in self.tasks):
+            raise ConfigError("eval.tokenizer", None, "probes and lm-eval tasks need the model's Hugging Face tokenizer")
+        self.rate = 0.0  # tokens a second, from what was run before
+        self.took: dict[str, float] = {}  # seconds of lm-eval tasks, from the last time
+
+    def run(
+        self,
+        model: CausalModel,
+        *,
+        name: str,
+        harness: HarnessRunner | None = None,
+        group: Any = None,
+        quiet: bool = False,
+        time_budget: float | None = None,
+    ) -> SuiteResult:
+        """Measure `model`, on every rank that holds it.
+
+        Args:
+            name: label of the model in tables and figures.
+            harness: runs lm-eval tasks. group: ranks that share the work.
+            time_budget: seconds; a task that is not expected to end within it is skipped and reported.
+        """
+        began = time.monotonic()
+        result = SuiteResult(model=name, position={}, probes=[], tasks={}, watched={}, errors={}, skipped=[], seconds={})
+        for task in self.tasks:
+            if not _all_agree(self._in_time(task, began, time_budget)):
+                result.skipped.append(task.name)
+                continue
+            start, error = time.monotonic(), ""
+            try:
+                self._one(task, model, result, harness, group, quiet)
+            except Exception as failure:  # a task must never end the training run that it watches
+                logger.debug("evaluation task failed", exc_info=True)
+                error = f"{type(failure).__name__}: {failure}"
+            errors = sorted({text for text in everywhere(error) if text})
+            if errors:
+                result.errors[task.name] = "; ".join(errors)
+            self.took[task.name] = result.seconds[task.name] = time.monotonic() - start
+        return result
+
+    def _in_time(self, task: Task, began: float, budget: float | None) -> bool:
+        if budget is None:
+            return True
+        return time.monotonic() - began + self.took.get(task.name, 0.0) <= budget
+
+    def _one(
+        self, task: Task, model: CausalModel, result: SuiteResult, harness: HarnessRunner | None, group: Any, quiet: bool
+    ) -> None:
+        if isinstance(task, PositionTask):
+            totals = self._position(task, model, group, quiet)
+            result.position[task.name] = totals.rows(result.model)
+            if task.guard:
+                sums, counts = totals.by_document()
+                result.watched[f"loss_{task.name}"] = (sums.sum(1) / counts.sum(1)).tolist()
+        elif isinstance(task, ProbeTask):
+            result.probes.extend(self._probes(task, model, result.model, group, quiet))
+        elif harness is None:
+            raise ConfigError("eval.tasks", task.tasks, "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]")
+        else:
+            scores, watched = harness(task)
+            result.tasks.update(scores)
+            if task.guard:
+                result.watched.update(watched)
+
+    def _position(self, task: PositionTask, model: CausalModel, group: Any, quiet: bool) -> position.PositionLosses:
+        corpus = open_corpus(task.corpus)
+        chosen = choose_documents(np.asarray(corpus.lengths), task.seq_length + 1, task.documents)
+        requests = []
+        for document in chosen:
+            stop = min(int(corpus.lengths[document]), task.seq_length + 1)
+            tokens = corpus.tokens(int(document), 0, stop).tolist()
+            requests.append(Continuation(context=tokens[:1], continuation=tokens[1:]))
+        edges = position.uniform_edges(task.seq_length, task.bins) if task.bins else position.geometric_edges(task.seq_length)
+        totals = position.PositionLosses(edges)
+        for score in self._run(requests, model, group, "loss by position", quiet):
+            totals.add(-score.token_log_probs[None])
+        return totals
+
+    def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probes.ProbeRow]:
+        bos = self.tokenizer.bos_token_id
+        prefix = [] if bos is None else [bos]
+        made = probes.make_probes(task.probes, read_texts(task.text), self.tokenizer, prefix=prefix, cache=task.cache)
+        asked = [probe for probe in made if probes.fits(probe, model.max_length)]
+        stops = {self.tokenizer.eos_token_id} - {None}
+        results = self._run(probes.probe_requests(asked, stops), model, group, "probes", quiet)
+        return probes.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
+
+    def _run(self, requests: Sequence[Any], model: CausalModel, group: Any, what: str, quiet: bool) -> list[Any]:
+        scorer, began = Scorer(model, chunks=self.chunks), time.monotonic()
+        tokens = new_tokens(scorer, requests)
+        if self.rate and not quiet:
+            logger.info("%s: %d tokens, about %.0f s", what, tokens, tokens / self.rate)
+        results = run_shared(scorer, requests, group=group, what=what, quiet=quiet)
+        self.rate = tokens / max(1e-9, time.monotonic() - began)
+        return results
+
+
+def _all_agree(mine: bool) -> bool:
+    """Rank 0's decision: clocks differ, and ranks that part ways would wait for each other for ever."""
+    return everywhere(mine)[0]
+
+
+def choose_documents(lengths: np.ndarray, needed: int, count: int) -> np.ndarray:
+    """Which documents to read: `count` of those with `needed` tokens, evenly spaced; else the longest there are.
+
+    Raises:
+        ValueError: no document has two tokens.
+    """
+    enough = np.flatnonzero(lengths >= needed)
+    if len(enough) >= count:
+        return enough[np.linspace(0, len(enough) - 1, count).round().astype(int)]
+    longest = np.argsort(-lengths, kind="stable")[:count]
+    longest = longest[lengths[longest] >= 2]
+    if not len(longest):
+        raise ValueError("no document of the corpus has two tokens, so nothing can be predicted")
+    return np.sort(longest)
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """Texts of a JSONL file's `text` fields, or a plain file as one text."""
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".json"):
+        return [path.read_text(encoding="utf-8")]
+    texts = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            row = json.loads(line)
+            if "text" not in row:
+                raise ValueError(f"{path.name} line {number} has no field 'text'; it has {', '.join(row)}")
+            texts.append(row["text"])
+    return texts
+
+
+def as_record(result: SuiteResult) -> dict[str, Any]:
+    """JSON form of a result."""
+    return json.loads(json.dumps(asdict(result), default=str))
+
+
+def from_record(record: Mapping[str, Any]) -> SuiteResult:
+    """A result from its JSON form."""
+    rows = {name: [position.PositionRow(**row) for row in rows] for name, rows in record["position"].items()}
+    blank = SuiteResult(model="", position={}, probes=[], tasks={}, watched={}, errors={}, skipped=[], seconds={})
+    return replace(blank, **{**record, "position": rows, "probes": [probes.ProbeRow(**row) for row in record["probes"]]})

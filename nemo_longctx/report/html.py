@@ -1,0 +1,63 @@
+"""One self-contained HTML page: headings, notes, tables and figures, with no file beside it and no script in it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1000px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
+img{max-width:100%;height:auto;display:block;margin:1rem 0}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0;display:block;overflow-x:auto}
+th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}p.note{color:#555}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a page.
+
+    Args:
+        heading: its title. note: a paragraph under it.
+        figures: PNG files to embed. table: rows, the first of them the header.
+    """
+
+    heading: str
+    note: str = ""
+    figures: Sequence[str | Path] = ()
+    table: Sequence[Sequence[object]] = field(default_factory=tuple)
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write the page, making its folder; every text is escaped. Returns the path."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        if section.note:
+            parts.append(f'<p class="note">{html.escape(section.note)}</p>')
+        for figure in section.figures:
+            data = base64.b64encode(Path(figure).read_bytes()).decode("ascii")
+            parts.append(f'<img alt="{html.escape(Path(figure).stem)}" src="data:image/png;base64,{data}">')
+        if section.table:
+            parts.append(_table(section.table))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    path.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    return path
+
+
+def _table(rows: Sequence[Sequence[object]]) -> str:
+    head, *body = ([_cell(value) for value in row] for row in rows)
+    lines = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _cell(value: object) -> str:
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))

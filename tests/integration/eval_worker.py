@@ -1,0 +1,24 @@
+"""Train a tiny recipe, with an evaluation callback or without: eval_worker.py SETTINGS.json. Prints the weights' digest."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+torch.set_num_threads(1)
+
+from nemo_longctx.adapters.nemo.model import mcore_modules  # noqa: E402
+from nemo_longctx.adapters.nemo.run import build_run  # noqa: E402
+from nemo_longctx.eval.results_cache import weights_digest  # noqa: E402
+from nemo_longctx.recipe import load_recipe  # noqa: E402
+
+run = build_run(load_recipe(settings["recipe"]))
+if settings["eval"]:
+    from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
+
+    run.trainer.callbacks.append(LongContextEvalCallback(**settings["eval"]))
+run.fit()
+(module,) = mcore_modules(run.trainer.strategy.megatron_parallel)
+print("DIGEST", weights_digest(module.named_parameters()), flush=True)

@@ -1,0 +1,93 @@
+"""The callback under the real NeMo trainer: training goes on to the bit as without it, and what it found is on disk."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.report.evaluation import read_results
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+from conftest import byte_tokenizer
+
+WORKER = Path(__file__).with_name("eval_worker.py")
+TEXT = "The smith opened his door to the street before six. Nobody had ever seen such a machine at work! " * 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory, rng = tmp_path_factory.mktemp("eval"), np.random.default_rng(0)
+    for name in ("train", "held_out"):
+        with CorpusWriter(directory / name, np.uint16) as writer:
+            for _ in range(60):
+                writer.add_document(rng.integers(0, 250, rng.integers(100, 300)))
+    byte_tokenizer([TEXT]).save_pretrained(directory / "tokenizer")
+    (directory / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n", encoding="utf-8")
+    return directory
+
+
+def train(place, name, evaluation):
+    recipe = {
+        "name": name,
+        "output_dir": str(place / "runs"),
+        "model": {
+            "config": "LlamaConfig", "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 2,
+            "num_query_groups": 2, "kv_channels": 32, "vocab_size": 384, "share_embeddings_and_output_weights": False,
+        },
+        "rope": {"variant": "rope"},
+        "data": {"mix": {"sources": [{"path": str(place / "train")}]}, "num_workers": 0},
+        "curriculum": {"stages": [{"until": 1.0, "seq_length": 64, "micro_batch_size": 2}], "tokens_per_step": 256,
+                       "total_tokens": 1536},
+        "optimizer": {"lr": 5e-3},
+        "trainer": {"accelerator": "cpu", "precision": "32"},
+    }  # fmt: skip
+    settings = place / f"{name}.json"
+    settings.write_text(json.dumps({"recipe": recipe, "eval": evaluation}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(settings)], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    with (place / "runs" / name / "results" / "training.csv").open(newline="") as file:
+        losses = [row["loss"] for row in csv.DictReader(file)]
+    digest = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("DIGEST"))
+    return losses, digest, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_training_is_to_the_bit_as_without(place):
+    out = place / "found"
+    position = {"kind": "position", "corpus": str(place / "held_out"), "documents": 6}
+    evaluation = {
+        "tasks": [
+            {**position, "seq_length": 64, "guard": True},
+            {**position, "seq_length": 200},
+            {"kind": "position", "corpus": str(place / "missing"), "seq_length": 50},
+            {"kind": "probes", "text": str(place / "text.jsonl"),
+             "probes": {"kinds": ["passkey", "first_sentence"], "lengths": [200, 300], "depths": [0.0, 1.0], "samples": 1}},
+        ],
+        "directory": str(out), "every": 3, "guard": {"loss": 0.05}, "tokenizer": str(place / "tokenizer"), "max_length": 512,
+    }  # fmt: skip
+    plain, weights, _ = train(place, "plain", None)
+    watched, same, log = train(place, "watched", evaluation)
+    assert len(plain) == 6
+    assert watched == plain  # written with all digits
+    assert same == weights
+    results = read_results(out)
+    assert [result.model for result in results] == ["step 0", "step 3", "step 6"]
+    for result in results:
+        assert set(result.position) == {"position_64", "position_200"}
+        assert list(result.errors) == ["position_50"]
+        assert "missing" in result.errors["position_50"]
+        assert {(row.kind, row.length) for row in result.probes} >= {("passkey", 200), ("first_sentence", 300)}
+    first, last = (np.mean(result.watched["loss_position_64"]) for result in (results[0], results[-1]))
+    assert last < first  # it did look at the model that is being trained
+    assert "training goes on" in log
+    for name in ("index.html", "loss_by_position_64.csv", "loss_by_position_200.png", "probes.csv", "probes_score.png"):
+        assert (out / name).stat().st_size > 100
