@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -187,9 +188,12 @@ class Documents:
             for start in range(0, len(lengths), CHUNK):
                 yield int(self.shard_offsets[shard]) + start, lengths[start : start + CHUNK]
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of names and contents at a cost that does not grow with them (`IndexedCorpus.fingerprint`)."""
-        parts = [[name, corpus.fingerprint()] for name, corpus in zip(self.names, self.corpora, strict=True)]
+        names = [self.names[source] for source in self.source_of_shard.tolist()]
+        # Through maps of its own: 64 samples of each shard would stay in memory with 64 KB around each.
+        parts = [[name, IndexedCorpus(shard.prefix).fingerprint()] for name, shard in zip(names, self.shards, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _shards_of(self, documents: np.ndarray) -> np.ndarray:
@@ -222,6 +226,10 @@ class Stratum:
 
     def members(self, documents: Documents) -> np.ndarray:
         """The numbers (uint32, ascending) of its documents."""
+        low, high = np.searchsorted(documents.source_of_shard, [self.source, self.source + 1])
+        first, end = documents.shard_offsets[[low, high]].tolist()
+        if self.documents == end - first:
+            return np.arange(first, end, dtype=np.uint32)
         members, filled = np.empty(self.documents, np.uint32), 0
         for first, lengths in documents.of_source(self.source):
             chosen = np.flatnonzero((lengths >= self.shortest) & (lengths <= self.longest))
@@ -241,8 +249,8 @@ def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int) -> tuple[S
     Raises:
         ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
     """
-    for corpus in documents.corpora:
-        corpus.check()
+    for shard in documents.shards:
+        IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves this process's memory again
     strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
     source_tokens = np.zeros(len(mix.sources))
     for stratum in strata:

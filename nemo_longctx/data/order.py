@@ -48,15 +48,16 @@ def build_order(
         file: empty and writable.
 
     Returns:
-        The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_visits` (visits up to the
-        end of each stage), `stage_tokens` (tokens of each stratum up to there), `cuts` (visits before which a stratum began its
-        documents again).
+        The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_tokens` (for each stratum,
+        the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again).
     """
-    draws = [_draw(documents, stratum, number, curriculum, seed) for number, stratum in enumerate(strata)]
+    if len(strata) == 1:
+        draws = [_draw_all(documents, strata[0], curriculum, seed)]
+    else:
+        draws = [_draw(documents, stratum, number, curriculum, seed) for number, stratum in enumerate(strata)]
     writer = _Writer(file, documents)
     cuts: list[int] = []
     done = np.zeros(len(draws), np.int64)
-    stage_visits = []
     for stage in range(len(curriculum.plan)):
         until = np.array([draw.stage_visits[stage] for draw in draws])
         rng = np.random.default_rng([seed, 1, stage])
@@ -64,8 +65,7 @@ def build_order(
             counts = left if left.sum() <= CHUNK else rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
             _interleave(draws, done, counts, rng, writer, cuts)
             done += counts
-        stage_visits.append(int(done.sum()))
-    facts = {"stage_visits": stage_visits, "stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
+    facts = {"stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
     return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
 
 
@@ -102,6 +102,29 @@ def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curri
         before += stratum.tokens
     starts = [epoch * len(members) for epoch in range(1, len(epochs)) if len(epochs[epoch])]
     return _Draw(epochs[0] if len(epochs) == 1 else np.concatenate(epochs), stage_visits, stage_tokens, starts)
+
+
+def _draw_all(documents: Documents, stratum: Stratum, curriculum: Curriculum, seed: int) -> _Draw:
+    """As `_draw` for a stratum that is alone: a stage begins where the one before ended, only the run's end is looked for."""
+    ends = [stage.end_token for stage in curriculum.plan]
+    epochs = -(-(ends[-1] + 1) // stratum.tokens)
+    members = stratum.members(documents)
+    orders = []
+    for epoch in range(epochs):
+        orders.append(members.copy() if epochs > 1 else members)
+        np.random.default_rng([seed, 0, 0, epoch]).shuffle(orders[-1])
+    needed, position, tokens = ends[-1] + 1 - (epochs - 1) * stratum.tokens, len(members), stratum.tokens
+    while True:  # from behind: a run is mostly about as long as its epochs
+        low = max(0, position - CHUNK)
+        lengths = documents.lengths(orders[-1][low:position])
+        before = tokens - np.cumsum(lengths[::-1], dtype=np.int64)[::-1]
+        if before[0] < needed:
+            orders[-1] = orders[-1][: low + int(np.searchsorted(before, needed))]
+            break
+        position, tokens = low, int(before[0])
+    visits = orders[0] if epochs == 1 else np.concatenate(orders)
+    starts = [epoch * len(members) for epoch in range(1, epochs)]
+    return _Draw(visits, [len(visits)] * len(ends), ends, starts)
 
 
 def _advance(
@@ -325,7 +348,7 @@ def check_delivery(mix: MixConfig, order: Order, curriculum: Curriculum) -> None
 
 def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:
     """Name of an order: a hash of all it depends on, the data included."""
-    parts = [MAGIC.decode(), documents.fingerprint(), mix_dict(mix), curriculum.as_dict(), seed]
+    parts = [MAGIC.decode(), documents.fingerprint, mix_dict(mix), curriculum.as_dict(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

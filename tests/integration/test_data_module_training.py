@@ -57,7 +57,7 @@ def train(directory, name, processes, data, *, expected=0, **settings):
         else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, str(WORKER), str(path)], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*launch, str(WORKER), str(path)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == expected, done.stdout[-2000:] + done.stderr[-4000:]
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(directory.glob(f"{name}.*.jsonl"))]
     return rows, done.stdout + done.stderr
@@ -89,7 +89,7 @@ def expected_windows(corpora, cache_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_two_processes_a_kill_and_a_restart_see_the_stream(corpora, tmp_path):
     expected = expected_windows(corpora, tmp_path)
     validation = {"limit_val_batches": 3, "val_check_interval": 4}

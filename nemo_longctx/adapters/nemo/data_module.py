@@ -182,7 +182,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             return {}
         order = self.windows.order
         parts = {
-            "data": order.documents.fingerprint(),
+            "data": order.documents.fingerprint,
             "data.mix": mix_dict(self.mix),
             "curriculum": self.curriculum.as_dict(),
             "data.seed": self.seed,
