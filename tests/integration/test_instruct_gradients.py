@@ -76,27 +76,31 @@ def dense(q, k, v):
     return torch.einsum("bhst,bthd->bshd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-def by_hand(case):
-    """(loss, gradients): every instance that the windows hold, alone."""
-    import torch
-
-    weights = parameters()
-    windows = windows_of(case)
-    total, counted = 0.0, 0.0
+def instances_of(case):
+    """[(tokens [n], weights of their labels [n - 1])]: every instance that the windows hold, by itself."""
+    windows, listed = windows_of(case), []
     for number in range(case["samples"]):
-        if windows.source(number) == "pretraining":
-            nth = sum(windows.source(earlier) == "pretraining" for earlier in range(number))
+        name, nth = windows._plan[number]
+        if name == "pretraining":
             sample = pretraining_text(nth + 1)[nth]
             members = [(np.append(sample["tokens"], sample["labels"][-1]), np.full(SEQ + 1, ANSWER))]
         else:
-            name, nth = windows._plan[number]
             members = [files[i] for files, i in windows._bins[name][nth % len(windows._bins[name])]]
-        prompt = case["weight"] if windows.source(number) == "long" else 0.0
-        for ids, roles in members:
-            ids = torch.from_numpy(np.asarray(ids))
-            weight = torch.from_numpy(np.where(roles[1:] == ANSWER, 1.0, prompt))
-            losses = losses_of(weights, ids[:-1], torch.arange(len(ids) - 1), ids[1:], dense)
-            total, counted = total + (losses * weight).sum(), counted + weight.sum()
+        prompt = case["weight"] if name == "long" else 0.0
+        listed += [(np.asarray(ids), np.where(roles[1:] == ANSWER, 1.0, prompt)) for ids, roles in members]
+    return listed
+
+
+def by_hand(case):
+    """(loss, gradients): every instance alone."""
+    import torch
+
+    weights = parameters()
+    total, counted = 0.0, 0.0
+    for ids, counts in instances_of(case):
+        ids, counts = torch.from_numpy(ids), torch.from_numpy(counts)
+        losses = losses_of(weights, ids[:-1], torch.arange(len(ids) - 1), ids[1:], dense)
+        total, counted = total + (losses * counts).sum(), counted + counts.sum()
     loss = total / counted
     loss.backward()
     return loss.item(), {name: weight.grad.numpy() for name, weight in weights.items()}
