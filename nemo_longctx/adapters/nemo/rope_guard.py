@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
-from nemo_longctx.adapters.nemo.rope import (
+from nemo_longctx.adapters.nemo.rope_module import (
     YARN_FIELDS,
     TableRotaryEmbedding,
     check_supported,

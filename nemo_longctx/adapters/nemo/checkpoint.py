@@ -1,0 +1,263 @@
+"""Into and out of Hugging Face: weights, RoPE of any variant, tokenizer, generation config, maximum length.
+
+An export is loaded again with transformers and compared with the NeMo model before it is called done: logits on random tokens,
+and the frequencies and attention factor that transformers makes at every length that matters.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning import io
+from nemo.lightning.pytorch.callbacks import ModelTransform
+
+from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.nemo.hf_weights import (
+    Weights,
+    family_of_hf,
+    family_of_nemo,
+    hf_fields,
+    nemo_config,
+    to_hugging_face,
+    to_megatron,
+)
+from nemo_longctx.adapters.nemo.inference import load_model
+from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model
+from nemo_longctx.adapters.nemo.rope import place_rope, variant_of
+from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.hf import from_hf, to_hf
+from nemo_longctx.rope.variants import Llama3Rope, Rope, RopeVariant
+
+TOLERANCE = 1e-4  # of logits, both models in fp32, as a share of the largest where that is above 1
+FREQUENCY_ROUNDING = 4e-6  # transformers computes frequencies in float32: share of the unscaled one
+
+
+def import_hf(source: str | Path, target: str | Path) -> RopeVariant:
+    """A Hugging Face directory -> a NeMo checkpoint, on the CPU.
+
+    Args:
+        source: directory with `config.json` and weights (Llama, Mistral, Qwen2, Qwen3), and a tokenizer if there is one.
+        target: checkpoint directory to make.
+
+    Returns:
+        the RoPE variant that came along.
+
+    Raises:
+        ConfigError: `target` exists, another architecture, or a setting that would be lost.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, target = Path(source), Path(target).absolute()
+    if not (source / "config.json").is_file():
+        raise ConfigError("HF_DIR", str(source), "no config.json there; give a Hugging Face model directory")
+    _check_free(target)
+    config = AutoConfig.from_pretrained(source)
+    family, variant = family_of_hf(config), from_hf(config.to_dict())
+    # Llama 3.1's scaling has a config class of its own, which stock tools then recognise.
+    is_llama31 = family.model_type == "llama" and isinstance(variant, Llama3Rope)
+    cpu.install()
+    with cpu.stock_configs():
+        class_ = llm.Llama31Config if is_llama31 else family.config_class
+        nemo = nemo_config(config, family, class_, _generation_config(source))
+    weights = AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()
+    with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
+        model = family.model_class(nemo, tokenizer=_nemo_tokenizer(source, Path(folder)))
+        place_rope(model, variant)
+        _save_nemo(model, weights, target)
+    return variant
+
+
+def export_hf(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    verify: bool = True,
+    verify_tokens: int = 512,
+    max_position_embeddings: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> RopeVariant:
+    """A NeMo checkpoint -> a Hugging Face directory that transformers loads.
+
+    Args:
+        checkpoint: a NeMo checkpoint, or a run's directory (its newest finished checkpoint).
+        target: directory to make; nothing is left there unless the export succeeds.
+        verify: load the result with transformers and compare it with the NeMo model.
+        verify_tokens: length of the random input whose logits are compared.
+        max_position_embeddings: longest input, tokens; None takes the checkpoint's `seq_length`.
+        tokenizer: a Hugging Face tokenizer directory, where the checkpoint carries none.
+
+    Returns:
+        the RoPE variant that was written.
+
+    Raises:
+        ConfigError: transformers cannot say this variant or architecture, `target` exists, or the comparison fails.
+    """
+    target = Path(target).absolute()
+    _check_free(target)
+    cpu.install()
+    described = checkpoint_model(checkpoint_directory(checkpoint), {})
+    variant, longest = variant_of(described), max_position_embeddings or described.config.seq_length
+    rotary_dim = rotary_dim_of(described.config)
+    family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
+    to_hf(variant, rotary_dim=rotary_dim, max_position_embeddings=longest)
+    module, config, nemo_tokenizer = load_model(checkpoint)
+    hf_tokenizer = _hf_tokenizer(nemo_tokenizer, tokenizer)
+    exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        exported.save_pretrained(beside)
+        if hf_tokenizer is not None:
+            hf_tokenizer.save_pretrained(beside)
+        if verify:
+            verify_export(module, beside, variant, rotary_dim=rotary_dim, tokens=verify_tokens, longest=longest)
+        beside.chmod(0o755)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return variant
+
+
+def hf_model(
+    module: torch.nn.Module, config: Any, variant: RopeVariant, *, max_position_embeddings: int, tokenizer: Any = None
+) -> Any:
+    """The transformers model of a Megatron-Core one (unsharded), with its config, RoPE and generation config.
+
+    Args:
+        module: `megatron.core.models.gpt.GPTModel`.
+        config: its NeMo config.
+        variant: its RoPE.
+        max_position_embeddings: longest input, tokens.
+        tokenizer: a transformers tokenizer, for the numbers of its special tokens.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rope = to_hf(variant, rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
+    fields = hf_fields(config, family_of_nemo(config)) | rope | _token_numbers(config.generation_config, tokenizer)
+    hf_config = AutoConfig.for_model(**fields, dtype=config.params_dtype)
+    exported = AutoModelForCausalLM.from_config(hf_config, dtype=config.params_dtype)
+    weights = {name: w.cpu() for name, w in module.state_dict().items() if isinstance(w, torch.Tensor)}
+    _load_strictly(exported, to_hugging_face(weights, config))
+    if config.generation_config is not None:
+        exported.generation_config = config.generation_config
+    return exported
+
+
+@torch.no_grad()
+def verify_export(
+    module: torch.nn.Module, directory: Path, variant: RopeVariant, *, rotary_dim: int, tokens: int, longest: int
+) -> float:
+    """Load `directory` with transformers and compare it with the Megatron-Core model it came from, both in fp32.
+
+    Args:
+        tokens: length of the random input.
+        longest: frequencies are compared at lengths up to this one, so that far positions need no far input.
+
+    Returns:
+        the largest difference between two logits.
+
+    Raises:
+        ConfigError: a logit, frequency or attention factor differs, with both values.
+    """
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    _verify_frequencies(exported, variant, rotary_dim, {2, tokens, longest})
+    device = next(module.parameters()).device
+    ids = torch.randint(0, exported.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens)[None]
+    ours = module.float()(ids.to(device), positions.to(device), None).float().cpu()[..., : exported.config.vocab_size]
+    theirs = exported(input_ids=ids, position_ids=positions).logits
+    worst = float((ours - theirs).abs().max())
+    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    if not worst <= allowed:
+        at = int((ours - theirs).abs().amax(dim=-1).argmax())
+        mend = f"differ by {worst:.3g} from the NeMo model's at position {at} of {tokens}, more than {allowed:.3g}; not written"
+        raise ConfigError("logits", float(theirs[0, at].flatten()[0]), mend)
+    return worst
+
+
+def _verify_frequencies(exported: Any, variant: RopeVariant, rotary_dim: int, lengths: set[int]) -> None:
+    rotary = exported.model.rotary_emb
+    plain = Rope(base=variant.base).theta(rotary_dim)
+    for length in sorted(lengths):
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]))  # transformers picks the frequencies of this length
+        theirs, ours = rotary.inv_freq.numpy(), variant.inv_freq(rotary_dim, length)
+        if theirs.shape != ours.shape or (np.abs(theirs - ours.astype(np.float64)) > FREQUENCY_ROUNDING * plain).any():
+            mend = f"transformers has it at {length} tokens, the NeMo model {ours.tolist()}; not written"
+            raise ConfigError("inv_freq", theirs.tolist(), mend)
+        if abs(rotary.attention_scaling - variant.attention_scaling) > 1e-9:
+            mend = f"transformers has it, the NeMo model {variant.attention_scaling}; not written"
+            raise ConfigError("attention_factor", rotary.attention_scaling, mend)
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise ConfigError("target", str(target), "exists already; remove it or name another")
+
+
+def _load_strictly(model: torch.nn.Module, weights: Weights) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name != "lm_head.weight" or not model.config.tie_word_embeddings]  # type: ignore[union-attr]
+    if missing or unexpected:
+        raise ConfigError("weights", missing or unexpected, "have no counterpart in transformers' model; cannot be exported")
+
+
+def _generation_config(source: Path) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(source) if (source / "generation_config.json").is_file() else None
+
+
+def _nemo_tokenizer(source: Path, folder: Path) -> Any:
+    """NeMo's tokenizer over a copy of the tokenizer's files alone, which the checkpoint's context then takes in."""
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from transformers import AutoTokenizer as HFTokenizer
+
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    HFTokenizer.from_pretrained(source).save_pretrained(folder)
+    return AutoTokenizer(str(folder))
+
+
+def _hf_tokenizer(nemo_tokenizer: Any, directory: str | Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    if directory is not None:
+        return AutoTokenizer.from_pretrained(directory)
+    return getattr(nemo_tokenizer, "tokenizer", None)
+
+
+def _token_numbers(generation_config: Any, tokenizer: Any) -> dict[str, Any]:
+    """Beginning, end and padding token: the generation config's word first, since a chat model may end in several ways."""
+    numbers = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(generation_config, name, None)
+        numbers[name] = found if found is not None else getattr(tokenizer, name, None)
+    return numbers
+
+
+def _save_nemo(model: llm.GPTModel, weights: Weights, target: Path) -> None:
+    """Build `model`, fill it, and let NeMo write its own checkpoint: weights and context."""
+    connector = io.ModelConnector(str(target))
+    strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)
+    # The transform itself changes no weight; NeMo only asks that its callback be there.
+    callbacks = [ModelTransform()] if model.model_transform is not None else []
+    trainer = connector.nemo_setup(
+        model, nl.Trainer(devices=1, accelerator="cpu", strategy=strategy, callbacks=callbacks, logger=False)
+    )
+    module = model.module
+    converted = to_megatron(weights, set(module.state_dict()), model.config)
+    missing, unexpected = module.load_state_dict(converted, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise ConfigError("weights", missing or unexpected, "have no counterpart in the NeMo model; cannot be imported")
+    connector.nemo_save(target, trainer)

@@ -1,0 +1,35 @@
+"""`nemo-longctx export CKPT HF_DIR`: a NeMo checkpoint as a Hugging Face model, loaded again and compared before it is done."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "source", metavar="CKPT", type=Path, help="NeMo checkpoint, or a run's directory (its newest checkpoint)"
+    )
+    parser.add_argument("target", metavar="HF_DIR", type=Path, help="directory to make")
+    parser.add_argument("--no-verify", action="store_true", help="do not load the result and compare it with the checkpoint")
+    parser.add_argument("--verify-tokens", type=int, default=512, help="length of the input whose logits are compared (512)")
+    parser.add_argument("--max-position-embeddings", type=int, help="longest input, tokens (the checkpoint's seq_length)")
+    parser.add_argument("--tokenizer", type=Path, help="Hugging Face tokenizer directory, where the checkpoint carries none")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, verify, and say which RoPE variant was written."""
+    from nemo_longctx.adapters.nemo.checkpoint import export_hf
+
+    variant = export_hf(
+        args.source,
+        args.target,
+        verify=not args.no_verify,
+        verify_tokens=args.verify_tokens,
+        max_position_embeddings=args.max_position_embeddings,
+        tokenizer=args.tokenizer,
+    )
+    checked = "not verified" if args.no_verify else "verified by loading it again"
+    print(f"{args.target}: transformers model of {args.source}, RoPE {variant}, {checked}")
+    return 0

@@ -1,0 +1,22 @@
+# ruff: noqa: N999 (a command's module has its name)
+"""`nemo-longctx import HF_DIR CKPT`: a Hugging Face model as a NeMo checkpoint, its RoPE variant with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("source", metavar="HF_DIR", type=Path, help="directory with config.json, weights and tokenizer")
+    parser.add_argument("target", metavar="CKPT", type=Path, help="NeMo checkpoint directory to make")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and say which RoPE variant came along."""
+    from nemo_longctx.adapters.nemo.checkpoint import import_hf
+
+    variant = import_hf(args.source, args.target)
+    print(f"{args.target}: NeMo checkpoint of {args.source}, RoPE {variant}")
+    return 0
