@@ -79,8 +79,8 @@ def in_turn(script: str, cases: Sequence[dict], rounds: int) -> list[dict]:
     return medians
 
 
-def report(name: str, sizes: str, results: list[dict], ratios: dict[str, float], args: argparse.Namespace) -> None:
-    """The table, the ratios and where they come from; as JSON too where asked for."""
+def report(name: str, sizes: str, results: list[dict], ratios: dict[str, float], args: argparse.Namespace, **more: Any) -> None:
+    """The table, the ratios and where they come from; as JSON, with `more`, where asked for."""
     versions = {package: version(package) for package in ("torch", "megatron-core", "nemo-longctx")}
     origin = {"python": platform.python_version(), **versions, "threads": THREADS, "processor": platform.machine()}
     print(f"{name}: {sizes}; medians of {args.rounds} fresh processes; {origin}")

@@ -20,13 +20,16 @@ import torch.distributed as dist
 
 from nemo_longctx.config import ConfigError
 
-# Logits of one chunk in float32: below it the weight gradient is read and written too often, above it memory is all that grows.
-CHUNK_BYTES = 64 * 2**20
+# Tokens in a chunk and bytes of its float32 logits, whichever is less. Each chunk reads and writes the weight's gradient once,
+# so that it must hold enough tokens for the products to take most of the time: some 250 / m of it is lost on a GPU with m
+# tokens, 13 / m on a CPU (by the ratio of their arithmetic to their memory bandwidth).
+CHUNK_LIMITS = {"cpu": (512, 64 * 2**20), "cuda": (4096, 2 * 2**30)}
 
 
-def chunk_length(n_tokens: int, vocabulary: int) -> int:
-    """Tokens in a chunk: a multiple of 64 whose float32 logits take at most CHUNK_BYTES, and 64 at least."""
-    return min(max(CHUNK_BYTES // (4 * vocabulary) // 64 * 64, 64), max(n_tokens, 1))
+def chunk_length(n_tokens: int, vocabulary: int, device_type: str) -> int:
+    """Tokens in a chunk: a multiple of 64, and 64 at least, but for a smaller whole."""
+    tokens, logit_bytes = CHUNK_LIMITS[device_type]
+    return min(max(min(tokens, logit_bytes // (4 * vocabulary)) // 64 * 64, 64), max(n_tokens, 1))
 
 
 def chunked_cross_entropy(
@@ -82,7 +85,7 @@ class _Chunks:
         self.hidden_MC, self.weight_VC, self.labels_M, self.group = hidden_MC, weight_VC, labels_M, group
         self.accumulate = torch.promote_types(hidden_MC.dtype, torch.float32)
         self.first_row = 0 if group is None else group.rank() * weight_VC.shape[0]
-        self.length = chunk_length(hidden_MC.shape[0], weight_VC.shape[0])
+        self.length = chunk_length(hidden_MC.shape[0], weight_VC.shape[0], hidden_MC.device.type)
         self.logits_buffer = hidden_MC.new_empty(self.length, weight_VC.shape[0])
 
     def spans(self) -> list[slice]:

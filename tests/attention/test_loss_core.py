@@ -12,7 +12,7 @@ N, C, V = 150, 24, 96
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)  # 64 tokens a chunk
+    monkeypatch.setitem(module.CHUNK_LIMITS, "cpu", (64, 1))  # 64 tokens a chunk
 
 
 def problem(dtype=torch.float64, seed=0):

@@ -18,7 +18,7 @@ def _one_process():
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(core, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(core.CHUNK_LIMITS, "cpu", (64, 1))
 
 
 def pair(**kwargs):
