@@ -15,8 +15,9 @@ from nemo.collections import llm
 from nemo_longctx.adapters.nemo import run as pretraining
 from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
 from nemo_longctx.adapters.nemo.instruct_data_module import LongInstructDataModule
-from nemo_longctx.adapters.nemo.model import checkpoint_model, prepare_model, set_config_field
+from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
 from nemo_longctx.adapters.nemo.rope import variant_of
+from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.recipe import RecipeConfig
 
@@ -94,19 +95,32 @@ class InstructRun:
 
     def fit(self) -> Path:
         """Tune to the end, going on from this run's newest checkpoint, if there is one. Returns the run's directory."""
-        if self.lora is None:
-            return self.parts.fit()
         parts = self.parts
-        llm.train(
-            model=parts.model,
-            data=parts.data,
-            trainer=parts.trainer,
-            log=parts.log,
-            resume=parts.resume,
-            optim=parts.optim,
-            model_transform=self.lora,
-        )
+        if self.lora is None:
+            parts.fit()
+        else:
+            llm.train(
+                model=parts.model,
+                data=parts.data,
+                trainer=parts.trainer,
+                log=parts.log,
+                resume=parts.resume,
+                optim=parts.optim,
+                model_transform=self.lora,
+            )
+        if parts.trainer.is_global_zero:
+            self._save_chat_tokenizer()
         return parts.directory
+
+    def _save_chat_tokenizer(self) -> None:
+        """The tokenizer with the data's chat template, beside the run and in its last checkpoint, where exports find it."""
+        data: Any = self.parts.data
+        tokenizer = data.hf_tokenizer
+        tokenizer.chat_template = data.chat_template
+        tokenizer.save_pretrained(self.parts.directory / "tokenizer")
+        carried = checkpoint_directory(self.parts.directory) / "context" / "tokenizer"
+        if carried.is_dir():
+            tokenizer.save_pretrained(carried)
 
 
 def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
@@ -121,7 +135,7 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     model = checkpoint_model(recipe.restore_from, recipe.model)  # type: ignore[arg-type]
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
-    set_config_field(model, "calculate_per_token_loss", True)
+    model.config.calculate_per_token_loss = True
     if instruct.lora is not None and model.model_transform is not None:
         mend = f"NeMo has room for one transform, and the RoPE variant needs {type(model.model_transform).__name__}; set null"
         raise ConfigError("lora", dataclasses.asdict(instruct.lora), mend)
@@ -166,6 +180,9 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback], *, validates: b
 def _lora(config: LoRAConfig | None) -> llm.peft.LoRA | None:
     if config is None:
         return None
+    if not has_module("transformer_engine"):
+        mend = "NeMo's LoRA asks Transformer Engine, which is not installed here; set null to tune all weights"
+        raise ConfigError("lora", dataclasses.asdict(config), mend)
     return llm.peft.LoRA(target_modules=list(config.target_modules), dim=config.dim, alpha=config.alpha, dropout=config.dropout)
 
 

@@ -1,0 +1,108 @@
+"""A checkpoint in this process as the asker: a tiny Llama, taught to answer in form, gives real instances."""
+
+import json
+
+import pytest
+import torch
+from stories import jsonl, story
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.sft_instances import LLAMA2_CHAT_TEMPLATE
+from nemo_longctx.instruct.local import fingerprint
+
+# One reply in the form of both prompts: a question for the one, a verdict for the other.
+REPLY = "<question>Who wrote?</question><answer>Harrow.</answer><reason>Said.</reason><verdict>correct</verdict>"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder):
+    """A Llama of one layer that, after any prompt, says REPLY."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = LLAMA2_CHAT_TEMPLATE
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
+    mark = tokenizer("x [/INST]", add_special_tokens=False)["input_ids"][1:]
+    pair = tokenizer(" Who wrote? Harrow.", add_special_tokens=False)["input_ids"]
+    reply = tokenizer(f" {REPLY} </s>", add_special_tokens=False)["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    text = tokenizer("".join(story(seed, 40) for seed in range(8)), add_special_tokens=False, return_tensors="pt")["input_ids"][
+        0
+    ]
+    for _ in range(250):
+        length = int(torch.randint(30, 120, ()))
+        starts = torch.randint(0, len(text) - length, (8,)).tolist()
+        prompt = torch.stack([text[start : start + length] for start in starts])
+        # Half of the prompts end as a critique's does.
+        end = pair + mark if length % 2 else mark
+        ids = torch.cat((prompt, torch.tensor([end + reply] * 8)), dim=1)
+        labels = ids.clone()
+        labels[:, : length + len(end)] = -100
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def generate(checkpoint, tokenizer_folder, documents, output, **settings):
+    settings = {"target_length": 600, "chunk_tokens": 40, "max_answer_tokens": 120, "temperature": 0} | settings
+    prompts = output.parent / "prompts"  # short ones: this model has never seen a long prompt
+    prompts.mkdir(exist_ok=True)
+    for name, text in {
+        "question_normal": "{chunk}",
+        "question_short": "{chunk}",
+        "critique": "{chunk} {question} {answer}",
+    }.items():
+        (prompts / f"{name}.txt").write_text(text)
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    line = [
+        "instruct",
+        "generate",
+        str(documents),
+        "--output",
+        str(output),
+        "--checkpoint",
+        str(checkpoint),
+        "--prompts",
+        str(prompts),
+    ]
+    return main([*line, "--tokenizer", str(tokenizer_folder), *flags])
+
+
+def test_instances_from_a_checkpoint(checkpoint, tokenizer_folder, tmp_path, capsys):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 4), story(2, 4)])
+    out = tmp_path / "out"
+    assert generate(checkpoint, tokenizer_folder, documents, out) == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    (row,) = [json.loads(line) for line in (out / "instances.jsonl").read_text().splitlines()]
+    assert row["provenance"]["question"] == "Who wrote?"
+    assert row["messages"][1]["content"] == "Harrow."
+    assert row["provenance"]["model"] == fingerprint(checkpoint)
+    assert report["yield"].get("near_duplicate", 0) == report["yield"]["parsed"] - 1  # it knows one question only
+    assert report["calls"]["completion_tokens"] > 0
+    assert generate(checkpoint, tokenizer_folder, documents, out) == 0
+    assert json.loads((out / "report.json").read_text())["calls"]["made"] == 0
+
+
+def test_prompts_beyond_the_window_are_refused_with_the_mend(checkpoint, tokenizer_folder, tmp_path, capsys):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(seed, 200) for seed in range(4)])
+    settings = {"chunk_tokens": 2000, "target_length": 2600, "stop_after_malformed": 3}
+    assert generate(checkpoint, tokenizer_folder, documents, tmp_path / "out", **settings) == 2
+    assert "do not fit a window of 2048; lower chunk_tokens" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_named(tokenizer_folder, tmp_path, capsys):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 4)])
+    with pytest.raises(ConfigError, match="no weights"):
+        fingerprint(tokenizer_folder)
+    assert generate(tokenizer_folder, tokenizer_folder, documents, tmp_path / "out") == 2
+    assert "no weights" in capsys.readouterr().err
