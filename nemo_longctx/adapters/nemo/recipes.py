@@ -3,9 +3,9 @@
 nemo_run finds this module by the entry point `longctx` of group `nemo_run.cli`. One factory a family, with the size and any
 Hydra override as parameters; the numbers are those of conf/recipe/, the parts are NeMo's own, each a `run.Config` that the
 command line can change (`trainer.num_nodes=4`), and nemo_run's executors bring them to Slurm, Kubernetes or this machine.
-"""
 
-from __future__ import annotations
+Annotations must not be postponed here (`from __future__ import annotations`): nemo_run parses arguments by their types.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
