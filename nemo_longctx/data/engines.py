@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from nemo_longctx.config import ConfigError
@@ -45,7 +46,8 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
         running: dict[Any, ShardJob] = {}
         while True:
             for job in _next(todo, 2 * workers - len(running)):
-                running[pool.submit(_run_in_worker, job)] = job
+                with _interrupt_held_back():
+                    running[pool.submit(_run_in_worker, job)] = job
             if not running:
                 return
             done, _ = wait(running, timeout=0.25, return_when=FIRST_COMPLETED)
@@ -60,6 +62,16 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Processes started inside are born with SIGINT held back, so that Ctrl-C while they import is not theirs to report."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _next(jobs: Iterator[ShardJob], n: int) -> Iterator[ShardJob]:
     for _ in range(n):
         job = next(jobs, None)
@@ -70,6 +82,7 @@ def _next(jobs: Iterator[ShardJob], n: int) -> Iterator[ShardJob]:
 
 def _start_worker(counters: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us by `stop`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
