@@ -23,14 +23,12 @@ from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.eval.results_cache import ResultsCache, request_key, weights_digest
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Request, Score, Scorer
 from nemo_longctx.eval.sharing import everywhere, run_shared
-from nemo_longctx.eval.truncation import Truncated, prompt_budget, token_span, truncate
+from nemo_longctx.eval.truncation import UNSCORED, Truncated, prompt_budget, token_span, truncate
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
-# Returned instead of a generation whose prompt lost what it asks about; our tasks count it and leave it out of the mean.
-UNSCORED = "\x00not scored: truncation cut the "
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks")
 
 

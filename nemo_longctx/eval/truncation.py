@@ -10,6 +10,8 @@ import numpy as np
 from nemo_longctx.config import ConfigError, did_you_mean
 
 POLICIES = ("left", "middle", "keep_question")
+# Stands for a generation whose prompt lost what it asks about; tasks count it and leave it out of the mean.
+UNSCORED = "\x00not scored: truncation cut the "
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,56 @@
+"""What the task files name: prompts, targets, scores of one sample, and means over those that were scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nemo_longctx.eval import metrics
+from nemo_longctx.eval.tasks.loaders import load
+from nemo_longctx.eval.truncation import UNSCORED
+
+__all__ = ["load", "mean_scored", "rouge_geo", "total"]
+
+mean_scored = metrics.mean_scored
+rouge_geo = metrics.geometric_mean
+total = sum
+
+
+def prompt(doc: Mapping[str, Any]) -> str:
+    return doc["prompt"]
+
+
+def target(doc: Mapping[str, Any]) -> str:
+    """The answer that a shot shows, after a space."""
+    return " " + doc["answers"][0]
+
+
+def _process(name: str, score: Callable[[str, Sequence[str]], Any], nothing: Any) -> Callable[..., dict[str, Any]]:
+    """A `process_results`: the metric of the reply, or `nothing` and a count where truncation cut what it asks about."""
+
+    def process(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+        reply = results[0]
+        if reply.startswith(UNSCORED):
+            return {name: nothing, "not_scored": 1}
+        return {name: score(reply.strip(), doc["answers"]), "not_scored": 0}
+
+    return process
+
+
+def _letter_match(reply: str, answers: Sequence[str]) -> float:
+    wanted = {metrics.choice_letter(answer) or answer.strip()[:1] for answer in answers}
+    return float(metrics.choice_letter(reply) in wanted)
+
+
+def _letters(text: str) -> set[str]:
+    return {c for c in text if c in "ABCD"}
+
+
+process_f1 = _process("f1", metrics.f1, math.nan)
+process_exact_match = _process("exact_match", metrics.exact_match, math.nan)
+process_rouge = _process("rouge_geo", lambda r, a: tuple(metrics.rouge(r, a).values()), (math.nan,) * 3)
+process_letter = _process("accuracy", _letter_match, math.nan)
+process_letters = _process("accuracy", lambda r, a: float(_letters(r.split("\n")[0]) == _letters(a[0])), math.nan)
+process_similarity = _process("similarity", lambda r, a: metrics.exponential_similarity(r, a[0]), math.nan)
+process_order = _process("concordance", lambda r, a: metrics.concordance_index(r, a[0]), math.nan)

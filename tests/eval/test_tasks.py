@@ -1,0 +1,240 @@
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import byte_tokenizer, tiny_llama
+
+pytest.importorskip("lm_eval")
+from nemo_longctx.adapters.harness import TASK_FOLDER, load_tasks, run_harness
+from nemo_longctx.adapters.lm_eval import LongContextLM
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.suite import HarnessTask
+from nemo_longctx.eval.tasks import functions, loaders
+from nemo_longctx.eval.truncation import UNSCORED
+
+QMSUM = Path(__file__).parents[3] / "shared" / "eval" / "qmsum_val.jsonl"
+needs_qmsum = pytest.mark.skipif(not QMSUM.exists(), reason="the published QMSum rows are not beside this checkout")
+STORY = "Anna found the key under the mat. She opened the door and went in. It was dark, and nobody was there. "
+# One row in the published layout of each source: {field: value} as their authors write them.
+SCROLLS = {"id": "s1", "pid": "s1_0", "input": f"Where was the key?\n\n{STORY}", "output": "under the mat"}
+QUALITY = {
+    "id": "q1", "pid": "q1_0", "output": "Under the mat",
+    "input": "Where was the key?\n\n (A) In a box\n (B) Under the mat\n (C) In the dark\n (D) Nowhere\n\n\n" + STORY,
+}  # fmt: skip
+ZERO = {
+    "id": "z1",
+    "pid": "z1_0",
+    "input": f"Answer the question.\n\n{STORY}\n\nQuestion: Where was the key?\n\nAnswer:",
+    "output": "mat",
+}
+ZERO |= {"document_start_index": 22, "document_end_index": 22 + len(STORY), "truncation_seperator": "..."}
+ZERO |= {"query_start_index": ZERO["input"].index("Question"), "query_end_index": ZERO["input"].index("\n\nAnswer")}
+LEVAL = {
+    "instructions": ["Where was the key?", "Was it dark?"],
+    "outputs": ["under the mat", "Yes"],
+    "input": STORY,
+    "source": "x",
+}
+
+
+def published(source):
+    if source.startswith("zero_"):
+        return ZERO | ({"output": "(B)"} if source.endswith("quality") else {})
+    if source.startswith("leval_"):
+        return LEVAL
+    return QUALITY if source == "quality" else SCROLLS
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Each source's file in the layout of its own archive."""
+    root = tmp_path_factory.mktemp("published")
+    for source in loaders.SOURCES:
+        kind, _, name = source.partition("_") if source.startswith(("zero_", "leval_")) else ("", "", source)
+        folder = root / (kind or "scrolls") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [published(source) | {"id": f"{source}{n}"} for n in range(4)]
+        if source == "zero_space_digest":
+            rows = [row | {"output": "60%"} for row in rows]
+        if source == "zero_book_sum_sort":
+            rows = [row | {"output": "2, 1, 3"} for row in rows]
+        for split in ("train", "validation"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return root
+
+
+def test_paper_prompts():
+    (row,) = loaders.scrolls_rows([SCROLLS])
+    assert row["prompt"] == f"{STORY.strip()}\n\nQ: Where was the key?\nA:"
+    assert row["protect"]["question"] in row["prompt"]
+    (row,) = loaders.scrolls_rows([QUALITY], choices=True)
+    assert row["choices"] == ["In a box", "Under the mat", "In the dark", "Nowhere"]
+    assert row["prompt"].endswith("Q: Where was the key?\n(A) In a box\n(B) Under the mat\n(C) In the dark\n(D) Nowhere\nA:")
+    assert row["context"] == STORY.strip()
+    assert functions.target(row) == " Under the mat"
+
+
+def test_references_of_one_id_are_gathered():
+    rows = loaders.scrolls_rows([SCROLLS, SCROLLS | {"output": "the mat"}, SCROLLS | {"id": "s2"}])
+    assert [row["answers"] for row in rows] == [["under the mat", "the mat"], ["under the mat"]]
+
+
+def test_zeroscrolls_keeps_the_published_prompt():
+    (row,) = loaders.zeroscrolls_rows([ZERO])
+    assert row["prompt"] == ZERO["input"]
+    assert row["protect"] == {"instruction": "Answer the question.", "question": "Question: Where was the key?"}
+    assert row["context"] == STORY
+
+
+def test_leval_has_a_sample_an_instruction():
+    assert [(row["question"], row["answers"]) for row in loaders.leval_rows([LEVAL])] == [
+        ("Where was the key?", ["under the mat"]), ("Was it dark?", ["Yes"]),
+    ]  # fmt: skip
+
+
+def test_wrong_data_is_named(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"metadata\.data"):
+        loaders.load("qasper", data=str(tmp_path))
+    with pytest.raises(ValueError, match="a row of qasper has no field 'id'"):
+        loaders.convert("qasper", [{"text": "x"}])
+    with pytest.raises(ValueError, match=r"options \(A\) to \(D\)"):
+        loaders.scrolls_rows([SCROLLS], choices=True)
+
+
+def test_unscored_replies_are_counted_and_left_out():
+    doc = {"answers": ["under the mat"]}
+    scored = functions.process_f1(doc, ["under the mat"])
+    lost = functions.process_f1(doc, [UNSCORED + "question"])
+    assert (scored["f1"], scored["not_scored"]) == (1.0, 0)
+    assert math.isnan(lost["f1"])
+    assert functions.mean_scored([scored["f1"], lost["f1"]]) == 1.0
+    assert functions.total([scored["not_scored"], lost["not_scored"]]) == 1
+    assert functions.rouge_geo([functions.process_rouge(doc, [UNSCORED])["rouge_geo"], (1.0, 1.0, 1.0)]) == 1.0
+
+
+def words(text):
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def f_measure(common, ours, theirs):
+    return 0.0 if not common else 2 * common / (ours + theirs)
+
+
+def rouge_by_definition(prediction, reference):
+    """ROUGE-1, -2, -L from their definitions, by plain counting."""
+    p, r = words(prediction), words(reference)
+    scores = []
+    for n in (1, 2):
+        a, b = ([tuple(x[i : i + n]) for i in range(len(x) - n + 1)] for x in (p, r))
+        rest, common = list(b), 0
+        for gram in a:
+            if gram in rest:
+                rest.remove(gram)
+                common += 1
+        scores.append(f_measure(common, len(a), len(b)))
+    table = [[0] * (len(r) + 1) for _ in range(len(p) + 1)]
+    for i, x in enumerate(p):
+        for j, y in enumerate(r):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return [*scores, f_measure(table[-1][-1], len(p), len(r))]
+
+
+@needs_qmsum
+def test_qmsum_as_published():
+    lines = [json.loads(line) for line in QMSUM.read_text(encoding="utf-8").splitlines()]
+    rows = loaders.convert("qmsum", lines)
+    assert len(lines) == 35
+    assert len(rows) == sum(len(m["general_query_list"]) + len(m["specific_query_list"]) for m in lines)
+    first = rows[0]
+    assert first["prompt"].startswith("Professor E: So . OK . Doesn't look like it crashed .")
+    assert first["prompt"].endswith("\n\nQ: What were the main discussion points of the meeting?\nA:")
+    assert first["answers"][0].startswith("The group discussed topics including a potential collaboration")
+    # By hand, on the sample "What was agreed upon on sample transcripts?": the reference has 46 words.
+    row = rows[1]
+    assert row["question"] == "What was agreed upon on sample transcripts?"
+    reply = "To save time, the digits extraction task will be delegated."
+    # All ten words are in the reference; of nine pairs "to save", "save time", "the digits", ..., "be delegated" eight are
+    # ("time the" is not); the longest common subsequence is all ten in order.
+    n = len(words(row["answers"][0]))
+    expected = [2 * 10 / (10 + n), 2 * 8 / (9 + n - 1), 2 * 10 / (10 + n)]
+    got = functions.process_rouge(row, [reply])["rouge_geo"]
+    assert got == pytest.approx(expected)
+    assert functions.rouge_geo([got]) == pytest.approx(math.prod(expected) ** (1 / 3))
+    for row in rows[:40]:
+        reply = " ".join(row["answers"][0].split()[::2]) + " " + row["question"]
+        assert functions.process_rouge(row, [reply])["rouge_geo"] == pytest.approx(
+            rouge_by_definition(reply, row["answers"][0])
+        )
+
+
+def tiny_lm(texts, length, **more):
+    tokenizer = byte_tokenizer(texts, **more)
+    return LongContextLM(HFCausalModel(tiny_llama(vocab=len(tokenizer), length=length)), tokenizer=tokenizer)
+
+
+@needs_qmsum
+def test_qmsum_runs_one_shot_through_the_model(tmp_path):
+    # Meetings cut to a few turns, so that a tiny model reads a shot and a sample whole.
+    lines = [json.loads(line) for line in QMSUM.read_text(encoding="utf-8").splitlines()[:3]]
+    for line in lines:
+        line["meeting_transcripts"] = line["meeting_transcripts"][:4]
+        line["specific_query_list"] = line["specific_query_list"][:1]
+    file = tmp_path / "qmsum.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lm = tiny_lm([json.dumps(line) for line in lines], 4096)
+    task = HarnessTask(tasks=("longctx_qmsum",), limit=4, metadata={"data": str(file), "splits": "train validation"})
+    (one,) = load_tasks(task).values()
+    prompt = one.fewshot_context(
+        next(iter(one.validation_docs() if one.has_validation_docs() else one.test_docs())), num_fewshot=1
+    )
+    assert prompt.count("\nA:") == 2
+    results, watched = run_harness(task, lm)
+    assert 0 <= results["longctx_qmsum"]["rouge_geo"] < 0.5
+    assert results["longctx_qmsum"]["not_scored"] == 0
+    assert len(watched["longctx_qmsum/not_scored"]) == 4
+
+
+ONE_BY_ONE = sorted(p.stem for p in Path(TASK_FOLDER).glob("*.yaml") if "group:" not in p.read_text(encoding="utf-8"))
+
+
+def test_every_task_file_is_there():
+    counts = {prefix: sum(name.startswith(prefix) for name in ONE_BY_ONE) for prefix in ("longctx_", "zeroscrolls_", "leval_")}
+    assert counts == {"longctx_": 4, "zeroscrolls_": 10, "leval_": 6}
+    shots = {}
+    for name in ("narrativeqa", "qasper", "quality", "qmsum"):
+        text = (Path(TASK_FOLDER) / f"longctx_{name}.yaml").read_text(encoding="utf-8").replace("!function", "")
+        shots[name] = yaml.safe_load(text)["num_fewshot"]
+    assert shots == {"narrativeqa": 0, "qasper": 2, "quality": 2, "qmsum": 1}  # Xiong et al. 2023, section 4.1
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_every_task_runs_on_rows_as_published(name, data):
+    folder = data / {"longctx": "scrolls", "zeroscrolls": "zero", "leval": "leval"}[name.split("_")[0]]
+    lm = tiny_lm([STORY], 4096)
+    task = HarnessTask(tasks=(name,), limit=2, metadata={"data": str(folder)})
+    for one in load_tasks(task).values():
+        one.config.generation_kwargs["max_gen_toks"] = 8
+    results, _ = run_harness(task, lm)
+    scores = {key: value for key, value in results[name].items() if key not in ("not_scored", "cut", "sample_len")}
+    assert results[name]["not_scored"] == 0
+    assert any(0 <= value <= 1 for value in scores.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize(("policy", "prompt", "lost"), [("left", 60, 0), ("left", 20, 2), ("keep_question", 60, 0)])
+def test_truncation_is_recorded_and_lost_questions_are_not_scored(data, policy, prompt, lost):
+    lm = tiny_lm([STORY], 4096, vocab=258)  # a token a letter
+    metadata = {"data": str(data / "scrolls"), "max_prompt": prompt, "policy": policy}
+    results, _ = run_harness(HarnessTask(tasks=("longctx_narrativeqa",), limit=2, metadata=metadata), lm)
+    assert results["longctx_narrativeqa"]["cut"] == 2
+    assert results["longctx_narrativeqa"]["not_scored"] == lost
+    assert {record.policy for record in lm.truncations} == {policy}
+    assert math.isnan(results["longctx_narrativeqa"]["f1"]) == bool(lost)
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(ValueError, match="no task longctx_qmsun"):
+        load_tasks(HarnessTask(tasks=("longctx_qmsun",)))

@@ -1,0 +1,47 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.truncation import POLICIES, prompt_budget, token_span, truncate
+
+
+@given(st.integers(0, 40), st.integers(1, 50), st.sampled_from(POLICIES), st.integers(0, 30), st.integers(1, 10))
+def test_budget_is_kept_and_losses_are_told(length, budget, policy, start, width):
+    tokens = list(range(length))
+    span = (min(start, length), min(start + width, length))
+    cut = truncate(tokens, budget, policy, {"question": span})
+    assert len(cut.tokens) == min(length, budget)
+    assert cut.removed == max(0, length - budget)
+    assert cut.tokens == sorted(cut.tokens)  # what is left keeps its order
+    whole = set(range(*span)) <= set(cut.tokens)
+    assert (cut.lost == ()) == whole
+    if policy == "keep_question" and span[1] - span[0] <= budget:
+        assert whole
+
+
+def test_each_policy():
+    tokens = list(range(10))
+    assert truncate(tokens, 4, "left").tokens == [6, 7, 8, 9]
+    assert truncate(tokens, 5, "middle").tokens == [0, 1, 2, 8, 9]
+    assert truncate(tokens, 5, "keep_question", {"question": (0, 2)}).tokens == [0, 1, 7, 8, 9]
+    assert truncate(tokens, 5, "left", {"question": (0, 2)}).lost == ("question",)
+    assert truncate(tokens, 5, "middle", {"needle": (4, 6), "question": (8, 10)}).lost == ("needle",)
+
+
+def test_users_mistakes():
+    with pytest.raises(ConfigError, match="did you mean 'middle'"):
+        truncate([1], 1, "midle")
+    with pytest.raises(ConfigError, match="leaves no prompt"):
+        prompt_budget(100, 100)
+    with pytest.raises(ConfigError, match="leaves no prompt"):
+        truncate([1, 2], 0, "left")
+    assert prompt_budget(100, 20) == 80
+    assert prompt_budget(100, 20, 50) == 50
+
+
+def test_token_span_covers_the_characters():
+    offsets = [(0, 0), (0, 3), (3, 4), (4, 9), (9, 12)]  # a special token first
+    assert token_span(offsets, 3, 9) == (2, 4)
+    assert token_span(offsets, 5, 6) == (3, 4)
+    assert token_span(offsets, 0, 12) == (1, 5)
