@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="corpus, or directory of shards; each is one source")
     parser.add_argument("--seq-length", type=size, metavar="N", help="window: adds what is cut, and the plan's one stage")
-    parser.add_argument("--mix", metavar="CONF", help="weights and length rules; `sources` may be left to PREFIX")
+    parser.add_argument("--mix", metavar="CONF", help="weights and length rules; PREFIX gives its sources, or their paths")
     parser.add_argument("--curriculum", metavar="CONF", help="stages, tokens_per_step, total_tokens of the run")
     parser.add_argument("--total-tokens", type=size, metavar="N", help="tokens of the run (default: one pass over the data)")
     parser.add_argument("--seed", type=int, default=1234, help="of the order in which documents come")
@@ -71,11 +71,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _mix_values(args: argparse.Namespace) -> dict[str, Any]:
     values = _yaml(args.mix, "mix", ("mix",), ("data", "mix")) if args.mix else {}
-    if args.prefixes and values.get("sources"):
-        raise ConfigError("data.mix.sources", args.prefixes, "the mix names its sources; leave out either them or PREFIX")
     if not args.prefixes and not values.get("sources"):
         raise ConfigError("PREFIX", None, "name a corpus, or a --mix that has sources")
-    if args.prefixes:
+    if args.prefixes and values.get("sources"):
+        if len(args.prefixes) != len(values["sources"]):
+            mend = f"the mix has {len(values['sources'])} sources; give the path of each, in their order, or none"
+            raise ConfigError("PREFIX", args.prefixes, mend)
+        pairs = zip(values["sources"], args.prefixes, strict=True)
+        values["sources"] = [{**source, "path": prefix} for source, prefix in pairs]
+    elif args.prefixes:
         # Prefixes of the same name in several directories are told apart by their paths.
         names = [os.path.basename(prefix.rstrip("/")) for prefix in args.prefixes]
         unique = len(set(names)) == len(names)

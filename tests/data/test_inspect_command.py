@@ -76,6 +76,14 @@ def test_one_line_of_mix_over_prefixes(prefixes, capsys):
     assert report["plan"]["total_tokens"] <= sum(row["tokens"] for row in report["plan"]["strata"])
 
 
+def test_prefixes_give_the_paths_of_a_mix_that_has_names_and_weights(prefixes, capsys):
+    mix = "{sources: [{path: gone, name: first, weight: 0.25}, {path: too, name: second, weight: 0.75}]}"
+    report = inspect(capsys, *prefixes, "--mix", mix, "--no-figure")
+    rows = [(row["name"], row["asked_share"]) for row in report["plan"]["strata"]]
+    assert rows == [("first", 0.25), ("second", 0.75)]
+    assert [source["path"] for source in report["sources"]] == prefixes
+
+
 def test_a_mix_that_cannot_be_met_is_shown_and_fails(tmp_path, capsys):
     prefix = write(tmp_path / "few", [5000, 100, 100])
     arguments = [prefix, "--mix", "{long_length: 1000, long_share: 0.5}", "--total-tokens", "8192", "--no-figure"]
@@ -133,7 +141,7 @@ def test_no_token_is_read_and_no_torch_imported(tmp_path):
         (["books", "--mix", "{drop_longr: 5}"], "did you mean 'drop_longer'"),
         (["books", "--mix", "nonsense"], "neither a file nor a YAML mapping"),
         (["books", "--mix", "{a: ["], "not YAML"),
-        (["books", "--mix", "{sources: [{path: web}]}"], "leave out either"),
+        (["books", "--mix", "{sources: [{path: web}, {path: b}]}"], "the mix has 2 sources"),
         (["books", "--mix", "{drop_shorter: 1000000}"], "no document of 1000000"),
         (["books", "--seq-length", "0"], "at least one token"),
         (
