@@ -15,8 +15,9 @@ from nemo_longctx.planning.models import ModelShape
 
 # What a process holds beside tensors on a GPU: CUDA context, NCCL's buffers, cuBLAS workspaces. An allowance, not a formula.
 FRAMEWORK_BYTES = 2.0 * GIB
-# fp32 logits of one chunk of the chunked loss: nemo_longctx.attention.loss.CHUNK_BYTES, which a test compares (no torch here).
-LOSS_CHUNK_BYTES = 64 * 2**20
+# Tokens of a chunk of the chunked loss and bytes of its fp32 logits, whichever is less, on a GPU:
+# nemo_longctx.attention.loss.CHUNK_LIMITS["cuda"], with which a test compares it (that module imports torch, this must not).
+LOSS_CHUNK_LIMITS = (4096, 2 * 2**30)
 # What predictions were found to be off by, at worst (benchmarks/plan_memory.py, benchmarks/plan_published.py).
 STATED_ERROR = 0.10
 
@@ -104,9 +105,9 @@ def _stage_plan(
         weights=held * precision.weight,
         gradients=held * layout.gradient_bytes,
         optimizer=parameters * precision.optimizer / (1 if layout.sharding == "none" else replicas),
-        activations=tokens * precision.activation * _kept_elements(model, layout, stage, layer, seq_length, global_batch_size),
+        activations=tokens * precision.activation * _kept_elements(model, layout, stage, layer, global_batch_size),
         logits=_loss_bytes(model, layout, tokens) if last else 0.0,
-        workspace=_workspace_bytes(model, layout, tokens, layer, seq_length),
+        workspace=_workspace_bytes(model, layout, tokens, layer),
         communication=_communication_bytes(model, layout, tokens),
         framework=framework_bytes,
         kv_cache=_kv_cache_bytes(model, layout, eval_length),
@@ -162,9 +163,7 @@ def _layer_activations(model: ModelShape, layout: Layout, seq_length: int) -> _L
     )
 
 
-def _kept_elements(
-    model: ModelShape, layout: Layout, stage: int, layer: _LayerActivations, seq_length: int, global_batch_size: int
-) -> float:
+def _kept_elements(model: ModelShape, layout: Layout, stage: int, layer: _LayerActivations, global_batch_size: int) -> float:
     """Elements a token kept on a stage, over the layers and the microbatches in flight."""
     pp, vp = layout.pipeline_model_parallel_size, layout.model_chunks
     chunk_layers = model.num_layers / (pp * vp)
@@ -195,13 +194,13 @@ def _loss_bytes(model: ModelShape, layout: Layout, tokens: float) -> float:
     hidden_gradient = tokens * model.hidden_size * width
     head_gradient = vocabulary * model.hidden_size * width
     if layout.loss == "chunked":
-        chunk = min(LOSS_CHUNK_BYTES, tokens * vocabulary * 4) * (1 + narrow / 4)
-        return chunk + hidden_gradient + head_gradient * 4 / width
+        chunk = min(LOSS_CHUNK_LIMITS[0] * vocabulary * 4, LOSS_CHUNK_LIMITS[1], tokens * vocabulary * 4)
+        return chunk * (1 + narrow / 4) + hidden_gradient + head_gradient * 4 / width
     a_logit = narrow + (3 * 4 if layout.loss == "eager" else 4)
     return tokens * vocabulary * a_logit + hidden_gradient + head_gradient
 
 
-def _workspace_bytes(model: ModelShape, layout: Layout, tokens: float, layer: _LayerActivations, seq_length: int) -> float:
+def _workspace_bytes(model: ModelShape, layout: Layout, tokens: float, layer: _LayerActivations) -> float:
     """One layer's backward: gradients of its widest tensors, and its own activations where they are computed again.
 
     Also the gradient of the largest matrix, made before it is added to the buffer.

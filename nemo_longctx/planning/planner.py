@@ -205,11 +205,9 @@ def longest_length(model: ModelShape, gpu: Gpu, base: Layout, *, limit: int = 1 
         ConfigError: not even 1,024 tokens fit.
     """
     best: Longest | None = None
-    seen: dict[Layout, None] = {}
-    for layout in candidates(model, gpu, replace(base, recompute="full")):
-        if layout.micro_batch_size == 1 and layout.recompute == "full" and layout.model_chunks == 1:
-            seen[layout] = None
-    for layout in seen:
+    for layout in candidates(model, gpu, base):
+        if layout.micro_batch_size > 1 or layout.recompute != "full" or layout.model_chunks > 1:
+            continue
         unit = 1024 * max(1, 2 * layout.context_parallel_size * layout.tensor_model_parallel_size // 1024)
         batch = layout.data_parallel_size * layout.pipeline_model_parallel_size
         if layout_faults(model, layout, unit * 2 * layout.context_parallel_size, batch):

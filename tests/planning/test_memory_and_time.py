@@ -126,15 +126,16 @@ def test_interleaving_keeps_more_and_waits_less():
 
 
 def test_chunked_loss_needs_less_and_its_chunk_is_the_codes_own():
-    loss = pytest.importorskip("nemo_longctx.attention.loss")
-    assert loss.CHUNK_BYTES == memory.LOSS_CHUNK_BYTES
+    from nemo_longctx.attention import loss  # imports torch
+
+    assert loss.CHUNK_LIMITS["cuda"] == memory.LOSS_CHUNK_LIMITS
     model, one = MODELS["llama3_8b"], Layout(gpus=1)
     sizes = [
         memory_plan(model, replace(one, loss=name), seq_length=32_768, global_batch_size=1).logits
         for name in ("chunked", "vocab_parallel", "eager")
     ]
     assert sizes == sorted(sizes)
-    assert sizes[0] < sizes[1] / 8
+    assert sizes[0] < sizes[1] / 4
 
 
 def test_kv_cache_counts_only_where_it_is_the_peak():
