@@ -21,8 +21,8 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, write_json
 from nemo_longctx.rope.variants import RopeVariant
 
-# Megatron-Core keeps fp32 weights and two Adam moments; a save writes the new checkpoint before it removes the old one.
-OPTIMIZER_BYTES_PER_PARAMETER = 12
+# Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 class LongContextSettingsCallback(Callback):
@@ -50,8 +50,10 @@ class LongContextSettingsCallback(Callback):
         seen = [verify_live_rope(module, self.variant) for module in modules]
         if not trainer.is_global_zero:
             return
+        self.directory.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for module in modules for p in module.parameters())
-        _check_disk(self.directory, parameters * OPTIMIZER_BYTES_PER_PARAMETER)
+        self.checkpoint_bytes = parameters * CHECKPOINT_BYTES_PER_PARAMETER * model_parallel_size(trainer.strategy)
+        check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
         print(settings_table(self.changes, source=self.source), *seen, kernel, sep="\n", flush=True)
         record = {
@@ -64,6 +66,10 @@ class LongContextSettingsCallback(Callback):
             "versions": versions(),
         }
         write_json(self.directory / "settings.json", record)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it
+            check_disk(self.directory, self.checkpoint_bytes)
 
 
 class TrainingLogCallback(Callback):
@@ -131,12 +137,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-def _check_disk(directory: Path, checkpoint_bytes: int) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+def model_parallel_size(strategy: Any) -> int:
+    """Ranks that hold one copy of the weights together."""
+    return strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size
+
+
+def check_disk(directory: Path, needed: float) -> None:
+    """Raise ConfigError where the disk that holds `directory` has less than `needed` bytes free."""
     free = shutil.disk_usage(directory).free
-    if free < 2 * checkpoint_bytes:
-        mend = f"{free / 2**30:.1f} GiB are free, and two checkpoints of this model take {2 * checkpoint_bytes / 2**30:.1f} GiB"
-        raise ConfigError("output_dir", str(directory), f"the disk is too full to save: {mend}; free some or choose another")
+    if free < needed:
+        what = f"the disk has {free / 2**20:,.0f} MiB free, and saving takes {needed / 2**20:,.0f} MiB"
+        mend = "free some space, or choose another directory, and start the same command again: earlier checkpoints are whole"
+        raise ConfigError("output_dir", str(directory), f"{what}; {mend}")
 
 
 def _number(value: Any) -> float | None:

@@ -67,8 +67,8 @@ def uninstall() -> None:
         setattr(owner, name, value)
 
 
-def fields_to_change(config: Any) -> dict[str, Any]:
-    """Fields of a `GPTConfig` that this machine asks to be other than they are, with the values to set.
+def machine_fields(config: Any) -> dict[str, Any]:
+    """Fields of a `GPTConfig` whose values this machine decides, with those values.
 
     Without CUDA: what `CPU_MODEL_FIELDS` says. With CUDA: the class's own defaults for a config that was written without
     (it says `use_cpu_initialization`), and no fusion of a package that is missing.
@@ -84,12 +84,12 @@ def fields_to_change(config: Any) -> dict[str, Any]:
             wanted["apply_rope_fusion"] = False
         if not has_module("amp_C"):
             wanted["persist_layer_norm"] = False
-    return {name: value for name, value in wanted.items() if hasattr(config, name) and getattr(config, name) != value}
+    return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
 def adapt_model_config(config: Any) -> None:
-    """Set `fields_to_change` on `config`."""
-    for name, value in fields_to_change(config).items():
+    """Set `machine_fields` on `config`."""
+    for name, value in machine_fields(config).items():
         setattr(config, name, value)
 
 

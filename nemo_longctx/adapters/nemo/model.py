@@ -141,7 +141,7 @@ def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | No
     set_config_field(model, "seq_length", seq_length)
     if variant is not None:
         place_rope(model, variant)
-    for name, value in cpu.fields_to_change(model.config).items():
+    for name, value in cpu.machine_fields(model.config).items():
         set_config_field(model, name, value)
     model.config.transformer_layer_spec = long_context_layer_spec
     model.config.forward_step_fn = longctx_forward_step

@@ -142,6 +142,9 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback]) -> nl.Trainer:
         sequence_parallel=trainer.sequence_parallel,
         pipeline_dtype=torch.float32 if trainer.precision == "32" else torch.bfloat16,
         ckpt_async_save=trainer.accelerator == "gpu",
+        # NeMo's own replacement prints from rank 0 alone, and gathers timers from all ranks for it: with two processes the
+        # others never answer, and the next save waits for good.
+        replace_progress_bar=False,
     )
     val_every = recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps
     return nl.Trainer(
@@ -152,7 +155,7 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback]) -> nl.Trainer:
         plugins=nl.MegatronMixedPrecision(precision=trainer.precision),
         max_steps=steps,
         val_check_interval=val_every,
-        limit_val_batches=trainer.limit_val_batches,
+        limit_val_batches=trainer.limit_val_batches if recipe.data.get("validation") else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every_n_steps,
         use_distributed_sampler=False,

@@ -1,0 +1,210 @@
+"""The main job through the real NeMo: train short, extend, resume, and refuse what cannot work, before any work."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_longctx.cli import main as cli
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.recipe import load_recipe
+from nemo_longctx.report.training_log import read_training_log
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLE = ROOT / "examples" / "megatron_gpt_continual.py"
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """This package's own source as a corpus with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    source, size = str(ROOT / "nemo_longctx"), str(VOCABULARY)
+    files = ["--output", str(folder / "corpus"), "--tokenizer", str(folder / "tokenizer"), "--train-tokenizer", size]
+    status = cli(["prepare", source, "--glob", "*.py", *files, "--holdout", "0.2", "--workers", "1"])
+    assert status == 0
+    return folder
+
+
+def overrides(text: Path, output: Path, *more: str) -> list[str]:
+    """A few steps of the tiny recipes on `text`."""
+    validation = f"[{{name: held_out, path: {text}/corpus_holdout, seq_length: 64, micro_batch_size: 2, samples: 4}}]"
+    return [
+        f"output_dir={output}", f"data.tokenizer={text}/tokenizer", f"data.mix.sources=[{{path: {text}/corpus}}]",
+        f"data.validation={validation}", f"data.cache_dir={output}/order", "trainer.val_every_tokens=0",
+        "optimizer.warmup_tokens=0", *more,
+    ]  # fmt: skip
+
+
+def base(text: Path, output: Path, *more: str) -> list[str]:
+    small = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.kv_channels=16"]
+    clock = ["curriculum.stages=[{until: 1.0, seq_length: 64, micro_batch_size: 2}]", "curriculum.tokens_per_step=256",
+             "curriculum.total_tokens=2560", "checkpoint.every_tokens=512"]  # fmt: skip
+    sizes = [*small, f"model.vocab_size={VOCABULARY}", *clock]
+    return overrides(text, output, "recipe=tiny_cpu_base", *sizes, *more)
+
+
+def long(text: Path, output: Path, *more: str) -> list[str]:
+    clock = ["curriculum.stages=[{until: 1.0, seq_length: 256}]", "curriculum.tokens_per_step=512",
+             "curriculum.total_tokens=1536", "checkpoint.every_tokens=0"]  # fmt: skip
+    return overrides(text, output, "recipe=tiny_cpu_long", f"restore_from={output}/tiny_cpu_base", *clock, *more)
+
+
+def start(arguments: list[str], **kwargs) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, EXAMPLE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment, start_new_session=True, **kwargs)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def trained(text, tmp_path_factory):
+    """A base run and its extension, by the script, as a user runs them; and what the second one printed."""
+    output = tmp_path_factory.mktemp("runs")
+    finish(start(base(text, output)))
+    return output, finish(start(long(text, output)))
+
+
+def build(arguments: list[str]):
+    from nemo_longctx.adapters.nemo.run import build_run
+
+    return build_run(load_recipe(compose(arguments)))
+
+
+def test_the_extension_is_shown_verified_and_stored(trained):
+    output, printed = trained
+    assert "rotary_base *" in printed
+    assert "RoPE verified live" in printed
+    record = json.loads((output / "tiny_cpu_long" / "results" / "settings.json").read_text())
+    assert record["settings"]["rotary_base"] == {"before": 10000, "run": 500000}
+    assert record["settings"]["seq_length"] == {"before": 64, "run": 256}
+    assert "base=500000" in record["verified"][0]
+    assert record["versions"]["megatron-core"]
+
+
+def test_the_training_log_counts_tokens(trained):
+    output, _ = trained
+    rows = [row for row in read_training_log(output / "tiny_cpu_base" / "results" / "training.csv") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 11)]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_checkpoints_load_with_stock_nemo(trained):
+    """The context, tokenizer included, without any function of ours in it."""
+    from nemo.lightning import io
+
+    from nemo_longctx.adapters.nemo.model import checkpoint_directory
+
+    output, _ = trained
+    directory = checkpoint_directory(output / "tiny_cpu_long")
+    model = io.load_context(directory / "context", subpath="model")
+    assert model.config.rotary_base == 500000
+    assert model.config.seq_length == 256
+    assert model.tokenizer.vocab_size == VOCABULARY
+    assert model.tokenizer.text_to_ids("def f(): pass")
+    assert "nemo_longctx" not in (directory / "context" / "model.yaml").read_text()
+
+
+def test_the_recipe_restores_weights_before_it_trains(trained, text):
+    """The first loss of the extension is that of a trained model, not of random weights."""
+    output, _ = trained
+    first = read_training_log(output / "tiny_cpu_long" / "results" / "training.csv")[0]["loss"]
+    assert first < np.log(VOCABULARY) - 0.1
+
+
+BROKEN = {
+    "no corpus": ("data.mix.sources=[{path: nowhere/corpus}]", "nowhere/corpus"),
+    "vocabulary": ("model.vocab_size=200", "model.vocab_size=200"),
+    "class": ("model.config=LlamaConfigg", "did you mean 'LlamaConfig'"),
+    "field": ("model.num_layer=3", "did you mean 'num_layers'"),
+    "data key": ("data.num_worker=1", "did you mean 'num_workers'"),
+    "tokenizer": ("data.tokenizer=/nonexistent/tokenizer", "data.tokenizer"),
+    "gpu": ("trainer.accelerator=gpu", "no CUDA device"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_wrong_input_is_refused_while_building(text, tmp_path, case):
+    override, message = BROKEN[case]
+    with pytest.raises(ConfigError) as raised:
+        build(base(text, tmp_path, override)).data.mix  # noqa: B018
+    assert message in str(raised.value)
+    assert not (tmp_path / "tiny_cpu_base").exists()
+
+
+@pytest.mark.parametrize(
+    ("restore_from", "message"),
+    [("nowhere", "no such directory"), (".", "no NeMo checkpoint")],
+)
+def test_a_path_that_is_no_checkpoint_is_refused(text, tmp_path, restore_from, message):
+    with pytest.raises(ConfigError, match=message):
+        build(long(text, tmp_path, f"restore_from={tmp_path / restore_from}"))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(trained, text):
+    output, _ = trained
+    with pytest.raises(ConfigError, match=r"model.num_layers=5: the checkpoint .* has 2"):
+        build(long(text, output, "model.num_layers=5"))
+    with pytest.raises(ConfigError, match="the checkpoint"):
+        build(long(text, output, "model={config: Llama2Config7B, vocab_size: 32000}"))
+
+
+def test_text_without_a_window_is_refused(text, tmp_path):
+    with CorpusWriter(str(tmp_path / "short"), np.uint16) as writer:
+        writer.add_document([1, 2, 3])
+    result = start(base(text, tmp_path, f"data.mix.sources=[{{path: {tmp_path}/short}}]", "data.mix.max_repeats=1"))
+    output, _ = result.communicate(timeout=280)
+    assert result.returncode == 2, output[-3000:]
+    assert output.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_disk_too_full_to_save_is_said_before_training(trained, monkeypatch):
+    from nemo_longctx.adapters.nemo.callbacks import check_disk
+
+    output, _ = trained
+    usage = shutil.disk_usage(output)
+    check_disk(output, usage.free // 2)
+    with pytest.raises(ConfigError, match="MiB free, and saving takes"):
+        check_disk(output, usage.total * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_five_kills_change_no_bit(text, tmp_path):
+    """Killed with SIGKILL at five random moments, the run ends with the losses of one that was never killed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(base(text, whole, "curriculum.total_tokens=15360")))
+    log = killed / "tiny_cpu_base" / "results" / "training.csv"
+    moments = sorted(random.Random(1234).sample(range(4, 55), 5))
+    for step in moments:
+        process = start(base(text, killed, "curriculum.total_tokens=15360"))
+        while process.poll() is None and (not log.exists() or len(read_training_log(log)) < step):
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(start(base(text, killed, "curriculum.total_tokens=15360")))
+    keep = ("step", "tokens", "loss", "lr", "grad_norm", "validation_loss")
+    curves = [
+        [{key: row[key] for key in keep if key in row} for row in read_training_log(path)]
+        for path in (whole / "tiny_cpu_base" / "results" / "training.csv", log)
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) >= 60
