@@ -96,8 +96,7 @@ def _linear_to_hf(variant: PiRope) -> Keys:
 
 
 def _dynamic_to_hf(variant: DynamicNtkRope) -> Keys:
-    original = variant.original_max_position_embeddings
-    return {"rope_type": "dynamic", "factor": float(variant.factor), "original_max_position_embeddings": original}
+    return {"rope_type": "dynamic", "factor": float(variant.factor)}  # its trained length is max_position_embeddings
 
 
 def _by_parts_to_hf(variant: NtkByPartsRope | Llama3Rope) -> Keys:
