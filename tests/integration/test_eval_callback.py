@@ -50,17 +50,22 @@ def train(place, name, evaluation):
     settings = place / f"{name}.json"
     settings.write_text(json.dumps({"recipe": recipe, "eval": evaluation}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(settings)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    command = [sys.executable, str(WORKER), str(settings)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outcome(place, name, process):
+    """Losses as the training log has them, digest of the weights, and what was printed."""
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-5000:]
     with (place / "runs" / name / "results" / "training.csv").open(newline="") as file:
         losses = [row["loss"] for row in csv.DictReader(file)]
-    digest = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("DIGEST"))
-    return losses, digest, done.stdout + done.stderr
+    digest = next(line.split()[1] for line in output.splitlines() if line.startswith("DIGEST"))
+    return losses, digest, output
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_training_is_to_the_bit_as_without(place):
     out = place / "found"
     position = {"kind": "position", "corpus": str(place / "held_out"), "documents": 6}
@@ -74,8 +79,9 @@ def test_training_is_to_the_bit_as_without(place):
         ],
         "directory": str(out), "every": 3, "guard": {"loss": 0.05}, "tokenizer": str(place / "tokenizer"), "max_length": 512,
     }  # fmt: skip
-    plain, weights, _ = train(place, "plain", None)
-    watched, same, log = train(place, "watched", evaluation)
+    processes = {name: train(place, name, settings) for name, settings in (("plain", None), ("watched", evaluation))}
+    plain, weights, _ = outcome(place, "plain", processes["plain"])
+    watched, same, log = outcome(place, "watched", processes["watched"])
     assert len(plain) == 6
     assert watched == plain  # written with all digits
     assert same == weights
