@@ -10,7 +10,8 @@ same, and hosts that count loss tokens as integers (Megatron-Core does) stay exa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -90,26 +91,32 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def plan_blend(
-    tokens: Mapping[str, Sequence[int] | np.ndarray], shares: Mapping[str, float], n_samples: int
+    streams: Mapping[str, Iterator[tuple[int, int]]], shares: Mapping[str, float], n_samples: int
 ) -> list[tuple[str, int]]:
-    """Which source gives each sample, and its how-manieth: always the source that is furthest behind its share of tokens.
+    """(source, its sample) of each of the run's samples: always the source that is furthest behind its share of tokens.
 
     No source is ever off its share by more than one window's tokens.
 
     Args:
-        tokens: of each source's samples, in its own order; a source begins again at its end.
+        streams: of each source, its samples in the order in which they come, and the tokens of each; without end.
         shares: of the run's tokens, by source.
         n_samples: windows of the run.
     """
     given = dict.fromkeys(shares, 0)
-    taken = dict.fromkeys(shares, 0)
     plan = []
     for _ in range(n_samples):
         name = min(shares, key=lambda source: given[source] / shares[source])
-        plan.append((name, taken[name]))
-        given[name] += int(tokens[name][taken[name] % len(tokens[name])])
-        taken[name] += 1
+        sample, tokens = next(streams[name])
+        plan.append((name, sample))
+        given[name] += tokens
     return plan
+
+
+def epochs(tokens: np.ndarray, seed: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(sample, its tokens) again and again, each epoch in an order of its own."""
+    for epoch in itertools.count():
+        for sample in np.random.default_rng([*seed, epoch]).permutation(len(tokens)).tolist():
+            yield sample, int(tokens[sample])
 
 
 class InstructionWindows:
@@ -149,13 +156,13 @@ class InstructionWindows:
             self._bins["short"] = [[items[item] for item in members] for members in packed]
         if "long" in config.blend:
             self._bins["long"] = [[item] for item in self._fitting("long", long)]
-        tokens: dict[str, np.ndarray] = {}
-        for number, (name, bins) in enumerate(self._bins.items()):
-            np.random.default_rng([config.seed, number]).shuffle(bins)  # type: ignore[arg-type]
-            tokens[name] = np.array([sum(int(files.lengths[i]) - 1 for files, i in members) for members in bins])
+        streams: dict[str, Iterator[tuple[int, int]]] = {}
+        for name, bins in self._bins.items():
+            tokens = np.array([sum(int(files.lengths[i]) - 1 for files, i in members) for members in bins])
+            streams[name] = epochs(tokens, (config.seed, SOURCES.index(name)))
         if "pretraining" in config.blend:
-            tokens["pretraining"] = np.array([config.seq_length])
-        self._plan = plan_blend(tokens, config.blend, n_samples)
+            streams["pretraining"] = ((number, config.seq_length) for number in itertools.count())
+        self._plan = plan_blend(streams, config.blend, n_samples)
         wanted = sum(name == "pretraining" for name, _ in self._plan)
         self._pretraining = pretraining(wanted) if wanted else None
 
@@ -185,14 +192,13 @@ class InstructionWindows:
         """Window `number`; its `cu_seqlens` keep instances apart, and padding is a document of its own."""
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
-        name, nth = self._plan[number]
+        name, which = self._plan[number]
         prompt, answer = loss_units(self.config.prompt_loss_weight)
         if name == "pretraining":
-            sample = dict(self._pretraining[nth])  # type: ignore[index]
+            sample = dict(self._pretraining[which])  # type: ignore[index]
             sample["loss_mask"] = sample["loss_mask"] * np.float32(answer)
             return sample  # type: ignore[return-value]
-        bins = self._bins[name]
-        members = [files[i] for files, i in bins[nth % len(bins)]]
+        members = [files[i] for files, i in self._bins[name][which]]
         return window(
             members, seq_length=self.config.seq_length, pad_id=self.pad_id, units=(prompt if name == "long" else 0, answer)
         )

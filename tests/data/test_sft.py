@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.sft import InstructionConfig, InstructionWindows, loss_units, pack_best_fit, plan_blend, window
+from nemo_longctx.data.sft import InstructionConfig, InstructionWindows, epochs, loss_units, pack_best_fit, plan_blend, window
 from nemo_longctx.data.sft_instances import ANSWER, PROMPT
 
 PAD = 0
@@ -93,14 +93,19 @@ def test_blend_keeps_shares_of_tokens_to_a_window():
     draw = np.random.default_rng(0)
     tokens = {"short": draw.integers(90, 101, 50), "long": draw.integers(5, 101, 37), "pretraining": np.array([100])}
     shares = {"short": 0.5, "long": 0.3, "pretraining": 0.2}
-    plan = plan_blend(tokens, shares, 2000)
-    given_tokens, nth = dict.fromkeys(shares, 0), dict.fromkeys(shares, 0)
-    for name, number in plan:
-        assert number == nth[name]
-        nth[name] += 1
-        given_tokens[name] += int(tokens[name][number % len(tokens[name])])
+    streams = {name: epochs(counts, (7, number)) for number, (name, counts) in enumerate(tokens.items())}
+    plan = plan_blend(streams, shares, 2000)
+    given_tokens, taken = dict.fromkeys(shares, 0), {name: [] for name in shares}
+    for name, sample in plan:
+        taken[name].append(sample)
+        given_tokens[name] += int(tokens[name][sample])
         total = sum(given_tokens.values())
         assert all(abs(given_tokens[source] - shares[source] * total) <= 200 for source in shares)
+    for name, counts in tokens.items():
+        n = len(counts)
+        whole = [taken[name][at : at + n] for at in range(0, len(taken[name]) - n + 1, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in whole)
+        assert n == 1 or whole[0] != whole[1]  # each epoch in an order of its own
 
 
 def test_blended_windows_are_the_same_whoever_reads_them():

@@ -80,12 +80,12 @@ def instances_of(case):
     """[(tokens [n], weights of their labels [n - 1])]: every instance that the windows hold, by itself."""
     windows, listed = windows_of(case), []
     for number in range(case["samples"]):
-        name, nth = windows._plan[number]
+        name, which = windows._plan[number]
         if name == "pretraining":
-            sample = pretraining_text(nth + 1)[nth]
+            sample = pretraining_text(which + 1)[which]
             members = [(np.append(sample["tokens"], sample["labels"][-1]), np.full(SEQ + 1, ANSWER))]
         else:
-            members = [files[i] for files, i in windows._bins[name][nth % len(windows._bins[name])]]
+            members = [files[i] for files, i in windows._bins[name][which]]
         prompt = case["weight"] if name == "long" else 0.0
         listed += [(np.asarray(ids), np.where(roles[1:] == ANSWER, 1.0, prompt)) for ids, roles in members]
     return listed
