@@ -211,7 +211,9 @@ def _workspace_bytes(model: ModelShape, layout: Layout, tokens: float, layer: _L
     gradients = f_tensors * model.ffn_hidden_size / tp + model.hidden_size
     if layout.attention_kernel == "scores":
         gradients = max(gradients, 2 * layer.scores)
-    if recomputed_layers(layout.recompute, model.num_layers):
+    chunk_layers = model.num_layers // (layout.pipeline_model_parallel_size * layout.model_chunks)
+    if chunk_layers and recomputed_layers(layout.recompute, chunk_layers) == chunk_layers:
+        # Where a chunk also has layers that were kept, theirs are free before the first layer is computed again.
         gradients += layer.all
     elif layout.recompute == "selective":
         gradients += layer.scores
