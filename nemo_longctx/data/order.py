@@ -48,8 +48,8 @@ def build_order(
         file: empty and writable.
 
     Returns:
-        The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_tokens` (for each stratum,
-        the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again).
+        The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_tokens` (for each
+        stratum, the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again).
     """
     if len(strata) == 1:
         draws = [_draw_all(documents, strata[0], curriculum, seed)]

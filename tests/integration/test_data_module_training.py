@@ -1,8 +1,10 @@
 """The stream under the real NeMo trainer: ranks, workers, kills and a change of length change no step's data."""
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -57,10 +59,19 @@ def train(directory, name, processes, data, *, expected=0, **settings):
         else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, str(WORKER), str(path)], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expected, done.stdout[-2000:] + done.stderr[-4000:]
+    printed = directory / f"{name}.log"
+    with printed.open("w") as log:  # no pipe: what a killed run leaves behind would hold it open
+        run = subprocess.Popen(
+            [*launch, str(WORKER), str(path)], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = run.wait(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)  # the checkpoint writers of a killed run
+    assert status == expected, printed.read_text()[-6000:]
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(directory.glob(f"{name}.*.jsonl"))]
-    return rows, done.stdout + done.stderr
+    return rows, printed.read_text()
 
 
 def windows_by_step(rows_of_ranks):

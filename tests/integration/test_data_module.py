@@ -1,0 +1,214 @@
+"""The data module's own rules, without a training run: what ranks are dealt, what a checkpoint says, what is refused."""
+
+import pickle
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.writer import CorpusWriter
+
+pytest.importorskip("nemo.lightning")
+
+from nemo.lightning.io import reinit
+
+from nemo_longctx.adapters.nemo.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
+from nemo_longctx.adapters.nemo.sampler import (
+    CurriculumBatchSampler,
+    EvaluationBatchSampler,
+    EvaluationSet,
+    command_with,
+)
+
+CURRICULUM = {
+    "stages": [{"until": 0.5, "seq_length": 16, "micro_batch_size": 2}, {"until": 1.0, "seq_length": 64}],
+    "tokens_per_step": 256,
+    "total_tokens": 2560,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    prefix, rng = tmp_path_factory.mktemp("corpus") / "text", np.random.default_rng(0)
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for _ in range(150):
+            writer.add_document(rng.integers(1, 100, rng.integers(3, 120)))
+    return str(prefix)
+
+
+def module(corpus, cache_dir, **changes):
+    values = {"mix": {"sources": [{"path": corpus}]}, "curriculum": CURRICULUM, "cache_dir": str(cache_dir), "num_workers": 0}
+    return LongContextDataModule(**(values | changes))
+
+
+def attach(data, *, max_steps=-1, global_step=0, **fields):
+    epoch_loop = SimpleNamespace(max_steps=max_steps)
+    limits = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "limit_test_batches": 1.0, "num_sanity_val_steps": 0}
+    data.trainer = SimpleNamespace(
+        max_steps=max_steps,
+        global_step=global_step,
+        accumulate_grad_batches=1,
+        fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+        **(limits | fields),
+    )
+    return data
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.sampled_from([1, 2, 4]), sizes=st.lists(st.sampled_from([1, 2]), min_size=2, max_size=2), step=st.integers(0, 9)
+)
+def test_ranks_are_dealt_every_sample_of_a_step_once(ranks, sizes, step):
+    stages = [stage | {"micro_batch_size": size} for stage, size in zip(CURRICULUM["stages"], sizes, strict=True)]
+    if ranks * sizes[1] > 4:
+        return  # a global batch of four windows
+    curriculum = build(Curriculum, CURRICULUM | {"stages": stages})
+    begin = curriculum.samples_at_token(256 * step)
+    samplers = [CurriculumBatchSampler(curriculum, first_sample=begin, rank=rank, world_size=ranks) for rank in range(ranks)]
+    batches = [iter(sampler) for sampler in samplers]
+    for now in range(step, curriculum.total_steps):
+        stage = curriculum.stage_at_step(now)
+        seen = [n for it in batches for _ in range(stage.num_microbatches(ranks)) for n in next(it)]
+        first = curriculum.samples_at_token(256 * now)
+        assert sorted(seen) == list(range(first, first + stage.global_batch_size))
+    assert all(next(it, None) is None for it in batches)
+    assert len({len(sampler) for sampler in samplers}) == 1
+    assert len(samplers[0]) == sum(curriculum.stage_at_step(s).num_microbatches(ranks) for s in range(10))
+
+
+def test_evaluation_sets_follow_each_other_in_whole_steps():
+    sets = [
+        EvaluationSet(name="a", seq_length=16, micro_batch_size=2, first_sample=0, samples=11),
+        EvaluationSet(name="b", seq_length=64, micro_batch_size=1, first_sample=11, samples=5),
+    ]
+    dealt = [list(EvaluationBatchSampler(sets, multiple=1, limit=None, rank=rank, world_size=2)) for rank in range(2)]
+    assert dealt == [[[0, 1], [4, 5], [11], [13]], [[2, 3], [6, 7], [12], [14]]]
+    sampler = EvaluationBatchSampler(sets, multiple=1, limit=1, rank=0, world_size=2)
+    assert list(sampler) == [[0, 1], [11]]
+    assert [sampler.set_of_step(step).name for step in range(2)] == ["a", "b"]
+    assert len(EvaluationBatchSampler(sets, multiple=2, limit=None, rank=0, world_size=2)) == 4
+    with pytest.raises(ConfigError, match=r"data\.validation\.name='a'.*a step takes 16"):
+        EvaluationBatchSampler(sets, multiple=4, limit=None, rank=0, world_size=2)
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_a_batch_has_the_hosts_names_and_shapes(corpus, tmp_path, masking):
+    data = attach(module(corpus, tmp_path, document_masking=masking))
+    data.setup("fit")
+    dataset = WindowDataset(data.windows)
+    batch = collate([dataset[0], dataset[1]])
+    for key in ("tokens", "labels", "position_ids"):
+        assert batch[key].shape == (2, 16)
+        assert batch[key].dtype == torch.int64
+    assert batch["loss_mask"].dtype == torch.float32
+    assert batch["labels"][:, :-1].equal(batch["tokens"][:, 1:])
+    assert "attention_mask" not in batch
+    assert ("cu_seqlens" in batch) is masking
+    if masking:
+        boundaries = batch["cu_seqlens"][0].tolist()
+        assert batch["cu_seqlens_argmin"].tolist() == [[len(boundaries)]]
+        assert batch["max_seqlen"].item() == max(np.diff(boundaries))
+        assert (boundaries[0], boundaries[-1]) == (0, 32)
+        assert 16 in boundaries
+        assert [n for n, position in enumerate(batch["position_ids"].flatten().tolist()) if position == 0] == boundaries[:-1]
+
+
+def test_a_worker_that_opens_the_files_itself_gives_the_same_samples(corpus, tmp_path):
+    for packing in ("concatenate", "best_fit"):
+        data = attach(module(corpus, tmp_path, packing=packing))
+        data.setup("fit")
+        dataset = WindowDataset(data.windows)
+        sent = pickle.dumps(dataset)
+        assert len(sent) < 20_000, "the order itself was sent"
+        worker = pickle.loads(sent)
+        assert [worker[n]["tokens"].tolist() for n in range(len(worker))] == [
+            dataset[n]["tokens"].tolist() for n in range(len(dataset))
+        ]
+
+
+def test_the_run_is_as_long_as_trainer_and_curriculum_agree(corpus, tmp_path):
+    open_ended = {key: value for key, value in CURRICULUM.items() if key != "total_tokens"}
+    data = attach(module(corpus, tmp_path, curriculum=open_ended), max_steps=6)
+    data.setup("fit")
+    assert data.curriculum.total_tokens == data.data_sampler.curriculum.total_tokens == 6 * 256
+    data = attach(module(corpus, tmp_path))
+    data.setup("fit")
+    assert data.trainer.fit_loop.epoch_loop.max_steps == 10
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps=11: the curriculum ends after 10 steps"):
+        attach(module(corpus, tmp_path), max_steps=11).setup("fit")
+    with pytest.raises(ConfigError, match=r"set it, or trainer\.max_steps"):
+        attach(module(corpus, tmp_path, curriculum=open_ended)).setup("fit")
+
+
+def test_what_nemo_asks_of_a_data_module(corpus, tmp_path):
+    data = module(corpus, tmp_path)
+    assert (data.seq_length, data.micro_batch_size, data.global_batch_size) == (64, 2, 16)
+    again = reinit(data)  # from the arguments that NeMo writes beside checkpoints
+    assert again.mix == data.mix
+    assert again.curriculum == data.curriculum
+
+
+def state_of(corpus, cache_dir, step, **changes):
+    data = attach(module(corpus, cache_dir, **changes), global_step=step)
+    data.setup("fit")
+    return data.state_dict()
+
+
+def restored(monkeypatch, corpus, cache_dir, state, **changes):
+    data = attach(module(corpus, cache_dir, **changes))
+    monkeypatch.setattr(type(data.data_sampler), "data_parallel_size", 1)
+    data.setup("fit")
+    data.load_state_dict(state)
+    return data
+
+
+def test_a_checkpoint_holds_the_address_and_refuses_other_data(monkeypatch, corpus, tmp_path):
+    state = state_of(corpus, tmp_path, 6)
+    assert state["token_address"] == 6 * 256
+    assert state["consumed_samples"] == 5 * 16 + 4
+    data = restored(monkeypatch, corpus, tmp_path, state)
+    assert data.data_sampler.start_token == 6 * 256
+    assert (data.data_sampler.seq_len, data.data_sampler.global_batch_size) == (64, 4)
+    for changes, name in [
+        ({"seed": 5}, "data.seed, order"),
+        ({"document_masking": True}, "data.document_masking"),
+        ({"packing": "best_fit"}, "data.packing"),
+        ({"mix": {"sources": [{"path": corpus}], "drop_shorter": 10}}, "data.mix, order"),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name} changed since the checkpoint at 1536 tokens"):
+            restored(monkeypatch, corpus, tmp_path, state, **changes)
+    data = restored(monkeypatch, corpus, tmp_path, state, seed=5, allow_change=True)
+    assert data.history[0]["token_address"] == 6 * 256
+    assert attach(data, global_step=7).state_dict()["history"] == data.history
+    other = {**CURRICULUM, "tokens_per_step": 1024, "total_tokens": 10240}
+    with pytest.raises(ConfigError, match=r"curriculum\.tokens_per_step=1024"):
+        restored(monkeypatch, corpus, tmp_path, state, curriculum=other, allow_change=True)
+
+
+def test_limits_count_steps_of_each_set(corpus, tmp_path):
+    sets = [{"name": "a", "path": corpus, "seq_length": 16}, {"name": "b", "path": corpus, "seq_length": 64, "samples": 3}]
+    data = attach(module(corpus, tmp_path, validation=sets), limit_val_batches=4)
+    data.reconfigure_limit_batches()
+    assert data.data_sampler.evaluation_limits == {"validation": 4, "test": None}
+    assert data.trainer.limit_val_batches == 1.0
+    dataset = EvaluationDataset(data.evaluation["validation"], document_masking=False)
+    assert [each.samples for each in dataset.sets][1] == 3
+    assert len(dataset[dataset.sets[1].first_sample]["tokens"]) == 64
+    assert len(dataset[dataset.sets[1].first_sample - 1]["tokens"]) == 16
+    for fields in ({"limit_val_batches": 0.5}, {"limit_train_batches": 7}):
+        with pytest.raises(ConfigError, match=f"trainer.{next(iter(fields))}"):
+            attach(module(corpus, tmp_path), **fields).reconfigure_limit_batches()
+    with pytest.raises(ConfigError, match="two sets have this name"):
+        module(corpus, tmp_path, validation=[sets[0], sets[0]])
+
+
+def test_the_command_for_a_stage_with_other_parallel_sizes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=x", "trainer.context_parallel_size=2"])
+    command = command_with({"context_parallel_size": 4})
+    assert command.endswith("train.py recipe=x trainer.context_parallel_size=4")
