@@ -16,6 +16,9 @@ from importlib.metadata import version
 from typing import Any
 
 THREADS = 2
+# Tensors of 1 MiB or more go back to the system when freed, for every kind alike: otherwise the C library keeps them in
+# a fragmented heap, and the peak says what was freed and not found again.
+ENVIRONMENT = {"OMP_NUM_THREADS": str(THREADS), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 MARK = "measured: "
 
 
@@ -63,7 +66,7 @@ def in_turn(script: str, cases: Sequence[dict], rounds: int) -> list[dict]:
         for case, results in zip(cases, measured, strict=True):
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", script, "--one", json.dumps(case)],
-                capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
+                capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT},
             )  # fmt: skip
             line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
             if line is None:
