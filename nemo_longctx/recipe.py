@@ -149,6 +149,7 @@ class RecipeConfig:
             difference is an error.
         rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has.
         data: fields of `LongContextDataModule`'s configuration.
+        eval: fields of `LongContextEvalCallback`: what is measured while the model trains; None measures nothing.
         curriculum: `stages`, `tokens_per_step`, `total_tokens` (`nemo_longctx.data.curriculum`).
     """
 
@@ -160,6 +161,7 @@ class RecipeConfig:
     rope: Mapping[str, Any] | None = None
     data: Mapping[str, Any]
     curriculum: Curriculum
+    eval: Mapping[str, Any] | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
+from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
+from nemo_longctx.recipe import RecipeConfig
 
 
 def initialize_distributed(
@@ -51,25 +53,57 @@ def load_model(path: str | Path, *, seq_length: int | None = None) -> tuple[torc
     Raises:
         ConfigError: no finished checkpoint at `path`.
     """
-    from megatron.core import dist_checkpointing, parallel_state
-
     initialize_distributed()
     directory = checkpoint_directory(path)
     nemo_model = checkpoint_model(directory, {})
-    config, tokenizer = nemo_model.config, nemo_model.tokenizer
-    prepare_model(nemo_model, seq_length=seq_length or config.seq_length)
+    prepare_model(nemo_model, seq_length=seq_length or nemo_model.config.seq_length)
+    _take_parallel_sizes(nemo_model.config)
+    module = _build(nemo_model)
+    _load_weights(module, directory)
+    module.eval()
+    return module, nemo_model.config, nemo_model.tokenizer
+
+
+def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.nn.Module, Any]:
+    """The model of a recipe in one process, by the path that its run would build; its config says the run's parallel sizes.
+
+    Args:
+        recipe: with `restore_from`, the checkpoint says the model.
+        load_weights: take the checkpoint's weights too; otherwise they are random.
+    """
+    initialize_distributed()
+    fresh = not (load_weights and recipe.restore_from)
+    nemo_model = fresh_model(recipe.model) if fresh else checkpoint_model(str(recipe.restore_from), recipe.model)
+    prepare_model(nemo_model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
+    _take_parallel_sizes(nemo_model.config)
+    module = _build(nemo_model)
+    if not fresh:
+        _load_weights(module, checkpoint_directory(str(recipe.restore_from)))
+    config = copy.copy(nemo_model.config)
+    config.context_parallel_size = recipe.trainer.context_parallel_size
+    return module, config
+
+
+def _take_parallel_sizes(config: Any) -> None:
+    """Set on `config` the sizes that this process group has."""
+    from megatron.core import parallel_state
+
     config.tensor_model_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     config.pipeline_model_parallel_size = parallel_state.get_pipeline_model_parallel_world_size()
     config.context_parallel_size = parallel_state.get_context_parallel_world_size()
     config.sequence_parallel = False
-    module = config.configure_model(tokenizer)
+
+
+def _build(nemo_model: Any) -> torch.nn.Module:
+    module = nemo_model.config.configure_model(nemo_model.tokenizer)
     if nemo_model.model_transform is not None:
         nemo_model.model_transform(module)
+    return module.cuda() if torch.cuda.is_available() else module
+
+
+def _load_weights(module: Any, directory: Path) -> None:
+    from megatron.core import dist_checkpointing
+
     sharded = {"state_dict": module.sharded_state_dict(prefix="module.")}
     loaded = dist_checkpointing.load(sharded, str(directory / "weights"))
-    weights = {key.removeprefix("module."): value for key, value in loaded["state_dict"].items()}
-    module.load_state_dict(weights, strict=True)
-    module.eval()
-    if torch.cuda.is_available():
-        module.cuda()
-    return module, config, tokenizer
+    module.load_state_dict({key.removeprefix("module."): value for key, value in loaded["state_dict"].items()}, strict=True)

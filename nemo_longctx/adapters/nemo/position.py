@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import Corpus
 from nemo_longctx.eval.position import PositionLosses
@@ -81,5 +82,7 @@ def _token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
     tokens = tokens.to(device)[None]
     positions = torch.arange(tokens.shape[1] - 1, device=device)[None]
     with torch.no_grad():
-        losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        losses = forward_with_chunked_loss(
+            model, {"tokens": tokens[:, :-1], "position_ids": positions, "labels": tokens[:, 1:]}
+        )
     return losses.double().cpu().numpy()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import nemo.lightning as nl
@@ -17,8 +19,10 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
+from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.model import SettingChange, checkpoint_directory, checkpoint_model, fresh_model, prepare_model
 from nemo_longctx.adapters.nemo.rope import variant_of
+from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.recipe import RecipeConfig
@@ -71,7 +75,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     data = _data(recipe)
     _check_vocabulary(data, model.config)
     directory = run_directory(recipe)
-    callbacks = [
+    callbacks: list[pl.Callback] = [
         LongContextSettingsCallback(
             changes=changes,
             source=source,
@@ -84,7 +88,10 @@ def build_run(recipe: RecipeConfig) -> Run:
             curriculum=recipe.curriculum,
             every=recipe.trainer.log_every_n_steps,
         ),
+        ThroughputCallback(curriculum=recipe.curriculum, path=str(directory / "results" / "throughput.json")),
     ]
+    if recipe.eval is not None:
+        callbacks.append(_evaluation(recipe.eval, directory / "results" / "eval"))
     return Run(
         recipe=recipe,
         model=model,
@@ -208,6 +215,14 @@ def _resume(recipe: RecipeConfig) -> nl.AutoResume:
         path = checkpoint_directory(recipe.restore_from)
         restore = nl.RestoreConfig(path=str(path), load_model_state=True, load_optim_state=False, load_artifacts=False)
     return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)
+
+
+def _evaluation(values: Mapping[str, Any], directory: Path) -> LongContextEvalCallback:
+    known = set(inspect.signature(LongContextEvalCallback).parameters) - {"directory"}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"eval.{key}", value, f"unknown key, {did_you_mean(key, known)}")
+    return LongContextEvalCallback(**{**values, "directory": str(directory)})
 
 
 def _check_vocabulary(data: LongContextDataModule, config: llm.GPTConfig) -> None:

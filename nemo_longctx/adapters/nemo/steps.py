@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nemo_longctx.adapters.nemo.attention import packed_documents
+from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss
 
 ON_FIRST_STAGE = ("tokens", "position_ids")
 ON_LAST_STAGE = ("labels", "loss_mask")
@@ -46,14 +47,5 @@ def longctx_data_step(dataloader_iter: Any) -> dict[str, Any]:
 
 
 def longctx_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Per-token losses on the last pipeline stage, [b, s] or, for packed windows, [1, b * s]; hidden states before it."""
-    fields = {key: batch[key] for key in (*ON_FIRST_STAGE, "labels")}
-    if batch["packed_seq_params"] is not None:  # the kernels take the windows of a packed micro batch as one row
-        fields = {key: None if value is None else value.reshape(1, -1) for key, value in fields.items()}
-    return model(
-        input_ids=fields["tokens"],
-        position_ids=fields["position_ids"],
-        attention_mask=None,
-        labels=fields["labels"],
-        packed_seq_params=batch["packed_seq_params"],
-    )
+    """Per-token losses [b, s] on the last pipeline stage, computed in chunks of tokens; hidden states before it."""
+    return forward_with_chunked_loss(model, batch)
