@@ -150,7 +150,8 @@ def main() -> None:
         return
     product = fresh({"kind": "product"})
     print(
-        f"{product['device']}: bf16 product {product['rate'] / 1e12:.0f} TFLOP/s; {args.layers} layers; medians of {args.rounds}"
+        f"{product['device']}: bf16 product {product['rate'] / 1e12:.0f} TFLOP/s; "
+        f"{args.layers} layers; medians of {args.rounds}"
     )
     rows = []
     for tokens in args.tokens:
