@@ -80,7 +80,9 @@ def main() -> None:
         accelerator="cpu",
         devices=world,
         max_steps=settings.get("max_steps", -1),
-        strategy=nl.MegatronStrategy(ckpt_load_optimizer=True, ckpt_save_optimizer=True, **settings.get("strategy", {})),
+        strategy=nl.MegatronStrategy(
+            ckpt_load_optimizer=True, ckpt_save_optimizer=True, ckpt_async_save=False, **settings.get("strategy", {})
+        ),
         plugins=nl.MegatronMixedPrecision(precision="32"),
         limit_val_batches=settings.get("limit_val_batches", 0),
         val_check_interval=settings.get("val_check_interval", 1.0),
