@@ -58,7 +58,7 @@ class EvaluationWindows:
         self.ends = np.cumsum(np.concatenate([shard.lengths for shard in self.documents.shards]), dtype=np.int64)
         self.windows = (int(self.ends[-1]) - 1) // config.seq_length
         if not self.windows:
-            mend = f"{config.name} has {self.ends[-1]} tokens, one fewer than a window and its last label at best; shorten it"
+            mend = f"{config.name} has {self.ends[-1]} tokens, a window and its last label need {config.seq_length + 1}"
             raise ConfigError("data.validation.seq_length", config.seq_length, mend)
         if config.samples is not None:
             self.windows = min(self.windows, config.samples)

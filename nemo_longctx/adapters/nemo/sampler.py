@@ -129,6 +129,7 @@ class CurriculumDataSampler(MegatronDataSampler):
         self.evaluation_limits: dict[str, int | None] = {}
         self.global_rank = 0
         self._stage: Stage | None = None
+        self._started = False
 
     def setup(self, global_rank: int) -> None:
         """Check that every stage's batch divides over the ranks, and set up the calculator for the first stage."""
@@ -189,6 +190,7 @@ class CurriculumDataSampler(MegatronDataSampler):
         """Shapes of this step: those of the curriculum's stage, or of the evaluation set."""
         shapes: Stage | EvaluationSet
         if step.trainer.training:
+            self._check_clock(step.step_i)
             stage = self.curriculum.stage_at_step(step.step_i)
             if stage is not self._stage:
                 self._enter(stage)
@@ -206,6 +208,14 @@ class CurriculumDataSampler(MegatronDataSampler):
         return dataclasses.replace(
             step, seq_length=seq_length, micro_batch_size=micro_batch_size, num_microbatches=num_microbatches
         )
+
+    def _check_clock(self, step: int) -> None:
+        """At the first step: the loader and the trainer begin at the same address."""
+        token = step * self.curriculum.tokens_per_step
+        if not self._started and token != self.start_token:
+            what = f"the trainer goes on at {token} tokens, the checkpoint's data at {self.start_token}"
+            raise ConfigError("resume", step, f"{what}; it is not of this data module, so start from its weights alone")
+        self._started = True
 
     def on_megatron_microbatches_start(self, step: MegatronStep) -> None:
         """Nothing: a change of the global batch is no end of a run here."""
