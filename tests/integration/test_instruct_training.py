@@ -44,7 +44,8 @@ def parts(tmp_path_factory):
         rows = [[("user", "captain " * words + f"{i}?"), ("assistant", f"It is {i}.")] for i in range(60)]
         lines = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    mix = f"data={{tokenizer: {folder}/tokenizer, mix: {{sources: [{{path: {folder}/corpus}}]}}, num_workers: 0}}"
+    held = f"[{{name: held, path: {folder}/corpus, seq_length: 128, micro_batch_size: 2, samples: 2}}]"
+    mix = f"data={{tokenizer: {folder}/tokenizer, mix: {{sources: [{{path: {folder}/corpus}}]}}, validation: {held}}}"
     base = ["examples/megatron_gpt_continual.py", "recipe=tiny_cpu_base", "model.vocab_size=400", f"output_dir={folder}", mix]
     off = [
         "trainer.val_every_tokens=0",

@@ -17,6 +17,7 @@ from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, Tr
 from nemo_longctx.adapters.nemo.instruct_data_module import LongInstructDataModule
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
 from nemo_longctx.adapters.nemo.rope import variant_of
+from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.recipe import RecipeConfig
@@ -156,7 +157,10 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
             curriculum=recipe.curriculum,
             every=recipe.trainer.log_every_n_steps,
         ),
+        ThroughputCallback(curriculum=recipe.curriculum, path=str(directory / "results" / "throughput.json")),
     ]
+    if recipe.eval is not None:
+        callbacks.append(pretraining._evaluation(recipe.eval, directory / "results" / "eval"))
     parts = pretraining.Run(
         recipe=recipe,
         model=model,
