@@ -75,7 +75,7 @@ def test_training_is_to_the_bit_as_without(place):
             {**position, "seq_length": 200},
             {"kind": "position", "corpus": str(place / "missing"), "seq_length": 50},
             {"kind": "probes", "text": str(place / "text.jsonl"),
-             "probes": {"kinds": ["passkey", "first_sentence"], "lengths": [200, 300], "depths": [0.0, 1.0], "samples": 1}},
+             "probes": {"kinds": ["passkey", "first_sentence"], "lengths": [300, 400], "depths": [0.0, 1.0], "samples": 1}},
         ],
         "directory": str(out), "every": 3, "guard": {"loss": 0.05}, "tokenizer": str(place / "tokenizer"), "max_length": 512,
     }  # fmt: skip
@@ -91,7 +91,7 @@ def test_training_is_to_the_bit_as_without(place):
         assert set(result.position) == {"position_64", "position_200"}
         assert list(result.errors) == ["position_50"]
         assert "missing" in result.errors["position_50"]
-        assert {(row.kind, row.length) for row in result.probes} >= {("passkey", 200), ("first_sentence", 300)}
+        assert {(row.kind, row.length) for row in result.probes} >= {("passkey", 300), ("first_sentence", 400)}
     first, last = (np.mean(result.watched["loss_position_64"]) for result in (results[0], results[-1]))
     assert last < first  # it did look at the model that is being trained
     assert "training goes on" in log

@@ -49,7 +49,7 @@ def test_two_checkpoints_on_one_page(place, capsys):
         "--probes",
         str(place / "text.txt"),
         "--lengths",
-        "200",
+        "300",
     ]
     arguments += [
         "--tasks",

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.guard import GuardConfig, judge, paired_change
+
+
+def test_pairs_show_what_means_hide():
+    rng = np.random.default_rng(0)
+    before = rng.normal(3, 1, 40)  # documents differ far more than the change
+    after = before + 0.1 + rng.normal(0, 0.05, 40)
+    change = paired_change(before, after)
+    assert change.mean == pytest.approx(0.1, abs=0.03)
+    assert change.p_value < 0.001
+    shuffled = paired_change(before, rng.permutation(after))
+    assert shuffled.p_value > 0.05
+
+
+def test_no_change_is_rarely_significant():
+    rng = np.random.default_rng(1)
+    alarms = [paired_change(a := rng.normal(0, 1, 20), a + rng.normal(0, 1, 20), flips=500).p_value < 0.05 for _ in range(200)]
+    assert 0.01 < np.mean(alarms) < 0.10
+
+
+def test_pairs_that_were_not_scored_are_left_out():
+    assert paired_change([1.0, np.nan, 3.0], [2.0, 5.0, 4.0]).pairs == 2
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_change([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="no pair"):
+        paired_change([np.nan], [1.0])
+
+
+def test_judge_knows_which_way_is_worse():
+    start = {"loss_position_64": [2.0] * 20, "arc/acc": [1.0] * 20}
+    config = GuardConfig(loss=0.05, score=0.02)
+    better = {"loss_position_64": [1.5] * 20, "arc/acc": [1.0] * 20, "new": [0.0] * 20}
+    changes, alarms = judge(start, better, config)
+    assert set(changes) == set(start)
+    assert alarms == []
+    _, alarms = judge(start, {"loss_position_64": [2.2] * 20, "arc/acc": [0.0] * 10 + [1.0] * 10}, config)
+    assert len(alarms) == 2
+    assert alarms[0].startswith("loss_position_64 changed by +0.2000")
+    _, alarms = judge(start, {"loss_position_64": [2.04] * 20}, config)
+    assert alarms == []  # real, but within what is allowed
+    _, alarms = judge({"loss_x": [2.0, 2.0]}, {"loss_x": [3.0, 3.0]}, config)
+    assert alarms == []  # two documents prove nothing
+
+
+@pytest.mark.parametrize("bad", [{"loss": -1}, {"significance": 1.0}, {"action": "warm"}])
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        GuardConfig(**bad)

@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import byte_tokenizer, tiny_llama
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.scoring import token_losses
+from nemo_longctx.eval.suite import Suite, as_record, choose_documents, from_record, longest_input, parse_tasks, read_texts
+from nemo_longctx.report.evaluation import read_results, write_results
+from nemo_longctx.report.html import Section, write_page
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    prefix, rng = tmp_path_factory.mktemp("corpus") / "held_out", np.random.default_rng(0)
+    documents = [rng.integers(0, 101, n) for n in (30, 60, 41, 41, 200, 5)]
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return str(prefix), documents
+
+
+def test_loss_by_position_is_that_of_each_document(corpus, llama):
+    prefix, documents = corpus
+    tasks = parse_tasks([{"kind": "position", "corpus": prefix, "seq_length": 40, "documents": 4, "bins": 4, "guard": True}])
+    model = HFCausalModel(llama)
+    result = Suite(tasks).run(model, name="tiny", quiet=True)
+    losses = np.stack([token_losses(model, documents[i][:41].tolist()) for i in (1, 2, 3, 4)])
+    rows = result.position["position_40"]
+    np.testing.assert_allclose([row.loss for row in rows], losses.reshape(4, 4, 10).mean((0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(result.watched["loss_position_40"], losses.mean(1), rtol=1e-5)
+    assert result.scalars()["position_40/loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_documents_are_chosen_long_enough_first():
+    lengths = np.array([5, 100, 1, 50, 80, 90])
+    assert choose_documents(lengths, 50, 2).tolist() == [1, 5]
+    assert choose_documents(lengths, 85, 3).tolist() == [1, 4, 5]
+    assert choose_documents(lengths, 1000, 9).tolist() == [0, 1, 3, 4, 5]
+    with pytest.raises(ValueError, match="no document"):
+        choose_documents(np.array([1, 1]), 10, 2)
+
+
+def test_an_error_in_one_task_leaves_the_others(corpus, llama, tmp_path):
+    prefix, _ = corpus
+    blocks = [
+        {"kind": "position", "corpus": prefix + "_missing", "seq_length": 20},
+        {"kind": "position", "corpus": prefix, "seq_length": 30, "documents": 2},
+        {"kind": "position", "corpus": prefix, "seq_length": 900, "documents": 1},
+    ]
+    suite = Suite(parse_tasks(blocks))
+    result = suite.run(HFCausalModel(llama, max_length=100), name="tiny", quiet=True)
+    assert set(result.position) == {"position_30"}
+    assert "held_out_missing" in result.errors["position_20"]
+    assert "the model reads 100" in result.errors["position_900"]
+    # A task that took longer than the whole budget last time is not begun again.
+    suite.took["position_30"] = 1e9
+    again = suite.run(HFCausalModel(llama, max_length=100), name="later", quiet=True, time_budget=60)
+    assert again.skipped == ["position_30"]
+    write_results(tmp_path, [result, again], provenance={"seed": 1})
+    assert [as_record(r) for r in read_results(tmp_path)] == [as_record(result), as_record(again)]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "held_out_missing" in page
+    assert (tmp_path / "loss_by_position_30.csv").exists()
+
+
+def test_probes_and_tables(corpus, tmp_path):
+    text = "The smith opened his door to the street before six. Nobody had ever seen such a machine at work! " * 10
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    tokenizer = byte_tokenizer([text])
+    probes = {"kinds": ["passkey", "first_sentence"], "lengths": [300, 400], "depths": [0.0, 1.0], "samples": 1}
+    tasks = parse_tasks([{"kind": "probes", "text": str(tmp_path / "text.jsonl"), "probes": probes}])
+    assert longest_input(tasks) > 400
+    model = HFCausalModel(tiny_llama(vocab=len(tokenizer), length=600))
+    result = Suite(tasks, tokenizer=tokenizer).run(model, name="a", quiet=True)
+    assert not result.errors
+    assert len(result.probes) == 6
+    assert from_record(json.loads(json.dumps(as_record(result)))) == result
+    page = write_results(tmp_path / "out", [result], provenance={})
+    assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 2
+    with pytest.raises(ConfigError, match=r"eval\.tokenizer"):
+        Suite(tasks)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"kind": "positon"}, "did you mean 'position'"),
+        ({"kind": "position", "corpus": "x"}, r"eval\.tasks\[0\]\.seq_length"),
+        ({"kind": "position", "corpus": "x", "seq_length": 4, "document": 3}, "did you mean 'documents'"),
+        ({"kind": "probes", "text": "x", "probes": {"depth": [0]}}, "did you mean 'depths'"),
+        ({"kind": "lm_eval", "tasks": []}, "list of lm-eval task names"),
+    ],
+)
+def test_blocks_are_checked(block, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_tasks([block])
+
+
+def test_texts_of_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("plain", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"body": 1}\n', encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == ["plain"]
+    with pytest.raises(ValueError, match="line 1 has no field 'text'"):
+        read_texts(tmp_path / "b.jsonl")
+
+
+def test_pages_escape_what_they_show(tmp_path):
+    page = write_page(tmp_path / "p.html", "<b>", [Section(heading="a & b", table=[["<i>", 1.23456], ["x", 2]])])
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in text
+    assert "<i>" not in text
+    assert "1.235" in text
