@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import gloo
 import small_gpt
 
-from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, evaluating, vocab_parallel_log_probs
+from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, data_group, evaluating, vocab_parallel_log_probs
 from nemo_longctx.eval.scoring import Chunks, Continuation, Generation, Scorer, share_work
+from nemo_longctx.eval.sharing import run_shared
 
 VOCAB = 90  # the head has 96 rows: six are padding
 CHUNKS = Chunks(read=7, logits=3 * 4 * VOCAB)
@@ -153,11 +154,32 @@ def on_rank(rank, size, kind, weights):
         trained = train_once(module) if kind == "cp" else None
         with evaluating(module):
             model = MCoreCausalModel(module, vocab_size=VOCAB, max_length=256)
-            mine = share_work(jobs, size)[rank] if kind in ("cp", "dp") else None
-            out = results(model, jobs, mine)
+            out = results(model, jobs, share_work(jobs, size)[rank] if kind in ("cp", "dp") else None)
+            if kind in ("cp", "dp"):
+                check_sharing(model, jobs, out, rank)
         if kind == "cp":
             assert torch.equal(trained, train_once(module))  # the rotary tables are the ranks' shares again
         return out
+
+
+def check_sharing(model, jobs, mine, rank):
+    """Every rank gets all results, and hears of an error that only one rank had."""
+    together = run_shared(Scorer(model, chunks=CHUNKS), jobs, group=data_group(), quiet=True)
+    assert len(together) == len(jobs)
+    for index, value in mine.items():
+        got = together[index]
+        assert value == got if isinstance(value, list) else value[0].tolist() == got.token_log_probs.tolist()
+
+    def stop(made):
+        if rank == 1:
+            raise OSError("the disk of one rank is full")
+        return False
+
+    broken = [Generation(context=[n, 1, 2, 3, n], max_new_tokens=2, stop=stop) for n in range(8)]
+    with pytest.raises(RuntimeError, match="rank 1: OSError: the disk of one rank is full"):
+        run_shared(Scorer(model, chunks=CHUNKS), broken, group=data_group(), quiet=True)
+    only = run_shared(Scorer(model, chunks=CHUNKS), jobs[:1], group=data_group(), quiet=True)  # one rank has no work
+    assert len(only) == 1
 
 
 def train_once(module):
