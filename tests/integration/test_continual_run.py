@@ -208,3 +208,25 @@ def test_five_kills_change_no_bit(text, tmp_path):
     ]
     assert curves[0] == curves[1]
     assert len(curves[0]) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("choice", ["pi", "yarn", "xpos_abf"])
+def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp_path, choice):
+    """Variants by the host's field, by our transform, and one that transformers cannot say."""
+    base_run, _ = trained
+    rope = ["rope.original_max_position_embeddings=64"] if choice == "yarn" else []
+    word = [f"rope={choice}", f"restore_from={base_run}/tiny_cpu_base", *rope]
+    run = [*long(text, tmp_path), *word, "checkpoint.every_tokens=512"]
+    process = start(run)
+    log = tmp_path / "tiny_cpu_long" / "results" / "training.csv"
+    while process.poll() is None and len(read_training_log(log)) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "RoPE verified live" in finish(start(run))
+    assert [row["step"] for row in read_training_log(log) if "loss" in row] == [1, 2, 3]
+    exported = cli(["export", str(tmp_path / "tiny_cpu_long"), str(tmp_path / "hf")])
+    assert exported == (2 if choice == "xpos_abf" else 0)
+    assert (tmp_path / "hf" / "config.json").exists() == (choice != "xpos_abf")

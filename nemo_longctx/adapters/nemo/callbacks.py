@@ -46,6 +46,8 @@ class LongContextSettingsCallback(Callback):
         self.directory, self.recipe = Path(directory), recipe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.model_transform is not None:  # the host's own callback comes later, at the start of the epoch
+            pl_module.model_transform(trainer.strategy.megatron_parallel)
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         seen = [verify_live_rope(module, self.variant) for module in modules]
         if not trainer.is_global_zero:
