@@ -362,13 +362,14 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole: a killed builder leaves nothing that another would open."""
+    """A file that appears under its name only when it is whole: a killed builder leaves nothing that another would open.
+
+    It is not forced to the disk, which can take as long as building it: cut short by a power failure, it is refused.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

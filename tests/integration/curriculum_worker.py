@@ -81,7 +81,11 @@ def main() -> None:
         devices=world,
         max_steps=settings.get("max_steps", -1),
         strategy=nl.MegatronStrategy(
-            ckpt_load_optimizer=True, ckpt_save_optimizer=True, ckpt_async_save=False, **settings.get("strategy", {})
+            ckpt_load_optimizer=True,
+            ckpt_save_optimizer=True,
+            ckpt_async_save=False,
+            ckpt_parallel_load=False,
+            **settings.get("strategy", {}),
         ),
         plugins=nl.MegatronMixedPrecision(precision="32"),
         limit_val_batches=settings.get("limit_val_batches", 0),
