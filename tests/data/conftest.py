@@ -1,4 +1,4 @@
-"""Corpora whose tokens say where they come from: token = 1,000 * document + position, document numbers count on over sources."""
+"""Corpora whose tokens say where they come from: token = 1,000 * document + position; documents count on over sources."""
 
 import numpy as np
 import pytest
