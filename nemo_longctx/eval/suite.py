@@ -57,7 +57,7 @@ class PositionTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTask:
-    """Probes hidden in the text of a JSONL file (`text` field) or plain text file."""
+    """Probes hidden in `text`: a JSONL file (`text` field), a plain text file, or the prefix of an indexed corpus."""
 
     text: str
     probes: probes.ProbeConfig = field(default_factory=probes.ProbeConfig)
@@ -265,7 +265,11 @@ class Suite:
     def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probes.ProbeRow]:
         bos = self.tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
-        made = probes.make_probes(task.probes, read_texts(task.text), self.tokenizer, prefix=prefix, cache=task.cache)
+        if Path(f"{task.text}.idx").exists():
+            texts = corpus_texts(task.text, self.tokenizer, 4 * max(task.probes.lengths))
+        else:
+            texts = read_texts(task.text)
+        made = probes.make_probes(task.probes, texts, self.tokenizer, prefix=prefix, cache=task.cache)
         asked = [probe for probe in made if probes.fits(probe, model.max_length)]
         stops = {self.tokenizer.eos_token_id} - {None}
         results = self._run(probes.probe_requests(asked, stops), model, group, "probes", quiet)
@@ -314,6 +318,17 @@ def read_texts(path: str | Path) -> list[str]:
             if "text" not in row:
                 raise ValueError(f"{path.name} line {number} has no field 'text'; it has {', '.join(row)}")
             texts.append(row["text"])
+    return texts
+
+
+def corpus_texts(prefix: str, tokenizer: Any, tokens: int) -> list[str]:
+    """Documents from the start of an indexed corpus as text, until there are `tokens` of them or no more."""
+    corpus, have = open_corpus(prefix), 0
+    texts: list[str] = []
+    while have < tokens and len(texts) < len(corpus):
+        document = corpus.tokens(len(texts))
+        texts.append(tokenizer.decode(document.tolist(), skip_special_tokens=True))
+        have += len(document)
     return texts
 
 

@@ -1,14 +1,26 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import byte_tokenizer, tiny_llama
 
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.eval.guard import GuardConfig
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.scoring import token_losses
-from nemo_longctx.eval.suite import Suite, as_record, choose_documents, from_record, longest_input, parse_tasks, read_texts
+from nemo_longctx.eval.suite import (
+    Suite,
+    as_record,
+    choose_documents,
+    corpus_texts,
+    from_record,
+    longest_input,
+    parse_tasks,
+    read_texts,
+)
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.report.html import Section, write_page
 
@@ -98,6 +110,29 @@ def test_probes_and_tables(corpus, tmp_path):
 def test_blocks_are_checked(block, message):
     with pytest.raises(ConfigError, match=message):
         parse_tasks([block])
+
+
+def test_probes_in_the_text_of_a_corpus(tmp_path):
+    text = "The smith opened his door to the street before six. Nobody had ever seen such a machine at work! "
+    tokenizer = byte_tokenizer([text])
+    with CorpusWriter(tmp_path / "held_out", np.uint16) as writer:
+        for _ in range(9):
+            writer.add_document(np.array([*tokenizer.encode(text), tokenizer.eos_token_id]))
+    assert corpus_texts(str(tmp_path / "held_out"), tokenizer, 1) == [text]
+    assert corpus_texts(str(tmp_path / "held_out"), tokenizer, 10**9) == [text] * 9
+
+
+CONF = Path(__file__).parents[2] / "conf" / "eval"
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_a_suite(file):
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert values.keys() <= {"tasks", "every", "at_start", "at_end", "time_budget", "guard", "max_length", "results_cache"}
+    tasks = parse_tasks(values["tasks"])
+    assert len(tasks) == len(values["tasks"])
+    build(GuardConfig, values.get("guard"))
+    assert not values.get("max_length") or longest_input(tasks) <= values["max_length"]
 
 
 def test_texts_of_a_file(tmp_path):
