@@ -24,12 +24,12 @@ lock: $(INSTALLED)
 	$(BIN)/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --upgrade \
 	  $(EXTRAS:%=--extra %) $(TORCH_CUDA:%=--no-emit-package %) --output-file requirements.lock
 
-# Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
+# One thread a test process, as many processes as cores. Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(DATA),data=$(DATA))

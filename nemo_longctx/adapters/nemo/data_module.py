@@ -129,6 +129,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             raise ConfigError("curriculum.stages", stage.config.parallel_sizes, what)
         if self.windows is None:
             raise RuntimeError("setup('fit') comes first: it opens the data")
+        self._align_trainer()
         return self._loader(WindowDataset(self.windows), "train")
 
     def val_dataloader(self) -> WrappedDataLoader | list[Any]:
@@ -236,6 +237,17 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if self.trainer.accumulate_grad_batches != 1:
             mend = "micro batches are accumulated by the host already; set it to 1"
             raise ConfigError("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, mend)
+
+    def _align_trainer(self) -> None:
+        """Let the trainer count the batches of a resumed run by its tokens.
+
+        Lightning counts a batch as done only after the hook that saved the checkpoint: every restart would begin one batch
+        earlier in its count, and validate and end that much later than a run that was never stopped.
+        """
+        if self.trainer is not None and self.data_sampler.start_token:
+            current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            current.ready = current.completed = self.data_sampler.start_token // self.curriculum.tokens_per_step
+            current.started = current.processed = current.completed
 
     def _report(self, order: Order) -> None:
         """What the run will get, by source and stage, before its first step."""

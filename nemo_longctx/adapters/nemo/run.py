@@ -149,6 +149,8 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback]) -> nl.Trainer:
         sequence_parallel=trainer.sequence_parallel,
         pipeline_dtype=torch.float32 if trainer.precision == "32" else torch.bfloat16,
         ckpt_async_save=trainer.accelerator == "gpu",
+        # Over gloo, ranks that load more shards than were saved by as many close each other's connections.
+        ckpt_parallel_load=trainer.accelerator == "gpu",
         # NeMo's own replacement prints from rank 0 alone, and gathers timers from all ranks for it: with two processes the
         # others never answer, and the next save waits for good.
         replace_progress_bar=False,
