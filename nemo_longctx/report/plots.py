@@ -272,7 +272,8 @@ def _heat_map(axes: Axes, cells: Sequence[ProbeRow], depths: Sequence[float], va
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     for (y, x), number in np.ndenumerate(grid):
         if not math.isnan(number):
-            axes.annotate(f"{number:.2g}", (x, y), ha="center", va="center", fontsize=7, color=INK)
+            dark = not 0.15 < number / top < 0.85  # both ends of the colour map are
+            axes.annotate(f"{number:.2g}", (x, y), ha="center", va="center", fontsize=7, color="white" if dark else INK)
     return image
 
 
