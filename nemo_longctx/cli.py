@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": "FLOPs, memory, time, the fastest layout and the longest length of a run, before it is paid for",
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
     "eval": "loss by position, probes and lm-eval tasks of NeMo or Hugging Face checkpoints, as tables, figures and one page",
-    "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and a figure",
+    "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and figure",
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
     "compare": "a page for blind side-by-side votes on two models' answers, and the table with 95 % intervals from the votes",
 }

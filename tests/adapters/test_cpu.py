@@ -114,4 +114,4 @@ def test_a_config_from_a_cpu_gets_its_fusions_back_with_cuda(installed, monkeypa
     changes = cpu.machine_fields(config)
     assert changes["use_cpu_initialization"] is False
     assert changes["bias_dropout_fusion"] is True
-    assert "apply_rope_fusion" not in changes  # still no Transformer Engine here
+    assert changes["apply_rope_fusion"] is False  # still no Transformer Engine here

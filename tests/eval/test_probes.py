@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_llama
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel

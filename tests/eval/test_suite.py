@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import byte_tokenizer, tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.writer import CorpusWriter

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import byte_tokenizer, tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 
 pytest.importorskip("lm_eval")
 from nemo_longctx.adapters.harness import TASK_FOLDER, load_tasks, run_harness

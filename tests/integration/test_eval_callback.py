@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import byte_tokenizer
 
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.report.evaluation import read_results
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
-from conftest import byte_tokenizer
 
 WORKER = Path(__file__).with_name("eval_worker.py")
 TEXT = "The smith opened his door to the street before six. Nobody had ever seen such a machine at work! " * 20

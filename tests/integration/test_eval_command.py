@@ -2,15 +2,12 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval")
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
-from conftest import byte_tokenizer, tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.cli import main
 from nemo_longctx.data.writer import CorpusWriter

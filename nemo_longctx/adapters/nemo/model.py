@@ -146,6 +146,8 @@ def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | No
     model.config.transformer_layer_spec = long_context_layer_spec
     model.config.forward_step_fn = longctx_forward_step
     model.config.data_step_fn = longctx_data_step
+    # One mean over all tokens of a step: otherwise each rank divides by its own count, which masks make unequal.
+    model.config.calculate_per_token_loss = True
     run = long_context_settings(model)
     names = list(dict.fromkeys([*run, *before]))
     return [SettingChange(setting=name, before=before.get(name), run=run.get(name)) for name in names]
