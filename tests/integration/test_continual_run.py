@@ -42,7 +42,7 @@ def overrides(text: Path, output: Path, *more: str) -> list[str]:
     return [
         f"output_dir={output}", f"data.tokenizer={text}/tokenizer", f"data.mix.sources=[{{path: {text}/corpus}}]",
         f"data.validation={validation}", f"data.cache_dir={output}/order", "trainer.val_every_tokens=0",
-        "optimizer.warmup_tokens=0", *more,
+        "optimizer.warmup_tokens=0", "eval=none", *more,
     ]  # fmt: skip
 
 

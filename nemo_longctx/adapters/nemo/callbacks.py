@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import platform
 import shutil
@@ -77,6 +78,8 @@ class LongContextSettingsCallback(Callback):
 class TrainingLogCallback(Callback):
     """Appends one row an optimizer step to `training.csv`; a resumed run drops the rows after its checkpoint and goes on.
 
+    At the end the curve is drawn beside it, with the changes of length marked.
+
     Args:
         path: the CSV; columns `TRAINING_COLUMNS`, losses with all digits.
         curriculum: gives tokens and sequence length of a step.
@@ -127,6 +130,18 @@ class TrainingLogCallback(Callback):
         loss = _number(trainer.callback_metrics["val_loss"])
         self._append(step=step, tokens=tokens, seq_length=seq_length, validation_loss=loss)
         self._last = (step, time.perf_counter())  # validation is no training time
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        from nemo_longctx.report.plots import plot_training_curve
+
+        stages = self.curriculum.plan
+        switches = [
+            (float(after.first_token), f"{before.seq_length:,} -> {after.seq_length:,} tokens")
+            for before, after in itertools.pairwise(stages)
+        ]
+        plot_training_curve(read_training_log(self.path), self.path.with_suffix(".png"), switches=switches)
 
     def _append(self, **row: Any) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -90,7 +90,7 @@ def build_run(recipe: RecipeConfig) -> Run:
         ),
         ThroughputCallback(curriculum=recipe.curriculum, path=str(directory / "results" / "throughput.json")),
     ]
-    if recipe.eval is not None:
+    if recipe.eval and recipe.eval.get("tasks"):
         callbacks.append(_evaluation(recipe.eval, directory / "results" / "eval"))
     return Run(
         recipe=recipe,
