@@ -32,7 +32,7 @@ test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/demo.py $(if $(DATA),data=$(DATA))
+	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,8 +10,11 @@ loss_by_position.csv and .png, training.csv and .png, and hf/, the extended mode
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -63,10 +66,13 @@ def run_step(output: Path, name: str, command: list[str]) -> bool:
     log = output / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {shlex.join(command)}\n  log: {log}", flush=True)
+    if name == "export":  # of a demo that was killed between the export and its record
+        shutil.rmtree(output / "hf", ignore_errors=True)
     began = time.monotonic()
     with log.open("ab") as file:
         # prepare draws its own progress bar on the terminal; NeMo's lines go to the log, and its curve is followed here.
-        process = subprocess.Popen(command, stdout=file, stderr=None if name == "prepare" else file)
+        errors = None if name == "prepare" else file
+        process = subprocess.Popen(command, stdout=file, stderr=errors, preexec_fn=die_with_parent)
         status = follow(process, output, name)
     if status:
         tail = log.read_text(errors="replace").splitlines()[-15:]
@@ -78,6 +84,12 @@ def run_step(output: Path, name: str, command: list[str]) -> bool:
     beside.write_text(json.dumps(done, indent=1))
     beside.replace(record)
     return True
+
+
+def die_with_parent() -> None:
+    """In the child: end when the demo is killed, so that no two trainings write to one directory (Linux prctl(2))."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def follow(process: subprocess.Popen, output: Path, name: str) -> int:
