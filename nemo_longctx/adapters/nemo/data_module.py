@@ -113,6 +113,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self._agree_on_length()
             self.data_sampler.curriculum = self.curriculum
             documents = Documents.open(self.mix)
+            self._check_window(documents)
             order = open_order(self.mix, documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir)
             self.windows = open_windows(
                 order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
@@ -237,6 +238,13 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if self.trainer.accumulate_grad_batches != 1:
             mend = "micro batches are accumulated by the host already; set it to 1"
             raise ConfigError("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, mend)
+
+    def _check_window(self, documents: Documents) -> None:
+        """A window that holds the whole corpus would only repeat it."""
+        tokens = sum(shard.n_tokens for shard in documents.shards)
+        if tokens <= self.seq_length:
+            mend = f"the corpus has only {tokens:,} tokens; take a shorter window or more text"
+            raise ConfigError("curriculum.stages.seq_length", self.seq_length, mend)
 
     def _align_trainer(self) -> None:
         """Let the trainer count the batches of a resumed run by its tokens.
