@@ -139,6 +139,6 @@ def _markdown(summary: dict[str, Any]) -> str:
               f"its logits differ from the NeMo model's by {difference:.1e} at most, at positions to {last:,}."]  # fmt: skip
     lines += ["", "| part | seconds |", "| --- | --- |"]
     lines += [f"| {part} | {seconds} |" for part, seconds in summary["seconds"].items()]
-    lines += ["", "Pictures: loss_by_position.png, training.png; the extension as it was watched (loss by position and probes before,",
-              f"during and after): {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
+    lines += ["", "Pictures: loss_by_position.png, training.png. Loss by position and probes before, during and after the run,",
+              f"on one page: {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
     return "\n".join([*lines, *summary["commands"].values(), "```", ""])
