@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_longctx.cli import COMMANDS
-from nemo_longctx.compose import compose
+from nemo_longctx.compose import compose, groups
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +41,9 @@ def test_commands_exist(words):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "nemo-longctx":
         assert words[1] in COMMANDS
+        option = {"doctor": "--model", "plan": "--recipe"}.get(words[1])
+        if option in words:
+            assert words[words.index(option) + 1] in groups()["recipe"]
     else:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()

@@ -64,6 +64,13 @@ def test_wrong_settings_are_refused_by_name(overrides, message):
         recipe("recipe=tiny_cpu_long", *overrides)
 
 
+def test_precision_follows_the_accelerator():
+    """The same recipe trains in bf16 on a GPU by one word."""
+    assert recipe("recipe=tiny_cpu_base").trainer.precision == "32"
+    assert recipe("recipe=tiny_cpu_base", "trainer.accelerator=gpu").trainer.precision == "bf16-mixed"
+    assert recipe("recipe=tiny_cpu_base", "trainer.precision=bf16-mixed").trainer.precision == "bf16-mixed"
+
+
 def test_warmup_and_validation_are_counted_in_tokens():
     made = recipe("recipe=tiny_cpu_long")
     assert made.steps("x", 5 * made.curriculum.tokens_per_step) == 5
