@@ -71,7 +71,7 @@ class TrainerConfig:
     Attributes:
         accelerator: "cpu" or "gpu".
         devices: processes on one node.
-        precision: "32", "bf16-mixed" or "16-mixed"; None is bf16-mixed on a GPU and 32 on a CPU.
+        precision: "32", "bf16-mixed", "16-mixed", or "auto": bf16-mixed on a GPU, 32 on a CPU.
         val_every_tokens: tokens between validations; 0 validates only at the end.
         limit_val_batches: micro batches of one validation.
         log_every_n_steps: optimizer steps between two lines of the training log.
@@ -80,7 +80,7 @@ class TrainerConfig:
     accelerator: str = "gpu"
     devices: int = 1
     num_nodes: int = 1
-    precision: str | None = None
+    precision: str = "auto"
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
@@ -93,7 +93,7 @@ class TrainerConfig:
     def __post_init__(self):
         if self.accelerator not in ("cpu", "gpu"):
             raise ConfigError("trainer.accelerator", self.accelerator, "set cpu or gpu")
-        if self.precision is None:
+        if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16-mixed" if self.accelerator == "gpu" else "32")
         if str(self.precision) not in PRECISIONS:
             raise ConfigError("trainer.precision", self.precision, did_you_mean(str(self.precision), PRECISIONS))
