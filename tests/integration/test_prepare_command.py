@@ -291,6 +291,11 @@ def test_a_full_disk_is_said_and_harms_nothing(tmp_path, bpe, largest_file):
     assert digests(tmp_path / "c") != before
 
 
+def hear_ctrl_c():
+    """In the child: a shell starts background jobs deaf to SIGINT, and what they start inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_and_wait_for_a_shard(tmp_path, bpe):
     """A run that has much left to do; returns its process and its command."""
     write_jsonl(tmp_path / "a.jsonl", 8_000, seed=7)
@@ -306,7 +311,7 @@ def start_and_wait_for_a_shard(tmp_path, bpe):
         "200K",
     ]
     command = [sys.executable, "-m", "nemo_longctx.cli", "prepare", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_ctrl_c)
     while process.poll() is None and not list((tmp_path / "c.work" / "reports").glob("*.json")):
         time.sleep(0.01)
     return process, arguments
