@@ -94,9 +94,8 @@ def report(name: str, sizes: str, results: list[dict], ratios: dict[str, float],
         print(f"  {label}: {ratio:.2f}")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(
-                {"benchmark": name, "sizes": sizes, "origin": origin, "results": results, "ratios": ratios}, file, indent=1
-            )
+            record = {"benchmark": name, "sizes": sizes, "origin": origin, "results": results, "ratios": ratios, **more}
+            json.dump(record, file, indent=1)
 
 
 def one_gloo_process() -> None:

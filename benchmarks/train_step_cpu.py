@@ -2,9 +2,9 @@
 
 The model of conf/model/tiny_llama.yaml as Megatron-Core's GPTModel, fp32, one window; a step is forward, backward and an Adam
 update. Stock: `get_gpt_layer_local_spec`, a dense causal mask, the loss on logits. Ours: the same layers with
-`LongContextAttention` and the chunked loss; and once more with each layer's MLP recomputed in the backward (the host's
-`recompute_modules: [mlp]`), the largest part once scores and logits are gone. Time and memory as in `attention_cpu.py`. At
-the end torch's profile of our step at the first size: where the time goes, and the share that is ours and the host's.
+`LongContextAttention` and the chunked loss; and once more with `recompute: selective` (each layer's MLP, the largest part once
+scores and logits are gone). Time and memory as in `attention_cpu.py`. At the end torch's profile of our step at the first
+size: where the time goes, and the share that is ours and the host's.
 
     python benchmarks/train_step_cpu.py           # 8,192 beside stock and 32,768 alone, three rounds
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import measure
 
-LEAN = "ours, MLP recomputed"
+LEAN = "ours, recompute selective"
 OURS = {  # operators that this package calls, by the name that the profiler gives them
     "attention (ours)": ("_SegmentAttention", "flash_attention_for_cpu"),
     "head and loss (ours)": ("_ChunkedCrossEntropy",),
@@ -30,6 +30,7 @@ def build(kind: str, tokens: int):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from nemo_longctx.activations import megatron_fields
     from nemo_longctx.adapters.nemo import cpu
     from nemo_longctx.adapters.nemo.attention import with_long_context_attention
     from nemo_longctx.adapters.nemo.loss import use_chunked_loss
@@ -45,7 +46,7 @@ def build(kind: str, tokens: int):
         gated_linear_unit=True,
         add_bias_linear=False,
         activation_func=torch.nn.functional.silu,
-        **({"recompute_granularity": "selective", "recompute_modules": ["mlp"]} if kind == LEAN else {}),
+        **megatron_fields("selective" if kind == LEAN else "none"),
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     ours = kind in ("ours", LEAN)

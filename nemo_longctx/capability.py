@@ -143,7 +143,7 @@ def _transformer_engine() -> Capability:
 def _flash_attn() -> Capability:
     if has_module("flash_attn"):
         return Capability(name="flash-attn", available=True, detail=_version("flash-attn"))
-    cost = "packed documents run in a loop over documents instead of one varlen kernel; whole windows lose nothing"
+    cost = "packed documents run on torch's varlen kernel instead of flash-attn's; whole windows lose nothing"
     remedy = "on a CUDA machine: pip install --no-build-isolation 'nemo-longctx[flash]'"
     return Capability(name="flash-attn", available=False, detail="not installed", cost=cost, remedy=remedy)
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.rope import variants
@@ -72,6 +73,9 @@ class TrainerConfig:
         accelerator: "cpu" or "gpu".
         devices: processes on one node.
         precision: "32", "bf16-mixed", "16-mixed", or "auto": bf16-mixed on a GPU, 32 on a CPU.
+        recompute: activations that are computed again in the backward pass: "none", "selective", "block:N" or "full".
+        offload: layers whose activations wait in host memory: "none", "block:N" or "full"; needs a GPU. A stage of the
+            curriculum may name others (`nemo_longctx.activations`).
         val_every_tokens: tokens between validations; 0 validates only at the end.
         limit_val_batches: micro batches of one validation.
         log_every_n_steps: optimizer steps between two lines of the training log.
@@ -86,6 +90,8 @@ class TrainerConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    recompute: str = "none"
+    offload: str = "none"
     val_every_tokens: int = 0
     limit_val_batches: int = 8
     log_every_n_steps: int = 1
@@ -103,6 +109,8 @@ class TrainerConfig:
         if self.world_size % self.model_parallel_size:
             mend = f"the {self.world_size} processes must divide by tensor x pipeline x context = {self.model_parallel_size}"
             raise ConfigError("trainer.devices", self.devices, mend)
+        recomputed_layers(self.recompute, 1, key="trainer.recompute")
+        offloaded_layers(self.offload, 1, key="trainer.offload")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("trainer.sequence_parallel", True, "needs trainer.tensor_model_parallel_size above 1")
 
@@ -175,12 +183,27 @@ class RecipeConfig:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
+        self._check_activations()
+        activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
+        object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
         for stage in self.curriculum.plan:
             stage.num_microbatches(self.trainer.data_parallel_size)
         for key, tokens in (("trainer.val_every_tokens", self.trainer.val_every_tokens),
                             ("checkpoint.every_tokens", self.checkpoint.every_tokens),
                             ("optimizer.warmup_tokens", self.optimizer.warmup_tokens)):  # fmt: skip
             self.steps(key, tokens)
+
+    def _check_activations(self) -> None:
+        for name in self.model:
+            if name.startswith(("recompute_", "cpu_offloading")):
+                mend = "set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
+                raise ConfigError(f"model.{name}", self.model[name], mend)
+        named = {"trainer.offload": self.trainer.offload}
+        named |= {f"curriculum.stages[{i}].offload": stage.offload for i, stage in enumerate(self.curriculum.stages)}
+        for key, value in named.items():
+            if self.trainer.accelerator == "cpu" and value not in (None, "none"):
+                mend = "needs a GPU: on the CPU activations lie in host memory already; set none, and recompute to save memory"
+                raise ConfigError(key, value, mend)
 
     @property
     def rope_variant(self) -> variants.RopeVariant | None:

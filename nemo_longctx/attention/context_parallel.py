@@ -2,19 +2,21 @@
 
 Each rank holds two chunks of every window, one early and one late (`documents.zigzag_chunks`), so that causal work is even.
 Works on any backend of torch.distributed, gloo included. The gathered keys and values are not kept for the backward: they
-are gathered again there, so that a rank's memory stays that of its own share.
+are gathered again there, so that a rank's memory stays that of its own share. (In float32 on CUDA they are kept: SDPA, which
+runs there, saves them segment by segment.)
 
 Shapes: B batch, T tokens of the whole window, N = T / cp_size local tokens, K heads, D head size.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nemo_longctx.attention.core import causal_attention
+from nemo_longctx.attention.core import backend_name, causal_attention
 from nemo_longctx.attention.documents import Segment, zigzag_chunks
 
 
@@ -45,28 +47,51 @@ def context_parallel_attention(
         out_BNHD for this rank's queries. Gradients of keys and values are summed over the group.
     """
     kv_2BNKD = torch.stack((k_BNKD, v_BNKD))
-    gathered = _GatherZigzag.apply(kv_2BNKD, group, windows)
+    # A varlen launch reads the keys of each segment in turn: laid out so here, they can be laid out so again in the backward.
+    chosen = segments if keys_by_segment(q_BNHD.device, q_BNHD.dtype) else None
+    seen = _select(_GatherZigzag.apply(kv_2BNKD, group, windows), chosen)
+    if chosen is not None:
+        segments = _in_turn(segments)
 
-    places = [(part.data_ptr(), part.shape) for part in gathered]  # not the tensor itself: the closure would keep it
+    # Which of k (0) and v (1) a saved tensor is shows by where it lies; the tensors themselves would be kept by the closure.
+    places = [(part.data_ptr(), part.numel()) for part in seen]
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | int:
-        # Which of k (0) and v (1) a saved tensor is, by where it lies; everything else is kept as it is.
-        place = (tensor.data_ptr(), tensor.shape)
-        return places.index(place) if place in places else tensor
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[int, torch.Size]:
+        place = (tensor.data_ptr(), tensor.numel())
+        return (places.index(place), tensor.shape) if place in places else tensor
 
     again: dict[int, torch.Tensor] = {}
 
-    def unpack(saved: torch.Tensor | int) -> torch.Tensor:
-        if not isinstance(saved, int):
+    def unpack(saved: torch.Tensor | tuple[int, torch.Size]) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
             return saved
+        part, shape = saved
         if not again:
-            again.update(enumerate(_gather(kv_2BNKD.detach(), group, windows)))
-        return again.pop(saved)
+            again.update(enumerate(_select(_gather(kv_2BNKD.detach(), group, windows), chosen)))
+        return again.pop(part).view(shape)
 
-    if not torch.is_grad_enabled() or not gathered.requires_grad:
-        return causal_attention(q_BNHD, gathered[0], gathered[1], segments=segments, scale=scale)
+    if not torch.is_grad_enabled() or not seen.requires_grad:
+        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return causal_attention(q_BNHD, gathered[0], gathered[1], segments=segments, scale=scale)
+        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
+
+
+def keys_by_segment(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for these tensors wants the keys of each segment one after another, shared ones repeated."""
+    return backend_name(device, dtype, segmented=True).endswith("varlen")
+
+
+def _select(kv_2BTKD: torch.Tensor, segments: tuple[Segment, ...] | None) -> torch.Tensor:
+    """The keys and values of each segment in turn; all of them where `segments` is None."""
+    if segments is None:
+        return kv_2BTKD
+    return torch.cat([kv_2BTKD[:, :, s.k_start : s.k_end] for s in segments], dim=2)
+
+
+def _in_turn(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """`segments` with the key rows that `_select` lays out."""
+    ends = list(itertools.accumulate((s.k_end - s.k_start for s in segments), initial=0))
+    return tuple(Segment(s.q_start, s.q_end, a, b) for s, (a, b) in zip(segments, itertools.pairwise(ends), strict=True))
 
 
 def _gather(x: torch.Tensor, group: dist.ProcessGroup, windows: int) -> torch.Tensor:

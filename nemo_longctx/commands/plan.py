@@ -40,7 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--cp", type=int, help="context_parallel_size")
     layout.add_argument("--vp", type=int, help="virtual_pipeline_model_parallel_size")
     layout.add_argument("--micro-batch-size", type=int)
-    layout.add_argument("--recompute", help="none, selective, full or block:N")
+    layout.add_argument("--recompute", help="none, selective (each MLP), full or block:N (the first N layers of a chunk)")
+    layout.add_argument("--offload", help="activations that wait in host memory: none, full or block:N")
     layout.add_argument("--precision", help="bf16 (default), fp8, fp32 or fsdp_bf16")
     layout.add_argument("--sharding", help="none, optimizer (default) or full")
     layout.add_argument("--loss", help="vocab_parallel (default), chunked or eager")
@@ -86,6 +87,10 @@ def _settings(args: argparse.Namespace) -> Any:
         text = args.curriculum or _curriculum_text(curriculum) or str(shape.seq_length)
         micro = args.micro_batch_size or 1
         curriculum = parse_curriculum(text, tokens_per_step=tokens_per_step, steps=steps, micro_batch_size=micro)
+    for name in ("recompute", "offload"):  # an option holds for all stages, whatever the recipe says of them
+        if getattr(args, name) is not None:
+            stages = tuple(replace(stage, **{name: getattr(args, name)}) for stage in curriculum.stages)
+            curriculum = replace(curriculum, stages=stages)
     return PlanSettings(
         model_name=name,
         model=shape,
@@ -124,6 +129,7 @@ def _layout(args: argparse.Namespace, of_recipe: Any, layout_class: Any) -> Any:
         "virtual_pipeline_model_parallel_size": args.vp,
         "micro_batch_size": args.micro_batch_size,
         "recompute": args.recompute,
+        "offload": args.offload,
         "precision": args.precision,
         "sharding": args.sharding,
         "loss": args.loss,

@@ -15,6 +15,7 @@ import itertools
 from functools import cached_property
 from typing import Any
 
+from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.config import ConfigError
 
 PARALLEL_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -28,7 +29,8 @@ class StageConfig:
         until: the share of the run's tokens, in (0, 1], after which the stage is over.
         seq_length: tokens in a window.
         micro_batch_size: windows in one forward pass on one data-parallel rank.
-        recompute_num_layers: layers whose activations are computed again in the backward pass; None: the model's own setting.
+        recompute, offload: what is computed again in the backward pass and what waits in host memory for it
+            (`nemo_longctx.activations`); None: as the run (`trainer.recompute`, `trainer.offload`).
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: sizes that this stage needs. A stage
             that needs others than the run has ends the run with a checkpoint; None: as the run.
     """
@@ -36,7 +38,8 @@ class StageConfig:
     until: float
     seq_length: int
     micro_batch_size: int = 1
-    recompute_num_layers: int | None = None
+    recompute: str | None = None
+    offload: str | None = None
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     context_parallel_size: int | None = None
@@ -48,8 +51,10 @@ class StageConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"curriculum.stages.{name}", value, "a whole number of at least 1")
-        if self.recompute_num_layers is not None and self.recompute_num_layers < 0:
-            raise ConfigError("curriculum.stages.recompute_num_layers", self.recompute_num_layers, "0 (none) or more layers")
+        if self.recompute is not None:
+            recomputed_layers(self.recompute, 1, key="curriculum.stages.recompute")
+        if self.offload is not None:
+            offloaded_layers(self.offload, 1, key="curriculum.stages.offload")
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
@@ -143,6 +148,18 @@ class Curriculum:
         tokens = seq_length * global_batch_size
         stage = StageConfig(until=1.0, seq_length=seq_length, micro_batch_size=micro_batch_size)
         return cls(stages=(stage,), tokens_per_step=tokens, total_tokens=tokens * total_steps)
+
+    def with_activations(self, *, recompute: str, offload: str) -> Curriculum:
+        """This curriculum with the run's recomputation and offload in each stage that names none."""
+        stages = [
+            dataclasses.replace(
+                stage,
+                recompute=recompute if stage.recompute is None else stage.recompute,
+                offload=offload if stage.offload is None else stage.offload,
+            )
+            for stage in self.stages
+        ]
+        return dataclasses.replace(self, stages=tuple(stages))
 
     @property
     def total_steps(self) -> int:

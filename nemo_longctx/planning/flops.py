@@ -33,8 +33,8 @@ class FlopsConvention:
         layers: `12h2` takes every layer as 12 h^2 weights (4 h wide MLP of two matrices, h wide keys and values), as
             Narayanan et al. 2021 do; `exact` takes the model's own matrices (gated MLP, grouped queries).
         vocabulary: count the LM head's product.
-        recompute: `none` is the model's arithmetic; `selective` adds a second forward of the attention core, `full` a second
-            forward of every layer (activation recomputation executes them; no MFU credits them).
+        recompute: `none` is the model's arithmetic; `selective` adds a second forward of every MLP, `full` one of every layer
+            (activation recomputation executes them, by the names of `nemo_longctx.activations`; no MFU credits them).
     """
 
     name: str
@@ -120,12 +120,13 @@ def token_flops(
         raise ConfigError("seq_length", seq_length, "must be 1 or more")
     # Under 12h2 a head's products are h wide; exactly, they are (query heads x head width) wide.
     width = model.hidden_size if convention.layers == "12h2" else model.query_width
-    weights = 12 * model.hidden_size**2 if convention.layers == "12h2" else model.attention_weights + model.mlp_weights
+    mlp = 8 * model.hidden_size**2 if convention.layers == "12h2" else model.mlp_weights
+    weights = mlp + (4 * model.hidden_size**2 if convention.layers == "12h2" else model.attention_weights)
     span = _attention_span(seq_length, convention, document_lengths_D)
-    linear_passes = 4 if convention.recompute == "full" else 3
-    attention_passes = 3 if convention.recompute == "none" else 4
+    again = {"none": 0, "selective": mlp, "full": weights}[convention.recompute]
+    attention_passes = 4 if convention.recompute == "full" else 3
     return TokenFlops(
-        linear=2.0 * linear_passes * weights * model.num_layers,
+        linear=2.0 * (3 * weights + again) * model.num_layers,
         attention=4.0 * attention_passes * width * span * model.num_layers,
         vocabulary=6.0 * model.embedding_parameters if convention.vocabulary else 0.0,
     )

@@ -21,6 +21,7 @@ class Gpu:
         memory_gb_s: device memory bandwidth, GB/s.
         nvlink_gb_s: one direction of the links within a node, GB/s per GPU.
         network_gb_s: one direction between nodes, GB/s per GPU (one NIC a GPU).
+        host_gb_s: one direction to host memory, GB/s per GPU (PCIe 4.0 or 5.0 x16; Grace by NVLink-C2C, shared by two GPUs).
         gpus_per_node: GPUs that share the fast links.
     """
 
@@ -31,6 +32,7 @@ class Gpu:
     memory_gb_s: float
     nvlink_gb_s: float
     network_gb_s: float
+    host_gb_s: float = 64
     gpus_per_node: int = 8
 
 
@@ -40,7 +42,16 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="a100", memory_gib=79.0, bf16_tflops=312, fp8_tflops=None, memory_gb_s=2039, nvlink_gb_s=300, network_gb_s=25),
+        Gpu(
+            name="a100",
+            memory_gib=79.0,
+            bf16_tflops=312,
+            fp8_tflops=None,
+            memory_gb_s=2039,
+            nvlink_gb_s=300,
+            network_gb_s=25,
+            host_gb_s=32,
+        ),
         Gpu(name="h100", memory_gib=79.0, bf16_tflops=989, fp8_tflops=1979, memory_gb_s=3350, nvlink_gb_s=450, network_gb_s=50),
         Gpu(
             name="h100-96gb",
@@ -65,6 +76,7 @@ GPUS = {
             memory_gb_s=8000,
             nvlink_gb_s=900,
             network_gb_s=50,
+            host_gb_s=225,
             gpus_per_node=72,
         ),
     )

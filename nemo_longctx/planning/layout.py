@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.planning.models import ModelShape
 
@@ -55,7 +56,8 @@ class Layout:
         virtual_pipeline_model_parallel_size: model chunks a pipeline stage (VP); None for the plain 1F1B schedule.
         sequence_parallel: shard norms and residuals over TP too (SP).
         micro_batch_size: sequences in one forward pass of a data-parallel rank.
-        recompute: `none`, `selective` (the attention core), `block:N` (the first N layers of each model chunk) or `full`.
+        recompute, offload: what is computed again and what waits in host memory, by the names of `nemo_longctx.activations`.
+            For a kernel that keeps scores, `selective` is the attention core, which holds them.
         sharding: what data parallelism splits: `none`, `optimizer` (Megatron's distributed optimizer) or `full` (FSDP).
         precision: a key of PRECISIONS.
         grad_reduce_in_fp32: keep and reduce gradients in fp32 (NeMo's default); False halves them in bf16 and fp8 runs.
@@ -73,6 +75,7 @@ class Layout:
     sequence_parallel: bool = True
     micro_batch_size: int = 1
     recompute: str = "none"
+    offload: str = "none"
     sharding: str = "optimizer"
     precision: str = "bf16"
     grad_reduce_in_fp32: bool = True
@@ -103,7 +106,8 @@ class Layout:
             raise ConfigError(
                 "layout.gpus", self.gpus, f"must be a multiple of TP x PP x CP = {self.model_parallel_size}; change one of them"
             )
-        recomputed_layers(self.recompute, 1)
+        recomputed_layers(self.recompute, 1, key="layout.recompute")
+        offloaded_layers(self.offload, 1, key="layout.offload")
 
     @property
     def model_parallel_size(self) -> int:
@@ -152,25 +156,8 @@ class Layout:
         return (
             f"TP{self.tensor_model_parallel_size} CP{self.context_parallel_size} PP{self.pipeline_model_parallel_size}{vp} "
             f"DP{self.data_parallel_size} mb{self.micro_batch_size} {self.recompute}"
+            + (f" offload {self.offload}" if self.offload != "none" else "")
         )
-
-
-def recomputed_layers(recompute: str, layers: int) -> int:
-    """How many of a chunk's `layers` are run again whole in the backward pass.
-
-    Raises:
-        ConfigError: not none, selective, full or block:N.
-    """
-    if recompute in ("none", "selective"):
-        return 0
-    if recompute == "full":
-        return layers
-    kind, _, count = recompute.partition(":")
-    if kind != "block" or not count.isdigit():
-        raise ConfigError(
-            "layout.recompute", recompute, "must be none, selective, full, or block:N with N layers of each chunk"
-        )
-    return min(int(count), layers)
 
 
 def layout_faults(model: ModelShape, layout: Layout, seq_length: int, global_batch_size: int) -> list[str]:

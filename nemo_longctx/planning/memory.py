@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.planning.gpus import GIB
-from nemo_longctx.planning.layout import PRECISIONS, Layout, recomputed_layers
+from nemo_longctx.planning.layout import PRECISIONS, Layout
 from nemo_longctx.planning.models import ModelShape
 
 # What a process holds beside tensors on a GPU: CUDA context, NCCL's buffers, cuBLAS workspaces. An allowance, not a formula.
@@ -35,6 +36,7 @@ class MemoryPlan:
         communication: buffers of gathers, of the context-parallel ring and of FSDP's unsharded layers.
         framework: CUDA context and libraries.
         kv_cache: of an evaluation inside the run, when the activations are not there.
+        offloaded: activations in host memory, on no GPU; not in the total.
     """
 
     pipeline_stage: int
@@ -47,6 +49,7 @@ class MemoryPlan:
     communication: float
     framework: float
     kv_cache: float
+    offloaded: float = 0.0
 
     @property
     def total(self) -> float:
@@ -55,8 +58,8 @@ class MemoryPlan:
         return static + max(self.activations + max(self.logits, self.workspace), self.kv_cache)
 
     def as_gib(self) -> dict[str, float]:
-        """Every part and the total in GiB, by name."""
-        parts = {f.name: getattr(self, f.name) / GIB for f in fields(self) if f.name != "pipeline_stage"}
+        """Every part on the GPU and the total in GiB, by name."""
+        parts = {f.name: getattr(self, f.name) / GIB for f in fields(self) if f.name not in ("pipeline_stage", "offloaded")}
         return {**parts, "total": self.total / GIB}
 
 
@@ -100,17 +103,19 @@ def _stage_plan(
     held = parameters / (replicas if layout.sharding == "full" else 1)
     tokens = layout.micro_batch_size * seq_length / layout.context_parallel_size
     layer = _layer_activations(model, layout, seq_length)
+    kept, offloaded = _kept_elements(model, layout, stage, layer, global_batch_size)
     return MemoryPlan(
         pipeline_stage=stage,
         weights=held * precision.weight,
         gradients=held * layout.gradient_bytes,
         optimizer=parameters * precision.optimizer / (1 if layout.sharding == "none" else replicas),
-        activations=tokens * precision.activation * _kept_elements(model, layout, stage, layer, global_batch_size),
+        activations=tokens * precision.activation * kept,
         logits=_loss_bytes(model, layout, tokens) if last else 0.0,
         workspace=_workspace_bytes(model, layout, tokens, layer),
         communication=_communication_bytes(model, layout, tokens),
         framework=framework_bytes,
         kv_cache=_kv_cache_bytes(model, layout, eval_length),
+        offloaded=tokens * precision.activation * offloaded,
     )
 
 
@@ -128,10 +133,13 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerActivations:
-    """Elements a token that one layer keeps: for the whole layer, of which attention scores, and its input alone."""
+    """Elements a token that one layer keeps: all of them, of which attention scores, what attention saves itself, those that
+    selective recomputation drops, and the layer's input."""
 
     all: float
     scores: float
+    attention: float
+    selective: float
     input: float
 
 
@@ -159,17 +167,18 @@ def _layer_activations(model: ModelShape, layout: Layout, seq_length: int) -> _L
     return _LayerActivations(
         all=residual / layout.residual_shards + (heads + mlp) / tp + scores,
         scores=scores,
+        attention=(2 * model.query_width + 2 * model.kv_width) / tp,
+        selective=scores or mlp / tp,
         input=model.hidden_size / layout.residual_shards,
     )
 
 
-def _kept_elements(model: ModelShape, layout: Layout, stage: int, layer: _LayerActivations, global_batch_size: int) -> float:
-    """Elements a token kept on a stage, over the layers and the microbatches in flight."""
+def _kept_elements(
+    model: ModelShape, layout: Layout, stage: int, layer: _LayerActivations, global_batch_size: int
+) -> tuple[float, float]:
+    """Elements a token kept on a stage's GPU, and in host memory, over the layers and the microbatches in flight."""
     pp, vp = layout.pipeline_model_parallel_size, layout.model_chunks
-    chunk_layers = model.num_layers / (pp * vp)
-    again = recomputed_layers(layout.recompute, int(chunk_layers))
-    whole = layer.all - layer.scores if layout.recompute == "selective" else layer.all
-    chunk = again * layer.input + (chunk_layers - again) * whole
+    on_gpu, on_host = _chunk_elements(model, layout, layer)
     microbatches = layout.num_microbatches(global_batch_size)
     if vp == 1:
         in_flight = min(pp - stage, microbatches)
@@ -177,7 +186,26 @@ def _kept_elements(model: ModelShape, layout: Layout, stage: int, layer: _LayerA
         # Megatron's interleaved schedule: chunks of forward passes before the first backward (Narayanan et al. 2021, 2.2).
         in_flight = min((pp - stage - 1) * 2 + (vp - 1) * pp + 1, microbatches * vp)
     ends = model.hidden_size / layout.residual_shards * (int(stage == 0) + 2 * int(stage == pp - 1))
-    return chunk * in_flight + ends
+    return on_gpu * in_flight + ends, on_host * in_flight
+
+
+def _chunk_elements(model: ModelShape, layout: Layout, layer: _LayerActivations) -> tuple[float, float]:
+    """Elements a token that one model chunk keeps for one microbatch, on the GPU and in host memory."""
+    layers = model.num_layers / (layout.pipeline_model_parallel_size * layout.model_chunks)
+    again = recomputed_layers(layout.recompute, int(layers))
+    away = offloaded_layers(layout.offload, int(layers))
+    whole = layer.all - layer.selective if layout.recompute == "selective" else layer.all
+    # Under context parallelism attention keeps to itself what it saves, and gathers keys and values anew in the backward.
+    stays = layer.attention if layout.context_parallel_size > 1 else 0.0
+    on_host = min(again, away) * layer.input + max(away - again, 0) * (whole - stays)
+    return again * layer.input + (layers - again) * whole - on_host, on_host
+
+
+def offloaded_bytes(model: ModelShape, layout: Layout, seq_length: int) -> float:
+    """Bytes that one GPU moves to host memory in one microbatch's forward pass, and back in its backward."""
+    _, on_host = _chunk_elements(model, layout, _layer_activations(model, layout, seq_length))
+    tokens = layout.micro_batch_size * seq_length / layout.context_parallel_size
+    return tokens * PRECISIONS[layout.precision].activation * on_host * layout.model_chunks
 
 
 def _loss_bytes(model: ModelShape, layout: Layout, tokens: float) -> float:
@@ -216,7 +244,7 @@ def _workspace_bytes(model: ModelShape, layout: Layout, tokens: float, layer: _L
         # Where a chunk also has layers that were kept, theirs are free before the first layer is computed again.
         gradients += layer.all
     elif layout.recompute == "selective":
-        gradients += layer.scores
+        gradients += layer.selective
     return tokens * precision.activation * gradients + model.embedding_parameters / tp * precision.activation
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.planning.gpus import Gpu
-from nemo_longctx.planning.layout import Layout, recomputed_layers
+from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.planner import Candidate
 
 _HEAD = """# @package _global_
@@ -42,13 +42,14 @@ def override_values(layout: Layout, curriculum: Curriculum, gpu: Gpu) -> dict[st
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
         "context_parallel_size": layout.context_parallel_size,
         "sequence_parallel": layout.residual_shards > 1,
+        "recompute": layout.recompute,
+        "offload": layout.offload,
     }
     stages = [
         {"until": stage.until, "seq_length": stage.seq_length, "micro_batch_size": layout.micro_batch_size}
         for stage in curriculum.stages
     ]
     return {
-        "model": recompute_fields(layout.recompute),
         "trainer": trainer,
         "curriculum": {
             "stages": stages,
@@ -56,28 +57,3 @@ def override_values(layout: Layout, curriculum: Curriculum, gpu: Gpu) -> dict[st
             "total_tokens": curriculum.total_tokens,
         },
     }
-
-
-def recompute_fields(recompute: str) -> dict[str, Any]:
-    """Fields of Megatron-Core's TransformerConfig that say `recompute`.
-
-    `full` recomputes every layer one by one (`uniform`, units of one layer); `block:N` the first N layers of each model chunk.
-    """
-    if recompute == "none":
-        return {"recompute_granularity": None}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective"}
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    layers = recomputed_layers(recompute, 1 << 30)
-    return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
-
-
-def recompute_name(model_fields: dict[str, Any]) -> str:
-    """The inverse of `recompute_fields`: the plain name of what a config's fields say."""
-    granularity, method = model_fields.get("recompute_granularity"), model_fields.get("recompute_method")
-    if granularity is None:
-        return "none"
-    if granularity == "selective":
-        return "selective"
-    return f"block:{model_fields['recompute_num_layers']}" if method == "block" else "full"

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.gpus import GIB, Gpu
 from nemo_longctx.planning.layout import Layout, layout_faults
-from nemo_longctx.planning.memory import memory_plan
+from nemo_longctx.planning.memory import MemoryPlan, memory_plan
 from nemo_longctx.planning.models import ModelShape
 from nemo_longctx.planning.timing import StepTime, step_time
 
@@ -84,13 +84,7 @@ def judge(job: Job, layout: Layout) -> tuple[Candidate, StepTime | None]:
     faults = layout_faults(job.model, layout, job.seq_length, job.global_batch_size)
     if faults:
         return verdict("cannot run", "; ".join(faults)), None
-    plan = memory_plan(
-        job.model,
-        layout,
-        seq_length=job.seq_length,
-        global_batch_size=job.global_batch_size,
-        eval_length=job.eval_length,
-    )
+    plan = _memory(job, layout)
     memory = plan.total / GIB
     time = step_time(job.model, layout, job.gpu, seq_length=job.seq_length, global_batch_size=job.global_batch_size)
     room = job.gpu.memory_gib * FILL
@@ -102,6 +96,49 @@ def judge(job: Job, layout: Layout) -> tuple[Candidate, StepTime | None]:
         reason = f"needs {memory:.0f} GiB of the {room:.0f} GiB that may be filled; {most}"
         return verdict("does not fit", reason, memory, time), time
     return verdict("slower", "", memory, time), time
+
+
+def activation_choices(job: Job, layout: Layout) -> list[dict[str, Any]]:
+    """What each recomputation and offload would save and cost in this layout, against keeping everything on the GPU.
+
+    Returns:
+        a row each: `recompute`, `offload`, `memory_gib` (the whole peak) and `saves_gib`, `host_gib` (in host memory, a GPU),
+        `seconds` (a step) and `costs` (share of the step), `fits`. Empty where the layout cannot run.
+    """
+    layers = max(1, job.model.num_layers // (layout.pipeline_model_parallel_size * layout.model_chunks))
+    block = f"block:{max(1, layers // 2)}"
+    named = [("none", "none"), ("selective", "none"), (block, "none"), ("full", "none")]
+    named += [("none", "full"), ("selective", "full"), ("full", "full"), (layout.recompute, layout.offload)]
+    rows: list[dict[str, Any]] = []
+    for recompute, offload in dict.fromkeys(named):
+        candidate, time = judge(job, replace(layout, recompute=recompute, offload=offload))
+        if time is None or candidate.memory_gib is None:
+            return []
+        plan = _memory(job, candidate.layout)
+        first = rows[0] if rows else {"memory_gib": candidate.memory_gib, "seconds": time.total}
+        rows.append(
+            {
+                "recompute": recompute,
+                "offload": offload,
+                "memory_gib": candidate.memory_gib,
+                "saves_gib": first["memory_gib"] - candidate.memory_gib,
+                "host_gib": plan.offloaded / GIB,
+                "seconds": time.total,
+                "costs": time.total / first["seconds"] - 1,
+                "fits": candidate.verdict != "does not fit",
+            }
+        )
+    return rows
+
+
+def _memory(job: Job, layout: Layout) -> MemoryPlan:
+    return memory_plan(
+        job.model,
+        layout,
+        seq_length=job.seq_length,
+        global_batch_size=job.global_batch_size,
+        eval_length=job.eval_length,
+    )
 
 
 def search(job: Job, base: Layout) -> list[Candidate]:
@@ -140,6 +177,7 @@ def _why_slower(time: StepTime, best: StepTime) -> str:
         "context-parallel ring outlasts attention": time.context_parallel - best.context_parallel,
         "gradient reduction outlasts the backward pass": time.data_parallel - best.data_parallel,
         "pipeline bubble": time.bubble - best.bubble,
+        "activations on their way to host memory and back": time.offload - best.offload,
     }
     why = max(losses, key=lambda name: losses[name])
     share = time.total / best.total - 1
@@ -157,7 +195,7 @@ def candidates(model: ModelShape, gpu: Gpu, base: Layout) -> Iterator[Layout]:
                     continue
                 for chunks in _chunk_counts(model, pipeline):
                     layers = max(1, model.num_layers // (pipeline * chunks))
-                    for recompute in dict.fromkeys(("none", f"block:{max(1, layers // 2)}", "full")):
+                    for recompute in dict.fromkeys(("none", "selective", f"block:{max(1, layers // 2)}", "full")):
                         for micro in MICRO_BATCHES:
                             yield replace(
                                 base,

@@ -15,7 +15,6 @@ from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.planning.gpus import GPUS
 from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name
-from nemo_longctx.planning.override import recompute_name
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 
 # Classes of nemo.collections.llm whose sizes the planner knows by name.
@@ -103,7 +102,8 @@ def _layout(recipe: RecipeConfig) -> Layout:
         context_parallel_size=trainer.context_parallel_size,
         sequence_parallel=trainer.sequence_parallel,
         micro_batch_size=recipe.curriculum.plan[0].micro_batch_size,
-        recompute=recompute_name(dict(recipe.model)),
+        recompute=trainer.recompute,
+        offload=trainer.offload,
         sharding="optimizer" if recipe.optimizer.distributed else "none",
         precision=_PRECISIONS[trainer.precision],
     )

@@ -20,12 +20,12 @@ from nemo_longctx.planning.flops import (
     slow_down,
     training_cost,
 )
-from nemo_longctx.planning.gpus import Gpu, gpu_by_name
+from nemo_longctx.planning.gpus import GIB, Gpu, gpu_by_name
 from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.models import ModelShape
 from nemo_longctx.planning.override import recipe_override
-from nemo_longctx.planning.planner import FILL, Candidate, Job, judge, longest_length, search
+from nemo_longctx.planning.planner import FILL, Candidate, Job, activation_choices, judge, longest_length, search
 from nemo_longctx.planning.timing import rates_for, seconds_at_mfu
 
 # Xiong et al. 2023, section 2.1: what the 70B lost in speed from 4,096 to 16,384 tokens.
@@ -158,7 +158,10 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
                 "seq_length": stage.seq_length,
                 "fits": candidate.verdict != "does not fit",
                 "reason": candidate.reason,
+                "recompute": staged.recompute,
+                "offload": staged.offload,
                 "memory_gib": memory.as_gib(),
+                "host_gib": memory.offloaded / GIB,
                 "seconds_per_step": time.total,
                 "time_parts_seconds": asdict(time),
                 "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
@@ -167,6 +170,8 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
         )
     rates = rates_for(gpu, layout.precision)
     plan = {**asdict(layout), "short_name": layout.short_name(), "rates": asdict(rates), "stages": stages}
+    longest = max(curriculum.plan, key=lambda stage: stage.seq_length)
+    plan["activation_choices"] = activation_choices(_job(settings, gpu, longest.seq_length), _stage_layout(layout, longest))
     if all("hours" in stage for stage in stages):
         plan["gpu_hours"] = hours * layout.gpus
         plan["hours"] = hours
@@ -177,10 +182,9 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
 
 def _stage_layout(layout: Layout, stage: Stage) -> Layout:
     """The layout as one stage of the curriculum has it."""
-    again = stage.config.recompute_num_layers
-    recompute = layout.recompute if again is None else f"block:{again}" if again else "none"
-    values = {**asdict(layout), **stage.config.parallel_sizes}
-    return Layout(**{**values, "micro_batch_size": stage.micro_batch_size, "recompute": recompute})
+    values = {**asdict(layout), **stage.config.parallel_sizes, "micro_batch_size": stage.micro_batch_size}
+    named = {name: getattr(stage.config, name) for name in ("recompute", "offload")}
+    return Layout(**{**values, **{name: value for name, value in named.items() if value is not None}})
 
 
 def _given_mfu(settings: PlanSettings, convention: FlopsConvention) -> float | None:
@@ -301,9 +305,27 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
             f"{stage['seconds_per_step']:.2f} s a step, {stage['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
         )
         lines.append("    " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()))
+        host = f", {stage['host_gib']:.1f} GiB in host memory" if stage["host_gib"] else ""
+        lines.append(f"    recompute {stage['recompute']}, offload {stage['offload']}{host}")
+    lines += _choice_lines(layout["activation_choices"])
     if "hours" in layout:
         lines.append(f"  in all {_duration(layout['hours'])}, {layout['gpu_hours']:,.0f} GPU-hours")
         lines[-1] += f", cost {layout['cost']:,.0f}" if "cost" in layout else ""
+    return lines
+
+
+def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """Recomputation and offload at the longest stage: what each would save on a GPU and cost a step."""
+    if not choices:
+        return []
+    lines = ["  what is kept for the backward pass, at the longest stage, against keeping all of it:"]
+    lines.append(f"    {'recompute':10} {'offload':8} {'GiB':>7} {'saves':>7} {'on host':>8} {'s/step':>8} {'costs':>7}")
+    for row in choices:
+        memory = f"{row['memory_gib']:7.1f} {row['saves_gib']:7.1f} {row['host_gib']:8.1f}"
+        lines.append(
+            f"    {row['recompute']:10} {row['offload']:8} {memory} {row['seconds']:8.2f} {row['costs']:7.1%}"
+            + ("" if row["fits"] else "  does not fit")
+        )
     return lines
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_longctx.activations import recomputed_layers
 from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.flops import convention_by_name, token_flops
 from nemo_longctx.planning.gpus import Gpu
-from nemo_longctx.planning.layout import PRECISIONS, Layout, recomputed_layers
+from nemo_longctx.planning.layout import PRECISIONS, Layout
+from nemo_longctx.planning.memory import offloaded_bytes
 from nemo_longctx.planning.models import ModelShape
 
 # Of a link's peak, what collectives reach (NCCL's bus bandwidth on 8 H100s is about 0.7-0.8 of the 450 GB/s of one direction).
@@ -73,6 +75,7 @@ class StepTime:
         compute: arithmetic, recomputation included.
         tensor_parallel, context_parallel, data_parallel: communication that nothing covers.
         bubble: pipeline stages that wait.
+        offload: activations on their way to host memory and back, on the stream that computes.
         tokens_per_second_per_gpu: of the whole.
     """
 
@@ -81,12 +84,14 @@ class StepTime:
     context_parallel: float
     data_parallel: float
     bubble: float
+    offload: float
     tokens_per_second_per_gpu: float
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.compute + self.tensor_parallel + self.context_parallel + self.data_parallel + self.bubble
+        parts = self.compute + self.tensor_parallel + self.context_parallel + self.data_parallel
+        return parts + self.bubble + self.offload
 
 
 def step_time(
@@ -105,7 +110,8 @@ def step_time(
     tensor = _tensor_parallel_seconds(model, layout, gpu, seq_length)
     ring = max(0.0, _ring_seconds(model, layout, gpu, seq_length) - attention)
     pipeline = layout.pipeline_model_parallel_size
-    busy = microbatches * (linear + attention + tensor + ring)
+    away = 2 * offloaded_bytes(model, layout, seq_length) / (gpu.host_gb_s * 1e9 * LINK_EFFICIENCY)
+    busy = microbatches * (linear + attention + tensor + ring + away)
     bubble = busy * (pipeline - 1) / (layout.model_chunks * microbatches)
     gradients = max(0.0, _data_parallel_seconds(model, layout, gpu, microbatches) - 0.5 * (linear + attention))
     total = busy + bubble + gradients
@@ -115,6 +121,7 @@ def step_time(
         context_parallel=microbatches * ring,
         data_parallel=gradients,
         bubble=bubble,
+        offload=microbatches * away,
         tokens_per_second_per_gpu=global_batch_size * seq_length / total / layout.gpus,
     )
 
@@ -137,9 +144,13 @@ def _microbatch_compute(model: ModelShape, layout: Layout, seq_length: int, rate
     tokens = layout.micro_batch_size * seq_length
     chunk_layers = max(1, model.num_layers // (layout.pipeline_model_parallel_size * layout.model_chunks))
     again = recomputed_layers(layout.recompute, chunk_layers) / chunk_layers
-    core_again = 1.0 if layout.recompute == "selective" and layout.attention_kernel == "scores" else again
+    linear_again = core_again = again
+    if layout.recompute == "selective":
+        scores = layout.attention_kernel == "scores"
+        core_again = float(scores)
+        linear_again = 0.0 if scores else model.mlp_weights / (model.mlp_weights + model.attention_weights)
     share = tokens / layout.model_parallel_size
-    linear = (flops.linear * (1 + again / 3) + flops.vocabulary) * share / (rates.linear_tflops * 1e12)
+    linear = (flops.linear * (1 + linear_again / 3) + flops.vocabulary) * share / (rates.linear_tflops * 1e12)
     attention = flops.attention * (1 + core_again / 3) * share / (rates.attention_tflops * 1e12)
     return linear, attention
 

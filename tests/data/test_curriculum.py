@@ -71,7 +71,8 @@ GOOD = {
         ({"stages": [{"until": 1.0, "seq_length": 0}]}, "at least 1"),
         ({"stages": [{"until": 0.001, "seq_length": 16}, {"until": 1.0, "seq_length": 8}]}, "gets none of the 100"),
         ({"stages": [{"until": 1.0, "seq_len": 16}]}, "did you mean 'seq_length'"),
-        ({"stages": [{"until": 1.0, "seq_length": 16, "recompute_num_layers": -1}]}, "recompute_num_layers"),
+        ({"stages": [{"until": 1.0, "seq_length": 16, "recompute": "block:0"}]}, "stages.recompute='block:0'"),
+        ({"stages": [{"until": 1.0, "seq_length": 16, "offload": "selective"}]}, "stages.offload='selective'"),
         ({"total_tokens": 6401}, "the nearest is 6400"),
         ({"tokens_per_step": 0}, "at least one token"),
     ],
@@ -80,6 +81,12 @@ def test_what_cannot_be_is_refused(changes, message):
     build(Curriculum, GOOD, where="curriculum")
     with pytest.raises(ConfigError, match=message):
         build(Curriculum, GOOD | changes, where="curriculum")
+
+
+def test_a_stage_that_names_no_activations_takes_the_runs():
+    stages = [{"until": 0.2, "seq_length": 16}, {"until": 1.0, "seq_length": 64, "recompute": "full", "offload": "block:2"}]
+    resolved = build(Curriculum, GOOD | {"stages": stages}).with_activations(recompute="selective", offload="none")
+    assert [(s.recompute, s.offload) for s in resolved.stages] == [("selective", "none"), ("full", "block:2")]
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks():
@@ -99,6 +106,9 @@ def test_an_address_between_two_windows_is_refused():
 
 
 def test_the_stream_does_not_depend_on_how_it_is_computed():
-    other = [stage | {"micro_batch_size": 2, "recompute_num_layers": 3, "context_parallel_size": 2} for stage in GOOD["stages"]]
+    other = [
+        stage | {"micro_batch_size": 2, "recompute": "block:3", "offload": "full", "context_parallel_size": 2}
+        for stage in GOOD["stages"]
+    ]
     assert build(Curriculum, GOOD).as_dict() == build(Curriculum, GOOD | {"stages": other}).as_dict()
     assert build(Curriculum, GOOD).as_dict() != build(Curriculum, GOOD | {"total_tokens": 12800}).as_dict()

@@ -18,6 +18,7 @@ cpu.install()
 import lightning.pytorch as pl  # noqa: E402
 import nemo.lightning as nl  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # noqa: E402
 
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule  # noqa: E402
@@ -29,6 +30,15 @@ class Witness(pl.Callback):
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
+
+    def on_train_start(self, trainer, pl_module):
+        self.layer_runs = 0  # forwards of layers, those for the backward pass included
+        for module in pl_module.modules():
+            if isinstance(module, TransformerLayer):
+                module.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.layer_runs += 1
 
     def on_megatron_microbatches_start(self, step):
         self.shapes = {name: getattr(step, name) for name in ("seq_length", "micro_batch_size", "num_microbatches")}
@@ -48,7 +58,9 @@ class Witness(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"mode": "metrics", "step": trainer.global_step, **metrics}) + "\n")
+            row = {"mode": "metrics", "step": trainer.global_step, "layer_runs": self.layer_runs, **metrics}
+            file.write(json.dumps(row) + "\n")
+        self.layer_runs = 0
         if trainer.global_step == self.settings.get("save_after"):
             trainer.save_checkpoint(self.settings["checkpoint"])
         if trainer.global_step == self.settings.get("die_after"):

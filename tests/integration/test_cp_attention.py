@@ -1,5 +1,7 @@
 """Context parallelism on two gloo processes: attention, its gradients and the vocabulary-parallel loss equal one process."""
 
+import itertools
+
 import gloo
 import numpy as np
 import torch
@@ -30,25 +32,30 @@ def share(x, rank, size, window):
     return torch.cat([slice_zigzag(w, rank, size) for w in x.split(window, dim=1)], dim=1)
 
 
-def attention_on_rank(rank, size, case):
+def attention_on_rank(rank, size, case, by_segment):
+    """Output and gradients, and whether what was gathered was freed. `by_segment` lays keys out as for CUDA's varlen."""
+    context_parallel.keys_by_segment = lambda device, dtype: by_segment
     cu_seqlens, window = CASES[case]
     q, k, v, grad = (share(x, rank, size, window) for x in tensors())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     segments = context_parallel_segments(cu_seqlens, window, rank, size)
     gathered = []
-    original = context_parallel._gather
+    originals = context_parallel._gather, context_parallel._select
 
-    def watched(*args):
-        result = original(*args)
-        gathered.append(StorageWeakRef(result.untyped_storage()))
-        return result
+    def watch(function):
+        def watched(*args):
+            result = function(*args)
+            gathered.append(StorageWeakRef(result.untyped_storage()))
+            return result
 
-    context_parallel._gather = watched
+        return watched
+
+    context_parallel._gather, context_parallel._select = map(watch, originals)
     out = context_parallel.context_parallel_attention(
         *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window
     )
     freed = [storage.expired() for storage in gathered]
-    context_parallel._gather = original
+    context_parallel._gather, context_parallel._select = originals
     grads = torch.autograd.grad(out, leaves, grad)
     return [x.detach().numpy() for x in (out, *grads)], freed
 
@@ -75,7 +82,8 @@ def loss_problem():
 
 def both_on_rank(rank, size):
     """Everything in one pair of processes: starting them costs more than what they compute."""
-    return {case: attention_on_rank(rank, size, case) for case in CASES}, loss_on_rank(rank, size)
+    cases = [(case, by_segment) for case in CASES for by_segment in (False, True)]
+    return {key: attention_on_rank(rank, size, *key) for key in cases}, loss_on_rank(rank, size)
 
 
 def test_two_ranks_equal_one_process():
@@ -85,12 +93,12 @@ def test_two_ranks_equal_one_process():
         leaves = [x.requires_grad_() for x in (q, k, v)]
         whole = causal_attention(*leaves, segments=document_segments(cu_seqlens))
         expected = [whole.detach(), *torch.autograd.grad(whole, leaves, grad)]
-        for rank in range(2):
-            results, freed = ranks[rank][0][case]
+        for rank, by_segment in itertools.product(range(2), (False, True)):
+            results, freed = ranks[rank][0][case, by_segment]
             for mine, other in zip(results, expected, strict=True):
                 expected_share = share(other, rank, 2, window).numpy()
                 assert np.linalg.norm(mine - expected_share) < 1e-6 * np.linalg.norm(expected_share)
-            assert freed == [True], "gathered keys and values are kept for the backward"
+            assert freed == [True, True], "gathered keys and values are kept for the backward"
     check_loss([rank[1] for rank in ranks])
 
 

@@ -138,3 +138,18 @@ def test_two_processes_a_kill_and_a_restart_see_the_stream(corpora, tmp_path):
     assert "going on at this address of the new stream" in log
     assert sorted(windows_by_step(allowed)) == list(range(3, 8))
     assert windows_by_step(allowed)[3] != expected[3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_stage_recomputes_what_it_says_from_its_first_step_and_changes_no_loss(corpora, tmp_path):
+    stages = [STAGES[0] | {"recompute": "full"}, STAGES[1] | {"recompute": "none"}]
+    (rows,), log = train(tmp_path, "recomputed", 1, data_settings(corpora, curriculum={"stages": stages, **SIZES}))
+    (plain,), _ = train(tmp_path, "plain", 1, data_settings(corpora))
+    steps = [row for row in rows if row["mode"] == "metrics"]
+    plain_steps = [row for row in plain if row["mode"] == "metrics"]
+    assert [row["layer_runs"] for row in plain_steps] == [4] * 8  # one layer, 4 micro batches a step
+    assert [row["layer_runs"] for row in steps] == [8] * 4 + [4] * 4
+    losses = [[row["reduced_train_loss"] for row in each] for each in (steps, plain_steps)]
+    assert losses[0] == losses[1]
+    assert "recompute none, offload none" in log

@@ -100,12 +100,36 @@ def test_recomputation_orders_activations_and_costs_time(kernel):
     assert totals[-1] < totals[0] / 8
 
 
-def test_selective_recomputation_drops_the_scores_and_nothing_else():
+def test_selective_recomputation_drops_the_scores_or_else_the_mlps_and_nothing_else():
     flash = plan(BASE).activations
-    assert plan(replace(BASE, recompute="selective")).activations == flash
     scores = replace(BASE, attention_kernel="scores")
     assert plan(scores).activations > 8 * flash
     assert plan(replace(scores, recompute="selective")).activations == pytest.approx(flash)
+    mlps = 16_384 * 3 * MODEL.ffn_hidden_size / 8 * 2 * MODEL.num_layers  # 4 stages of a quarter, 4 microbatches in flight
+    assert plan(replace(BASE, recompute="selective")).activations == pytest.approx(flash - mlps)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("context", [1, 2])
+def test_offload_moves_what_was_kept_and_costs_time(recompute, context):
+    sizes = {"gpus": 64 * context, "context_parallel_size": context, "pipeline_model_parallel_size": 1}
+    here = replace(BASE, **sizes, recompute=recompute)
+    kept, away = plan(here), plan(replace(here, offload="full"))
+    half = plan(replace(here, offload="block:40"))
+    assert kept.offloaded == 0 < half.offloaded < away.offloaded
+    assert away.activations + away.offloaded == pytest.approx(kept.activations)
+    assert half.offloaded == pytest.approx(away.offloaded / 2)
+    assert kept.total - away.total == pytest.approx(away.offloaded)
+    # What attention saves stays under context parallelism, but where the layer is run again anyway.
+    assert (away.activations < kept.activations / 10) == (context == 1 or recompute == "full")
+    times = [
+        step_time(MODEL, replace(here, offload=offload), GPUS["h100"], seq_length=16_384, global_batch_size=256)
+        for offload in ("none", "full")
+    ]
+    assert times[0].offload == 0
+    moved = 2 * away.offloaded / (GPUS["h100"].host_gb_s * 1e9 * timing.LINK_EFFICIENCY)
+    assert times[1].offload == pytest.approx(32 * moved)  # 256 sequences over 8 data-parallel ranks
+    assert times[1].total > times[0].total
 
 
 def test_context_parallelism_halves_what_grows_with_the_sequence():

@@ -1,5 +1,7 @@
 """Search: the winner wins, the losers say why; the longest length is the longest."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -10,8 +12,8 @@ from nemo_longctx.planning.gpus import GIB, GPUS
 from nemo_longctx.planning.layout import Layout, layout_faults
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.models import MODELS
-from nemo_longctx.planning.override import override_values, recipe_override, recompute_fields, recompute_name
-from nemo_longctx.planning.planner import FILL, Job, longest_length, search
+from nemo_longctx.planning.override import override_values, recipe_override
+from nemo_longctx.planning.planner import FILL, Job, activation_choices, longest_length, search
 from nemo_longctx.recipe import TrainerConfig
 
 JOB = Job(model=MODELS["llama2_7b"], gpu=GPUS["h100"], seq_length=32_768, tokens_per_step=4_194_304)
@@ -47,6 +49,25 @@ def test_every_candidate_uses_all_gpus_once(ranked):
     assert all(layout.model_parallel_size * layout.data_parallel_size == 64 for layout in layouts)
 
 
+def test_each_recomputation_and_offload_says_what_it_saves_and_costs():
+    layout = Layout(gpus=64, tensor_model_parallel_size=4, context_parallel_size=2)
+    rows = {(row["recompute"], row["offload"]): row for row in activation_choices(JOB, layout)}
+    kept = rows["none", "none"]
+    assert kept["saves_gib"] == kept["costs"] == kept["host_gib"] == 0
+    for choice, row in rows.items():
+        named = replace(layout, recompute=choice[0], offload=choice[1])
+        total = memory_plan(JOB.model, named, seq_length=32_768, global_batch_size=128).total / GIB
+        assert row["memory_gib"] == pytest.approx(total)
+        assert row["saves_gib"] == pytest.approx(kept["memory_gib"] - total)
+        assert choice == ("none", "none") or (row["saves_gib"] > 0 and row["costs"] > 0)
+        assert (row["host_gib"] > 0) == (choice[1] != "none")
+    # Recomputing the MLPs saves more than recomputing half of the layers, for less.
+    assert rows["selective", "none"]["saves_gib"] > rows["block:16", "none"]["saves_gib"]
+    assert rows["selective", "none"]["costs"] < rows["block:16", "none"]["costs"]
+    faulty = replace(layout, tensor_model_parallel_size=64, context_parallel_size=1)
+    assert activation_choices(JOB, faulty) == []
+
+
 def test_longest_length_fits_and_a_tenth_more_does_not():
     model, gpu = MODELS["llama3_8b"], GPUS["h100"]
     longest = longest_length(model, gpu, Layout(gpus=8, loss="chunked"))
@@ -74,13 +95,9 @@ def test_override_is_what_the_schema_accepts(ranked):
     written = yaml.safe_load(recipe_override(ranked[0], curriculum, "llama2_7b", GPUS["h100"]))
     trainer = build(TrainerConfig, written["trainer"])
     assert trainer.world_size == 64
+    assert trainer.recompute == ranked[0].layout.recompute
     assert trainer.data_parallel_size == ranked[0].layout.data_parallel_size
     assert build(Curriculum, written["curriculum"]) == build(
         Curriculum, override_values(ranked[0].layout, curriculum, GPUS["h100"])["curriculum"]
     )
     assert written["curriculum"]["total_tokens"] == curriculum.total_tokens
-
-
-@pytest.mark.parametrize("name", ["none", "selective", "full", "block:7"])
-def test_recomputation_by_name_and_by_fields_are_inverse(name):
-    assert recompute_name(recompute_fields(name)) == name

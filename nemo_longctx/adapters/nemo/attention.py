@@ -220,7 +220,6 @@ def _describe(core: torch.nn.Module, model: torch.nn.Module) -> str:
     if not isinstance(core, LongContextAttention):
         return type(core).__name__
     weight = next(model.parameters())
-    dtype = core.config.params_dtype
-    whole, packed = (backend_name(weight.device, dtype, segmented=s) for s in (False, True))
+    whole, packed = (backend_name(weight.device, weight.dtype, segmented=s) for s in (False, True))
     shared = f", context parallel over {core.cp_group.size()} ranks" if core.cp_group.size() > 1 else ""
     return f"LongContextAttention on {whole}" + (f", packed on {packed}" if packed != whole else "") + shared

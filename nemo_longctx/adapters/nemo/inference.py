@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.nemo.activations import set_activation_policy
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
 from nemo_longctx.recipe import RecipeConfig
 
@@ -65,7 +66,9 @@ def load_model(path: str | Path, *, seq_length: int | None = None) -> tuple[torc
 
 
 def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.nn.Module, Any]:
-    """The model of a recipe in one process, by the path that its run would build; its config says the run's parallel sizes.
+    """The model of a recipe in one process, by the path that its run would build for its longest stage.
+
+    The config that is returned says the run's parallel sizes.
 
     Args:
         recipe: with `restore_from`, the checkpoint says the model.
@@ -77,8 +80,13 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     prepare_model(nemo_model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
     _take_parallel_sizes(nemo_model.config)
     module = _build(nemo_model)
+    longest = max(recipe.curriculum.stages, key=lambda stage: stage.seq_length)
+    set_activation_policy([module], recompute=longest.recompute, offload=longest.offload)
     if not fresh:
         _load_weights(module, checkpoint_directory(str(recipe.restore_from)))
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(recipe.trainer.precision)
+    if dtype is not None:  # what the host's mixed precision does when a run begins
+        module.to(dtype)
     config = copy.copy(nemo_model.config)
     config.context_parallel_size = recipe.trainer.context_parallel_size
     return module, config

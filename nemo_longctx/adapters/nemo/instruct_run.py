@@ -134,7 +134,8 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     pretraining._prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     model = checkpoint_model(recipe.restore_from, recipe.model)  # type: ignore[arg-type]
-    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
+    recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
+    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
     model.config.calculate_per_token_loss = True
     if instruct.lora is not None and model.model_transform is not None:

@@ -17,6 +17,7 @@ from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import io
 
+from nemo_longctx.activations import megatron_fields, recompute_name
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.attention import long_context_layer_spec
 from nemo_longctx.adapters.nemo.rope import place_rope, set_config_field, variant_of
@@ -123,7 +124,9 @@ def checkpoint_directory(path: str | Path) -> Path:
     return checkpoint_directory(finished[-1])
 
 
-def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | None = None) -> list[SettingChange]:
+def prepare_model(
+    model: GPTModel, *, seq_length: int, variant: RopeVariant | None = None, recompute: str | None = None
+) -> list[SettingChange]:
     """Give a model (not built yet) the long-context settings of a run, in place, and say what changed.
 
     What describes the model (`seq_length`, RoPE) goes into the context that its checkpoints carry. What only says how this
@@ -133,6 +136,7 @@ def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | No
         model: `nemo.collections.llm.GPTModel`.
         seq_length: the run's longest window, tokens.
         variant: position encoding; None keeps the model's.
+        recompute: what is computed again in the backward pass (`nemo_longctx.activations`); None keeps the model's.
 
     Returns:
         one entry for each long-context setting, changed or not.
@@ -143,6 +147,8 @@ def prepare_model(model: GPTModel, *, seq_length: int, variant: RopeVariant | No
         place_rope(model, variant)
     for name, value in cpu.machine_fields(model.config).items():
         set_config_field(model, name, value)
+    for name, value in ({} if recompute is None else megatron_fields(recompute)).items():
+        setattr(model.config, name, value)
     model.config.transformer_layer_spec = long_context_layer_spec
     model.config.forward_step_fn = longctx_forward_step
     model.config.data_step_fn = longctx_data_step
@@ -158,7 +164,7 @@ def long_context_settings(model: GPTModel) -> dict[str, Any]:
     names = ("seq_length", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
              "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
     fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
-    return {**fields, **rope_settings(variant_of(model))}
+    return {**fields, "recompute": recompute_name(vars(model.config)), **rope_settings(variant_of(model))}
 
 
 def settings_table(changes: list[SettingChange], *, source: str) -> str:

@@ -115,16 +115,20 @@ def _published_model(family: str, size: str) -> dict[str, Any]:
     return compose([f"model={family}_{size.partition('_')[0]}"])["model"]
 
 
-def extended_model(config: GPTConfig, *, seq_length: int, rope: Mapping[str, Any] | None = None) -> GPTModel:
+def extended_model(
+    config: GPTConfig, *, seq_length: int, rope: Mapping[str, Any] | None = None, recompute: str | None = None
+) -> GPTModel:
     """NeMo's model for `config`, with the run's length, RoPE variant, attention and step functions.
 
     Args:
         config: of `nemo.collections.llm`.
         seq_length: the longest sequence of the run, tokens.
         rope: `variant` and its fields; None keeps the config's own.
+        recompute: of the first stage (`nemo_longctx.activations`); None keeps the config's own.
     """
     model = model_class(type(config))(config)
-    prepare_model(model, seq_length=seq_length, variant=None if rope is None else variants.parse(rope))
+    variant = None if rope is None else variants.parse(rope)
+    prepare_model(model, seq_length=seq_length, variant=variant, recompute=recompute)
     return model
 
 
@@ -136,6 +140,7 @@ def model_config(recipe: RecipeConfig) -> run.Config:
         config=run.Config(getattr(llm, recipe.model["config"]), **fields),
         seq_length=recipe.seq_length,
         rope=None if recipe.rope is None else dict(recipe.rope),
+        recompute=recipe.curriculum.stages[0].recompute,
     )
 
 

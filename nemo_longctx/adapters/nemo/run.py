@@ -71,7 +71,8 @@ def build_run(recipe: RecipeConfig) -> Run:
         model, source = checkpoint_model(recipe.restore_from, recipe.model), "checkpoint"
     else:
         model, source = fresh_model(recipe.model, tokenizer=_tokenizer(recipe)), str(recipe.model["config"])
-    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
+    recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
+    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     data = _data(recipe)
     _check_vocabulary(data, model.config)
     directory = run_directory(recipe)

@@ -21,6 +21,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
+from nemo_longctx.adapters.nemo.activations import set_activation_policy
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
 
@@ -129,6 +130,12 @@ class CurriculumDataSampler(MegatronDataSampler):
         self.evaluation_limits: dict[str, int | None] = {}
         self.global_rank = 0
         self._stage: Stage | None = None
+        self._activations: tuple[str | None, str | None] = (None, None)
+        for name in ("recompute", "offload"):
+            values = [getattr(stage, name) for stage in curriculum.stages]
+            if None in values and any(values):
+                mend = "name it in every stage or in none: a stage without would keep that of the stage before"
+                raise ConfigError(f"curriculum.stages.{name}", values, mend)
         self._started = False
 
     def setup(self, global_rank: int) -> None:
@@ -192,12 +199,13 @@ class CurriculumDataSampler(MegatronDataSampler):
         if step.trainer.training:
             self._check_clock(step.step_i)
             stage = self.curriculum.stage_at_step(step.step_i)
+            self._set_activations(step, stage)
             if stage is not self._stage:
                 self._enter(stage)
-                self._recompute(step, stage)
                 rank_zero_info(
                     f"stage {stage.number} from step {stage.first_step}, {stage.first_token} tokens: sequences of "
-                    f"{stage.seq_length}, global batch {stage.global_batch_size}, micro batch {stage.micro_batch_size}"
+                    f"{stage.seq_length}, global batch {stage.global_batch_size}, micro batch {stage.micro_batch_size}, "
+                    f"recompute {stage.config.recompute or 'as the model'}, offload {stage.config.offload or 'none'}"
                 )
             shapes, num_microbatches = stage, stage.num_microbatches(self.data_parallel_size)
         else:
@@ -262,15 +270,12 @@ class CurriculumDataSampler(MegatronDataSampler):
         self.seq_len, self.micro_batch_size = stage.seq_length, stage.micro_batch_size
         self.global_batch_size, self._stage = stage.global_batch_size, stage
 
-    def _recompute(self, step: MegatronStep, stage: Stage) -> None:
-        """Recompute the first layers of each pipeline stage, as many as this stage of the curriculum asks."""
-        layers = stage.config.recompute_num_layers
-        if layers is None:
-            return
-        for module in step.pipeline:
-            module.config.recompute_granularity = "full" if layers else None
-            module.config.recompute_method = "block" if layers else None
-            module.config.recompute_num_layers = layers or None
+    def _set_activations(self, step: MegatronStep, stage: Stage) -> None:
+        """Recomputation and offload of `stage`, from its first step on, also where a run begins or goes on inside it."""
+        wanted = (stage.config.recompute, stage.config.offload)
+        if wanted != self._activations:
+            set_activation_policy(step.pipeline, recompute=wanted[0], offload=wanted[1])
+            self._activations = wanted
 
     def _evaluated(self, step: MegatronStep) -> EvaluationSet:
         """The set that this evaluation step belongs to."""
