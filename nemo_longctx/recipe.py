@@ -198,7 +198,7 @@ class RecipeConfig:
             if name.startswith(("recompute_", "cpu_offloading")):
                 mend = "set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
                 raise ConfigError(f"model.{name}", self.model[name], mend)
-        named = {"trainer.offload": self.trainer.offload}
+        named: dict[str, str | None] = {"trainer.offload": self.trainer.offload}
         named |= {f"curriculum.stages[{i}].offload": stage.offload for i, stage in enumerate(self.curriculum.stages)}
         for key, value in named.items():
             if self.trainer.accelerator == "cpu" and value not in (None, "none"):

@@ -87,9 +87,9 @@ def _settings(args: argparse.Namespace) -> Any:
         text = args.curriculum or _curriculum_text(curriculum) or str(shape.seq_length)
         micro = args.micro_batch_size or 1
         curriculum = parse_curriculum(text, tokens_per_step=tokens_per_step, steps=steps, micro_batch_size=micro)
-    for name in ("recompute", "offload"):  # an option holds for all stages, whatever the recipe says of them
-        if getattr(args, name) is not None:
-            stages = tuple(replace(stage, **{name: getattr(args, name)}) for stage in curriculum.stages)
+    for key in ("recompute", "offload"):  # an option holds for all stages, whatever the recipe says of them
+        if getattr(args, key) is not None:
+            stages = tuple(replace(stage, **{key: getattr(args, key)}) for stage in curriculum.stages)
             curriculum = replace(curriculum, stages=stages)
     return PlanSettings(
         model_name=name,

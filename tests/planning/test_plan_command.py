@@ -75,6 +75,17 @@ def test_measured_mfu_must_be_in_the_plans_convention(capsys, tmp_path):
     assert "--flops causal" in capsys.readouterr().err
 
 
+def test_recomputation_and_offload_of_a_recipe_and_of_the_options(capsys):
+    text = run(capsys, "--recipe", "llama2_7b_curriculum", "--recompute", "selective", "--offload", "block:4")
+    assert text.count("recompute selective, offload block:4") == 2  # both stages
+    assert "what is kept for the backward pass" in text
+    plan = run_json(capsys, "--recipe", "llama2_7b_curriculum")
+    rows = {(row["recompute"], row["offload"]): row for row in plan["layout"]["activation_choices"]}
+    assert rows["full", "none"]["saves_gib"] > rows["selective", "none"]["saves_gib"] > 0
+    assert rows["full", "none"]["costs"] > rows["selective", "none"]["costs"] > 0
+    assert [stage["recompute"] for stage in plan["layout"]["stages"]] == ["none", "none"]
+
+
 def test_search_apply_and_longest(capsys, tmp_path):
     file = tmp_path / "override.yaml"
     args = ("--model", "llama2_7b", "--curriculum", "32768", "--gpus", "32", "--search", "3", "--longest", "--apply", str(file))
