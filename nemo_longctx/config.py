@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def _nested(hint: Any, value: Any, where: str) -> Any:
         return _nested(inner, value, where) if inner is not None else value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, where=where)
-    if origin in (tuple, list) and args and isinstance(value, (list, tuple)):
+    if origin in (tuple, list) and args and isinstance(value, Sequence) and not isinstance(value, str):
         made = [_nested(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
         return tuple(made) if origin is tuple else made
     return value

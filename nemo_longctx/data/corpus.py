@@ -23,7 +23,7 @@ import struct
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,6 +33,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODE_OF_DTYPE = {np.dtype(kind): code for code, kind in DTYPE_OF_CODE.items()}
+CHECKED = 1 << 18  # entries of an index that `check` looks at together
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -64,7 +65,7 @@ class IndexedCorpus:
                 raise ConfigError(
                     "corpus", self.prefix, f"{os.path.basename(path)} is missing; `nemo-longctx prepare` makes one"
                 )
-        index = _map_file(idx_path, self.prefix, "index")
+        self._index = index = _map_file(idx_path, self.prefix, "index")
         dtype, n_sequences, n_ends = _read_header(index, self.prefix)
         self.dtype = dtype
         _check_index_size(len(index), n_sequences, n_ends, self.prefix)
@@ -155,12 +156,11 @@ class IndexedCorpus:
     def fingerprint(self) -> str:
         """A hash that tells corpora apart, at a cost independent of size: counts, spread samples of the index and tokens."""
         digest = hashlib.sha256(f"{self.dtype.name} {self.n_documents} {self.n_tokens}".encode())
-        sampled = np.linspace(0, len(self._sequence_lengths) - 1, num=min(4096, len(self._sequence_lengths)), dtype=np.int64)
-        digest.update(self._sequence_lengths[sampled].tobytes())
-        digest.update(self._sequence_pointers[sampled].tobytes())
-        width = min(256, self.n_tokens)
-        starts = np.linspace(0, self.n_tokens - width, num=64, dtype=np.int64)
-        digest.update(self._tokens[starts[:, None] + np.arange(width)].tobytes())  # at once: blends have hundreds of corpora
+        lengths, pointers = self._sequence_lengths, self._sequence_pointers
+        with open(f"{self.prefix}.idx", "rb") as index, open(f"{self.prefix}.bin", "rb") as tokens:
+            digest.update(_samples(index, HEADER.size, lengths, 64))
+            digest.update(_samples(index, HEADER.size + lengths.nbytes, pointers, 64))
+            digest.update(_samples(tokens, 0, self._tokens, 256))
         return digest.hexdigest()
 
     def check(self) -> None:
@@ -172,25 +172,27 @@ class IndexedCorpus:
         """
         lengths, pointers, indices = self._sequence_lengths, self._sequence_pointers, self._document_indices
         position = 0
-        for start in range(0, len(lengths), 1 << 20):  # in pieces: the index of a huge corpus is larger than memory
-            piece = lengths[start : start + (1 << 20)].astype(np.int64)
+        for start in range(0, len(lengths), CHECKED):  # in pieces: the index of a huge corpus is larger than memory
+            piece = lengths[start : start + CHECKED].astype(np.int64)
             if piece.min() < 0:
                 raise self._broken(f"sequence {start + int(piece.argmin())} has a negative length")
             expected = position + np.concatenate([[0], np.cumsum(piece)]) * self.dtype.itemsize
-            wrong = np.flatnonzero(pointers[start : start + (1 << 20)] != expected[:-1])
+            wrong = np.flatnonzero(pointers[start : start + CHECKED] != expected[:-1])
             if wrong.size:
                 raise self._broken(f"the pointer of sequence {start + int(wrong[0])} is not the sum of the lengths before it")
             position = int(expected[-1])
-        for start in range(0, self.n_documents, 1 << 20):
-            steps = np.diff(indices[start : start + (1 << 20) + 1])
+            self._index.madvise(mmap.MADV_DONTNEED)  # pages that were read count as this process's memory until then
+        for start in range(0, self.n_documents, CHECKED):
+            steps = np.diff(indices[start : start + CHECKED + 1])
             if self._one_sequence_a_document and not (steps == 1).all():
                 raise self._broken(
                     f"document {start + int(np.flatnonzero(steps != 1)[0])} does not have one sequence, as its counts say"
                 )
             if steps.min() < 0:
                 raise self._broken(f"document {start + int(steps.argmin())} ends before it begins")
-        empty = np.flatnonzero(self.lengths == 0)
-        if empty.size:
+            self._index.madvise(mmap.MADV_DONTNEED)
+        if np.count_nonzero(self.lengths) < self.n_documents:
+            empty = np.flatnonzero(self.lengths == 0)
             raise self._broken(f"{empty.size} documents have no tokens, the first is document {int(empty[0])}")
 
     def _broken(self, what: str) -> ConfigError:
@@ -326,6 +328,18 @@ def _allow_open_files(n: int) -> None:
             f"they need {wanted} open files, the limit is {hard}; merge them, or raise `ulimit -Hn`",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _samples(file: BinaryIO, offset: int, array: np.ndarray, width: int) -> bytes:
+    """64 runs of `width` entries spread over an array that begins at `offset`, or a short array whole.
+
+    Read from the file: pages that are read through the map, and those around them, would count as this process's memory.
+    """
+    size, descriptor = array.itemsize, file.fileno()
+    if len(array) <= 64 * width:
+        return os.pread(descriptor, len(array) * size, offset)
+    starts = np.linspace(0, len(array) - width, num=64, dtype=np.int64).tolist()
+    return b"".join(os.pread(descriptor, width * size, offset + start * size) for start in starts)
 
 
 def _without_suffix(prefix: str) -> str:

@@ -192,8 +192,7 @@ class Documents:
     def fingerprint(self) -> str:
         """A hash of names and contents at a cost that does not grow with them (`IndexedCorpus.fingerprint`)."""
         names = [self.names[source] for source in self.source_of_shard.tolist()]
-        # Through maps of its own: 64 samples of each shard would stay in memory with 64 KB around each.
-        parts = [[name, IndexedCorpus(shard.prefix).fingerprint()] for name, shard in zip(names, self.shards, strict=True)]
+        parts = [[name, shard.fingerprint()] for name, shard in zip(names, self.shards, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _shards_of(self, documents: np.ndarray) -> np.ndarray:

@@ -115,10 +115,9 @@ def assign_bins(plan: BinPlan, rests: np.ndarray) -> np.ndarray:
     Returns:
         bin numbers, int64 [n]; of equal rests, those that come first get the bins that were filled first.
     """
-    sizes = plan.each * plan.bins
-    placement = np.repeat(np.arange(len(sizes)), sizes)
-    within = np.arange(len(rests)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    slots = plan.firsts[placement] + within // plan.each[placement]  # by falling length
+    opened = np.cumsum(plan.bins)
+    filled = np.repeat(plan.firsts - (opened - plan.bins), plan.bins) + np.arange(opened[-1] if len(opened) else 0)
+    slots = np.repeat(filled, np.repeat(plan.each, plan.bins))  # by falling length
     bins = np.empty(len(rests), np.int64)
     bins[_by_falling_length(rests)] = slots
     return bins

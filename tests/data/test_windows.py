@@ -14,6 +14,7 @@ from nemo_longctx.data.best_fit import open_windows as open_packed
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.order import open_order
+from nemo_longctx.data.writer import CorpusWriter
 
 PER_DOCUMENT = 1000  # tests/data/conftest.py
 property_test = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,14 +149,30 @@ def test_labels_masks_and_positions(telling_corpora, tmp_path_factory, run, mask
         assert sample["loss_mask"].tolist() == [float(labels[i] == tokens[i] + 1) for i in range(length)]
 
 
-def test_tokens_are_never_masked_for_what_they_are(telling_corpora, tmp_path):
-    """Token 0 and equal neighbours are text like any other: masks come from positions alone."""
-    curriculum = Curriculum.constant(seq_length=8, global_batch_size=2, total_steps=3)
-    windows = open_windows(telling_corpora([[5, 3, 9]]), curriculum, tmp_path, document_masking=True)
+@property_test
+@given(run=runs(), masking=st.booleans(), packing=st.sampled_from(["concatenate", "best_fit"]), data=st.data())
+def test_no_token_is_masked_or_changed_for_what_it_is(telling_corpora, tmp_path_factory, run, masking, packing, data):
+    """Text of three tokens only, those that others take for padding or the end of a document: what counts is where they are."""
+    sources, curriculum = run
+    folder, seed = tmp_path_factory.mktemp("plain"), data.draw(st.integers(0, 99))
+    rng, texts, plain = np.random.default_rng(seed), [], []
+    for source, lengths in enumerate(sources):
+        plain.append(str(folder / f"source{source}"))
+        with CorpusWriter(plain[-1], np.int32) as writer:
+            for length in lengths:
+                texts.append(rng.integers(0, 3, length))
+                writer.add_document(texts[-1])
+    kind = {"document_masking": masking, "packing": packing, "seed": seed}
+    told = open_windows(telling_corpora(sources), curriculum, tmp_path_factory.mktemp("cache"), **kind)
+    windows = open_windows(plain, curriculum, tmp_path_factory.mktemp("cache"), **kind)
     for number in range(len(windows)):
-        sample = windows[number]
-        for i in np.flatnonzero(sample["tokens"][:-1] == 0):
-            assert sample["loss_mask"][i] == (sample["labels"][i] == 1)
+        sample, where = windows[number], told[number]
+        for key in sample.keys() - {"tokens", "labels"}:
+            assert sample[key].tolist() == where[key].tolist()
+        for key in ("tokens", "labels"):
+            read = np.array([texts[token // PER_DOCUMENT][token % PER_DOCUMENT] for token in where[key].tolist()])
+            real = np.cumsum(where[key][::-1])[::-1] > 0  # all but zeros at the end, which may be padding
+            assert (sample[key] == read)[real].all()
 
 
 def test_seeds_and_configs_give_other_streams_and_the_same_gives_the_same(telling_corpora, tmp_path):
