@@ -20,7 +20,7 @@ SEED = 1234
 def loss_by_position(
     model: torch.nn.Module, corpus: Corpus, *, edges: np.ndarray, max_windows: int, name: str = "model"
 ) -> PositionLosses:
-    """Losses of every token of windows that lie inside one document, by their position in the window.
+    """Losses of every token of windows of one document each, by their position in the window.
 
     Args:
         model: `megatron.core.models.gpt.GPTModel` on one rank, in evaluation mode.
@@ -56,14 +56,14 @@ def loss_by_position(
 def _windows(corpus: Corpus, window: int, max_windows: int) -> list[tuple[int, int]]:
     """(document, first token) of the windows to read: the first of each document before the second of any.
 
-    Windows lie side by side from a random place in their document (the same for any run): were the first one to begin where
-    the document does, early positions would hold titles and licences, late ones the body, and the text would pass for an
-    effect of position.
+    Windows lie side by side from a random place of their document (the same for any run), and go on at its beginning after its
+    end. So every token is as likely at one position as at another: were early positions to hold more titles, licences and
+    imports than late ones, the text would pass for an effect of position.
     """
     lengths = np.asarray(corpus.lengths)
-    spare = np.random.default_rng(SEED).random(len(lengths)) * ((lengths - 1) % window)
+    first = np.floor(np.random.default_rng(SEED).random(len(lengths)) * lengths).astype(np.int64)
     found = [
-        (document, int(spare[document]) + turn * window)
+        (document, int((first[document] + turn * window) % lengths[document]))
         for turn in range(WINDOWS_OF_A_DOCUMENT)
         for document in np.flatnonzero(lengths >= (turn + 1) * window + 1).tolist()
     ]
@@ -71,9 +71,13 @@ def _windows(corpus: Corpus, window: int, max_windows: int) -> list[tuple[int, i
 
 
 def _tokens(corpus: Corpus, document: int, windows: list[tuple[int, int]], window: int) -> Iterator[torch.Tensor]:
+    """int64 [window + 1] of each window of `document`."""
+    length = int(corpus.lengths[document])
     for owner, first in windows:
         if owner == document:
-            yield torch.from_numpy(corpus.tokens(document, first, first + window + 1).astype(np.int64))
+            end = first + window + 1
+            parts = [corpus.tokens(document, first, min(end, length)), corpus.tokens(document, 0, max(0, end - length))]
+            yield torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
