@@ -1,35 +1,38 @@
-"""Loss on long prompts against none (Xiong et al. 2023, Table 9): a tiny model, synthetic facts, reported as it comes out.
+"""Loss on long prompts against none (Xiong et al. 2023, Table 9): a tiny Llama, synthetic facts, reported as it comes out.
 
-    python benchmarks/sft_prompt_loss.py [--json FILE]
+    python benchmarks/sft_prompt_loss.py [--output benchmarks/sft_prompt_loss]
 
-A document is a list of facts, `key value .`, some told twice, in a vocabulary of keys and values that mean nothing outside it;
-the question names a key, the answer is its value. A Llama is pretrained on short documents, then tuned on documents four times
-as long with loss on answers alone, and with loss on the prompt too: same base, same instances, same steps, three seeds.
+A document is a list of facts, `key value .`, a quarter of them told twice, in a vocabulary of keys and values that mean nothing
+outside it; the question names a key, the answer is its value. A Llama reads short documents, then is tuned on documents four
+times as long, with loss on answers alone and with loss on the long prompt too: same base, same instances, same steps, three
+seeds. Each finished part is kept beside the output: the same command goes on where it was stopped. Two processes of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import hashlib
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_longctx.data.sft import loss_units, window
-from nemo_longctx.data.sft_instances import ANSWER, PROMPT
-
+SEEDS, WEIGHTS = (1, 2, 3), (0, 1)
 KEYS, VALUES = 64, 64
-STOP, ASK, END, PAD = range(KEYS + VALUES, KEYS + VALUES + 4)
+ASK, STOP, END, PAD = range(KEYS + VALUES, KEYS + VALUES + 4)
 VOCABULARY = KEYS + VALUES + 4
-SHORT_FACTS, LONG_FACTS = 8, 32
-BATCH, PRETRAIN_STEPS, TUNE_STEPS, HELD_OUT = 32, 900, 300, 512
-LR = 2e-3
+SETTINGS = {
+    "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "rope_theta": 10_000.0,
+    "short_facts": 12, "long_facts": 48, "batch": 32, "base_steps": 1500, "tune_steps": 600, "evaluate_every": 50,
+    "held_out": 512, "base_lr": 3e-3, "tune_lr": 1e-3, "warmup_steps": 50,
+}  # fmt: skip
 
 
 def document(draw: np.random.Generator, facts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,84 +45,178 @@ def document(draw: np.random.Generator, facts: int) -> tuple[np.ndarray, np.ndar
 
 def instance(draw: np.random.Generator, facts: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, roles): document, question, answer, end."""
+    from nemo_longctx.data.sft_instances import ANSWER, PROMPT
+
     tokens, keys, values = document(draw, facts)
     asked = draw.integers(len(keys))
     ids = np.concatenate([tokens, [ASK, keys[asked], values[asked], END]])
     return ids, np.where(np.arange(len(ids)) >= len(ids) - 2, ANSWER, PROMPT).astype(np.uint8)
 
 
-def batch(instances: list[tuple[np.ndarray, np.ndarray]], seq_length: int, units: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Windows of one instance each."""
-    made = [window([one], seq_length=seq_length, pad_id=PAD, units=units) for one in instances]
-    return {key: torch.from_numpy(np.stack([sample[key] for sample in made])) for key in ("tokens", "labels", "loss_mask")}
+def batches(seed: list[int], *, facts: int, prompt_loss_weight: float | None) -> Iterator[dict[str, Any]]:
+    """Without end: windows of one instance each; with None, of a document alone with loss on all of it."""
+    import torch
+
+    from nemo_longctx.data.sft import loss_units, window
+    from nemo_longctx.data.sft_instances import ANSWER
+
+    draw = np.random.default_rng(seed)
+    while True:
+        if prompt_loss_weight is None:
+            documents = [document(draw, facts)[0] for _ in range(SETTINGS["batch"])]
+            members, units = [(ids, np.full(len(ids), ANSWER, np.uint8)) for ids in documents], (0, 1)
+        else:
+            members = [instance(draw, facts) for _ in range(SETTINGS["batch"])]
+            units = loss_units(prompt_loss_weight)
+        made = [window([one], seq_length=len(one[0]) - 1, pad_id=PAD, units=units) for one in members]
+        yield {key: torch.from_numpy(np.stack([sample[key] for sample in made])) for key in ("tokens", "labels", "loss_mask")}
 
 
-def step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, fields: dict[str, torch.Tensor]) -> None:
-    """One update on the weighted mean of the losses of the labels."""
-    logits = model(fields["tokens"]).logits
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), fields["labels"].flatten(), reduction="none")
-    weights = fields["loss_mask"].flatten()
-    optimizer.zero_grad()
-    ((losses * weights).sum() / weights.sum()).backward()
-    optimizer.step()
+def train(model: Any, source: Iterator[dict[str, Any]], *, steps: int, lr: float) -> Iterator[int]:
+    """Updates on the weighted mean of the labels' losses; yields the number of steps done."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    warm = SETTINGS["warmup_steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm))
+    for done in range(1, steps + 1):
+        fields = next(source)
+        logits = model(fields["tokens"]).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), fields["labels"].flatten(), reduction="none")
+        weights = fields["loss_mask"].flatten()
+        optimizer.zero_grad()
+        ((losses * weights).sum() / weights.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield done
 
 
-@torch.inference_mode()
-def accuracy(model: LlamaForCausalLM, facts: int) -> float:
+def accuracy(model: Any, facts: int) -> float:
     """The share of held-out questions whose likeliest next token is the right value."""
+    import torch
+
     draw = np.random.default_rng(10_000)
-    ids = torch.from_numpy(np.stack([instance(draw, facts)[0] for _ in range(HELD_OUT)]))
-    right = [model(part[:, :-2]).logits[:, -1].argmax(-1) == part[:, -2] for part in ids.split(64)]
+    ids = torch.from_numpy(np.stack([instance(draw, facts)[0] for _ in range(SETTINGS["held_out"])]))
+    with torch.inference_mode():
+        right = [model(part[:, :-2]).logits[:, -1].argmax(-1) == part[:, -2] for part in ids.split(64)]
     return torch.cat(right).float().mean().item()
 
 
-def pretrained(seed: int) -> LlamaForCausalLM:
-    """A Llama that has read short documents, with loss on every token."""
+def fresh(seed: int) -> Any:
+    """A tiny Llama with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, rope_theta=500_000.0, **sizes))
-    draw, optimizer = np.random.default_rng([seed, 0]), torch.optim.AdamW(model.parameters(), lr=LR)
-    for _ in range(PRETRAIN_STEPS):
-        documents = [document(draw, SHORT_FACTS)[0] for _ in range(BATCH)]
-        told = [(ids, np.full(len(ids), ANSWER, np.uint8)) for ids in documents]
-        step(model, optimizer, batch(told, 3 * SHORT_FACTS, (0, 1)))
-    return model
+    sizes = {key: SETTINGS[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, rope_theta=SETTINGS["rope_theta"], **sizes)
+    return LlamaForCausalLM(config)
 
 
-def tuned(base: LlamaForCausalLM, seed: int, prompt_loss_weight: float) -> LlamaForCausalLM:
-    """`base` after tuning on long instances; the instances depend on the seed only."""
-    model = copy.deepcopy(base)
-    draw, optimizer = np.random.default_rng([seed, 1]), torch.optim.AdamW(model.parameters(), lr=LR / 4)
-    for _ in range(TUNE_STEPS):
-        instances = [instance(draw, LONG_FACTS) for _ in range(BATCH)]
-        step(model, optimizer, batch(instances, 3 * LONG_FACTS + 4, loss_units(prompt_loss_weight)))
-    return model
+def read_base(job: tuple[int, Path]) -> None:
+    """A model that has read short documents, with loss on every token, into the file named."""
+    import torch
+
+    seed, path = job
+    model = fresh(seed)
+    source = batches([seed, 0], facts=SETTINGS["short_facts"], prompt_loss_weight=None)
+    for done in train(model, source, steps=SETTINGS["base_steps"], lr=SETTINGS["base_lr"]):
+        if done % 250 == 0:
+            say(f"seed {seed}, base: step {done} of {SETTINGS['base_steps']}")
+    torch.save(model.state_dict(), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def tune(job: tuple[int, float, Path, Path]) -> None:
+    """[(step, answers right)] of tuning from a base; the instances depend on the seed only."""
+    import torch
+
+    seed, weight, base, path = job
+    model = fresh(seed)
+    model.load_state_dict(torch.load(base))
+    facts = SETTINGS["long_facts"]
+    curve = [(0, accuracy(model, facts))]
+    source = batches([seed, 1], facts=facts, prompt_loss_weight=weight)
+    for done in train(model, source, steps=SETTINGS["tune_steps"], lr=SETTINGS["tune_lr"]):
+        if done % SETTINGS["evaluate_every"] == 0:
+            curve.append((done, accuracy(model, facts)))
+            say(f"seed {seed}, prompt loss {weight}: step {done} of {SETTINGS['tune_steps']}, {curve[-1][1]:.1%} right")
+    path.with_suffix(".tmp").write_text(json.dumps({"seed": seed, "prompt_loss_weight": weight, "curve": curve}))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def run(parts: Path) -> list[dict[str, Any]]:
+    """All parts that are not there yet, in two processes; returns the tuned ones."""
+    parts.mkdir(parents=True, exist_ok=True)
+    bases = {seed: parts / f"base-{seed}.pt" for seed in SEEDS}
+    tuned = {(seed, weight): parts / f"tuned-{seed}-{weight}.json" for seed in SEEDS for weight in WEIGHTS}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        for _ in pool.imap_unordered(read_base, [(seed, path) for seed, path in bases.items() if not path.exists()]):
+            pass
+        jobs = [(seed, weight, bases[seed], path) for (seed, weight), path in tuned.items() if not path.exists()]
+        for _ in pool.imap_unordered(tune, jobs):
+            pass
+    return [json.loads(path.read_text()) for path in tuned.values()]
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the seeds, of the base and of both ways at the last step."""
+    arms = {"base": [r["curve"][0][1] for r in results if r["prompt_loss_weight"] == WEIGHTS[0]]}
+    for weight in WEIGHTS:
+        arms[f"prompt_loss_{weight}"] = [r["curve"][-1][1] for r in results if r["prompt_loss_weight"] == weight]
+    return {name: {"mean": float(np.mean(a)), "standard_deviation": float(np.std(a, ddof=1))} for name, a in arms.items()}
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Answers right over the steps of tuning: each seed thin, the mean thick."""
+    from nemo_longctx.report import plots
+
+    figure, axes = plots.new_figure()
+    for weight, colour in zip(WEIGHTS, plots.COLOURS, strict=False):
+        curves = np.array([r["curve"] for r in results if r["prompt_loss_weight"] == weight])
+        for curve in curves:
+            axes.plot(curve[:, 0], 100 * curve[:, 1], color=colour, linewidth=0.7, alpha=0.5)
+        name = "loss on answers alone" if weight == 0 else "loss on the prompt too"
+        axes.plot(curves[0, :, 0], 100 * curves[:, :, 1].mean(axis=0), color=colour, linewidth=2, label=name)
+    axes.set_title(f"Questions on documents of {SETTINGS['long_facts']} facts", fontsize=11, loc="left")
+    axes.set_xlabel("steps of tuning")
+    axes.set_ylabel("held-out answers right, %")
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, fontsize=9)
+    plots.save(figure, path)
+
+
+def versions() -> Mapping[str, str]:
+    import torch
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(""), help="PREFIX of .json and .png")
+    parser.add_argument("--parts", type=Path, default=Path("runs/sft_prompt_loss"), help="folder of finished parts")
     args = parser.parse_args()
-    began, rows = time.perf_counter(), []
-    for seed in (1, 2, 3):
-        base = pretrained(seed)
-        row = {"seed": seed, "base": accuracy(base, LONG_FACTS)}
-        row |= {f"prompt_loss_{weight}": accuracy(tuned(base, seed, weight), LONG_FACTS) for weight in (0, 1)}
-        rows.append(row)
-        print(row, flush=True)
-    names = ("base", "prompt_loss_0", "prompt_loss_1")
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in names}
-    spread = {name: float(np.std([row[name] for row in rows], ddof=1)) for name in names}
-    print(
-        f"answers right of {HELD_OUT} held-out questions, documents of {LONG_FACTS} facts, mean of 3 seeds (standard deviation)"
-    )
-    for name in names:
-        print(f"  {name:14} {mean[name]:6.1%} ({spread[name]:.1%})")
-    about = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    print(f"{about}, {time.perf_counter() - began:.0f} s")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "mean": mean, "standard_deviation": spread, "versions": about}, file, indent=2)
+    began = time.perf_counter()
+    digest = hashlib.sha256((json.dumps(SETTINGS, sort_keys=True) + Path(__file__).read_text()).encode()).hexdigest()[:8]
+    results = run(args.parts / digest)
+    table = summary(results)
+    print(f"answers right of {SETTINGS['held_out']} held-out questions on documents of {SETTINGS['long_facts']} facts,")
+    print("mean of 3 seeds (standard deviation):")
+    for name, values in table.items():
+        print(f"  {name:14} {values['mean']:6.1%} ({values['standard_deviation']:.1%})")
+    print(f"{dict(versions())}, {time.perf_counter() - began:.0f} s")
+    record = {"summary": table, "results": results, "settings": SETTINGS, "versions": dict(versions())}
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(results, args.output.with_suffix(".png"))
     return 0
 
 

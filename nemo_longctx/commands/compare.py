@@ -15,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page to vote on")
     job.add_argument("--votes", type=Path, nargs="+", metavar="VOTES.jsonl", help="count the votes that raters saved")
-    parser.add_argument("--table", type=Path, metavar="TABLE.json", help="with --votes: write the table here, too")
+    parser.add_argument(
+        "--table", type=Path, metavar="TABLE.json", help="with --votes: write the table here, and its picture as .png beside it"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the order and the sides; the same for page and votes (1234)")
 
 
@@ -31,5 +33,11 @@ def run(args: argparse.Namespace) -> int:
     table = compare.tabulate(compare.read_votes(comparison, args.votes))
     print(compare.table_text(table, a=args.a.stem, b=args.b.stem))
     if args.table is not None:
+        from nemo_longctx.report.plots import plot_votes
+
         args.table.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n", encoding="utf-8")
+        names = compare.outcome_names(a=args.a.stem, b=args.b.stem)
+        rows = {names[outcome]: (share.share, share.low, share.high) for outcome, share in table.shares.items()}
+        title = f"{args.a.stem} against {args.b.stem}: {table.votes:,} votes on {table.examples:,} examples"
+        plot_votes(rows, args.table.with_suffix(".png"), title=title)
     return 0

@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate = jobs.add_parser("generate", help=line, description=line)
     generate.add_argument("documents", metavar="DOCS", type=Path, help="JSONL file, one object with a text a line")
     generate.add_argument(
-        "--output", type=Path, required=True, help="folder for journal.jsonl, instances.jsonl and report.json"
+        "--output", type=Path, required=True, help="folder for journal.jsonl, instances.jsonl, dropped.jsonl and report.json"
     )
     generate.add_argument(
         "--prompts", type=Path, help="folder of .txt files that replace the shipped prompts of the same names"
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     prices = Prices(input=args.price_input, output=args.price_output)
     report = asyncio.run(_generate(args, config, PromptSet.load(args.prompts), prices))
     print(yield_table(report))
-    print(f"wrote {args.output / 'instances.jsonl'} and {args.output / 'report.json'}")
+    names = ("instances.jsonl", "dropped.jsonl", "report.json")
+    print(f"wrote {', '.join(str(args.output / name) for name in names)}")
     unanswered = sum(count for name, count in report["yield"].items() if name.endswith("_unanswered"))
     if unanswered:
         print(f"{unanswered} calls got no answer; the same command asks for them again", file=sys.stderr)

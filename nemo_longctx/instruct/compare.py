@@ -196,9 +196,14 @@ def _alike(outcomes: Sequence[str]) -> float:
     return sum(outcomes.count(outcome) * (outcomes.count(outcome) - 1) for outcome in OUTCOMES) / (n * (n - 1))
 
 
+def outcome_names(*, a: str, b: str) -> dict[str, str]:
+    """What each outcome means where the models are called `a` and `b`."""
+    return {"win": f"{a} better", "tie": "tie", "loss": f"{b} better"}
+
+
 def table_text(table: Table, *, a: str, b: str) -> str:
     """The table for a terminal."""
-    names = {"win": f"{a} better", "tie": "tie", "loss": f"{b} better"}
+    names = outcome_names(a=a, b=b)
     width = max(len(name) for name in names.values())
     lines = [f"{'':{width}}  share   95 % interval"]
     for outcome in OUTCOMES:

@@ -13,7 +13,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +124,8 @@ class Generation:
         config: what to ask and keep.
         prompts: the words.
         completer: who answers.
-        output: folder for journal.jsonl, instances.jsonl and report.json.
+        output: folder for journal.jsonl, instances.jsonl, dropped.jsonl (every question that came to nothing, and why) and
+            report.json.
         prices: what tokens cost.
         show_progress: a bar on stderr.
 
@@ -147,6 +148,7 @@ class Generation:
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
         self.counts: Counter[str] = Counter()
         self._asker: Asker | None = None
+        self._dropped: dict[str, dict[str, object]] = {}
         self._ends: tuple[str, np.ndarray] | None = None
         # Items come document by document: a few texts in memory spare a read and a hash for every call.
         self._document_at = functools.lru_cache(maxsize=32)(self._read_document)
@@ -175,9 +177,8 @@ class Generation:
             verdicts = await asker.ask_all(
                 "critiques", asked, lambda item, attempt: self._critique_call(item, pairs[item.id], attempt), parse_verdict
             )
-            kept = self._judge(asked, pairs, verdicts)
-            rows = self._instances(kept)
-            report = self._write(rows, asker)
+            rows = self._instances(self._judge(asked, pairs, verdicts))
+            report = self._write(rows, items, asker)
         return report
 
     def _plan(self) -> list[Item]:
@@ -256,40 +257,48 @@ class Generation:
             attempt=attempt,
         )
 
+    def _drop(self, item: Item, reason: str, **facts: object) -> None:
+        """Count `item` away under `reason`; what is known of it goes into dropped.jsonl."""
+        self.counts[reason] += 1
+        self._dropped[item.id] = {"reason": reason} | facts
+
     def _drop_repeats(self, items: list[Item], outcomes: dict[str, Outcome]) -> dict[str, tuple[str, str]]:
-        """Pairs in form whose question no earlier one resembles; counts the others."""
+        """Pairs in form whose question no earlier one resembles."""
         near, pairs = NearDuplicates(self.config.near_duplicate), {}
         for item in items:
             outcome = outcomes[item.id]
-            self.counts["parsed" if outcome.reason is None else f"question_{outcome.reason}"] += 1
-            if outcome.reason is None:
-                if near.add(item.id, outcome.value[0]) is None:
-                    pairs[item.id] = outcome.value
-                else:
-                    self.counts["near_duplicate"] += 1
+            if outcome.reason is not None:
+                self._drop(item, f"question_{outcome.reason}", said=outcome.said)
+                continue
+            self.counts["parsed"] += 1
+            question, answer = outcome.value
+            earlier = near.add(item.id, question)
+            if earlier is None:
+                pairs[item.id] = outcome.value
+            else:
+                self._drop(item, "near_duplicate", of=earlier, question=question, answer=answer)
         return pairs
 
     def _judge(self, items: list[Item], pairs: dict[str, tuple[str, str]], verdicts: dict[str, Outcome]) -> Iterator[Kept]:
-        """Items that the critique lets pass; counts the others."""
+        """Items that the critique lets pass."""
         for item in items:
-            outcome = verdicts[item.id]
+            outcome, (question, answer) = verdicts[item.id], pairs[item.id]
             if outcome.reason is not None:
-                self.counts[f"critique_{outcome.reason}"] += 1
+                self._drop(item, f"critique_{outcome.reason}", said=outcome.said, question=question, answer=answer)
                 continue
             correct, why = outcome.value
             if correct:
-                question, answer = pairs[item.id]
                 yield Kept(item=item, question=question, answer=answer, critique=why)
             else:
-                self.counts["critiqued_away"] += 1
+                self._drop(item, "critiqued_away", critique=why, question=question, answer=answer)
 
     def _instances(self, kept: Iterator[Kept]) -> Iterator[dict[str, object]]:
-        """Training rows, in order; a pair whose chunk is beyond the cut is dropped and counted."""
+        """Training rows, in order, without pairs whose chunk is beyond the cut."""
         for one in kept:
             document = self._document(one.item)
             end, tokens = self._fit(document, one)
             if one.item.chunk.end > end:
-                self.counts["outside_cut"] += 1
+                self._drop(one.item, "outside_cut", document_ends=end, question=one.question, answer=one.answer)
                 continue
             self.counts["kept"] += 1
             self.counts[f"kept_{one.item.kind}"] += 1
@@ -346,8 +355,8 @@ class Generation:
             },
         }
 
-    def _write(self, rows: Iterator[dict[str, object]], asker: Asker) -> dict[str, object]:
-        """instances.jsonl and report.json, each whole or not at all."""
+    def _write(self, rows: Iterator[dict[str, object]], items: list[Item], asker: Asker) -> dict[str, object]:
+        """instances.jsonl, dropped.jsonl and report.json, each whole or not at all."""
         digest = hashlib.sha256()
 
         def lines() -> Iterator[str]:
@@ -357,6 +366,8 @@ class Generation:
                 yield line
 
         _write_whole(self.output / "instances.jsonl", lines())
+        dropped = (_dropped_row(item, self._dropped[item.id]) for item in items if item.id in self._dropped)
+        _write_whole(self.output / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
         report: dict[str, object] = {
             "yield": dict(sorted(self.counts.items())),
             "instances_sha256": digest.hexdigest(),
@@ -369,7 +380,12 @@ class Generation:
         return report
 
 
-def _write_whole(path: Path, lines: Iterator[str] | list[str]) -> None:
+def _dropped_row(item: Item, facts: dict[str, object]) -> dict[str, object]:
+    where = {"document_sha256": item.document_sha256, "chunk_characters": [item.chunk.start, item.chunk.end]}
+    return {"id": item.id, "kind": item.kind} | facts | where
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         file.writelines(lines)

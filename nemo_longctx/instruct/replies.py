@@ -50,10 +50,11 @@ ItemT = TypeVar("ItemT", bound=HasId)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one item: the parsed value, or why there is none (`malformed`, `refused`, `unanswered`)."""
+    """What came of one item: the parsed value, or why there is none (`malformed`, `refused`, `unanswered`), in what words."""
 
     value: Any = None
     reason: str | None = None
+    said: str | None = None
 
 
 class Asker:
@@ -132,6 +133,7 @@ class Asker:
         return outcomes
 
     async def _ask(self, item: ItemT, make_call: Callable[[ItemT, int], Call], parse: Callable[[str], Any]) -> Outcome:
+        said = None
         for attempt in range(self.form_attempts):
             if self._stopping:
                 break
@@ -141,17 +143,18 @@ class Asker:
                 self.failures[str(failure)] += 1
                 if failure.refused:
                     self._count_useless("refused")
-                return Outcome(reason="refused" if failure.refused else "unanswered")
+                return Outcome(reason="refused" if failure.refused else "unanswered", said=str(failure))
             try:
                 if reply.finish_reason == "length":
                     raise FormError("cut_off")
                 value = parse(reply.text)
             except FormError as error:
                 self._count_useless(error.reason)
+                said = error.reason
                 continue
             self._malformed_in_a_row = 0
             return Outcome(value=value)
-        return Outcome(reason="malformed")
+        return Outcome(reason="malformed", said=said)
 
     async def _reply(self, call: Call) -> Reply:
         reply = self.journal.get(call.key)

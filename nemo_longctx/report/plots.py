@@ -287,3 +287,22 @@ def _probe_line(axes: Axes, cells: Sequence[ProbeRow], value: str, top: float) -
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _format_tokens(axes, log=True)
+
+
+def plot_votes(shares: Mapping[str, tuple[float, float, float]], path: str | Path, *, title: str) -> Path:
+    """Shares of votes with their intervals, a bar each, as Xiong et al. 2023, Figure 3.
+
+    Args:
+        shares: what was voted -> (share, low, high), each in [0, 1].
+        path: PNG to write.
+    """
+    figure, axes = new_figure(height=0.9 + 0.55 * len(shares))
+    for place, (colour, (share, low, high)) in enumerate(zip(_cycle(len(shares)), shares.values(), strict=True)):
+        axes.barh(place, 100 * share, color=colour, height=0.6, zorder=2)
+        axes.errorbar(100 * share, place, xerr=[[100 * (share - low)], [100 * (high - share)]], color=INK, capsize=4, zorder=3)
+        axes.text(100 * high + 1.5, place, f"{share:.1%}", va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(shares)), list(shares), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    _dress(axes, title=title, x="share of votes with its 95 % interval, %", y="")
+    return save(figure, path)

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,10 +49,22 @@ class Browser:
         self.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
         target = self.command("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.command("Page.enable")
-        self.command("Page.navigate", url=page.as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
-            pass
+        self._load("Page.navigate", url=page.as_uri())
+
+    def reload(self):
+        self._load("Page.reload")
+
+    def _load(self, method: str, **parameters):
+        """Load a page and wait until it is there and no longer the one before."""
+        self.evaluate("window.before = true")
+        self.command(method, **parameters)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):  # between two pages there is nothing to ask
+                if self.evaluate("!window.before && document.readyState === 'complete'"):
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(f"no page a minute after {method}")
 
     def evaluate(self, expression: str):
         result = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

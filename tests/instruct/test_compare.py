@@ -75,12 +75,20 @@ def test_votes_in_a_real_browser(files, tmp_path, capsys):
         saved, until = downloads / "votes-Ada_B_.jsonl", time.monotonic() + 30
         while not saved.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        tab.command("Page.reload")
-        time.sleep(0.5)
+        tab.reload()
         tab.click("#rater")
         tab.type("Ada B.")
         tab.evaluate("document.activeElement.blur()")
         assert "6 voted" in tab.evaluate(text["count"])  # a closed tab loses no vote
+        tab.evaluate("localStorage.clear()")  # another browser: the saved file takes the rater on
+        tab.reload()
+        assert "0 voted" in tab.evaluate(text["count"])
+        for file, said in ((tmp_path / "tuned.jsonl", "no votes"), (page, "no votes"), (saved, "")):
+            load = "(text) => load(new File([text], 'votes.jsonl'))"
+            tab.evaluate(f"({load})({json.dumps(file.read_text())})")
+            assert said in tab.evaluate(text["notice"])
+        assert "6 voted" in tab.evaluate(text["count"])
+        assert tab.evaluate("document.getElementById('rater').value") == "Ada B."
     assert set(winners) == {"left", "right"}
     capsys.readouterr()
     assert main(["compare", *map(str, files), "--votes", str(saved), "--table", str(tmp_path / "table.json")]) == 0
@@ -88,6 +96,7 @@ def test_votes_in_a_real_browser(files, tmp_path, capsys):
     assert re.search(r"tuned better +83\.3%", said)
     assert re.search(r"base better +0\.0%", said)
     assert json.loads((tmp_path / "table.json").read_text())["shares"]["tie"]["share"] == pytest.approx(1 / 6)
+    assert (tmp_path / "table.png").stat().st_size > 1000
 
 
 def write_votes(path, comparison, votes):

@@ -56,6 +56,13 @@ class Command:
     def instances(self) -> list[dict]:
         return [json.loads(line) for line in (self.output / "instances.jsonl").read_text().split("\n")[:-1]]
 
+    def dropped(self) -> list[dict]:
+        return [json.loads(line) for line in (self.output / "dropped.jsonl").read_text().split("\n")[:-1]]
+
+    def written(self) -> list[bytes]:
+        """The files that faults and kills must not change."""
+        return [(self.output / name).read_bytes() for name in ("instances.jsonl", "dropped.jsonl")]
+
     def report(self) -> dict:
         return json.loads((self.output / "report.json").read_text())
 
@@ -125,6 +132,31 @@ def test_the_yield_adds_up(whole_run):
     assert min(counts[name] for name in ("near_duplicate", "critiqued_away", "outside_cut", "kept")) > 0
 
 
+def test_what_was_dropped_is_kept_with_its_reason(whole_run):
+    command, _ = whole_run
+    counts, rows, dropped = command.report()["yield"], command.instances(), command.dropped()
+    ids = [row["id"] for row in rows] + [row["id"] for row in dropped]
+    assert len(ids) == len(set(ids)) == counts["asked"]
+    reasons = Counter(row["reason"] for row in dropped)
+    assert reasons == {name: counts[name] for name in ("near_duplicate", "critiqued_away", "outside_cut")}
+    for row in dropped:
+        assert row["question"]
+        assert row["answer"]
+        assert row["reason"] != "critiqued_away" or row["critique"] == "It is not there."
+        assert row["reason"] != "near_duplicate" or row["of"] in ids
+        assert row["reason"] != "outside_cut" or row["document_ends"] < row["chunk_characters"][1]
+
+
+def test_questions_never_in_form_are_dropped_with_the_last_fault(tokenizer_folder, tmp_path):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 4), story(2, 4)])
+    with serve(Behaviour(always="<question>What?</question>")) as url:
+        command = Command(documents, tokenizer_folder, tmp_path / "out", url, stop_after_malformed=1000)
+        assert command.run()[0] == 0
+    asked = command.report()["yield"]["asked"]
+    assert [(row["reason"], row["said"]) for row in command.dropped()] == [("question_malformed", "missing_answer")] * asked
+    assert command.report()["calls"]["out_of_form"] == {"missing_answer": 3 * asked}
+
+
 def test_faults_do_not_change_the_output(whole_run, tokenizer_folder, tmp_path):
     whole, documents = whole_run
     behaviour = Behaviour(fault_rate=0.3, malformed_rate=0.15, hang_s=1.5)
@@ -132,7 +164,7 @@ def test_faults_do_not_change_the_output(whole_run, tokenizer_folder, tmp_path):
         command = Command(documents, tokenizer_folder, tmp_path / "faulty", url, form_attempts=8)
         status, _, err = command.run()
     assert status == 0, err
-    assert (command.output / "instances.jsonl").read_bytes() == (whole.output / "instances.jsonl").read_bytes()
+    assert command.written() == whole.written()
     assert command.report()["yield"] == whole.report()["yield"]
     calls = command.report()["calls"]
     assert len(calls["faults_retried"]) >= 4
@@ -147,11 +179,12 @@ def test_a_second_run_asks_nothing_and_writes_the_same(whole_run, tokenizer_fold
     shutil.copy(whole.output / "journal.jsonl", again)
     behaviour = Behaviour(status=500)
     with serve(behaviour) as url:
-        status, out, err = Command(documents, tokenizer_folder, again, url, max_retries=0).run()
+        command = Command(documents, tokenizer_folder, again, url, max_retries=0)
+        status, out, err = command.run()
     assert status == 0, err
     assert "kept" in out
     assert not behaviour.bodies
-    assert (again / "instances.jsonl").read_bytes() == (whole.output / "instances.jsonl").read_bytes()
+    assert command.written() == whole.written()
 
 
 def kill_again_and_again(command: Command, behaviour: Behaviour, *, kills: int, share: float, concurrency: int) -> None:
@@ -186,7 +219,7 @@ def test_killed_runs_end_in_the_same_output(whole_run, tokenizer_folder, tmp_pat
     with serve(behaviour) as url:
         command = Command(documents, tokenizer_folder, tmp_path / "killed", url, form_attempts=8, concurrency=4)
         kill_again_and_again(command, behaviour, kills=3, share=60, concurrency=4)
-    assert (command.output / "instances.jsonl").read_bytes() == (whole.output / "instances.jsonl").read_bytes()
+    assert command.written() == whole.written()
     assert command.report()["yield"] == whole.report()["yield"]
 
 
@@ -219,8 +252,10 @@ def test_a_thousand_documents_and_ten_kills(tokenizer_folder, tmp_path):
     with serve(behaviour) as url:
         command = Command(documents, tokenizer_folder, tmp_path / "killed", url, form_attempts=8, concurrency=16)
         kill_again_and_again(command, behaviour, kills=10, share=replies / 6, concurrency=16)
-    assert (command.output / "instances.jsonl").read_bytes() == (whole.output / "instances.jsonl").read_bytes()
+    assert command.written() == whole.written()
     assert command.report()["yield"] == whole.report()["yield"]
+    rows = command.instances()
+    assert len({row["id"] for row in rows}) == len({row["provenance"]["question"] for row in rows}) == len(rows) > 1000
     print(json.dumps(command.report(), indent=1))
 
 

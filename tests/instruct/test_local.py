@@ -1,9 +1,10 @@
-"""A checkpoint in this process as the asker: a tiny Llama, taught to answer in form, gives real instances."""
+"""A local model that answers, in this process or behind a real HTTP server: a tiny Llama, taught to answer in form."""
 
 import json
 
 import pytest
 import torch
+from model_server import serve_checkpoint
 from stories import jsonl, story
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,6 +55,7 @@ def checkpoint(tmp_path_factory, tokenizer_folder):
 
 
 def generate(checkpoint, tokenizer_folder, documents, output, **settings):
+    """The command, with a checkpoint's folder (Path) or a server's URL (str) to answer."""
     settings = {"target_length": 600, "chunk_tokens": 40, "max_answer_tokens": 120, "temperature": 0} | settings
     prompts = output.parent / "prompts"  # short ones: this model has never seen a long prompt
     prompts.mkdir(exist_ok=True)
@@ -64,17 +66,8 @@ def generate(checkpoint, tokenizer_folder, documents, output, **settings):
     }.items():
         (prompts / f"{name}.txt").write_text(text)
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    line = [
-        "instruct",
-        "generate",
-        str(documents),
-        "--output",
-        str(output),
-        "--checkpoint",
-        str(checkpoint),
-        "--prompts",
-        str(prompts),
-    ]
+    who = ["--endpoint", checkpoint, "--model", "tiny"] if isinstance(checkpoint, str) else ["--checkpoint", str(checkpoint)]
+    line = ["instruct", "generate", str(documents), "--output", str(output), *who, "--prompts", str(prompts)]
     return main([*line, "--tokenizer", str(tokenizer_folder), *flags])
 
 
@@ -91,6 +84,22 @@ def test_instances_from_a_checkpoint(checkpoint, tokenizer_folder, tmp_path, cap
     assert report["calls"]["completion_tokens"] > 0
     assert generate(checkpoint, tokenizer_folder, documents, out) == 0
     assert json.loads((out / "report.json").read_text())["calls"]["made"] == 0
+
+
+def test_a_served_checkpoint_gives_the_instances_of_one_in_this_process(checkpoint, tokenizer_folder, tmp_path, capsys):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 4), story(2, 4)])
+    with serve_checkpoint(checkpoint) as (url, asked):
+        assert generate(url, tokenizer_folder, documents, tmp_path / "served", timeout_s=120) == 0, capsys.readouterr().err
+    assert generate(checkpoint, tokenizer_folder, documents, tmp_path / "here") == 0
+    rows = {}
+    for name in ("served", "here"):
+        rows[name] = [json.loads(line) for line in (tmp_path / name / "instances.jsonl").read_text().splitlines()]
+        for row in rows[name]:
+            assert row["provenance"].pop("model") == ("tiny" if name == "served" else fingerprint(checkpoint))
+    assert rows["served"] == rows["here"] != []
+    calls = {name: json.loads((tmp_path / name / "report.json").read_text())["calls"] for name in rows}
+    assert calls["served"] == calls["here"]
+    assert len(asked) == calls["served"]["made"] > 0
 
 
 def test_prompts_beyond_the_window_are_refused_with_the_mend(checkpoint, tokenizer_folder, tmp_path, capsys):

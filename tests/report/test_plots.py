@@ -4,7 +4,7 @@ import pytest
 from matplotlib import image
 
 from nemo_longctx.eval.position import PositionLosses, uniform_edges
-from nemo_longctx.report.plots import COLOURS, MARK, plot_loss_by_position, plot_training_curve, tokens_label
+from nemo_longctx.report.plots import COLOURS, MARK, plot_loss_by_position, plot_training_curve, plot_votes, tokens_label
 
 
 def ink(path, colour):
@@ -27,6 +27,13 @@ def test_loss_by_position_draws_every_model(tmp_path):
     assert ink(two, COLOURS[0]) > 500
     assert ink(two, COLOURS[1]) > 500
     assert ink(two, MARK) > ink(one, MARK) + 200
+
+
+def test_votes_are_as_wide_as_their_shares(tmp_path):
+    shares = {"A better": (0.6, 0.5, 0.7), "tie": (0.3, 0.2, 0.4), "B better": (0.1, 0.05, 0.2)}
+    drawn = plot_votes(shares, tmp_path / "votes.png", title="A against B")
+    widths = [ink(drawn, COLOURS[place]) for place in range(3)]
+    assert widths[0] > 1.7 * widths[1] > 3 * widths[2] > 0
 
 
 def test_training_curve_takes_csv_text_and_marks_switches(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo_longctx.adapters.nemo.attention import attention_summary
 from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, settings_table
@@ -47,8 +48,11 @@ class LongContextSettingsCallback(Callback):
         self.directory, self.recipe = Path(directory), recipe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.model_transform is not None:  # the host's own callback comes later, at the start of the epoch
-            pl_module.model_transform(trainer.strategy.megatron_parallel)
+        # The host's own callbacks come later, at the start of the epoch; a PEFT one then does far more than to transform.
+        peft = next((callback for callback in trainer.callbacks if isinstance(callback, PEFT)), None)
+        place = pl_module.model_transform if peft is None else getattr(peft, "place_rope", None)
+        if place is not None:
+            place(trainer.strategy.megatron_parallel)
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         seen = [verify_live_rope(module, self.variant) for module in modules]
         if not trainer.is_global_zero:

@@ -84,7 +84,7 @@ def export_hf(
     max_position_embeddings: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> RopeVariant:
-    """A NeMo checkpoint -> a Hugging Face directory that transformers loads.
+    """A NeMo checkpoint -> a Hugging Face directory that transformers loads; LoRA adapters are merged into the weights.
 
     Args:
         checkpoint: a NeMo checkpoint, or a run's directory (its newest finished checkpoint).
@@ -103,12 +103,12 @@ def export_hf(
     target = Path(target).absolute()
     _check_free(target)
     cpu.install()
-    described = checkpoint_model(checkpoint_directory(checkpoint), {})
+    described = checkpoint_model(checkpoint_directory(checkpoint), {}, adapters=True)
     variant, longest = variant_of(described), max_position_embeddings or described.config.seq_length
     rotary_dim = rotary_dim_of(described.config)
     family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
     to_hf(variant, rotary_dim=rotary_dim, max_position_embeddings=longest)
-    module, config, nemo_tokenizer = load_model(checkpoint)
+    module, config, nemo_tokenizer = load_model(checkpoint, merge=True)
     hf_tokenizer = _hf_tokenizer(nemo_tokenizer, tokenizer)
     exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)

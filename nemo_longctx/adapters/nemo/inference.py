@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.collections import llm
 
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.activations import set_activation_policy
+from nemo_longctx.adapters.nemo.lora import adapter_base, as_long_context, load_adapters, merge_adapters
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
 from nemo_longctx.recipe import RecipeConfig
 
@@ -41,12 +43,15 @@ def initialize_distributed(
         )
 
 
-def load_model(path: str | Path, *, seq_length: int | None = None) -> tuple[torch.nn.Module, Any, Any]:
+def load_model(path: str | Path, *, seq_length: int | None = None, merge: bool = False) -> tuple[torch.nn.Module, Any, Any]:
     """The Megatron-Core GPT model of a NeMo checkpoint, in evaluation mode, on this rank's share.
+
+    A checkpoint of LoRA adapters gives its base model with the adapters on.
 
     Args:
         path: a checkpoint, or a run's directory (its newest finished checkpoint).
         seq_length: longest input, tokens; None keeps the checkpoint's.
+        merge: add LoRA adapters to the weights, so that the model is a plain one; only without tensor parallelism.
 
     Returns:
         (model, the checkpoint's config with our attention, its tokenizer or None).
@@ -56,11 +61,16 @@ def load_model(path: str | Path, *, seq_length: int | None = None) -> tuple[torc
     """
     initialize_distributed()
     directory = checkpoint_directory(path)
-    nemo_model = checkpoint_model(directory, {})
+    nemo_model = checkpoint_model(directory, {}, adapters=True)
     prepare_model(nemo_model, seq_length=seq_length or nemo_model.config.seq_length)
     _take_parallel_sizes(nemo_model.config)
     module = _build(nemo_model)
-    _load_weights(module, directory)
+    base = adapter_base(directory)
+    _load_weights(module, base or directory / "weights")
+    if base is not None:
+        load_adapters(module, as_long_context(nemo_model.model_transform), directory)
+        if merge:
+            merge_adapters(module)
     module.eval()
     return module, nemo_model.config, nemo_model.tokenizer
 
@@ -83,7 +93,7 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     longest = max(recipe.curriculum.stages, key=lambda stage: stage.seq_length)
     set_activation_policy([module], recompute=longest.recompute, offload=longest.offload)
     if not fresh:
-        _load_weights(module, checkpoint_directory(str(recipe.restore_from)))
+        _load_weights(module, checkpoint_directory(str(recipe.restore_from)) / "weights")
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(recipe.trainer.precision)
     if dtype is not None:  # what the host's mixed precision does when a run begins
         module.to(dtype)
@@ -104,14 +114,17 @@ def _take_parallel_sizes(config: Any) -> None:
 
 def _build(nemo_model: Any) -> torch.nn.Module:
     module = nemo_model.config.configure_model(nemo_model.tokenizer)
-    if nemo_model.model_transform is not None:
-        nemo_model.model_transform(module)
+    transform = nemo_model.model_transform
+    if isinstance(transform, llm.peft.LoRA):  # its adapters come once the base has its weights
+        as_long_context(transform).place_rope(module)
+    elif transform is not None:
+        transform(module)
     return module.cuda() if torch.cuda.is_available() else module
 
 
-def _load_weights(module: Any, directory: Path) -> None:
+def _load_weights(module: Any, weights: Path) -> None:
     from megatron.core import dist_checkpointing
 
     sharded = {"state_dict": module.sharded_state_dict(prefix="module.")}
-    loaded = dist_checkpointing.load(sharded, str(directory / "weights"))
+    loaded = dist_checkpointing.load(sharded, str(weights))
     module.load_state_dict({key.removeprefix("module."): value for key, value in loaded["state_dict"].items()}, strict=True)

@@ -15,12 +15,13 @@ from nemo.collections import llm
 from nemo_longctx.adapters.nemo import run as pretraining
 from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
 from nemo_longctx.adapters.nemo.instruct_data_module import LongInstructDataModule
+from nemo_longctx.adapters.nemo.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
-from nemo_longctx.adapters.nemo.rope import variant_of
+from nemo_longctx.adapters.nemo.rope import RopeTransform, variant_of
 from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
-from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.rope.variants import to_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,23 +93,11 @@ class InstructRun:
     """What NeMo trains, built and checked, with nothing trained or written yet."""
 
     parts: pretraining.Run
-    lora: llm.peft.LoRA | None
 
     def fit(self) -> Path:
         """Tune to the end, going on from this run's newest checkpoint, if there is one. Returns the run's directory."""
         parts = self.parts
-        if self.lora is None:
-            parts.fit()
-        else:
-            llm.train(
-                model=parts.model,
-                data=parts.data,
-                trainer=parts.trainer,
-                log=parts.log,
-                resume=parts.resume,
-                optim=parts.optim,
-                model_transform=self.lora,
-            )
+        parts.fit()
         if parts.trainer.is_global_zero:
             self._save_chat_tokenizer()
         return parts.directory
@@ -138,9 +127,6 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
     model.config.calculate_per_token_loss = True
-    if instruct.lora is not None and model.model_transform is not None:
-        mend = f"NeMo has room for one transform, and the RoPE variant needs {type(model.model_transform).__name__}; set null"
-        raise ConfigError("lora", dataclasses.asdict(instruct.lora), mend)
     directory = pretraining.run_directory(recipe)
     values = {"cache_dir": str(directory / "instances")} | dict(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
@@ -171,8 +157,9 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
         resume=pretraining._resume(recipe),
         optim=pretraining._optimizer(recipe),
         changes=changes,
+        peft=None if instruct.lora is None else _lora(instruct.lora, model),
     )
-    return InstructRun(parts=parts, lora=_lora(instruct.lora))
+    return InstructRun(parts=parts)
 
 
 def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback], *, validates: bool) -> nl.Trainer:
@@ -182,13 +169,14 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback], *, validates: b
     return trainer
 
 
-def _lora(config: LoRAConfig | None) -> llm.peft.LoRA | None:
-    if config is None:
-        return None
-    if not has_module("transformer_engine"):
-        mend = "NeMo's LoRA asks Transformer Engine, which is not installed here; set null to tune all weights"
+def _lora(config: LoRAConfig, model: llm.GPTModel) -> LongContextLoRA:
+    transform = model.model_transform
+    if transform is not None and not isinstance(transform, RopeTransform):
+        mend = f"NeMo has room for one transform, and the checkpoint has {type(transform).__name__} already; set null"
         raise ConfigError("lora", dataclasses.asdict(config), mend)
-    return llm.peft.LoRA(target_modules=list(config.target_modules), dim=config.dim, alpha=config.alpha, dropout=config.dropout)
+    rope = None if transform is None else to_dict(transform.variant)
+    fields = dataclasses.asdict(config) | {"target_modules": list(config.target_modules)}
+    return LongContextLoRA(**fields, rope=rope)
 
 
 def _check_tokenizer(data: LongInstructDataModule, config: llm.GPTConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import io
+from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 
 from nemo_longctx.activations import megatron_fields, recompute_name
 from nemo_longctx.adapters.nemo import cpu
@@ -72,18 +73,22 @@ def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
     return model_class(config_class)(config, tokenizer=tokenizer)
 
 
-def checkpoint_model(path: str | Path, overrides: Mapping[str, Any]) -> GPTModel:
+def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters: bool = False) -> GPTModel:
     """The model that a NeMo checkpoint describes (config and tokenizer; weights are loaded by the strategy).
 
     Args:
         path: a NeMo 2 distributed checkpoint: a directory with `weights/` and `context/`.
         overrides: fields of its config to change; one that the weights fix must agree with them. `config` names a class that
             the checkpoint must have the shape of.
+        adapters: take a checkpoint of LoRA adapters too; a run that is to begin from one would find no weights in it.
 
     Raises:
         ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
     """
     directory = checkpoint_directory(path)
+    if not adapters and (directory / "weights" / ADAPTER_META_FILENAME).exists():
+        mend = "holds LoRA adapters alone; merge them by `nemo-longctx export`, and begin from what `nemo-longctx import` makes"
+        raise ConfigError("restore_from", str(directory), mend)
     with cpu.stock_configs():
         model = io.load_context(directory / "context", subpath="model")
     fields = dict(overrides)

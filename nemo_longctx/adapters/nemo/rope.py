@@ -115,9 +115,8 @@ def set_config_field(model: Any, name: str, value: Any) -> None:
 
 def variant_of(model: Any) -> RopeVariant:
     """The variant that a NeMo GPT model has now: its transform's, or what its config's fields say."""
-    if isinstance(model.model_transform, RopeTransform):
-        return model.model_transform.variant
-    return variant_of_config(model.config)
+    placed = getattr(model.model_transform, "variant", None)  # RopeTransform's, or LongContextLoRA's
+    return placed if isinstance(placed, RopeVariant) else variant_of_config(model.config)
 
 
 def variant_of_config(config: Any) -> RopeVariant:

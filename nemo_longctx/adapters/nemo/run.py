@@ -40,6 +40,7 @@ class Run:
     resume: nl.AutoResume
     optim: MegatronOptimizerModule
     changes: list[SettingChange]
+    peft: llm.peft.LoRA | None = None
 
     @property
     def directory(self) -> Path:
@@ -50,7 +51,15 @@ class Run:
         """Train to the end, going on from the newest finished checkpoint of this run, if there is one."""
         if self.trainer.global_rank == 0:  # NeMo refuses to resume where its only checkpoint was cut short
             nl.ModelCheckpoint._remove_unfinished_checkpoints(self.directory / "checkpoints")
-        llm.train(model=self.model, data=self.data, trainer=self.trainer, log=self.log, resume=self.resume, optim=self.optim)
+        llm.train(
+            model=self.model,
+            data=self.data,
+            trainer=self.trainer,
+            log=self.log,
+            resume=self.resume,
+            optim=self.optim,
+            model_transform=self.peft,
+        )
         return self.directory
 
 
@@ -215,7 +224,7 @@ def _logger(recipe: RecipeConfig) -> nl.NeMoLogger:
 def _resume(recipe: RecipeConfig) -> nl.AutoResume:
     restore = None
     if recipe.restore_from:
-        path = checkpoint_directory(recipe.restore_from)
+        path = checkpoint_directory(recipe.restore_from).absolute()  # adapters note it down, to be found from anywhere
         restore = nl.RestoreConfig(path=str(path), load_model_state=True, load_optim_state=False, load_artifacts=False)
     return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)
 
