@@ -30,7 +30,7 @@ ASK, STOP, END, PAD = range(KEYS + VALUES, KEYS + VALUES + 4)
 VOCABULARY = KEYS + VALUES + 4
 SETTINGS = {
     "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "rope_theta": 10_000.0,
-    "short_facts": 12, "long_facts": 48, "batch": 32, "base_steps": 1500, "tune_steps": 600, "evaluate_every": 50,
+    "short_facts": 12, "long_facts": 48, "batch": 32, "base_steps": 600, "tune_steps": 240, "evaluate_every": 40,
     "held_out": 512, "base_lr": 3e-3, "tune_lr": 1e-3, "warmup_steps": 50,
 }  # fmt: skip
 

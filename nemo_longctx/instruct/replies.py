@@ -88,6 +88,7 @@ class Asker:
         self.out_of_form: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self._malformed_in_a_row = 0
+        self._useless: NeverInFormError | None = None
         self._stopping = False
 
     def stop(self) -> None:
@@ -121,13 +122,19 @@ class Asker:
 
             async def work() -> None:
                 for item in queue:  # shared: each worker takes the next item that nobody has taken
-                    if self._stopping:
+                    if self._stopping or self._useless is not None:
                         return
-                    outcomes[item.id] = await self._ask(item, make_call, parse)
+                    try:
+                        outcomes[item.id] = await self._ask(item, make_call, parse)
+                    except NeverInFormError as error:  # calls under way are paid for: the others bring theirs home
+                        self._useless = self._useless or error
+                        return
                     bar.set_postfix_str(self._purse(), refresh=False)
                     bar.update()
 
             await _run_all(work() for _ in range(self.completer.concurrency))
+        if self._useless is not None:
+            raise self._useless
         if self._stopping:
             raise KeyboardInterrupt
         return outcomes
@@ -135,7 +142,7 @@ class Asker:
     async def _ask(self, item: ItemT, make_call: Callable[[ItemT, int], Call], parse: Callable[[str], Any]) -> Outcome:
         said = None
         for attempt in range(self.form_attempts):
-            if self._stopping:
+            if self._stopping or self._useless is not None:
                 break
             try:
                 reply = await self._reply(make_call(item, attempt))

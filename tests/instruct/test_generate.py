@@ -268,6 +268,7 @@ def test_never_in_form_stops_early_with_a_count(tokenizer_folder, tmp_path):
         assert status == 2
         assert "the last 20 calls gave nothing in form (20 no_tags)" in err
         assert len(behaviour.bodies) < 20 + 4
+        assert len(command.journal_keys()) == len(behaviour.bodies)  # what was under way came home
         paid = len(behaviour.bodies)
         assert command.run()[0] == 2  # nor does a second run pay for more of the same
         assert len(behaviour.bodies) < paid + 4

@@ -132,7 +132,7 @@ def test_the_tuned_model_served_over_http_never_answers_in_form(tuned, monkeypat
     assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == len(asked)  # what was answered is kept
 
 
-LORA = ["lora={dim: 4, alpha: 8, dropout: 0.1}", "checkpoint.every_tokens=1024"]
+LORA = ["lora={dim: 4, alpha: 8}", "checkpoint.every_tokens=1024"]
 
 
 @pytest.fixture(scope="module")
