@@ -31,7 +31,7 @@ class LoRAConfig:
     Attributes:
         dim: rank of the adapters.
         alpha: they are scaled by alpha / dim.
-        dropout: on the adapters' input, while training; NeMo keeps no random state, so a resumed run draws other masks.
+        dropout: on the adapters' input, while training.
         target_modules: Megatron-Core's names of the linear layers that get adapters.
     """
 
