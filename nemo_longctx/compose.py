@@ -6,6 +6,7 @@ directory is made, and tests and Python call what the command line calls.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,4 +54,6 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
         if value not in known[key] and value != "null":
             raise ConfigError(key, value, f"no such choice, {did_you_mean(value, known[key])}")
         return item
+    if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:
+        raise ConfigError(key, value, f"unknown key, did you mean {near[0]!r}?")  # recipe is no key of the schema
     return f"++{item}"

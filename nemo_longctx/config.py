@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
         where: dotted prefix for messages (`rope` gives `rope.base=...`).
 
     Raises:
-        ConfigError: an unknown key, or a required key that is missing.
+        ConfigError: an unknown key, a required key that is missing, or a value of another type.
     """
     values = dict(values or {})
     hints = typing.get_type_hints(cls)
@@ -68,14 +69,37 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
 
 
 def _nested(hint: Any, value: Any, where: str) -> Any:
-    """Build dataclasses inside `value` where the type hint asks for them; leave the rest alone."""
+    """Build dataclasses inside `value` where the type hint asks for them, and refuse what it cannot be at all.
+
+    Checked are numbers, true or false, lists and mappings; bounds are the dataclass's own to check.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = next((a for a in args if dataclasses.is_dataclass(a)), None)
-        return _nested(inner, value, where) if inner is not None else value
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, where=where)
-    if origin in (tuple, list) and args and isinstance(value, Sequence) and not isinstance(value, str):
+        inner = [a for a in args if a is not types.NoneType]
+        if len(inner) > 1:
+            inner = [a for a in inner if dataclasses.is_dataclass(a) and isinstance(value, Mapping)]
+        return _nested(inner[0], value, where) if inner and value is not None else value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return build(hint, value, where=where)
+        if not isinstance(value, hint):
+            keys = ", ".join(field.name for field in dataclasses.fields(hint) if field.init)
+            raise ConfigError(where, value, f"takes keys of its own: {keys}")
+    elif origin in (tuple, list) and args:
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+            raise ConfigError(where, value, f"must be a list{' of numbers' if args[0] in (int, float) else ''}")
         made = [_nested(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
         return tuple(made) if origin is tuple else made
+    elif hint in (int, float, bool):
+        _check_scalar(hint, value, where)
     return value
+
+
+def _check_scalar(hint: type, value: Any, where: str) -> None:
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(where, value, "must be true or false")
+    if hint is float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise ConfigError(where, value, "not a number; write digits, with a point before an exponent (5.0e+5)")
+    if hint is int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        whole = isinstance(value, float) and value.is_integer()
+        raise ConfigError(where, value, "must be a whole number" + (f"; write {int(value)}" if whole else ""))

@@ -23,6 +23,9 @@ class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
     others: tuple[Inner, ...] = ()
     maybe: Inner | None = None
+    rate: float = 1.0
+    flag: bool = False
+    most: int | None = None
 
 
 def test_builds_nested_dataclasses():
@@ -37,6 +40,13 @@ def test_builds_nested_dataclasses():
         ({"name": "a", "inner": {"lenght": 2}}, "inner.lenght", "did you mean 'length'"),
         ({"name": "a", "others": [{}, {"zzz": 1}]}, "others[1].zzz", "known: length"),
         ({}, "name", "missing"),
+        ({"name": "a", "rate": "fast"}, "rate", "not a number"),
+        ({"name": "a", "rate": True}, "rate", "not a number"),
+        ({"name": "a", "flag": 1}, "flag", "true or false"),
+        ({"name": "a", "most": 4096.0}, "most", "must be a whole number; write 4096"),
+        ({"name": "a", "most": "many"}, "most", "must be a whole number"),
+        ({"name": "a", "inner": 3}, "inner", "takes keys of its own: length"),
+        ({"name": "a", "others": "length"}, "others", "must be a list"),
         ({"name": "a", "inner": {"length": 0}}, "inner.length", "at least 1"),
     ],
 )

@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.analysis import advise, candidates, describe, first_negative, fitted_base, smallest_base
-from nemo_longctx.rope.variants import VARIANTS, Rope, RopeVariant, parse, to_dict
+from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.variants import VARIANTS, Rope, parse, to_dict
 
 FIGURES = ("decay", "wavelengths", "helices")
 PAPER_BASES = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 10_000_000.0)

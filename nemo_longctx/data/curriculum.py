@@ -123,7 +123,7 @@ class Curriculum:
             raise ConfigError("curriculum.tokens_per_step", self.tokens_per_step, "at least one token a step")
         if self.total_tokens < 1 or self.total_tokens % self.tokens_per_step:
             near = max(1, round(self.total_tokens / self.tokens_per_step)) * self.tokens_per_step
-            mend = f"a multiple of tokens_per_step ({self.tokens_per_step}); the nearest is {near}"
+            mend = f"set a multiple of tokens_per_step ({self.tokens_per_step}); the nearest is {near}"
             raise ConfigError("curriculum.total_tokens", self.total_tokens, mend)
         untils = [stage.until for stage in self.stages]
         for before, after in itertools.pairwise(untils):

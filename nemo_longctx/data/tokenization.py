@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +74,31 @@ def load_tokenizer(name: str, eod_token: str | None = None) -> TokenizerInfo:
     )
 
 
+def check_hub_name(key: str, name: str) -> None:
+    """Refuse at once what is neither a path nor cached while the hub is out of reach: transformers would retry for minutes.
+
+    Raises:
+        ConfigError: it cannot be a hub's name, or the hub's host cannot be found.
+    """
+    if os.path.exists(name):
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str):
+            return
+    except HFValidationError:
+        raise ConfigError(key, name, "no such directory, and no name of the Hugging Face hub; mend the path") from None
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        raise ConfigError(key, name, f"no such directory, and {host} cannot be reached; name a tokenizer's directory") from None
+
+
 def _from_directory(directory: str) -> tuple[Tokenizer, str | None]:
     from tokenizers import Tokenizer
 
@@ -95,6 +123,7 @@ def _from_transformers(name: str) -> tuple[Tokenizer, str | None]:
         raise ConfigError(
             "tokenizer", name, "an empty directory; name one with a tokenizer, or train one with --train-tokenizer"
         )
+    check_hub_name("tokenizer", name)
     from transformers import AutoTokenizer
 
     try:

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.base import Float64s, RopeVariant
 from nemo_longctx.rope.variants import (
     AbfRope,
-    Float64s,
     Llama3Rope,
     LongRope,
     NtkByPartsRope,
     NtkRope,
     PiRope,
     Rope,
-    RopeVariant,
     XposRope,
     YarnRope,
     to_dict,
@@ -226,8 +225,8 @@ class Advice:
         variant: its name and fields.
         granularity, granularity_limit: see `Granularity`.
         attention_factor: of q and k.
-        reaches: the first distance where the score of a key like the query is below a random one's; None: not before the
-            target (`first_negative`).
+        reaches: the first distance where the score of a key like the query, xPos' damping included, is below a random one's
+            (`raw_scores` < 0); None: not before the target.
         unseen_pairs: pairs that reach, at the target, angles beyond every one that training showed them (less than a turn
             in the trained length, and more angle at the target than then).
         score_at_target: raw score at the target's distance.
@@ -250,15 +249,17 @@ def advise(variants: Iterable[RopeVariant], *, trained: int, target: int, base: 
         theta = variant.theta(head_dim, target)
         grain = granularity(variant, head_dim, spread=1.0, seq_length=target)
         reach = np.minimum(theta * target, 2 * math.pi)
+        scores = raw_scores(variant, target + 1, head_dim=head_dim)
+        below = np.flatnonzero(scores < 0)
         rows.append(
             Advice(
                 variant=to_dict(variant),
                 granularity=grain.value,
                 granularity_limit=grain.limit,
                 attention_factor=variant.attention_scaling,
-                reaches=first_negative(theta, target + 1),
+                reaches=int(below[0]) if below.size else None,
                 unseen_pairs=int((reach > seen * (1 + 1e-9)).sum()),
-                score_at_target=float(raw_scores(variant, target + 1, head_dim=head_dim)[-1]),
+                score_at_target=float(scores[-1]),
             )
         )
     return rows

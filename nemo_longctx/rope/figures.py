@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_longctx.report.plots import COLOURS, INK, new_figure, save, tokens_label
+from nemo_longctx.report.plots import COLOURS, FAINT, INK, MARK, new_figure, save, tokens_label
 from nemo_longctx.rope.analysis import Advice, helix, raw_scores, wavelengths
-from nemo_longctx.rope.variants import RopeVariant
+from nemo_longctx.rope.base import RopeVariant
 
+# lines that lie on each other stay visible
+DASHES: tuple[tuple[float, Sequence[float]], ...] = ((0, ()), (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 DRAWN = 4096  # points of a curve that are drawn: more than the panel has dots; the CSV has them all
 
 
@@ -51,7 +53,8 @@ def plot_wavelengths(variants: Mapping[str, RopeVariant], folder: Path, *, rotar
     for i, (name, variant) in enumerate(variants.items()):
         columns[f"{name}_tokens_a_turn"] = wave = wavelengths(variant, rotary_dim, context)
         columns[f"{name}_turns_in_context"] = context / wave
-        axes.plot(columns["pair"], wave, color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=name)
+        (line,) = axes.plot(columns["pair"], wave, color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
+        line.set_linestyle(DASHES[i % len(DASHES)])
     axes.axhline(context, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate(f"context {tokens_label(context)}", (0, context), xytext=(2, 3), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
@@ -77,23 +80,37 @@ def plot_helices(
         x, y = helix(variant, rotary_dim, pair, np.arange(positions, dtype=np.float64))
         columns[f"{name}_cos"], columns[f"{name}_sin"] = x, y
         axes.plot(x, y, np.arange(positions), "o", color=COLOURS[i % len(COLOURS)], markersize=2.5)
+        axes.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1))  # one scale, else PI seems to turn
         axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=5, pad=-3)
+        axes.tick_params(labelsize=6, pad=-2)
     figure.suptitle(f"Pair {pair} at positions 0 to {positions - 1}", fontsize=10)
     return [save(figure, folder / "helices.png"), _write_csv(folder / "helices.csv", columns)]
 
 
 def plot_advice(rows: Sequence[Advice], path: Path, *, target: int) -> Path:
-    """How far each variant's score stays above a random key's, and how finely it tells neighbours apart."""
-    figure, axes = new_figure()
-    for i, row in enumerate(rows):
-        reach = target if row.reaches is None else row.reaches
-        axes.plot(reach, row.granularity, "o" if row.reaches is None else "v", color=COLOURS[i % len(COLOURS)], markersize=7)
-        axes.annotate(row.variant["variant"], (reach, row.granularity), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.axvline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: tokens_label(round(value)))
-    axes.set_xlabel("first distance where a like key scores below a random one (circle: not before the target)")
-    axes.set_ylabel("granularity C")
-    axes.set_title(f"Variants at {tokens_label(target)} tokens", loc="left", fontsize=11)
+    """One line a variant: how far its score stays above a random key's, and how finely it tells neighbours apart."""
+    figure, axes = new_figure(width=7.6, height=1.2 + 0.34 * len(rows))
+    axes.remove()
+    reach_axes, grain_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2), gridspec_kw={"wspace": 0.1})
+    reaches = [target if row.reaches is None else row.reaches for row in rows]
+    colours = [COLOURS[0] if row.reaches is None else MARK for row in rows]
+    words = ["to the target" if row.reaches is None else f"{row.reaches:,}" for row in rows]
+    grains = [row.granularity for row in rows]
+    for panel, values, texts in ((reach_axes, reaches, words), (grain_axes, grains, [f"{grain:.3f}" for grain in grains])):
+        bars = panel.barh(range(len(rows)), values, color=colours, height=0.6)
+        panel.bar_label(bars, texts, padding=4, fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(True, axis="x", color=FAINT, linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=8.5)
+    reach_axes.set_yticks(range(len(rows)), [row.variant["variant"] for row in rows])
+    reach_axes.invert_yaxis()
+    reach_axes.axvline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    reach_axes.set_xscale("log", base=2)
+    reach_axes.set_xlim(min(reaches) / 4, target * 4)
+    reach_axes.xaxis.set_major_formatter(lambda value, _: tokens_label(round(value)))
+    reach_axes.set_xlabel("first distance where a like key\nscores below a random one (tokens)", fontsize=9)
+    grain_axes.set_xlim(0, 1.25 * max(grains))
+    grain_axes.set_xlabel("granularity C", fontsize=9)
+    reach_axes.set_title(f"Variants at {tokens_label(target)} tokens", loc="left", fontsize=11)
     return save(figure, path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import (
+    AbfRope,
     DynamicNtkRope,
     Llama3Rope,
     LongRope,
@@ -14,43 +16,25 @@ from nemo_longctx.rope.variants import (
     NtkRope,
     PiRope,
     Rope,
-    RopeVariant,
     XposRope,
     YarnRope,
     ntk_base,
 )
 
 Keys = dict[str, Any]
+V = TypeVar("V", bound=RopeVariant)
+
+NO_XPOS = "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo"
 
 
-def to_hf(
-    variant: RopeVariant,
-    *,
-    rotary_dim: int,
-    max_position_embeddings: int,
-    version: int = 4,
-    partial_rotary_factor: float = 1.0,
+def write(
+    variant: RopeVariant, *, rotary_dim: int, max_position_embeddings: int, version: int, partial_rotary_factor: float
 ) -> Keys:
-    """The keys of a transformers config that say `variant`.
-
-    Args:
-        rotary_dim: dimensions of a head that are rotated; NTK-aware is written as the base that it makes there.
-        max_position_embeddings: tokens the extended model is for. Dynamic NTK writes its trained length instead, since
-            that is where transformers starts to stretch.
-        version: major version of transformers: 4 or 5.
-        partial_rotary_factor: share of a head's dimensions that are rotated.
-
-    Raises:
-        ConfigError: transformers cannot say this variant (xPos), or an unknown version.
-    """
+    """`RopeVariant.to_hf`."""
     if version not in (4, 5):
         raise ConfigError("transformers", version, "only configs of major versions 4 and 5 are known")
     if isinstance(variant, XposRope):
-        raise ConfigError(
-            "rope.variant",
-            variant.variant,
-            "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo",
-        )
+        raise ConfigError("rope.variant", variant.variant, NO_XPOS)
     theta = ntk_base(variant.base, variant.factor, rotary_dim) if isinstance(variant, NtkRope) else float(variant.base)
     scaling = _TO_HF[type(variant)](variant) if type(variant) in _TO_HF else {}
     if isinstance(variant, DynamicNtkRope):
@@ -67,14 +51,8 @@ def to_hf(
     return keys
 
 
-def from_hf(config: Mapping[str, Any]) -> RopeVariant:
-    """The variant that a transformers config (a `config.json` or `PretrainedConfig.to_dict()`, 4.x or 5.x) asks for.
-
-    ABF and NTK-aware come back as plain RoPE with their base, which is all that such a config knows of them.
-
-    Raises:
-        ConfigError: a `rope_type` with no variant here, one set of parameters a layer type, or a missing key.
-    """
+def read(config: Mapping[str, Any], cls: type[V]) -> V:
+    """`RopeVariant.from_hf`: the variant that `config` asks for, as a `cls`."""
     params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if any(isinstance(v, Mapping) for v in params.values()):
         raise ConfigError(
@@ -86,9 +64,16 @@ def from_hf(config: Mapping[str, Any]) -> RopeVariant:
     base = params.get("rope_theta", config.get("rope_theta"))
     params["base"] = 10_000.0 if base is None else float(base)
     try:
-        return _FROM_HF[rope_type](params, config)
+        found = _FROM_HF[rope_type](params, config)
     except KeyError as error:
         raise ConfigError(f"rope_scaling.{error.args[0]}", None, f"missing; rope_type {rope_type!r} needs it") from error
+    if isinstance(found, cls):
+        return found
+    if (type(found), cls) in _ALSO:
+        return _ALSO[type(found), cls](found)
+    if cls is XposRope:
+        raise ConfigError("rope_type", rope_type, NO_XPOS)
+    raise ConfigError("rope_type", rope_type, f"says {found.variant!r}, not {cls.variant!r}; read it with RopeVariant.from_hf")
 
 
 def _linear_to_hf(variant: PiRope) -> Keys:
@@ -212,4 +197,16 @@ _FROM_HF: dict[str, Callable[[Keys, Mapping[str, Any]], RopeVariant]] = {
     "yarn": _yarn_from_hf,
     "longrope": _longrope_from_hf,
     "su": _longrope_from_hf,  # LongRoPE's name in the first Phi-3 releases
+}
+
+# What one config says may be either of two variants here: (read, asked for) -> the second.
+_ALSO: dict[tuple[type[RopeVariant], type[RopeVariant]], Callable[[Any], Any]] = {
+    (Rope, AbfRope): lambda rope: AbfRope(base=rope.base),
+    (Llama3Rope, NtkByPartsRope): lambda rope: NtkByPartsRope(
+        base=rope.base,
+        factor=rope.factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+        beta_slow=rope.low_freq_factor,
+        beta_fast=rope.high_freq_factor,
+    ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from nemo_longctx.rope.variants import Float64s, RopeVariant
+from nemo_longctx.rope.base import Float64s, RopeVariant
 
 
 def per_dimension(pairs: npt.NDArray, *, interleaved: bool) -> npt.NDArray:

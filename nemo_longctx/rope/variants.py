@@ -1,11 +1,7 @@
 """Every RoPE extension as one small frozen dataclass that returns its frequencies. NumPy only.
 
-RoPE turns pair j of the first `rotary_dim` (d) dimensions of a head at position t by the angle `theta_j * t`,
-`theta_j = base ** (-2j/d)`, j = 0..d/2-1 (Su et al. 2021, eq. 15). An extension changes the theta_j, multiplies the rotated q
-and k by an attention factor, or (xPos) scales them by position.
-
-Frequencies are computed in float64 and rounded once to float32; the guard on the running model compares those bits.
-The keys of a YAML file under `rope:` are the fields here, plus `variant`, the name in `VARIANTS`.
+What each of them answers is in `RopeVariant` (base.py). The keys of a YAML file under `rope:` are the fields here, plus
+`variant`, the name in `VARIANTS`.
 """
 
 from __future__ import annotations
@@ -16,79 +12,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
-
-Float64s = npt.NDArray[np.float64]
-Float32s = npt.NDArray[np.float32]
-
-
-def _check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> None:
-    """A finite int or float within its bound, or a ConfigError. YAML reads `5e5` as text: the message says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"rope.{name}", value, "not a number; write digits, with a point before an exponent (5.0e+5)")
-    if above is not None and value <= above:
-        raise ConfigError(f"rope.{name}", value, f"must be above {above:g}")
-    if at_least is not None and value < at_least:
-        raise ConfigError(f"rope.{name}", value, f"must be at least {at_least:g}")
-
-
-def _check_length(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"rope.{name}", value, "must be a whole number of tokens, 1 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeVariant:
-    """What every variant answers. Subclasses override `theta`, and `attention_scaling` or `xpos_zeta` where they differ.
-
-    Attributes:
-        base: the b of theta_j = b^(-2j/d), above 1.
-    """
-
-    variant: ClassVar[str]
-    evaluation_only: ClassVar[bool] = False  # the frequencies follow the input's length, so no fixed model is trained
-    depends_on_length: ClassVar[bool] = False
-
-    base: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        _check_number("base", self.base, above=1.0)
-
-    def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
-        """Angle a position, radians, float64 [rotary_dim / 2]. `seq_length` matters where `depends_on_length`."""
-        return _powers(self.base, rotary_dim)
-
-    def inv_freq(self, rotary_dim: int, seq_length: int | None = None) -> Float32s:
-        """`theta` rounded once to float32 [rotary_dim / 2].
-
-        Args:
-            rotary_dim: dimensions of a head that are rotated: `int(head_dim * rotary_percent)`, even.
-            seq_length: tokens in the input, for the variants that look at it; None is the longest (LongRoPE) or
-                the trained length (dynamic NTK).
-
-        Raises:
-            ConfigError: an odd `rotary_dim`, or one that this variant cannot serve.
-        """
-        return self.theta(rotary_dim, seq_length).astype(np.float32)
-
-    @property
-    def attention_scaling(self) -> float:
-        """The attention factor: what the rotated dimensions of both q and k are multiplied by."""
-        return 1.0
-
-    def xpos_zeta(self, rotary_dim: int) -> Float64s | None:
-        """xPos' zeta_j per token, float64 [rotary_dim / 2]: q at t is scaled by zeta^t, k by zeta^-t. None: no xPos."""
-        return None
-
-
-def _powers(base: float, rotary_dim: int) -> Float64s:
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ConfigError(
-            "rotary_dim", rotary_dim, "RoPE turns pairs, so head_dim * rotary_percent must be even and at least 2"
-        )
-    return np.float64(base) ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+from nemo_longctx.rope.base import Float64s, RopeVariant, check_length, check_number, powers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +41,7 @@ class _Stretched(RopeVariant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("factor", self.factor, at_least=1.0)
+        check_number("factor", self.factor, at_least=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +51,7 @@ class PiRope(_Stretched):
     variant: ClassVar[str] = "pi"
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
-        return _powers(self.base, rotary_dim) / self.factor
+        return powers(self.base, rotary_dim) / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +61,7 @@ class NtkRope(_Stretched):
     variant: ClassVar[str] = "ntk"
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
-        return _powers(ntk_base(self.base, self.factor, rotary_dim), rotary_dim)
+        return powers(ntk_base(self.base, self.factor, rotary_dim), rotary_dim)
 
 
 def ntk_base(base: float, stretch: float, rotary_dim: int) -> float:
@@ -161,13 +87,13 @@ class DynamicNtkRope(_Stretched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("original_max_position_embeddings", self.original_max_position_embeddings)
+        check_length("original_max_position_embeddings", self.original_max_position_embeddings)
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
         trained = self.original_max_position_embeddings
         length = max(seq_length or trained, trained)
         stretch = self.factor * length / trained - (self.factor - 1)
-        return _powers(ntk_base(self.base, stretch, rotary_dim), rotary_dim)
+        return powers(ntk_base(self.base, stretch, rotary_dim), rotary_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,18 +108,18 @@ class _ByParts(_Stretched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("original_max_position_embeddings", self.original_max_position_embeddings)
+        check_length("original_max_position_embeddings", self.original_max_position_embeddings)
 
     def _mix(self, rotary_dim: int, low: float, high: float) -> Float64s:
-        theta = _powers(self.base, rotary_dim)
+        theta = powers(self.base, rotary_dim)
         turns = self.original_max_position_embeddings * theta / (2 * math.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return (1 - kept) * theta / self.factor + kept * theta
 
 
 def _check_turns(low_name: str, low: float, high_name: str, high: float) -> None:
-    _check_number(low_name, low, above=0.0)
-    _check_number(high_name, high, above=0.0)
+    check_number(low_name, low, above=0.0)
+    check_number(high_name, high, above=0.0)
     if high <= low:
         raise ConfigError(f"rope.{high_name}", high, f"must be above {low_name}={low:g}")
 
@@ -274,12 +200,12 @@ class YarnRope(_Stretched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("original_max_position_embeddings", self.original_max_position_embeddings)
+        check_length("original_max_position_embeddings", self.original_max_position_embeddings)
         _check_turns("beta_slow", self.beta_slow, "beta_fast", self.beta_fast)
-        _check_number("mscale", self.mscale, at_least=0.0)
-        _check_number("mscale_all_dim", self.mscale_all_dim, at_least=0.0)
+        check_number("mscale", self.mscale, at_least=0.0)
+        check_number("mscale_all_dim", self.mscale_all_dim, at_least=0.0)
         if self.attention_factor is not None:
-            _check_number("attention_factor", self.attention_factor, above=0.0)
+            check_number("attention_factor", self.attention_factor, above=0.0)
 
     def ramp(self, rotary_dim: int) -> Float64s:
         """Share of interpolation of each pair, 0 (kept) to 1 (divided by `factor`), float64 [rotary_dim / 2]."""
@@ -297,7 +223,7 @@ class YarnRope(_Stretched):
         return np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
-        theta, ramp = _powers(self.base, rotary_dim), self.ramp(rotary_dim)
+        theta, ramp = powers(self.base, rotary_dim), self.ramp(rotary_dim)
         return theta / self.factor * ramp + theta * (1 - ramp)
 
     @property
@@ -328,7 +254,7 @@ class LongRope(_Stretched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("original_max_position_embeddings", self.original_max_position_embeddings)
+        check_length("original_max_position_embeddings", self.original_max_position_embeddings)
         if self.original_max_position_embeddings < 2:
             raise ConfigError(
                 "rope.original_max_position_embeddings", self.original_max_position_embeddings, "must be 2 or more"
@@ -338,16 +264,16 @@ class LongRope(_Stretched):
             if isinstance(values, str) or not hasattr(values, "__len__"):
                 raise ConfigError(f"rope.{name}", values, "must be a list of numbers, one a pair of dimensions")
             for i, value in enumerate(values):
-                _check_number(f"{name}[{i}]", value, above=0.0)
+                check_number(f"{name}[{i}]", value, above=0.0)
             object.__setattr__(self, name, tuple(float(v) for v in values))
         if self.attention_factor is not None:
-            _check_number("attention_factor", self.attention_factor, above=0.0)
+            check_number("attention_factor", self.attention_factor, above=0.0)
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
         is_long = seq_length is None or seq_length > self.original_max_position_embeddings
         name = "long_factor" if is_long else "short_factor"
         divisors = np.asarray(getattr(self, name), dtype=np.float64)
-        theta = _powers(self.base, rotary_dim)
+        theta = powers(self.base, rotary_dim)
         if divisors.shape != theta.shape:
             raise ConfigError(f"rope.{name}", f"{len(divisors)} numbers", f"a rotary_dim of {rotary_dim} needs {len(theta)}")
         return theta / divisors
@@ -375,8 +301,8 @@ class XposRope(RopeVariant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("scale_base", self.scale_base, above=0.0)
-        _check_number("gamma", self.gamma, above=0.0)
+        check_number("scale_base", self.scale_base, above=0.0)
+        check_number("gamma", self.gamma, above=0.0)
 
     def xpos_scale(self, rotary_dim: int) -> Float64s:
         """zeta_j over `scale_base` tokens, float64 [rotary_dim / 2]."""

@@ -210,11 +210,29 @@ def test_five_kills_change_no_bit(text, tmp_path):
     assert len(curves[0]) >= 60
 
 
+# What a user of stock NeMo types, but for the CPU adapter.
+STOCK_EXPORT = """
+import sys
+from nemo.collections import llm
+from nemo_longctx.adapters.nemo import cpu
+
+cpu.install()
+with cpu.stock_configs():
+    llm.export_ckpt(sys.argv[1], "hf", sys.argv[2])
+"""
+
+
+def checkpoint_of(run: Path) -> Path:
+    from nemo_longctx.adapters.nemo.model import checkpoint_directory
+
+    return checkpoint_directory(run)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("choice", ["pi", "yarn", "xpos_abf"])
 def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp_path, choice):
-    """Variants by the host's field, by our transform, and one that transformers cannot say."""
+    """Variants by the host's field, by our transform, and one that transformers cannot say; by the host's exporter too."""
     base_run, _ = trained
     rope = ["rope.original_max_position_embeddings=64"] if choice == "yarn" else []
     word = [f"rope={choice}", f"restore_from={base_run}/tiny_cpu_base", *rope]
@@ -230,3 +248,14 @@ def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp
     exported = cli(["export", str(tmp_path / "tiny_cpu_long"), str(tmp_path / "hf")])
     assert exported == (2 if choice == "xpos_abf" else 0)
     assert (tmp_path / "hf" / "config.json").exists() == (choice != "xpos_abf")
+    stock = subprocess.run([sys.executable, "-c", STOCK_EXPORT, checkpoint_of(tmp_path / "tiny_cpu_long"), tmp_path / "stock"],
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    if choice == "xpos_abf":
+        assert stock.returncode != 0
+        assert "transformers has no xPos" in stock.stderr
+        assert not (tmp_path / "stock").exists()
+        return
+    assert stock.returncode == 0, stock.stderr[-3000:]
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "stock"))
+    assert theirs == ours
+    assert theirs["rope_scaling"]["rope_type"] == {"pi": "linear", "yarn": "yarn"}[choice]

@@ -19,8 +19,7 @@ from nemo_longctx.adapters.nemo.hf_weights import family_of_hf, family_of_nemo, 
 from nemo_longctx.adapters.nemo.rope import place_rope
 from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.hf import from_hf, to_hf
-from nemo_longctx.rope.variants import VARIANTS, parse
+from nemo_longctx.rope import VARIANTS, RopeVariant, parse
 
 FAR = 8192
 HEAD = 16
@@ -79,7 +78,7 @@ def hugging_face(model_type, rope, **changes):
 
 def nemo_from(source):
     """The NeMo config and live Megatron-Core model of a transformers model, as the importer makes them."""
-    family, variant = family_of_hf(source.config), from_hf(source.config.to_dict())
+    family, variant = family_of_hf(source.config), RopeVariant.from_hf(source.config.to_dict())
     with cpu.stock_configs():
         config = nemo_config(source.config, family, family.config_class, None)
         model = family.model_class(config)
@@ -107,7 +106,7 @@ def largest_difference(source, module, length):
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "xpos"])
 def test_every_exportable_variant_gives_the_same_logits(name, length, tmp_path):
     """HF -> NeMo -> HF, beyond the trained length of 2,048: three models, one set of logits; verification agrees."""
-    keys = to_hf(example(name), rotary_dim=HEAD, max_position_embeddings=FAR)
+    keys = example(name).to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)
     source = hugging_face("llama", keys)
     config, module, variant = nemo_from(source)
     worst, spread = largest_difference(source, module, length)
@@ -126,7 +125,7 @@ def test_every_exportable_variant_gives_the_same_logits(name, length, tmp_path):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_converts_both_ways(model_type, tied):
     source = hugging_face(
-        model_type, to_hf(example("yarn"), rotary_dim=HEAD, max_position_embeddings=FAR), tie_word_embeddings=tied
+        model_type, example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR), tie_word_embeddings=tied
     )
     source.tie_weights()
     config, module, _ = nemo_from(source)
@@ -141,7 +140,7 @@ def test_every_family_converts_both_ways(model_type, tied):
 
 
 def test_a_bf16_model_is_verified_in_fp32(tmp_path):
-    source = hugging_face("qwen2", to_hf(example("abf"), rotary_dim=HEAD, max_position_embeddings=FAR)).bfloat16()
+    source = hugging_face("qwen2", example("abf").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)).bfloat16()
     source.config.dtype = torch.bfloat16
     config, module, variant = nemo_from(source)
     assert config.params_dtype == torch.bfloat16
@@ -152,7 +151,7 @@ def test_a_bf16_model_is_verified_in_fp32(tmp_path):
 
 def test_verification_sees_a_lost_pi_factor(tmp_path):
     """What the host's own exporter does: PI is dropped from config.json without a word."""
-    source = hugging_face("llama", to_hf(example("pi"), rotary_dim=HEAD, max_position_embeddings=FAR))
+    source = hugging_face("llama", example("pi").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
     config, module, variant = nemo_from(source)
     hf_model(module, config, variant, max_position_embeddings=FAR).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -163,7 +162,7 @@ def test_verification_sees_a_lost_pi_factor(tmp_path):
 
 
 def test_verification_sees_a_lost_attention_factor_and_a_wrong_weight(tmp_path):
-    source = hugging_face("llama", to_hf(example("yarn"), rotary_dim=HEAD, max_position_embeddings=FAR))
+    source = hugging_face("llama", example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
     config, module, variant = nemo_from(source)
     exported = hf_model(module, config, variant, max_position_embeddings=FAR)
     exported.config.rope_scaling["attention_factor"] = 1.0
@@ -205,7 +204,7 @@ def test_other_architectures_are_refused_on_export():
 
 
 def test_xpos_is_refused_with_the_reason():
-    source = hugging_face("llama", to_hf(example("rope"), rotary_dim=HEAD, max_position_embeddings=FAR))
+    source = hugging_face("llama", example("rope").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
     config, module, _ = nemo_from(source)
     assert rotary_dim_of(config) == HEAD
     with pytest.raises(ConfigError, match="transformers has no xPos"):
@@ -223,7 +222,7 @@ def test_import_and_export_commands(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-    source = hugging_face("qwen3", to_hf(example("yarn"), rotary_dim=HEAD, max_position_embeddings=FAR), eos_token_id=1)
+    source = hugging_face("qwen3", example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR), eos_token_id=1)
     source.generation_config = GenerationConfig(eos_token_id=[1, 2], temperature=0.6, do_sample=True)
     source.save_pretrained(tmp_path / "hf")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))

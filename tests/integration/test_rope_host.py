@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttention
 from nemo.collections import llm
@@ -60,6 +61,15 @@ SIZES = {
     "seq_length": 256,
     "init_method_std": 0.3,  # sharp attention, so that a wrong angle shows
 }
+# gpt-oss, the one family whose config has Megatron-Core's yarn_* fields, without its experts, windows and sinks.
+DENSE = {
+    **dict.fromkeys(("num_moe_experts", "moe_ffn_hidden_size", "window_size", "window_attn_skip_freq"), None),
+    **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "add_bias_linear", "bias_activation_fusion"), False),
+    "activation_func_clamp_value": None,
+    "activation_func": torch.nn.functional.silu,
+    "glu_linear_offset": 0.0,
+    "softmax_type": "vanilla",
+}
 MODELS = {
     "llama": lambda: llm.LlamaModel(llm.Llama2Config7B(**SIZES)),
     "llama31": lambda: llm.LlamaModel(llm.Llama31Config8B(**SIZES)),
@@ -67,6 +77,7 @@ MODELS = {
     "qwen2": lambda: llm.Qwen2Model(llm.Qwen2Config(**SIZES)),
     "qwen3": lambda: llm.Qwen3Model(llm.Qwen3Config(**SIZES, kv_channels=16)),
     "nemotron": lambda: llm.NemotronModel(llm.NemotronConfig(**SIZES, layernorm_zero_centered_gamma=False)),
+    "gpt_oss": lambda: llm.GPTOSSModel(llm.GPTOSSConfig(**SIZES, **DENSE, kv_channels=16)),
     "starcoder2": lambda: llm.Starcoder2Model(llm.Starcoder2Config(**SIZES, window_size=None)),
 }
 
@@ -123,6 +134,46 @@ def test_what_the_host_can_say_needs_no_transform(name):
     assert model.config.rotary_base >= 50_000
 
 
+YARN = [{}, {"truncate": False}, {"beta_fast": 8.0, "beta_slow": 0.5}, {"mscale": 0.7, "mscale_all_dim": 0.3}]
+
+
+@pytest.mark.parametrize("fields", YARN, ids=str)
+def test_megatron_cores_own_yarn_computes_what_our_transform_computes(fields):
+    """By the host's fields where the config has them; the same weights under our table give the same logits."""
+    variant = parse({"variant": "yarn", "base": 50_000.0, **PARTS, **fields})
+    model = fresh("gpt_oss")
+    place_rope(model, variant)
+    assert model.model_transform is None
+    assert model.config.position_embedding_type == "yarn"
+    by_host = build(model)
+    assert type(by_host.rotary_pos_emb) is YarnRotaryEmbedding
+    verify_live_rope(by_host, variant)
+    ours = fresh("gpt_oss")
+    place_rope(ours, parse({**to_dict(variant), "attention_factor": variant.attention_scaling}))  # a field the host has not
+    assert isinstance(ours.model_transform, RopeTransform)
+    torch.testing.assert_close(logits(by_host, TOKENS), logits(build(ours), TOKENS), rtol=1e-4, atol=1e-4)
+    plain = fresh("gpt_oss")
+    place_rope(plain, example("rope", 16))
+    assert (logits(by_host, TOKENS) - logits(build(plain), TOKENS)).abs().max() > 1e-2
+
+
+def test_the_guard_sees_a_wrong_field_of_megatron_cores_yarn():
+    """A field of the host's that was changed behind the run's back, and a table whose ramp is inverted."""
+    variant = example("yarn", 16)
+    model = fresh("gpt_oss")
+    place_rope(model, variant)
+    model.config.yarn_rotary_scaling_factor = 32.0
+    with pytest.raises(LiveRopeError, match=r"the config \(yarn, base 50000\) asks for"):
+        verify_live_rope(build(model), variant)
+    place_rope(model, variant)
+    module = build(model)
+    rotary = module.rotary_pos_emb
+    rotary.inv_freq_extra, rotary.inv_freq_inter = rotary.inv_freq_inter, rotary.inv_freq_extra
+    rotary.forward.cache_clear()
+    with pytest.raises(LiveRopeError, match="pairs differ"):
+        verify_live_rope(module, variant)
+
+
 def test_llama3_is_the_hosts_own_on_llama31_and_ours_elsewhere():
     for name, transform in (("llama31", type(None)), ("llama", RopeTransform)):
         model = fresh(name)
@@ -132,7 +183,7 @@ def test_llama3_is_the_hosts_own_on_llama31_and_ours_elsewhere():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("architecture", ["llama", "llama31"])
+@pytest.mark.parametrize("architecture", ["llama", "llama31", "gpt_oss"])
 def test_a_checkpoints_context_keeps_the_variant(name, architecture, tmp_path):
     model, variant = fresh(architecture), example(name, 16)
     place_rope(model, variant)

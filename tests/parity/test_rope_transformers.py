@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_longctx.rope.hf import from_hf, to_hf
-from nemo_longctx.rope.variants import (
+from nemo_longctx.rope import (
     AbfRope,
     DynamicNtkRope,
     Llama3Rope,
@@ -20,6 +19,7 @@ from nemo_longctx.rope.variants import (
     NtkRope,
     PiRope,
     Rope,
+    RopeVariant,
     YarnRope,
 )
 
@@ -31,7 +31,7 @@ LENGTHS = st.integers(2, 2**22)
 
 def theirs(variant, head_dim, partial=1.0, seq_length=None):
     """(inv_freq, attention factor) of transformers for the config keys that we write."""
-    keys = to_hf(variant, rotary_dim=int(head_dim * partial), max_position_embeddings=2**22, partial_rotary_factor=partial)
+    keys = variant.to_hf(rotary_dim=int(head_dim * partial), max_position_embeddings=2**22, partial_rotary_factor=partial)
     scaling = keys.pop("rope_scaling")
     config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim, **keys)
     config.rope_scaling = scaling  # after the constructor, whose warnings about odd numbers are not at issue
@@ -152,6 +152,6 @@ def test_configs_are_read_as_transformers_reads_them(scaling):
     config.rope_scaling = scaling
     rope_type = scaling.get("rope_type", scaling.get("type"))
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=8192)
-    variant = from_hf({**config.to_dict(), "rope_scaling": scaling})
+    variant = RopeVariant.from_hf({**config.to_dict(), "rope_scaling": scaling})
     np.testing.assert_allclose(variant.inv_freq(128, 8192), inv_freq.numpy(), rtol=4e-6)
     assert variant.attention_scaling == pytest.approx(attention_factor)

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.hf import from_hf, to_hf
+from nemo_longctx.rope import VARIANTS, AbfRope, NtkByPartsRope, RopeVariant, YarnRope, parse, to_dict
 from nemo_longctx.rope.rotation import per_dimension, rotate
-from nemo_longctx.rope.variants import VARIANTS, YarnRope, parse, to_dict
 
 DIM = 16
 LONG = {"short_factor": [1.0] * 8, "long_factor": [1.0 + j for j in range(8)]}
@@ -181,22 +180,42 @@ def test_xpos_damps_fast_pairs_most_and_cancels_at_distance_zero():
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "xpos"])
 def test_what_is_written_for_transformers_reads_back_with_the_same_frequencies(name, version):
     variant = example(name)
-    keys = to_hf(variant, rotary_dim=DIM, max_position_embeddings=16_384, version=version)
-    again = from_hf(keys)
+    keys = variant.to_hf(rotary_dim=DIM, max_position_embeddings=16_384, version=version)
+    again = RopeVariant.from_hf(keys)
     for length in (None, 100, 16_384):
         np.testing.assert_array_equal(again.inv_freq(DIM, length), variant.inv_freq(DIM, length))
     assert again.attention_scaling == variant.attention_scaling
 
 
 @pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("xpos", "ntk")])
+def test_each_variant_reads_its_own_keys_back(name, version):
+    """`YarnRope.from_hf` gives a YarnRope: all of its fields, where the config holds them all."""
+    variant = example(name)
+    again = type(variant).from_hf(variant.to_hf(rotary_dim=DIM, max_position_embeddings=16_384, version=version))
+    assert type(again) is type(variant)
+    if name != "longrope":  # whose attention factor is written outright
+        assert again == variant
+
+
+def test_a_config_of_another_variant_is_refused():
+    plain = {"rope_theta": 500_000.0, "max_position_embeddings": 64}
+    assert AbfRope.from_hf(plain) == AbfRope(base=500_000.0)
+    assert NtkByPartsRope.from_hf(example("llama3").to_hf(rotary_dim=DIM, max_position_embeddings=64)).beta_fast == 4.0
+    for name, message in (("yarn", "says 'rope', not 'yarn'"), ("ntk", "not 'ntk'"), ("xpos", "transformers has no xPos")):
+        with pytest.raises(ConfigError, match=message):
+            VARIANTS[name].from_hf(plain)
+
+
+@pytest.mark.parametrize("version", [4, 5])
 def test_partial_rotary_is_written_where_each_version_reads_it(version):
-    keys = to_hf(example("abf"), rotary_dim=4, max_position_embeddings=64, version=version, partial_rotary_factor=0.25)
+    keys = example("abf").to_hf(rotary_dim=4, max_position_embeddings=64, version=version, partial_rotary_factor=0.25)
     assert (keys["rope_parameters"] if version == 5 else keys)["partial_rotary_factor"] == 0.25
 
 
 def test_xpos_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="transformers has no xPos"):
-        to_hf(example("xpos"), rotary_dim=DIM, max_position_embeddings=64)
+        example("xpos").to_hf(rotary_dim=DIM, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
@@ -209,4 +228,4 @@ def test_xpos_is_refused_with_the_reason():
 )
 def test_a_config_that_cannot_be_read_is_refused(config, message):
     with pytest.raises(ConfigError, match=message):
-        from_hf(config)
+        RopeVariant.from_hf(config)

@@ -21,7 +21,7 @@ from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, setti
 from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
 from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, write_json
-from nemo_longctx.rope.variants import RopeVariant
+from nemo_longctx.rope.base import RopeVariant
 
 # Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
 CHECKPOINT_BYTES_PER_PARAMETER = 12

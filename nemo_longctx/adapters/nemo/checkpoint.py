@@ -33,8 +33,8 @@ from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_mo
 from nemo_longctx.adapters.nemo.rope import place_rope, variant_of
 from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.hf import from_hf, to_hf
-from nemo_longctx.rope.variants import Llama3Rope, Rope, RopeVariant
+from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.variants import Llama3Rope, Rope
 
 TOLERANCE = 1e-4  # of logits, both models in fp32, as a share of the largest where that is above 1
 FREQUENCY_ROUNDING = 4e-6  # transformers computes frequencies in float32: share of the unscaled one
@@ -60,7 +60,7 @@ def import_hf(source: str | Path, target: str | Path) -> RopeVariant:
         raise ConfigError("HF_DIR", str(source), "no config.json there; give a Hugging Face model directory")
     _check_free(target)
     config = AutoConfig.from_pretrained(source)
-    family, variant = family_of_hf(config), from_hf(config.to_dict())
+    family, variant = family_of_hf(config), RopeVariant.from_hf(config.to_dict())
     # Llama 3.1's scaling has a config class of its own, which stock tools then recognise.
     is_llama31 = family.model_type == "llama" and isinstance(variant, Llama3Rope)
     cpu.install()
@@ -107,7 +107,7 @@ def export_hf(
     variant, longest = variant_of(described), max_position_embeddings or described.config.seq_length
     rotary_dim = rotary_dim_of(described.config)
     family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
-    to_hf(variant, rotary_dim=rotary_dim, max_position_embeddings=longest)
+    variant.to_hf(rotary_dim=rotary_dim, max_position_embeddings=longest)
     module, config, nemo_tokenizer = load_model(checkpoint, merge=True)
     hf_tokenizer = _hf_tokenizer(nemo_tokenizer, tokenizer)
     exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
@@ -140,7 +140,7 @@ def hf_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    rope = to_hf(variant, rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
+    rope = variant.to_hf(rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
     fields = hf_fields(config, family_of_nemo(config)) | rope | _token_numbers(config.generation_config, tokenizer)
     hf_config = AutoConfig.for_model(**fields, dtype=config.params_dtype)
     exported = AutoModelForCausalLM.from_config(hf_config, dtype=config.params_dtype)

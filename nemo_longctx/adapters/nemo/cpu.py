@@ -98,13 +98,17 @@ def stock_configs():
     """Build the host's own configs on any machine: their `__post_init__` refuses RoPE fusion without Transformer Engine.
 
     Inside, what this machine cannot have is off before any `TransformerConfig` checks itself, so that stock configs,
-    checkpoints' contexts and the stock Hugging Face importers can be built. Inert with CUDA and Transformer Engine.
+    checkpoints' contexts and the stock Hugging Face importers can be built, and `llm.export_ckpt` finds an exporter that needs
+    no Transformer Engine. Inert with CUDA and Transformer Engine.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     if torch.cuda.is_available() and has_module("transformer_engine"):
         yield
         return
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_longctx.adapters.nemo import exporter
+
+    exporter.register()
     post_init = TransformerConfig.__post_init__
 
     def checked(self):

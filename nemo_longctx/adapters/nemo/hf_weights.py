@@ -116,6 +116,8 @@ def nemo_config(source: Any, family: Family, config_class: type[GPTConfig], gene
     }
     if family.model_type == "mistral":
         fields["window_size"] = None
+    if family.model_type == "qwen3":
+        fields["max_position_embeddings"] = source.max_position_embeddings
     return config_class(**fields)
 
 

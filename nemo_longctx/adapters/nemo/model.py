@@ -25,7 +25,7 @@ from nemo_longctx.adapters.nemo.rope import place_rope, set_config_field, varian
 from nemo_longctx.adapters.nemo.rope import settings as rope_settings
 from nemo_longctx.adapters.nemo.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.rope.variants import RopeVariant
+from nemo_longctx.rope.base import RopeVariant
 
 # A checkpoint's weights fix these: another value in the recipe cannot be loaded into them.
 SHAPE_FIELDS = (
@@ -148,6 +148,8 @@ def prepare_model(
     """
     before = long_context_settings(model)
     set_config_field(model, "seq_length", seq_length)
+    if hasattr(model.config, "max_position_embeddings"):  # Qwen3's, which its exporter writes
+        set_config_field(model, "max_position_embeddings", seq_length)
     if variant is not None:
         place_rope(model, variant)
     for name, value in cpu.machine_fields(model.config).items():
@@ -166,8 +168,8 @@ def prepare_model(
 
 def long_context_settings(model: GPTModel) -> dict[str, Any]:
     """What says how far and how a model sees: the config's fields, and the RoPE variant that they (or a transform) make."""
-    names = ("seq_length", "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved",
-             "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
+    names = ("seq_length", "max_position_embeddings", "position_embedding_type", "rotary_base", "rotary_percent",
+             "rotary_interleaved", "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
     fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     return {**fields, "recompute": recompute_name(vars(model.config)), **rope_settings(variant_of(model))}
 

@@ -9,6 +9,7 @@
 | all others             | the transform                                                                          |
 
 The transform is kept in the checkpoint's context as the model's `model_transform`, so that whoever loads it has the variant.
+Importing this module, as such a checkpoint does, also keeps the host's exporters from losing what they cannot say.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any
 import torch
 from nemo.lightning import io
 
+from nemo_longctx.adapters.nemo import exporter
 from nemo_longctx.adapters.nemo.rope_module import YARN_FIELDS, check_supported, rotary_dim_of, transform_rope
 from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import (
     AbfRope,
     Llama3Rope,
     NtkRope,
     PiRope,
     Rope,
-    RopeVariant,
     YarnRope,
     ntk_base,
     parse,
@@ -154,3 +156,6 @@ class RopeTransform(io.IOMixin):
 def settings(variant: RopeVariant) -> dict[str, Any]:
     """`rope.variant` and each field, for the table of settings that a run prints and stores."""
     return {f"rope.{key}": value for key, value in to_dict(variant).items()}
+
+
+exporter.register()

@@ -25,7 +25,8 @@ from nemo_longctx.adapters.nemo.rope_module import (
     self_attentions,
 )
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.variants import Llama3Rope, NtkRope, PiRope, Rope, RopeVariant, YarnRope, ntk_base
+from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.variants import Llama3Rope, NtkRope, PiRope, Rope, YarnRope, ntk_base
 
 # The host computes in float32 what we compute in float64: the two agree to this share of the unscaled frequency.
 HOST_ROUNDING = 4e-6

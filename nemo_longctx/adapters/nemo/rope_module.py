@@ -11,7 +11,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 
 from nemo_longctx.adapters.nemo.rope_scale import ScoreScale, refuse_other_inference
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.variants import RopeVariant
+from nemo_longctx.rope.base import RopeVariant
 
 # Megatron-Core's YaRN attributes -> YarnRope's.
 YARN_FIELDS = {

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.rotation import per_dimension
-from nemo_longctx.rope.variants import RopeVariant
 
 # q before and k after the middle are both large; their product, which causality masks, must not overflow.
 SHARE_OF_RANGE = 0.46

@@ -25,6 +25,7 @@ from nemo_longctx.adapters.nemo.rope import variant_of
 from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.recipe import RecipeConfig
 
 
@@ -132,6 +133,7 @@ def _tokenizer(recipe: RecipeConfig) -> AutoTokenizer | None:
     name = recipe.data.get("tokenizer")
     if name is None:
         return None
+    check_hub_name("data.tokenizer", str(name))
     try:
         return AutoTokenizer(pretrained_model_name=str(name))
     except (OSError, ValueError) as error:
