@@ -91,7 +91,7 @@ def check_hub_name(key: str, name: str) -> None:
     except HFValidationError:
         raise ConfigError(key, name, "no such directory, and no name of the Hugging Face hub; mend the path") from None
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-    if urllib.request.getproxies():
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # then nobody retries, or the proxy finds the host
         return
     try:
         socket.getaddrinfo(host, 443)

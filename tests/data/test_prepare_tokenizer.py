@@ -70,6 +70,15 @@ def test_a_name_that_is_nowhere_is_one_sentence(monkeypatch):
         load_tokenizer("nobody/has-this")
 
 
+def test_a_hub_out_of_reach_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args: (_ for _ in ()).throw(OSError("no name service")))
+    with pytest.raises(ConfigError, match=r"nobody/has-this.*cannot be reached"):
+        load_tokenizer("nobody/has-this")
+    with pytest.raises(ConfigError, match="no such directory, and no name of the Hugging Face hub"):
+        load_tokenizer("./nobody/has/this")
+
+
 def test_a_vocabulary_with_holes_counts_to_its_highest_id(directory, tmp_path):
     values = json.loads((directory / "tokenizer.json").read_text())
     values["model"]["vocab"]["never"] = 70_000  # of 301 tokens, yet ids need more than 16 bits

@@ -23,7 +23,7 @@ SIZES = {
 }
 MODELS = {
     "llama": (llm.LlamaModel, llm.LlamaConfig, {}),
-    "llama31": (llm.LlamaModel, llm.Llama31Config, {}),
+    "llama31": (llm.LlamaModel, llm.Llama31Config8B, {}),
     "mistral": (llm.MistralModel, llm.MistralConfig7B, {"kv_channels": 16, "window_size": None}),
     "qwen3": (llm.Qwen3Model, llm.Qwen3Config, {"kv_channels": 16}),
     "gemma": (llm.GemmaModel, llm.GemmaConfig, {"kv_channels": 16}),
