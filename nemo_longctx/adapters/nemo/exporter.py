@@ -45,13 +45,13 @@ class _KeepsRope:
     def _says_all(self) -> bool:
         """Whether the host can export here, and the config that it would write gives the checkpoint's frequencies."""
         from nemo_longctx.adapters.nemo.model import checkpoint_model
-        from nemo_longctx.adapters.nemo.rope import RopeTransform, variant_of
+        from nemo_longctx.adapters.nemo.rope import variant_of
         from nemo_longctx.adapters.nemo.rope_module import check_supported, rotary_dim_of
 
         if not has_module("transformer_engine"):
             return False
         model = checkpoint_model(str(self), {})
-        if isinstance(model.model_transform, RopeTransform):
+        if isinstance(getattr(model.model_transform, "variant", None), RopeVariant):  # placed by a transform of ours
             return False
         try:
             check_supported(model.config)
