@@ -25,6 +25,8 @@ from nemo_longctx.rope.base import RopeVariant
 
 # Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Config, tokenizer and metadata beside them: the host only logs that it could not write those, and trains on.
+CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
 
 
 class LongContextSettingsCallback(Callback):
@@ -59,7 +61,8 @@ class LongContextSettingsCallback(Callback):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for module in modules for p in module.parameters())
-        self.checkpoint_bytes = parameters * CHECKPOINT_BYTES_PER_PARAMETER * model_parallel_size(trainer.strategy)
+        weights = parameters * CHECKPOINT_BYTES_PER_PARAMETER * model_parallel_size(trainer.strategy)
+        self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
         print(settings_table(self.changes, source=self.source), *seen, kernel, sep="\n", flush=True)
