@@ -1,15 +1,17 @@
 """lm-eval's `LM` over any causal model: a live Megatron-Core one, a NeMo or a Hugging Face checkpoint.
 
 Importing this module registers the model as `nemo_longctx`. lm-eval 0.4.13 loads no plugins, so its command line needs the
-import: `python -m nemo_longctx.adapters.lm_eval run --model nemo_longctx ...` is stock `lm_eval` with it. Later releases
-find it through the entry-point group `lm_eval.models`.
+import: `python -m nemo_longctx.adapters.lm_eval run --model nemo_longctx ...` is stock `lm_eval` with it, and with our tasks
+where no other `--include_path` is given. Later releases find the model through the entry-point group `lm_eval.models`.
 """
 
 from __future__ import annotations
 
+import logging
+import sqlite3
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,29 +21,19 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from nemo_longctx.adapters.pretrained import hf_tokenizer, load_checkpoint, tokenizer_digest
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.eval.results_cache import ResultsCache, request_key, weights_digest
-from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Request, Score, Scorer
-from nemo_longctx.eval.sharing import everywhere, run_shared
-from nemo_longctx.eval.truncation import UNSCORED, Truncated, prompt_budget, token_span, truncate
+from nemo_longctx.eval.requests import Continuation, Generation, Request, Score
+from nemo_longctx.eval.results_cache import ResultsCache, request_key
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
+from nemo_longctx.eval.sharing import from_first, run_shared
+from nemo_longctx.eval.truncation import UNSCORED, Truncated, TruncationRecord, prompt_budget, token_span, truncate
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TruncationRecord:
-    """One cut prompt: the task and row it belongs to, the policy, tokens before and removed, protected spans lost."""
-
-    task: str
-    doc_id: int | None
-    policy: str
-    tokens: int
-    removed: int
-    lost: tuple[str, ...]
 
 
 @register_model("nemo_longctx")
@@ -58,11 +50,14 @@ class LongContextLM(TemplateLM):
         max_gen_toks: default length of generations.
         add_bos_token: add the tokenizer's special tokens; None leaves it to the tokenizer.
         device, dtype: for a checkpoint.
+        tensor_parallel_size, pipeline_parallel_size: of a NeMo checkpoint under torchrun, however it was trained; the other
+            processes hold copies and share the work.
         batch_size, max_batch_size: what lm-eval's command line passes. One document is read at a time, so only 1 or "auto".
         read_chunk: tokens of one forward pass.
         share_prefixes: False reads each request alone, to compare.
         results_cache: file of results to reuse; needs `identity` for a `CausalModel` (for a checkpoint it is computed).
-        identity: what made the weights: at least {"weights": digest}, and say {"step": n}.
+        identity: what made the results beside requests and tokenizer: at least {"weights": digest of weights and settings},
+            and say {"step": n}.
         data_group: `torch.distributed` group of ranks that hold the same part of the model.
         seed: of sampled generations.
     """
@@ -77,6 +72,8 @@ class LongContextLM(TemplateLM):
         add_bos_token: bool | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         read_chunk: int = 1024,
@@ -91,9 +88,12 @@ class LongContextLM(TemplateLM):
             raise ConfigError("batch_size", batch_size, "requests share prefixes instead of batches; leave it at 1 or auto")
         if isinstance(pretrained, str):
             path = pretrained
-            pretrained, weights, own = load_checkpoint(path, max_length=max_length, device=device, dtype=dtype)
-            tokenizer = tokenizer or own or path
-            identity = {"weights": weights} if results_cache else None
+            sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+            pretrained, weights, own, data_group = load_checkpoint(
+                path, max_length=max_length, device=device, dtype=dtype, **sizes
+            )
+            tokenizer = tokenizer or own
+            identity = {"weights": weights}
         self.causal = pretrained
         self.tokenizer = hf_tokenizer(tokenizer)
         self._max_length = max_length or pretrained.max_length
@@ -102,8 +102,9 @@ class LongContextLM(TemplateLM):
         self.data_group = data_group
         if results_cache and not (identity or {}).get("weights"):
             raise ConfigError("identity", identity, "a results cache needs {'weights': digest} so that it never mixes models")
-        self.cache = ResultsCache(results_cache) if results_cache else None
-        self.identity = dict(identity or {})
+        self.results_cache = results_cache
+        self._opened: ResultsCache | None = None
+        self.identity = {**(identity or {}), "tokenizer": tokenizer_digest(self.tokenizer)} if results_cache else {}
         self.truncations: list[TruncationRecord] = []
 
     @property
@@ -181,6 +182,7 @@ class LongContextLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         jobs, untils, lost = [], [], []
+        asked_before: Counter[int] = Counter()  # lm-eval asks one instance again for each repeat: another draw
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         for instance in requests:
             text, asked = instance.args
@@ -200,9 +202,10 @@ class LongContextLM(TemplateLM):
                     temperature=options["temperature"] if sampled else 0.0,
                     top_p=options.get("top_p") or 1.0,
                     top_k=options.get("top_k") or 0,
-                    seed=self.seed,
+                    seed=self.seed + asked_before[id(instance)] if sampled else self.seed,
                 )
             )
+            asked_before[id(instance)] += 1
             untils.append(until)
             lost.append(cut.lost)
         made = self._run(jobs, "generation", disable_tqdm, extra=[{"until": u} for u in untils])
@@ -260,40 +263,26 @@ class LongContextLM(TemplateLM):
     def _run(
         self, jobs: Sequence[Request], what: str, quiet: bool, extra: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Any]:
-        """Results of all jobs on every rank, from the cache where it has them."""
-        rank, ranks = (0, 1) if self.data_group is None else (self.data_group.rank(), self.data_group.size())
+        """Results of all jobs on every rank, from the cache where it has them.
+
+        Only the first rank opens the cache: ranks that hold parts of one model have to read the same requests.
+        """
         keys = [_key(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
-        known = self.cache.get(keys) if self.cache and rank == 0 else {}
-        if ranks > 1:
-            known = everywhere(known, self.data_group)[0]
+        known: dict[str, Any] = from_first(lambda: self._cache().get(keys)) if self.results_cache else {}
         todo = [i for i, key in enumerate(keys) if key not in known]
         results = run_shared(self.scorer, [jobs[i] for i in todo], group=self.data_group, what=what, quiet=quiet)
         fresh = {keys[i]: _pack(result) for i, result in zip(todo, results, strict=True)}
-        if self.cache and rank == 0:
-            self.cache.put(fresh)
+        if self._opened is not None:
+            try:
+                self._opened.put(fresh)
+            except sqlite3.Error as error:  # a full disk must not cost the results themselves
+                logger.warning("results could not be kept in %s: %s", self.results_cache, error)
         return [_unpack((known | fresh)[key]) for key in keys]
 
-
-def load_checkpoint(path: str, *, max_length: int | None, device: str | None, dtype: str) -> tuple[CausalModel, str, Any]:
-    """A checkpoint behind the scorer's interface, the digest of its weights, and the tokenizer in it (None for a Hugging Face
-    model, whose tokenizer is loaded from the same path).
-
-    Args:
-        path: NeMo 2 checkpoint folder (it holds `context` and `weights`), or name or folder of a Hugging Face model.
-        device: default, CUDA where there is one. dtype: "auto" for the checkpoint's own, or torch's name of one.
-    """
-    if (Path(path) / "weights").is_dir() and (Path(path) / "context").is_dir():
-        from nemo_longctx.adapters.nemo.evaluation import load_nemo_checkpoint
-
-        return load_nemo_checkpoint(path, max_length=max_length, device=device, dtype=dtype)
-    from transformers import AutoModelForCausalLM
-
-    from nemo_longctx.eval.hf import HFCausalModel
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(
-        device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    return HFCausalModel(model, max_length=max_length), weights_digest(model.state_dict().items()), None
+    def _cache(self) -> ResultsCache:
+        if self._opened is None:
+            self._opened = ResultsCache(str(self.results_cache))
+        return self._opened
 
 
 def _pack(result: Score | list[int]) -> dict[str, Any]:
@@ -318,24 +307,13 @@ def _key(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> 
     return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
 
 
-def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer itself, from its name or from inside NeMo's `AutoTokenizer`.
-
-    Raises:
-        ConfigError: another kind of tokenizer.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    if isinstance(tokenizer, str):
-        return AutoTokenizer.from_pretrained(tokenizer)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        kind = type(tokenizer).__name__
-        raise ConfigError("tokenizer", kind, "give a Hugging Face tokenizer (path, name or object) for evaluation")
-    return tokenizer
-
-
 if __name__ == "__main__":
+    import sys
+    from importlib.util import find_spec
+
     from lm_eval.__main__ import cli_evaluate
 
+    if "--include_path" not in sys.argv and sys.argv[1:2] != ["--help"]:
+        ours = find_spec("nemo_longctx.eval.tasks")
+        sys.argv += ["--include_path", *(ours.submodule_search_locations or [] if ours else [])]
     cli_evaluate()

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from nemo_longctx.config import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_longctx.eval.suite import SuiteResult
+    from nemo_longctx.eval.results import SuiteResult
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "A suite file holds a list `tasks` of blocks {kind: position | probes | lm_eval, ...}; the options below add to it. "
-        "Several checkpoints give one page that compares them."
+        "Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, whatever it was "
+        "trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
     )
     parser.add_argument("checkpoints", nargs="+", help="NeMo 2 checkpoints or runs, or Hugging Face models (folder or name)")
     parser.add_argument("--suite", type=Path, help="YAML file of tasks")
@@ -23,31 +24,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probes", metavar="TEXT", help="JSONL or text file: first-sentence, passkey and needle probes in it")
     parser.add_argument("--tasks", default="", help="lm-eval tasks, by comma: longctx_research, zeroscrolls, leval, ...")
     parser.add_argument("--data", help="folder or file of the tasks' published data (default: the hub)")
+    parser.add_argument(
+        "--max-prompt", default="", help="prompt lengths of our tasks in tokens, by comma: 4096,8192,32768 (default: 16,384)"
+    )
     parser.add_argument("--limit", type=int, help="samples of each lm-eval task")
+    parser.add_argument("--chat", action="store_true", help="ask lm-eval tasks in the tokenizer's chat template")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="let HumanEval and MBPP run what the model wrote; in a sandbox only"
+    )
     parser.add_argument(
         "--lengths", default="", help="probe lengths in tokens, by comma (default: the paper's up to the model's)"
     )
     parser.add_argument("--max-length", type=int, help="tokens the model may read (default: what it was made for)")
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer (default: the checkpoint's)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer (default: %(default)s)")
+    parser.add_argument(
+        "--pipeline-parallel", type=int, default=1, help="processes that share the layers (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.max_length is not None and args.max_length < 2:
         raise ConfigError("--max-length", args.max_length, "give at least 2 tokens")
-    from importlib.metadata import version
+    if min(args.tensor_parallel, args.pipeline_parallel) < 1:
+        raise ConfigError("--tensor-parallel", args.tensor_parallel, "give 1 or more processes")
+    import os
 
     from nemo_longctx.adapters.lm_eval import LongContextLM
-    from nemo_longctx.eval.scaling import fit_curve, read_curves
     from nemo_longctx.eval.suite import Suite, parse_tasks
-    from nemo_longctx.report.evaluation import write_results
-    from nemo_longctx.report.plots import plot_context_law
 
+    first = os.environ.get("RANK", "0") == "0"
     results: list[SuiteResult] = []
     seen: dict[str, dict[str, Any]] = {}
-    for checkpoint in args.checkpoints:
+    for checkpoint, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         lm = LongContextLM(
-            checkpoint, tokenizer=args.tokenizer, max_length=args.max_length, results_cache=str(args.out / "cache.db")
+            checkpoint,
+            tokenizer=args.tokenizer,
+            max_length=args.max_length,
+            tensor_parallel_size=args.tensor_parallel,
+            pipeline_parallel_size=args.pipeline_parallel,
+            results_cache=str(args.out / "cache.db"),
         )
         blocks = task_blocks(args, lm.max_length)
         suite = Suite(parse_tasks(blocks), tokenizer=lm.tokenizer)
@@ -57,28 +74,42 @@ def run(args: argparse.Namespace) -> int:
 
             return run_harness(task, lm)
 
-        result = suite.run(lm.causal, name=Path(checkpoint).name, harness=harness)
+        result = suite.run(lm.causal, name=name, harness=harness, group=lm.data_group, quiet=not first)
         results.append(result)
         seen[result.model] = {"path": checkpoint, **lm.identity, "tasks": blocks}
-        for key, value in result.scalars().items():
-            print(f"{result.model}  {key:<40}{value:>12.4f}")
-        for task, why in result.errors.items():
-            print(f"{result.model}  {task} failed: {why}")
+        if first:
+            _print(result)
+    if first:
+        _write(args, results, seen)
+    return 1 if any(result.errors for result in results) else 0
+
+
+def labels(checkpoints: list[str]) -> list[str]:
+    """Names of models in tables and figures: the last parts of their paths, as many as tell them apart."""
+    parts = [Path(checkpoint).parts for checkpoint in checkpoints]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("checkpoints", checkpoints, "one of them is given twice")
+
+
+def _print(result: SuiteResult) -> None:
+    for key, value in result.scalars().items():
+        print(f"{result.model}  {key:<40}{value:>12.4f}")
+    for task, why in result.errors.items():
+        print(f"{result.model}  {task} failed: {why}")
+
+
+def _write(args: argparse.Namespace, results: list[SuiteResult], seen: dict[str, dict[str, Any]]) -> None:
+    """JSON, CSV, figures and the page; and the fit of L(c) where a corpus was read."""
+    from importlib.metadata import version
+
+    from nemo_longctx.report.evaluation import write_results
+
     versions = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
     page = write_results(args.out, results, provenance={"checkpoints": seen, "versions": versions})
-    if args.corpus:
-        for table in sorted(args.out.glob("loss_by_position_*.csv")):
-            curves = read_curves(table)
-            try:
-                laws = {model: fit_curve(curve) for model, curve in curves.items()}
-            except ValueError as error:
-                print(f"no fit of L(c) for {table.name}: {error}")
-                continue
-            plot_context_law(curves, laws, table.with_suffix(".fit.png"))
-            for model, law in laws.items():
-                print(f"{model}  L(c) = ({law.alpha:.4g}/c)^{law.beta:.3f} + {law.gamma:.3f}")
     print(f"wrote {page}")
-    return 1 if any(result.errors for result in results) else 0
 
 
 def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
@@ -108,7 +139,12 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
         tasks = [name for name in args.tasks.split(",") if name]
         ours = all(name.startswith(("longctx_", "zeroscrolls", "leval")) for name in tasks)
         more = not ours or bool({"longctx_short", "longctx_safety"} & set(tasks))
-        blocks.append({"kind": "lm_eval", "tasks": tasks, "limit": args.limit, "metadata": metadata, "include_defaults": more})
+        block = {"kind": "lm_eval", "tasks": tasks, "limit": args.limit, "metadata": metadata, "include_defaults": more}
+        block |= {"apply_chat_template": args.chat, "allow_code_execution": args.allow_code_execution}
+        prompts = [int(tokens) for tokens in args.max_prompt.split(",") if tokens]
+        blocks += [block | {"metadata": metadata | {"max_prompt": tokens}, "label": str(tokens)} for tokens in prompts] or [
+            block
+        ]
     if not blocks:
         raise ConfigError("--suite", None, "nothing to measure; give --suite, --corpus, --probes or --tasks")
     return blocks

@@ -14,6 +14,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError, did_you_mean
 
 ACTIONS = ("warn", "stop")
+BLOCK = 1 << 22  # signs drawn at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +68,43 @@ def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int
     d = (b - a)[np.isfinite(a) & np.isfinite(b)]
     if not len(d):
         raise ValueError("no pair was scored both before and after")
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (flips, len(d)))
-    extreme = np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * max(1.0, np.abs(d).sum())
+    rng, limit = np.random.default_rng(seed), abs(d.sum()) - 1e-12 * max(1.0, np.abs(d).sum())
+    rows = max(1, BLOCK // len(d))  # MMLU has 14,042 pairs: all flips of it at once would take 1 GB
+    extreme = sum(
+        int((np.abs(rng.choice((-1.0, 1.0), (min(rows, flips - done), len(d))) @ d) >= limit).sum())
+        for done in range(0, flips, rows)
+    )
     error = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else float("nan")
-    return Change(mean=float(d.mean()), standard_error=error, p_value=float((extreme.sum() + 1) / (flips + 1)), pairs=len(d))
+    return Change(mean=float(d.mean()), standard_error=error, p_value=(extreme + 1) / (flips + 1), pairs=len(d))
 
 
-def judge(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], config: GuardConfig
-) -> tuple[dict[str, Change], list[str]]:
-    """Changes by name, and a sentence for each that is too much and significant.
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Changes by name; a sentence for each that is too much and significant; by name why something could not be compared."""
+
+    changes: dict[str, Change]
+    alarms: list[str]
+    unpaired: dict[str, str]
+
+
+def judge(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], config: GuardConfig) -> Verdict:
+    """Compare two evaluations of the same documents and samples.
 
     Args:
         before, after: measurement -> value of each document or sample. Names that begin with `loss` are losses, for which a
             rise is bad; of all others a fall is. Names that `before` lacks are new and not judged.
     """
-    changes, alarms = {}, []
+    changes, alarms, unpaired = {}, [], {}
     for name in (n for n in after if n in before):
-        change = changes[name] = paired_change(before[name], after[name])
+        try:
+            change = changes[name] = paired_change(before[name], after[name])
+        except ValueError as why:  # other samples than before, or none scored; the run that is watched goes on
+            unpaired[name] = str(why)
+            continue
         limit, worse = (config.loss, change.mean) if name.startswith("loss") else (config.score, -change.mean)
         if worse > limit and change.p_value < config.significance:
             alarms.append(
                 f"{name} changed by {change.mean:+.4f} ± {change.standard_error:.4f} since the start "
                 f"(p = {change.p_value:.4f}, {change.pairs} pairs), more than the {limit} allowed"
             )
-    return changes, alarms
+    return Verdict(changes=changes, alarms=alarms, unpaired=unpaired)

@@ -81,6 +81,11 @@ class PositionLosses:
         self._counts: list[NDArray[np.int64]] = []
 
     @property
+    def context(self) -> NDArray[np.float64]:
+        """Mean tokens of context in each bin, [N]."""
+        return (self.edges[:-1] + self.edges[1:] + 1) / 2
+
+    @property
     def documents(self) -> int:
         return sum(len(part) for part in self._sums)
 

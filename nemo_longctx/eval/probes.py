@@ -1,29 +1,23 @@
 """Probes of long-context ability: first-sentence retrieval, passkey, needle grids and variable tracking.
 
 Made offline from any text, from a seed. A probe is a list of tokens of exactly the asked length, so no tokenizer detail can
-make it longer or move its needle; what it hides and where is on record beside it.
-
-Every probe is scored twice on one reading of its prompt: the text that the model generates, against the answers; and the loss
-of the first answer's own tokens, which tells a small model's progress long before it can say the answer.
+make it longer or move its needle; what it hides and where is on record beside it. `probe_scores` asks and scores them.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
 import random
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.eval import metrics
-from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Generation, Score, Scorer
 
 # Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
 PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
@@ -98,21 +92,6 @@ class Probe:
     @property
     def content_hash(self) -> str:
         return hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeRow:
-    """Result of one cell: mean score (ROUGE-L F for first sentences, share of answers found for others), mean loss of the
-    answer (nats per token), samples scored, and samples that did not fit the model and were not scored."""
-
-    model: str
-    kind: str
-    length: int
-    depth: float
-    score: float
-    answer_loss: float
-    samples: int
-    skipped: int
 
 
 def make_probes(
@@ -299,120 +278,3 @@ class _Maker:
         room = self._room("variable_tracking", length, question, *(text for _, text in hidden))
         filler = self._filler(rng.randrange(max(1, len(self.text))), room)
         return self.prefix + self._spread(filler, hidden) + question, names
-
-
-def score_reply(probe: Probe, reply: str) -> float:
-    """ROUGE-L of the first line for a first sentence; the share of answers found for others."""
-    if probe.kind == "first_sentence":
-        return metrics.rouge(reply.strip().split("\n")[0], probe.answers, ("rougeL",))["rougeL"]
-    return metrics.found(reply, probe.answers)
-
-
-def probe_requests(probes: Sequence[Probe], stop_tokens: Iterable[int]) -> list[Generation | Continuation]:
-    """Two requests a probe, in turn: its reply, and the loss of its first answer."""
-    stops = frozenset(stop_tokens)
-    requests: list[Generation | Continuation] = []
-    for probe in probes:
-        requests.append(
-            Generation(context=probe.prompt, max_new_tokens=probe.max_new_tokens, stop=lambda made: made[-1] in stops)
-        )
-        requests.append(Continuation(context=probe.prompt, continuation=probe.first))
-    return requests
-
-
-def fits(probe: Probe, max_length: int) -> bool:
-    """Whether a model that reads `max_length` tokens can be asked this probe whole; no probe is ever truncated."""
-    return len(probe.prompt) + max(probe.max_new_tokens, len(probe.first)) <= max_length
-
-
-def run_probes(
-    model: CausalModel,
-    tokenizer: Tokenizer,
-    probes: Sequence[Probe],
-    *,
-    name: str,
-    stop_tokens: Iterable[int] = (),
-    chunks: Chunks | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> list[ProbeRow]:
-    """Score every probe that fits the model; the others are counted."""
-    asked = [probe for probe in probes if fits(probe, model.max_length)]
-    requests = probe_requests(asked, stop_tokens)
-    results: dict[int, Score | list[int]] = {}
-    for index, result, read in Scorer(model, chunks=chunks).run(requests):
-        results[index] = result
-        if progress is not None:
-            progress(read)
-    return probe_rows(probes, [results[i] for i in range(len(requests))], tokenizer, name=name, max_length=model.max_length)
-
-
-def probe_rows(
-    probes: Sequence[Probe], results: Sequence[Score | list[int]], tokenizer: Tokenizer, *, name: str, max_length: int
-) -> list[ProbeRow]:
-    """Cells from the results of `probe_requests` over the probes that fit `max_length`."""
-    cells: dict[tuple[str, int, float], list[tuple[float, float]]] = {}
-    skipped: dict[tuple[str, int, float], int] = {}
-    waiting = iter(results)
-    for probe in probes:
-        cell = (probe.kind, probe.length, probe.depth)
-        scored = cells.setdefault(cell, [])
-        if not fits(probe, max_length):
-            skipped[cell] = skipped.get(cell, 0) + 1
-            continue
-        made, score = next(waiting), next(waiting)
-        if isinstance(made, Score) or not isinstance(score, Score):
-            raise TypeError("results must come in the order of probe_requests: a reply, then a score, for each probe")
-        scored.append((score_reply(probe, tokenizer.decode(made)), -score.log_likelihood / len(probe.first)))
-    rows = []
-    for (kind, length, depth), pairs in cells.items():
-        means = [metrics.mean_scored(column) for column in zip(*pairs, strict=True)] if pairs else [float("nan")] * 2
-        rows.append(
-            ProbeRow(
-                model=name,
-                kind=kind,
-                length=length,
-                depth=depth,
-                score=means[0],
-                answer_loss=means[1],
-                samples=len(pairs),
-                skipped=skipped.get((kind, length, depth), 0),
-            )
-        )
-    return rows
-
-
-def effective_length(rows: Sequence[ProbeRow], *, share: float = 0.9) -> dict[tuple[str, str], int]:
-    """(model, kind) -> the longest length up to which every length keeps `share` of the score at the shortest one.
-
-    Depths are averaged. 0 where the shortest length scores nothing, or was not scored.
-    """
-    lengths: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in rows:
-        lengths.setdefault((row.model, row.kind), {}).setdefault(row.length, []).append(row.score)
-    effective = {}
-    for key, by_length in lengths.items():
-        effective[key] = 0
-        short = sum(by_length[min(by_length)]) / len(by_length[min(by_length)])
-        for length in sorted(by_length):
-            score = sum(by_length[length]) / len(by_length[length])
-            if not (short > 0 and score >= share * short):  # NaN, not scored, ends it too
-                break
-            effective[key] = length
-    return effective
-
-
-def write_csv(path: str | Path, rows: Iterable[ProbeRow]) -> None:
-    """One line a cell, under the names of `ProbeRow`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ProbeRow)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read_csv(path: str | Path) -> list[ProbeRow]:
-    """Read what `write_csv` wrote."""
-    kinds = {"model": str, "kind": str, "length": int, "samples": int, "skipped": int}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return [ProbeRow(**{key: kinds.get(key, float)(value) for key, value in row.items()}) for row in csv.DictReader(file)]

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 
-def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+def weights_digest(named: Iterable[tuple[str, Tensor]], settings: str = "") -> str:
     """Digest of parameters, taken on their device: any changed bit, name, shape or order of values changes it.
+
+    `settings` is what else makes the model what it is: the same weights under another RoPE base give other results.
 
     Each tensor's raw 16-bit words are summed under fixed pseudo-random odd multipliers modulo 2^64 (a multilinear hash);
     only that sum leaves the device.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for name, tensor in sorted(named, key=lambda item: item[0]):
         flat = tensor.detach().contiguous().view(-1)
         words = flat.view(torch.int16) if flat.element_size() % 2 == 0 else flat.view(torch.uint8)

@@ -82,9 +82,7 @@ def fit_context_law(
     """
     c, y, error = _curve(context, loss, standard_error)
     weights = 1 / np.square(y if error is None else error)
-    alpha, beta, gamma = _solve(c, y[None], weights[None])[0]
-    if not math.isfinite(alpha):
-        raise ValueError("the loss does not fall with context, so L(c) = (alpha/c)^beta + gamma has no fit")
+    alpha, beta, gamma = _point(c, y, weights)
     fitted = (alpha / c) ** beta + gamma
     rng = np.random.default_rng(seed)
     if error is not None:
@@ -127,9 +125,7 @@ def fit_context_law_by_document(
     totals = counts_DN.sum(axis=0)
     c, y, _ = _curve(np.asarray(context, np.float64)[reached], sums_DN.sum(axis=0) / totals, None)
     # A point that many tokens stand behind weighs more; the noise itself comes from the documents.
-    alpha, beta, gamma = _solve(c, y[None], totals[None])[0]
-    if not math.isfinite(alpha):
-        raise ValueError("the loss does not fall with context, so L(c) = (alpha/c)^beta + gamma has no fit")
+    alpha, beta, gamma = _point(c, y, totals)
     draws_RD = np.random.default_rng(seed).multinomial(D, np.full(D, 1 / D), size=replicates).astype(np.float64)
     counts_RN = draws_RD @ counts_DN
     means = np.divide(draws_RD @ sums_DN, counts_RN, out=np.zeros_like(counts_RN), where=counts_RN > 0)
@@ -170,6 +166,22 @@ def _law(point: tuple[float, float, float], samples: Array, confidence: float, s
         replicates=len(kept),
         samples=kept,
     )
+
+
+def _point(c_N: Array, y_N: Array, w_N: Array) -> Array:
+    """alpha, beta, gamma of one curve.
+
+    Raises:
+        ValueError: the curve is none that the law describes.
+    """
+    point = _solve(c_N, y_N[None], w_N[None])[0]
+    if not math.isfinite(point[0]):
+        raise ValueError("the loss does not fall with context, so L(c) = (alpha/c)^beta + gamma has no fit")
+    if point[1] > 0.999 * BETA_RANGE[1] or point[1] < 1.001 * BETA_RANGE[0]:
+        raise ValueError(
+            f"the loss does not follow L(c) = (alpha/c)^beta + gamma: its best beta is at the limit, {point[1]:.3g}"
+        )
+    return point
 
 
 def _solve(c_N: Array, y_RN: Array, w_RN: Array) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nemo_longctx.eval.scoring import Request, Score, Scorer, share_work
+from nemo_longctx.eval.requests import Request, Score, share_work
+from nemo_longctx.eval.scoring import Scorer
 
 
 def everywhere(value: Any, group: Any = None) -> list[Any]:
@@ -21,14 +22,61 @@ def everywhere(value: Any, group: Any = None) -> list[Any]:
     return parts
 
 
+class PeerError(RuntimeError):
+    """Another rank could not go on, and every rank has heard of it: `errors` says what each said."""
+
+    def __init__(self, errors: list[str]):
+        super().__init__("; ".join(errors))
+        self.errors = errors
+
+
+def check_in(error: str = "", value: Any = None) -> tuple[list[str], list[Any]]:
+    """Meet every rank of the job: (who failed and why, each rank's `value`), the same everywhere; no errors where all is well.
+
+    A rank that failed comes here once, at whatever point of the work the others check in next. So nobody waits in a collective
+    for a rank that has left, and a task that failed on one rank ends on all of them at the same check-in.
+    """
+    said = everywhere((error, value))
+    texts = [text for text, _ in said]
+    failed = {text: [rank for rank, other in enumerate(texts) if other == text] for text in dict.fromkeys(texts) if text}
+    errors = [
+        text if len(ranks) == len(said) else f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in failed.items()
+    ]
+    return errors, [value for _, value in said]
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives on the first rank, on every rank.
+
+    Raises:
+        PeerError: on every rank, where it failed or a rank did not come here but failed before.
+    """
+    error, value = "", None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = make()
+        except Exception as failure:  # whatever it is, the other ranks wait to hear of it
+            error = f"{type(failure).__name__}: {failure}"
+    errors, values = check_in(error, value)
+    if errors:
+        raise PeerError(errors)
+    return values[0]
+
+
 def run_shared(
     scorer: Scorer, requests: Sequence[Request], *, group: Any = None, what: str = "evaluation", quiet: bool = False
 ) -> list[Any]:
     """Results (`Score` or tokens) of all requests on every rank of `group`, in their order; None for one process.
 
+    Every rank of the job must call it, also those of other groups.
+
     Raises:
-        RuntimeError: on every rank, where any rank failed, with what each said.
+        PeerError: on every rank, where one did not come here but failed before.
+        RuntimeError: on every rank of the group, where any failed in this work, with what each said.
     """
+    errors, _ = check_in()
+    if errors:
+        raise PeerError(errors)
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     mine = share_work(requests, ranks)[rank]
     done: dict[int, Score | list[int]] = {}
@@ -38,7 +86,7 @@ def run_shared(
     try:
         done = _work(scorer, requests, mine, what, quiet or rank != 0)
     except Exception as failure:  # whatever it is, the other ranks wait to hear of it
-        error = f"rank {rank}: {type(failure).__name__}: {failure}"
+        error = f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
     parts = everywhere((done, error), group)
     errors = [text for _, text in parts if text]
     if errors:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
-from nemo_longctx.eval import position, probes
-from nemo_longctx.eval.scoring import CausalModel, Chunks, Continuation, Scorer
-from nemo_longctx.eval.sharing import everywhere, new_tokens, run_shared
+from nemo_longctx.eval import position, probe_scores, probes
+from nemo_longctx.eval.requests import Continuation
+from nemo_longctx.eval.results import SuiteResult, blank_result
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
+from nemo_longctx.eval.sharing import PeerError, check_in, everywhere, new_tokens, run_shared
+from nemo_longctx.eval.truncation import TruncationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class PositionTask:
         documents: how many, evenly spaced among those long enough; the longest ones where too few are.
         bins: equal bins; 0 for bins that grow with the position, as the fit of L(c) wants them.
         guard: watch the mean loss of these documents against the first evaluation.
+        label: tells tasks of one length apart, say by their corpus.
     """
 
     corpus: str
@@ -42,6 +45,7 @@ class PositionTask:
     documents: int = 32
     bins: int = 64
     guard: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "documents"):
@@ -52,7 +56,7 @@ class PositionTask:
 
     @property
     def name(self) -> str:
-        return f"position_{self.seq_length}"
+        return "_".join(["position", *([self.label] if self.label else []), str(self.seq_length)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,10 @@ class HarnessTask:
     Args:
         tasks: names of tasks or groups. limit: samples of each. num_fewshot: shots in place of the tasks' own.
         metadata: passed to the tasks' loaders, say {"data": folder}.
+        apply_chat_template: ask as a user in the tokenizer's chat template, shots as turns of the conversation.
+        allow_code_execution: let tasks run the code that the model wrote (HumanEval, MBPP); only in a sandbox.
         guard: watch the samples' scores against the first evaluation.
+        label: tells blocks of the same tasks apart, say by their `max_prompt`; results are named task@label.
     """
 
     tasks: tuple[str, ...]
@@ -84,7 +91,10 @@ class HarnessTask:
     include_path: str | None = None
     include_defaults: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    apply_chat_template: bool = False
+    allow_code_execution: bool = False
     guard: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks:
@@ -92,7 +102,10 @@ class HarnessTask:
 
     @property
     def name(self) -> str:
-        return "+".join(self.tasks)
+        return self.labelled("+".join(self.tasks))
+
+    def labelled(self, name: str) -> str:
+        return f"{name}@{self.label}" if self.label else name
 
 
 Task = PositionTask | ProbeTask | HarnessTask
@@ -130,47 +143,15 @@ def longest_input(tasks: Sequence[Task]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteResult:
-    """What one evaluation found.
+class HarnessResult:
+    """Of one lm-eval block: metrics by task and group; value of each sample by `task/metric`; prompts that were cut."""
 
-    Args:
-        model: label of the model, say "step 200".
-        position: rows by task name. probes: cells. tasks: lm-eval's `results` by task.
-        watched: measurement -> value of each document or sample, for the guard.
-        errors: task -> what went wrong, on whichever rank. skipped: tasks for which the time did not suffice.
-        seconds: by task.
-    """
-
-    model: str
-    position: dict[str, list[position.PositionRow]]
-    probes: list[probes.ProbeRow]
     tasks: dict[str, dict[str, Any]]
-    watched: dict[str, list[float]]
-    errors: dict[str, str]
-    skipped: list[str]
-    seconds: dict[str, float]
-
-    def scalars(self) -> dict[str, float]:
-        """One number a measurement, for a logger."""
-        found = {f"{name}/loss": _mean_loss(rows) for name, rows in self.position.items()}
-        for row in self.probes:
-            if row.samples:
-                cell = f"{row.kind}/{row.length}" + ("" if row.kind in probes.WITHOUT_DEPTH else f"/{row.depth:.2f}")
-                found |= {f"{cell}/score": row.score, f"{cell}/answer_loss": row.answer_loss}
-        for (_, kind), length in probes.effective_length(self.probes).items():
-            found[f"{kind}/effective_length"] = length
-        for task, values in self.tasks.items():
-            found |= {f"{task}/{key}": v for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        return {key: float(value) for key, value in found.items()}
+    watched: dict[str, list[float]] = field(default_factory=dict)
+    truncations: list[TruncationRecord] = field(default_factory=list)
 
 
-def _mean_loss(rows: Sequence[position.PositionRow]) -> float:
-    tokens = sum(row.tokens for row in rows)
-    return sum(row.loss * row.tokens for row in rows) / tokens if tokens else math.nan
-
-
-# Runs lm-eval tasks: (task, model) -> (results by task, watched values by measurement).
-HarnessRunner = Callable[[HarnessTask], tuple[dict[str, dict[str, Any]], dict[str, list[float]]]]
+HarnessRunner = Callable[[HarnessTask], HarnessResult]
 
 
 class Suite:
@@ -183,11 +164,19 @@ class Suite:
     """
 
     def __init__(self, tasks: Sequence[Task], *, tokenizer: Any = None, chunks: Chunks | None = None):
-        self.tasks, self.tokenizer, self.chunks = list(tasks), tokenizer, chunks
+        # One lm-eval task at a time, so that one whose data is missing costs no other.
+        self.tasks = [one for task in tasks for one in _apart(task)]
+        self.tokenizer, self.chunks = tokenizer, chunks
+        names = [task.name for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(
+                "eval.tasks", twice, "two tasks of this name; give each a `label` (probes: put them in one block)"
+            )
         if tokenizer is None and any(not isinstance(task, PositionTask) for task in self.tasks):
             raise ConfigError("eval.tokenizer", None, "probes and lm-eval tasks need the model's Hugging Face tokenizer")
         self.rate = 0.0  # tokens a second, from what was run before
-        self.took: dict[str, float] = {}  # seconds of lm-eval tasks, from the last time
+        self.took: dict[str, float] = {}  # seconds of each task, from the last time
 
     def run(
         self,
@@ -199,7 +188,9 @@ class Suite:
         quiet: bool = False,
         time_budget: float | None = None,
     ) -> SuiteResult:
-        """Measure `model`, on every rank that holds it.
+        """Measure `model`, on every rank that holds it or a part of it.
+
+        A task that fails, on one rank or on all, is reported by all, and the next one begins.
 
         Args:
             name: label of the model in tables and figures.
@@ -207,27 +198,36 @@ class Suite:
             time_budget: seconds; a task that is not expected to end within it is skipped and reported.
         """
         began = time.monotonic()
-        result = SuiteResult(model=name, position={}, probes=[], tasks={}, watched={}, errors={}, skipped=[], seconds={})
+        result = blank_result(name)
         for task in self.tasks:
             if not _all_agree(self._in_time(task, began, time_budget)):
                 result.skipped.append(task.name)
                 continue
-            start, error = time.monotonic(), ""
+            start, found = time.monotonic(), blank_result(name)
             try:
-                self._one(task, model, result, harness, group, quiet)
+                self._one(task, model, found, harness, group, quiet)
+            except PeerError as heard:
+                errors = heard.errors
             except Exception as failure:  # a task must never end the training run that it watches
                 logger.debug("evaluation task failed", exc_info=True)
-                error = f"{type(failure).__name__}: {failure}"
-            errors = sorted({text for text in everywhere(error) if text})
+                errors, _ = check_in(f"{type(failure).__name__}: {failure}")
+            else:
+                errors, _ = check_in()
             if errors:
                 result.errors[task.name] = "; ".join(errors)
+            else:  # on every rank or on none, so that all hold the same
+                result.add(found)
             self.took[task.name] = result.seconds[task.name] = time.monotonic() - start
         return result
 
     def _in_time(self, task: Task, began: float, budget: float | None) -> bool:
-        if budget is None:
-            return True
-        return time.monotonic() - began + self.took.get(task.name, 0.0) <= budget
+        return budget is None or time.monotonic() - began + self.expected_seconds(task) <= budget
+
+    def expected_seconds(self, task: Task) -> float:
+        """What the task took last time; before, its tokens at the speed seen so far; 0 where nothing is known."""
+        if task.name in self.took:
+            return self.took[task.name]
+        return _tokens_of(task) / self.rate if self.rate else 0.0
 
     def _one(
         self, task: Task, model: CausalModel, result: SuiteResult, harness: HarnessRunner | None, group: Any, quiet: bool
@@ -235,18 +235,20 @@ class Suite:
         if isinstance(task, PositionTask):
             totals = self._position(task, model, group, quiet)
             result.position[task.name] = totals.rows(result.model)
+            sums, counts = totals.by_document()
+            result.documents[task.name] = {"edges": totals.edges.tolist(), "sums": sums.tolist(), "counts": counts.tolist()}
             if task.guard:
-                sums, counts = totals.by_document()
                 result.watched[f"loss_{task.name}"] = (sums.sum(1) / counts.sum(1)).tolist()
         elif isinstance(task, ProbeTask):
             result.probes.extend(self._probes(task, model, result.model, group, quiet))
         elif harness is None:
             raise ConfigError("eval.tasks", task.tasks, "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]")
         else:
-            scores, watched = harness(task)
-            result.tasks.update(scores)
+            found = harness(task)
+            result.tasks.update({task.labelled(name): values for name, values in found.tasks.items()})
+            result.truncations.extend(replace(cut, task=task.labelled(cut.task)) for cut in found.truncations)
             if task.guard:
-                result.watched.update(watched)
+                result.watched.update({task.labelled(name): values for name, values in found.watched.items()})
 
     def _position(self, task: PositionTask, model: CausalModel, group: Any, quiet: bool) -> position.PositionLosses:
         corpus = open_corpus(task.corpus)
@@ -262,7 +264,7 @@ class Suite:
             totals.add(-score.token_log_probs[None])
         return totals
 
-    def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probes.ProbeRow]:
+    def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probe_scores.ProbeRow]:
         bos = self.tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
         if Path(f"{task.text}.idx").exists():
@@ -270,10 +272,10 @@ class Suite:
         else:
             texts = read_texts(task.text)
         made = probes.make_probes(task.probes, texts, self.tokenizer, prefix=prefix, cache=task.cache)
-        asked = [probe for probe in made if probes.fits(probe, model.max_length)]
+        asked = [probe for probe in made if probe_scores.fits(probe, model.max_length)]
         stops = {self.tokenizer.eos_token_id} - {None}
-        results = self._run(probes.probe_requests(asked, stops), model, group, "probes", quiet)
-        return probes.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
+        results = self._run(probe_scores.probe_requests(asked, stops), model, group, "probes", quiet)
+        return probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
 
     def _run(self, requests: Sequence[Any], model: CausalModel, group: Any, what: str, quiet: bool) -> list[Any]:
         scorer, began = Scorer(model, chunks=self.chunks), time.monotonic()
@@ -283,6 +285,21 @@ class Suite:
         results = run_shared(scorer, requests, group=group, what=what, quiet=quiet)
         self.rate = tokens / max(1e-9, time.monotonic() - began)
         return results
+
+
+def _apart(task: Task) -> list[Task]:
+    return [replace(task, tasks=(name,)) for name in task.tasks] if isinstance(task, HarnessTask) else [task]
+
+
+def _tokens_of(task: Task) -> int:
+    """About how many tokens a task reads; 0 for lm-eval tasks, whose data is not loaded yet."""
+    if isinstance(task, PositionTask):
+        return task.documents * task.seq_length
+    if isinstance(task, HarnessTask):
+        return 0
+    asked = task.probes
+    cells = sum(1 if kind in probes.WITHOUT_DEPTH else len(asked.depths) for kind in asked.kinds)
+    return cells * asked.samples * sum(asked.lengths)
 
 
 def _all_agree(mine: bool) -> bool:
@@ -330,15 +347,3 @@ def corpus_texts(prefix: str, tokenizer: Any, tokens: int) -> list[str]:
         texts.append(tokenizer.decode(document.tolist(), skip_special_tokens=True))
         have += len(document)
     return texts
-
-
-def as_record(result: SuiteResult) -> dict[str, Any]:
-    """JSON form of a result."""
-    return json.loads(json.dumps(asdict(result), default=str))
-
-
-def from_record(record: Mapping[str, Any]) -> SuiteResult:
-    """A result from its JSON form."""
-    rows = {name: [position.PositionRow(**row) for row in rows] for name, rows in record["position"].items()}
-    blank = SuiteResult(model="", position={}, probes=[], tasks={}, watched={}, errors={}, skipped=[], seconds={})
-    return replace(blank, **{**record, "position": rows, "probes": [probes.ProbeRow(**row) for row in record["probes"]]})

@@ -28,6 +28,18 @@ class Truncated:
     lost: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TruncationRecord:
+    """One cut prompt: the task and row it belongs to, the policy, tokens before and removed, protected spans lost."""
+
+    task: str
+    doc_id: int | None
+    policy: str
+    tokens: int
+    removed: int
+    lost: tuple[str, ...]
+
+
 def prompt_budget(max_length: int, max_new_tokens: int, max_prompt: int | None = None) -> int:
     """Tokens that a prompt may have: `max_prompt`, less where the model has no room for it and the generation.
 

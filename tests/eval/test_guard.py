@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval import guard
 from nemo_longctx.eval.guard import GuardConfig, judge, paired_change
 
 
@@ -34,16 +35,32 @@ def test_judge_knows_which_way_is_worse():
     start = {"loss_position_64": [2.0] * 20, "arc/acc": [1.0] * 20}
     config = GuardConfig(loss=0.05, score=0.02)
     better = {"loss_position_64": [1.5] * 20, "arc/acc": [1.0] * 20, "new": [0.0] * 20}
-    changes, alarms = judge(start, better, config)
-    assert set(changes) == set(start)
-    assert alarms == []
-    _, alarms = judge(start, {"loss_position_64": [2.2] * 20, "arc/acc": [0.0] * 10 + [1.0] * 10}, config)
+    verdict = judge(start, better, config)
+    assert set(verdict.changes) == set(start)
+    assert verdict.alarms == []
+    worse = {"loss_position_64": [2.2] * 20, "arc/acc": [0.0] * 10 + [1.0] * 10}
+    alarms = judge(start, worse, config).alarms
     assert len(alarms) == 2
     assert alarms[0].startswith("loss_position_64 changed by +0.2000")
-    _, alarms = judge(start, {"loss_position_64": [2.04] * 20}, config)
-    assert alarms == []  # real, but within what is allowed
-    _, alarms = judge({"loss_x": [2.0, 2.0]}, {"loss_x": [3.0, 3.0]}, config)
-    assert alarms == []  # two documents prove nothing
+    assert judge(start, {"loss_position_64": [2.04] * 20}, config).alarms == []  # real, but within what is allowed
+    assert judge({"loss_x": [2.0, 2.0]}, {"loss_x": [3.0, 3.0]}, config).alarms == []  # two documents prove nothing
+
+
+def test_what_cannot_be_compared_is_told_and_the_rest_judged():
+    start = {"loss_a": [2.0] * 20, "loss_b": [2.0] * 3, "acc": [np.nan]}
+    verdict = judge(start, {"loss_a": [3.0] * 20, "loss_b": [2.0] * 4, "acc": [1.0]}, GuardConfig())
+    assert set(verdict.changes) == {"loss_a"}
+    assert set(verdict.unpaired) == {"loss_b", "acc"}
+    assert "3 measurements before and 4 after" in verdict.unpaired["loss_b"]
+    assert len(verdict.alarms) == 1
+
+
+def test_many_pairs_give_the_same_p_value_in_blocks(monkeypatch):
+    rng = np.random.default_rng(2)
+    before, after = rng.normal(0, 1, 300), rng.normal(0.1, 1, 300)
+    whole = paired_change(before, after, flips=2000)
+    monkeypatch.setattr(guard, "BLOCK", 1000)
+    assert paired_change(before, after, flips=2000).p_value == pytest.approx(whole.p_value, abs=1e-12)
 
 
 @pytest.mark.parametrize("bad", [{"loss": -1}, {"significance": 1.0}, {"action": "warm"}])

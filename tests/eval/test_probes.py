@@ -7,19 +7,8 @@ from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
-from nemo_longctx.eval.probes import (
-    KINDS,
-    PAPER_LENGTHS,
-    ProbeConfig,
-    ProbeRow,
-    effective_length,
-    fits,
-    make_probes,
-    read_csv,
-    run_probes,
-    score_reply,
-    write_csv,
-)
+from nemo_longctx.eval.probe_scores import ProbeRow, effective_length, fits, read_csv, run_probes, score_reply, write_csv
+from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, ProbeConfig, make_probes
 from nemo_longctx.report.plots import plot_probes
 
 TEXTS = [

@@ -67,6 +67,7 @@ def test_gamma_is_never_negative_and_beta_of_a_power_law_is_found():
         ([1, 2, 4, 8, 0], [5, 4, 3, 2, 1], "positive number, got 0"),
         ([1, 2, 4, 8, 16], [5, 4, float("nan"), 2, 1], "loss must be a positive number, got nan"),
         ([1, 2, 4], [5, 4, 3.5], "3 points leave no residuals"),
+        ([1, 2, 4, 8, 16], [9, 2, 2, 2, 2], "best beta is at the limit, 8"),
     ],
 )
 def test_a_table_without_a_fit_is_refused(context, loss, message):

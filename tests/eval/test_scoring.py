@@ -9,7 +9,8 @@ from tiny_models import tiny_llama
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
-from nemo_longctx.eval.scoring import Chunks, Continuation, Generation, Scorer, cost, plan_reading, share_work, token_losses
+from nemo_longctx.eval.requests import Continuation, Generation, cost, plan_reading, share_work
+from nemo_longctx.eval.scoring import Chunks, Scorer, token_losses
 
 VOCAB = 101
 SMALL = Chunks(read=5, logits=3 * 4 * VOCAB)  # 5 tokens a pass, 3 rows of logits: every seam is crossed

@@ -10,17 +10,9 @@ from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval.guard import GuardConfig
 from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.results import as_record, from_record
 from nemo_longctx.eval.scoring import token_losses
-from nemo_longctx.eval.suite import (
-    Suite,
-    as_record,
-    choose_documents,
-    corpus_texts,
-    from_record,
-    longest_input,
-    parse_tasks,
-    read_texts,
-)
+from nemo_longctx.eval.suite import HarnessResult, Suite, choose_documents, corpus_texts, longest_input, parse_tasks, read_texts
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.report.html import Section, write_page
 
@@ -95,6 +87,34 @@ def test_probes_and_tables(corpus, tmp_path):
     assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 2
     with pytest.raises(ConfigError, match=r"eval\.tokenizer"):
         Suite(tasks)
+
+
+def test_tasks_of_one_name_are_told_apart_by_a_label(corpus, llama):
+    prefix, _ = corpus
+    block = {"kind": "position", "corpus": prefix, "seq_length": 20, "documents": 2, "bins": 2}
+    asked = {"kind": "lm_eval", "tasks": ["a", "b"]}
+    with pytest.raises(ConfigError, match=r"position_20.*label"):
+        Suite(parse_tasks([block, block]))
+    tasks = parse_tasks([block, block | {"label": "books"}, asked, asked | {"label": "4096"}])
+
+    def harness(task):
+        return HarnessResult(tasks={task.tasks[0]: {"f1": len(task.label)}})
+
+    suite = Suite(tasks, tokenizer="not used here")
+    result = suite.run(HFCausalModel(llama), name="x", quiet=True, harness=harness)
+    assert set(result.position) == {"position_20", "position_books_20"}
+    assert {name: values["f1"] for name, values in result.tasks.items()} == {"a": 0, "b": 0, "a@4096": 4, "b@4096": 4}
+
+
+def test_time_left_is_told_from_the_speed_seen_so_far(corpus, llama):
+    prefix, _ = corpus
+    block = {"kind": "position", "corpus": prefix, "seq_length": 30, "documents": 2}
+    first, long = parse_tasks([block, block | {"seq_length": 40, "documents": 10**9}])
+    suite = Suite([first, long])
+    assert suite.expected_seconds(long) == 0  # nothing is known yet
+    result = suite.run(HFCausalModel(llama), name="x", quiet=True, time_budget=3600)
+    assert set(result.position) == {"position_30"}
+    assert result.skipped == ["position_40"]  # forty thousand million tokens
 
 
 @pytest.mark.parametrize(

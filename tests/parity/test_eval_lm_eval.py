@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from nemo_longctx.adapters.lm_eval import LongContextLM
+from nemo_longctx.adapters.pretrained import load_checkpoint, tokenizer_digest
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
 
@@ -152,6 +153,28 @@ def test_real_tasks_give_equal_scores(theirs, ours, tmp_path, file):
             np.testing.assert_allclose(flat[1].astype(float), flat[0].astype(float), atol=1e-4)
 
 
+@pytest.mark.parametrize("multiturn", [True, False])
+def test_chat_prompts_give_equal_scores(theirs, ours, tmp_path, multiturn):
+    want, got = (
+        evaluate(lm, "gsm8k/gsm8k.yaml", tmp_path, apply_chat_template=True, fewshot_as_multiturn=multiturn)
+        for lm in (theirs, ours)
+    )
+    ((_, a),), ((_, b),) = want["samples"].items(), got["samples"].items()
+    assert [sample["resps"] for sample in a] == [sample["resps"] for sample in b]
+    theirs_asked, ours_asked = ([sample["arguments"][0][0] for sample in samples] for samples in (a, b))
+    assert ours_asked == theirs_asked
+    assert all(prompt.startswith("<user>") for prompt in ours_asked)
+
+
+def test_repeats_are_different_draws(ours):
+    (asked,) = instances(
+        "generate_until", [(TEXT[0], {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0})]
+    )
+    first = ours.generate_until([asked] * 3)
+    assert len(set(first)) == 3
+    assert ours.generate_until([asked] * 3) == first
+
+
 def test_cache_is_keyed_by_weights_and_requests(model, tokenizer, tmp_path):
     rows = instances("loglikelihood", [(TEXT[0], " quartz"), (TEXT[1], " wood")])
     asked = instances("generate_until", [(TEXT[0], {"until": ["e"], "max_gen_toks": 9})])
@@ -176,6 +199,17 @@ def test_cache_is_keyed_by_weights_and_requests(model, tokenizer, tmp_path):
         again.generate_until(instances("generate_until", [(TEXT[0], {"until": ["o"], "max_gen_toks": 9})]))
     with pytest.raises(ConfigError, match="identity"):
         LongContextLM(HFCausalModel(model), tokenizer=tokenizer, results_cache=str(tmp_path / "r.db"))
+    # Another tokenizer may end the same tokens elsewhere.
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="<s>")
+    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
+    # The same weights turned by another rope_theta give other results.
+    digests = set()
+    for theta in (10_000.0, 500_000.0):
+        model.config.rope_theta = theta
+        model.save_pretrained(tmp_path / str(theta))
+        digests.add(load_checkpoint(str(tmp_path / str(theta)))[1])
+    model.config.rope_theta = 10_000.0
+    assert len(digests) == 2
 
 
 def test_users_mistakes_are_named(ours):

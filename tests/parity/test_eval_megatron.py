@@ -13,9 +13,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import gloo
 import small_gpt
 
-from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, data_group, evaluating, vocab_parallel_log_probs
-from nemo_longctx.eval.scoring import Chunks, Continuation, Generation, Scorer, share_work
-from nemo_longctx.eval.sharing import run_shared
+from nemo_longctx.adapters.nemo.evaluation import (
+    MCoreCausalModel,
+    data_group,
+    evaluating,
+    model_digest,
+    vocab_parallel_log_probs,
+)
+from nemo_longctx.adapters.nemo.rope_module import transform_rope
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.eval.requests import Continuation, Generation, share_work
+from nemo_longctx.eval.scoring import Chunks, Scorer
+from nemo_longctx.eval.sharing import everywhere, run_shared
+from nemo_longctx.eval.suite import HarnessResult, Suite, parse_tasks
+from nemo_longctx.rope.variants import DynamicNtkRope
 
 VOCAB = 90  # the head has 96 rows: six are padding
 CHUNKS = Chunks(read=7, logits=3 * 4 * VOCAB)
@@ -108,6 +119,42 @@ def test_stock_attention_reads_in_chunks_too():
         assert_equal(run_one(ours=False), run_one(ours=True), 2e-5)
 
 
+def test_frequencies_that_follow_the_length_are_read_whole():
+    """Megatron-Core takes the cache's room for the length of the input: a table for 256 would serve 40 tokens."""
+    variant = DynamicNtkRope(base=10_000.0, factor=4.0, original_max_position_embeddings=16)
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        widen(module)
+        transform_rope(module, variant)
+        jobs = [job for job in requests() if isinstance(job, Continuation)]
+        want = {}
+        for index, job in enumerate(jobs):
+            tokens = torch.tensor([[*job.context, *job.continuation]])
+            with torch.no_grad():
+                logits = module(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], None)[0, :, :VOCAB].float()
+            logp = logits.log_softmax(-1)[len(job.context) - 1 :].gather(-1, tokens[0, len(job.context) :, None])[:, 0]
+            want[index] = logp.numpy()
+        with evaluating(module):
+            got = results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), jobs)
+        for index, logp in want.items():
+            np.testing.assert_allclose(got[index][0], logp, atol=2e-5)
+
+
+def test_digest_tells_weights_settings_and_rope_apart():
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        digests = [model_digest(module), model_digest(module)]
+        module.rotary_pos_emb.inv_freq = module.rotary_pos_emb.inv_freq / 2
+        digests.append(model_digest(module))
+        module.config.layernorm_epsilon *= 10
+        digests.append(model_digest(module))
+        with torch.no_grad():
+            module.decoder.final_layernorm.weight[0] += 1e-3
+        digests.append(model_digest(module))
+        assert digests[0] == digests[1]
+        assert len(set(digests)) == 4
+
+
 def test_tied_embeddings():
     with small_gpt.parallel():
         got = run_one(share_embeddings_and_output_weights=True)
@@ -157,6 +204,8 @@ def on_rank(rank, size, kind, weights):
             out = results(model, jobs, share_work(jobs, size)[rank] if kind in ("cp", "dp") else None)
             if kind in ("cp", "dp"):
                 check_sharing(model, jobs, out, rank)
+            if kind == "dp":
+                check_suite(model, Path(weights).parent, rank)
         if kind == "cp":
             assert torch.equal(trained, train_once(module))  # the rotary tables are the ranks' shares again
         return out
@@ -180,6 +229,36 @@ def check_sharing(model, jobs, mine, rank):
         run_shared(Scorer(model, chunks=CHUNKS), broken, group=data_group(), quiet=True)
     only = run_shared(Scorer(model, chunks=CHUNKS), jobs[:1], group=data_group(), quiet=True)  # one rank has no work
     assert len(only) == 1
+
+
+def check_suite(model, place, rank):
+    """A task that fails on one rank, before, in or after its work, ends on both, and the next one runs."""
+    task = {"kind": "position", "seq_length": 30, "documents": 4, "bins": 2}
+    blocks = [
+        {**task, "corpus": f"{place}/held_out" if rank == 0 else f"{place}/not_on_this_node"},
+        {"kind": "lm_eval", "tasks": ["before", "after"]},
+        {**task, "corpus": f"{place}/held_out", "seq_length": 20},
+    ]
+
+    def harness(one):
+        if rank == 1 and one.tasks == ("before",):
+            raise KeyError("no data on this node")
+        run_shared(Scorer(model, chunks=CHUNKS), requests(), group=data_group(), quiet=True)
+        if rank == 0 and one.tasks == ("after",):
+            raise ValueError("no scorer on this node")
+        return HarnessResult(tasks={one.tasks[0]: {"f1": 1.0}})
+
+    suite = Suite(parse_tasks(blocks), tokenizer="not used here")
+    result = suite.run(model, name="x", harness=harness, group=data_group(), quiet=True)
+    assert set(result.position) == {"position_20"}
+    assert result.tasks == {}
+    assert set(result.errors) == {"position_30", "before", "after"}
+    assert result.errors["position_30"].startswith("rank 1: ")
+    assert "not_on_this_node" in result.errors["position_30"]
+    assert result.errors["before"] == "rank 1: KeyError: 'no data on this node'"
+    assert result.errors["after"] == "rank 0: ValueError: no scorer on this node"
+    everywhere_same = everywhere((result.position["position_20"], result.errors))
+    assert everywhere_same[0] == everywhere_same[1]
 
 
 def train_once(module):
@@ -223,6 +302,10 @@ def alone(tmp_path_factory):
     with small_gpt.parallel():
         module = small_gpt.build(small_gpt.config())
         widen(module)
+        rng = np.random.default_rng(1)
+        with CorpusWriter(path.parent / "held_out", np.uint16) as writer:
+            for _ in range(6):
+                writer.add_document(rng.integers(0, VOCAB, 40))
         torch.save({k: v for k, v in module.state_dict().items() if v is not None and "_extra_state" not in k}, path)
         with evaluating(module):
             return results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), requests()), str(path)

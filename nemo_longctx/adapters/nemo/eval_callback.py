@@ -10,13 +10,13 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, data_group, evaluating
+from nemo_longctx.adapters.nemo.evaluation import MCoreCausalModel, data_group, evaluating, model_digest
 from nemo_longctx.adapters.nemo.model import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.guard import GuardConfig, judge
-from nemo_longctx.eval.results_cache import weights_digest
+from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.sharing import everywhere
-from nemo_longctx.eval.suite import HarnessTask, Suite, SuiteResult, longest_input, parse_tasks
+from nemo_longctx.eval.suite import HarnessTask, PositionTask, Suite, longest_input, parse_tasks
 from nemo_longctx.report.evaluation import read_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class LongContextEvalCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.results = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
+        self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
         if self.at_start and trainer.global_step == 0:
             self.evaluate(trainer, pl_module)
 
@@ -88,18 +89,21 @@ class LongContextEvalCallback(Callback):
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         if len(modules) != 1:
             raise ConfigError("virtual_pipeline_model_parallel_size", len(modules), "evaluation inside a run needs it unset")
-        suite = self._suite = self._suite or self._build(pl_module)
+        suite = self._suite = self._suite or self._build(pl_module)  # asked for outside a training run
         length = self.max_length or max(longest_input(self.tasks), pl_module.config.seq_length)
         with evaluating(modules[0]):
             model = MCoreCausalModel(modules[0], vocab_size=pl_module.config.vocab_size, max_length=length)
+            asked = self.results_cache and any(isinstance(task, HarnessTask) for task in self.tasks)
+            identity = {"weights": model_digest(modules[0]), "step": trainer.global_step} if asked else {}
             result = suite.run(
                 model,
                 name=name,
-                harness=lambda task: self._harness(task, model, suite.tokenizer, trainer.global_step),
+                harness=lambda task: self._harness(task, model, suite.tokenizer, identity),
                 group=data_group(),
                 quiet=not trainer.is_global_zero,
                 time_budget=self.time_budget,
             )
+            model.release()
         self.results.append(result)
         self._report(trainer, result)
         self._watch(trainer, result)
@@ -107,16 +111,15 @@ class LongContextEvalCallback(Callback):
     def _build(self, pl_module: Any) -> Suite:
         tokenizer = self.tokenizer or getattr(pl_module, "tokenizer", None)
         if tokenizer is not None:
-            from nemo_longctx.adapters.lm_eval import hf_tokenizer
+            from nemo_longctx.adapters.pretrained import hf_tokenizer
 
             tokenizer = hf_tokenizer(tokenizer)
         return Suite(self.tasks, tokenizer=tokenizer)
 
-    def _harness(self, task: HarnessTask, model: MCoreCausalModel, tokenizer: Any, step: int) -> Any:
+    def _harness(self, task: HarnessTask, model: MCoreCausalModel, tokenizer: Any, identity: Mapping[str, Any]) -> Any:
         from nemo_longctx.adapters.harness import run_harness
         from nemo_longctx.adapters.lm_eval import LongContextLM
 
-        identity = {"weights": weights_digest(model.module.named_parameters()), "step": step}
         lm = LongContextLM(
             model, tokenizer=tokenizer, results_cache=self.results_cache, identity=identity, data_group=data_group()
         )
@@ -132,24 +135,27 @@ class LongContextEvalCallback(Callback):
         for each in trainer.loggers:
             each.log_metrics({f"eval/{key}": value for key, value in result.scalars().items()}, step=trainer.global_step)
         packages = {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit")}
+        old = [(t.seq_length, "watched length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
         try:
-            page = write_results(self.directory, self.results, provenance=provenance)
+            page = write_results(self.directory, self.results, provenance=provenance, marks=old)
             logger.info("evaluation at %s: %s", result.model, page)
-        except OSError as error:  # a full disk must not end the run that is being watched
-            logger.warning("results of the evaluation at %s could not be written: %s", result.model, error)
+        except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
+            logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
 
     def _watch(self, trainer: Any, result: SuiteResult) -> None:
         """Compare with the first evaluation; every rank holds the same results, so every rank decides the same."""
         if self.guard is None or len(self.results) < 2:
             return
-        changes, alarms = judge(self.results[0].watched, result.watched, self.guard)
+        verdict = judge(self.results[0].watched, result.watched, self.guard)
         if trainer.is_global_zero:
-            for name, change in changes.items():
+            for name, why in verdict.unpaired.items():
+                logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)
+            for name, change in verdict.changes.items():
                 logger.info("guard: %s %+.4f ± %.4f, p = %.3f", name, change.mean, change.standard_error, change.p_value)
             for each in trainer.loggers:
-                each.log_metrics({f"guard/{n}": c.mean for n, c in changes.items()}, step=trainer.global_step)
-            for alarm in alarms:
+                each.log_metrics({f"guard/{n}": c.mean for n, c in verdict.changes.items()}, step=trainer.global_step)
+            for alarm in verdict.alarms:
                 logger.warning("short-context guard at %s: %s", result.model, alarm)
-        if alarms and self.guard.action == "stop":
+        if verdict.alarms and self.guard.action == "stop":
             trainer.should_stop = True

@@ -10,8 +10,11 @@ Shapes: S tokens, K positions, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +32,7 @@ from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.attention import LongContextAttention
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results_cache import weights_digest
+from nemo_longctx.eval.sharing import everywhere
 
 SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
@@ -138,8 +142,6 @@ class MCoreCausalModel:
         ConfigError: several model chunks on a rank (interleaved pipeline).
     """
 
-    reads_whole = False
-
     def __init__(self, module: Any, *, vocab_size: int, max_length: int):
         chunks = module.config.virtual_pipeline_model_parallel_size or 1
         if chunks > 1:
@@ -147,14 +149,25 @@ class MCoreCausalModel:
         self.module, self.vocab_size, self.max_length = module, vocab_size, max_length
         self.device = next(module.parameters()).device
         self.dtype = module.config.params_dtype
+        variant = getattr(getattr(module, "rotary_pos_emb", None), "variant", None)
+        self.reads_whole = variant is not None and variant.depends_on_length
+        self.held: contextlib.ExitStack | None = None
         self.length = 0
         self._context = StaticInferenceContext(1, 0)
 
     def truncate(self, length: int) -> None:
         self.length = length
 
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        self.length, self._context = 0, StaticInferenceContext(1, 0)
+
     def _reserve(self, tokens: int) -> None:
-        """Room for `tokens` in the cache: powers of two, so that few sizes of rotary table are ever made."""
+        """Room for `tokens` in the cache: powers of two, so that few sizes of rotary table are ever made; exactly `tokens`
+        where the table follows the length, which Megatron-Core takes to be the room."""
+        if self.reads_whole:
+            self._context = StaticInferenceContext(1, tokens)
+            return
         if tokens <= self._context.max_sequence_length:
             return
         room = min(self.max_length, 1 << max(8, (tokens - 1).bit_length()))
@@ -211,9 +224,10 @@ class MCoreCausalModel:
         logits_V = torch.zeros(self.vocab_size, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             group = parallel_state.get_tensor_model_parallel_group()
-            mine = self._logits(state_H[None])[0]
-            parts = [torch.empty_like(mine) for _ in range(group.size())]
-            dist.all_gather(parts, mine, group=group)
+            parts = [self._logits(state_H[None])[0]]
+            if group.size() > 1:
+                mine, parts = parts[0], [torch.empty_like(parts[0]) for _ in range(group.size())]
+                dist.all_gather(parts, mine, group=group)
             logits_V = torch.cat(parts)[: self.vocab_size].contiguous()
         self._tell(logits_V)
         return logits_V
@@ -253,15 +267,33 @@ def vocab_parallel_log_probs(logits_KV: Tensor, targets_K: Tensor, group: Any) -
     return sums_2K[1] - greatest_K - sums_2K[0].log(), first_K == targets_K
 
 
+def model_digest(module: Any) -> str:
+    """Digest of the whole live model on every rank: weights of all its parts, settings, and RoPE. All ranks must call it."""
+    primitive = (str, int, float, bool, type(None), tuple, dict)
+    settings = {f.name: v for f in fields(module.config) if isinstance(v := getattr(module.config, f.name), primitive)}
+    rotary = getattr(module, "rotary_pos_emb", None)
+    rope = {name: v for name, v in vars(rotary).items() if isinstance(v, primitive)} if rotary is not None else {}
+    rope |= {"variant": getattr(rotary, "variant", None), "inv_freq": rotary.inv_freq.tolist() if rotary is not None else None}
+    said = json.dumps([settings, {k: v for k, v in rope.items() if not k.startswith("_")}], sort_keys=True, default=repr)
+    parts = everywhere(weights_digest(module.named_parameters(), said))
+    return hashlib.blake2b("".join(sorted(set(parts))).encode(), digest_size=16).hexdigest()
+
+
 def data_group() -> Any:
     """Ranks that hold the same part of the model and so can read different documents, context parallel ones included."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def load_nemo_checkpoint(
-    path: str, *, max_length: int | None, device: str | None, dtype: str
+    path: str,
+    *,
+    max_length: int | None,
+    device: str | None,
+    dtype: str,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
 ) -> tuple[MCoreCausalModel, str, Any]:
-    """A NeMo 2 checkpoint for the rest of this process: (model, digest of this rank's weights, its tokenizer or None).
+    """A NeMo 2 checkpoint for the rest of this process: (model, its digest, its tokenizer or None).
 
     Raises:
         ConfigError: no finished checkpoint, a device or precision other than the machine's and the checkpoint's own.
@@ -274,7 +306,15 @@ def load_nemo_checkpoint(
         raise ConfigError("device", device, f"NeMo places models on {here} on this machine; leave it out")
     if dtype != "auto":
         raise ConfigError("dtype", dtype, "a NeMo checkpoint keeps its own precision; leave it out")
-    module, config, tokenizer = load_model(path, seq_length=max_length)
-    contextlib.ExitStack().enter_context(evaluating(module))  # for good: the process trains nothing
+    module, config, tokenizer = load_model(
+        path,
+        seq_length=max_length,
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+    )
+    digest = model_digest(module)
+    held = contextlib.ExitStack()
+    held.enter_context(evaluating(module))
     model = MCoreCausalModel(module, vocab_size=config.vocab_size, max_length=max_length or config.seq_length)
-    return model, weights_digest(module.named_parameters()), tokenizer
+    model.held = held  # the process trains nothing, so the model stays as it is for as long as it lives
+    return model, digest, tokenizer

@@ -15,6 +15,7 @@ from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.activations import set_activation_policy
 from nemo_longctx.adapters.nemo.lora import adapter_base, as_long_context, load_adapters, merge_adapters
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
+from nemo_longctx.config import ConfigError
 from nemo_longctx.recipe import RecipeConfig
 
 
@@ -28,6 +29,8 @@ def initialize_distributed(
     from megatron.core import parallel_state
 
     cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
@@ -43,7 +46,14 @@ def initialize_distributed(
         )
 
 
-def load_model(path: str | Path, *, seq_length: int | None = None, merge: bool = False) -> tuple[torch.nn.Module, Any, Any]:
+def load_model(
+    path: str | Path,
+    *,
+    seq_length: int | None = None,
+    merge: bool = False,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+) -> tuple[torch.nn.Module, Any, Any]:
     """The Megatron-Core GPT model of a NeMo checkpoint, in evaluation mode, on this rank's share.
 
     A checkpoint of LoRA adapters gives its base model with the adapters on.
@@ -52,14 +62,22 @@ def load_model(path: str | Path, *, seq_length: int | None = None, merge: bool =
         path: a checkpoint, or a run's directory (its newest finished checkpoint).
         seq_length: longest input, tokens; None keeps the checkpoint's.
         merge: add LoRA adapters to the weights, so that the model is a plain one; only without tensor parallelism.
+        tensor_model_parallel_size, pipeline_model_parallel_size: how torchrun's processes divide the model, whatever its
+            training did; the rest of the processes hold copies.
 
     Returns:
         (model, the checkpoint's config with our attention, its tokenizer or None).
 
     Raises:
-        ConfigError: no finished checkpoint at `path`.
+        ConfigError: no finished checkpoint at `path`, or a number of processes that the sizes do not divide.
     """
-    initialize_distributed()
+    processes, parts = int(os.environ.get("WORLD_SIZE", "1")), tensor_model_parallel_size * pipeline_model_parallel_size
+    if processes % parts:
+        mend = f"{processes} processes are no multiple of it; start them with torchrun --nproc-per-node"
+        raise ConfigError("tensor_parallel x pipeline_parallel", parts, mend)
+    initialize_distributed(
+        tensor_model_parallel_size=tensor_model_parallel_size, pipeline_model_parallel_size=pipeline_model_parallel_size
+    )
     directory = checkpoint_directory(path)
     nemo_model = checkpoint_model(directory, {}, adapters=True)
     prepare_model(nemo_model, seq_length=seq_length or nemo_model.config.seq_length)
@@ -110,6 +128,7 @@ def _take_parallel_sizes(config: Any) -> None:
     config.pipeline_model_parallel_size = parallel_state.get_pipeline_model_parallel_world_size()
     config.context_parallel_size = parallel_state.get_context_parallel_world_size()
     config.sequence_parallel = False
+    config.pipeline_dtype = config.params_dtype
 
 
 def _build(nemo_model: Any) -> torch.nn.Module:

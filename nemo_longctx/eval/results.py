@@ -1,0 +1,96 @@
+"""What an evaluation found, as one value that every rank holds and that JSON keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nemo_longctx.eval import position, probe_scores, probes
+from nemo_longctx.eval.truncation import TruncationRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What one evaluation found.
+
+    Args:
+        model: label of the model, say "step 200".
+        position: rows by task name. documents: by task name the same losses of each document, {"edges": [bins + 1], "sums" and
+            "counts": [documents][bins]}, for a bootstrap over documents.
+        probes: cells. tasks: lm-eval's `results` by task.
+        truncations: every prompt that was cut.
+        watched: measurement -> value of each document or sample, for the guard.
+        errors: task -> what went wrong, on whichever rank. skipped: tasks for which the time did not suffice.
+        seconds: by task.
+    """
+
+    model: str
+    position: dict[str, list[position.PositionRow]]
+    documents: dict[str, dict[str, list]]
+    probes: list[probe_scores.ProbeRow]
+    tasks: dict[str, dict[str, Any]]
+    truncations: list[TruncationRecord]
+    watched: dict[str, list[float]]
+    errors: dict[str, str]
+    skipped: list[str]
+    seconds: dict[str, float]
+
+    def add(self, found: SuiteResult) -> None:
+        """Take in what one task found."""
+        self.position.update(found.position)
+        self.documents.update(found.documents)
+        self.probes.extend(found.probes)
+        self.tasks.update(found.tasks)
+        self.truncations.extend(found.truncations)
+        self.watched.update(found.watched)
+
+    def scalars(self) -> dict[str, float]:
+        """One number a measurement, for a logger."""
+        found = {f"{name}/loss": _mean_loss(rows) for name, rows in self.position.items()}
+        for row in self.probes:
+            if row.samples:
+                cell = f"{row.kind}/{row.length}" + ("" if row.kind in probes.WITHOUT_DEPTH else f"/{row.depth:.2f}")
+                found |= {f"{cell}/score": row.score, f"{cell}/answer_loss": row.answer_loss}
+        for (_, kind), length in probe_scores.effective_length(self.probes).items():
+            found[f"{kind}/effective_length"] = length
+        for task, values in self.tasks.items():
+            found |= {f"{task}/{key}": v for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return {key: float(value) for key, value in found.items()}
+
+
+def blank_result(model: str) -> SuiteResult:
+    return SuiteResult(
+        model=model,
+        position={},
+        documents={},
+        probes=[],
+        tasks={},
+        truncations=[],
+        watched={},
+        errors={},
+        skipped=[],
+        seconds={},
+    )
+
+
+def _mean_loss(rows: Sequence[position.PositionRow]) -> float:
+    tokens = sum(row.tokens for row in rows)
+    return sum(row.loss * row.tokens for row in rows) / tokens if tokens else math.nan
+
+
+def as_record(result: SuiteResult) -> dict[str, Any]:
+    """JSON form of a result."""
+    return json.loads(json.dumps(asdict(result), default=str))
+
+
+def from_record(record: Mapping[str, Any]) -> SuiteResult:
+    """A result from its JSON form."""
+    made = {
+        "position": {name: [position.PositionRow(**row) for row in rows] for name, rows in record["position"].items()},
+        "probes": [probe_scores.ProbeRow(**row) for row in record["probes"]],
+        "truncations": [TruncationRecord(**{**cut, "lost": tuple(cut["lost"])}) for cut in record["truncations"]],
+    }
+    return replace(blank_result(""), **{**record, **made})
