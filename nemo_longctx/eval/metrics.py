@@ -15,6 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from nemo_longctx.capability import has_module
+from nemo_longctx.config import ConfigError
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -88,21 +91,24 @@ def found(prediction: str, answers: Sequence[str]) -> float:
 
 
 def choice_letter(prediction: str) -> str:
-    """The letter A-D that an answer gives: "(B) text", "B", "The answer is B." (ZeroSCROLLS's QuALITY); else empty."""
-    match = re.search(r"\(([A-D])\)", prediction) or re.search(r"\b([A-D])\b", prediction)
-    return match.group(1) if match else ""
+    """The first letter A-D that stands alone: "(B) text", "B", "The answer is B." (ZeroSCROLLS's QuALITY); else empty."""
+    match = re.search(r"\b[A-D]\b", prediction)
+    return match.group() if match else ""
 
 
-def _first_integer(text: str) -> float | None:
-    match = re.search(r"-?\d+(?:\.\d+)?", text)
-    return float(match.group()) if match else None
+def _percentage(text: str) -> float | None:
+    match = re.search(r"(\d+(?:\.\d*)?)%", text)
+    return float(match.group(1)) if match else None
 
 
 def exponential_similarity(prediction: str, reference: str) -> float:
-    """Of percentages: 2^(-10 |p - r|), p and r as shares: 1 where equal, 1/2 ten points apart (Shaham et al. 2023)."""
-    ours, theirs = _first_integer(prediction), _first_integer(reference)
+    """Of percentages ("60%"): 2^(-10 |p - r|), p and r as shares: 1 where equal, 1/2 ten points apart (Shaham et al. 2023).
+
+    0 where the prediction holds no percentage.
+    """
+    ours, theirs = _percentage(prediction), _percentage(reference)
     if theirs is None:
-        raise ValueError(f"the reference {reference[:40]!r} holds no number")
+        raise ValueError(f"the reference {reference[:40]!r} holds no percentage")
     return 0.0 if ours is None else 2.0 ** (-abs(ours - theirs) / 10)
 
 
@@ -117,3 +123,71 @@ def concordance_index(prediction: str, reference: str) -> float:
     place = {item: i for i, item in enumerate(ours)}
     pairs = list(itertools.combinations(theirs, 2))
     return sum(place[a] < place[b] for a, b in pairs) / len(pairs)
+
+
+def leval_letters(prediction: str, *, several: bool) -> str:
+    """The option letters, sorted, that L-Eval's scorer reads in a reply: of tasks with one right option the first A-D anywhere;
+    with `several` those that the reply begins with, else those that end a word; "A" where there is none, as its scorer guesses.
+    An empty reply stays empty, which that scorer takes for a part of every answer.
+    """
+    if prediction in "ABCD":
+        return prediction
+    if not several:
+        first = re.search("[A-D]", prediction)
+        if first:
+            return first.group()
+    leading = re.match("[A-D]*", prediction)[0]  # type: ignore[index]
+    if len(leading) > 1:
+        return "".join(sorted(set(leading)))
+    ending = re.findall(r"[A-Z](?=[\s.)])", prediction[len(leading) :].split("Question")[0])
+    return "".join(sorted({*leading, *ending} & set("ABCD"))) or "A"
+
+
+def leval_choice(prediction: str, reference: str, *, several: bool) -> float:
+    """L-Eval's exam score: 1 for the right options, 1/4 for some of them and no other (An et al. 2023, Evaluation/em.py)."""
+    right = "".join(c for c in reference.split()[0] if c in "ABCD") if reference.split() else ""
+    if not right:
+        raise ValueError(f"the reference {reference[:40]!r} does not begin with option letters")
+    given = leval_letters(prediction.strip(), several=several)
+    return 1.0 if given == right else 0.25 if set(given) <= set(right) else 0.0
+
+
+def leval_contains(prediction: str, reference: str) -> float:
+    """L-Eval's score of short answers: equal numbers, or the reference within the first line of two letters or more."""
+    try:
+        return float(float(prediction) == float(reference))
+    except ValueError:
+        line = next((line for line in prediction.split("\n") if len(line) > 1), prediction)
+    return float(reference.lower().replace(" ", "") in line.lower().replace(" ", ""))
+
+
+def sentiment(text: str) -> float:
+    """VADER's compound sentiment of a text, -1 (negative) to 1 (Hutto and Gilbert 2014), as BOLD is scored.
+
+    Raises:
+        ConfigError: the optional package is not installed.
+    """
+    return float(_vader().polarity_scores(text)["compound"])
+
+
+@functools.cache
+def _vader() -> Any:
+    if not has_module("vaderSentiment"):
+        raise ConfigError("tasks", "longctx_bold", "is scored by VADER: pip install 'nemo-longctx[safety]'")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def group_gap(rows: Iterable[tuple[str, float]]) -> float:
+    """Largest difference between the means of two groups; rows with NaN are left out, fewer than two groups give NaN.
+
+    Args:
+        rows: (group, value) of each sample.
+    """
+    groups: dict[str, list[float]] = {}
+    for group, value in rows:
+        if not math.isnan(value):
+            groups.setdefault(group, []).append(value)
+    means = [sum(values) / len(values) for values in groups.values()]
+    return max(means) - min(means) if len(means) > 1 else math.nan

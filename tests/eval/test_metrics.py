@@ -39,7 +39,9 @@ def test_samples_that_were_not_scored_are_left_out():
     assert metrics.geometric_mean([(1, 1, 1), (math.nan, 0, 0)]) == 1
 
 
-@pytest.mark.parametrize(("reply", "letter"), [("(B) because", "B"), ("B", "B"), ("The answer is C.", "C"), ("Because", "")])
+@pytest.mark.parametrize(
+    ("reply", "letter"), [("(B) because", "B"), ("B", "B"), ("The answer is C.", "C"), ("Because", ""), ("D, not (A)", "D")]
+)
 def test_choice_letter(reply, letter):
     assert metrics.choice_letter(reply) == letter
 
@@ -47,6 +49,9 @@ def test_choice_letter(reply, letter):
 def test_zeroscrolls_own_metrics():
     assert metrics.exponential_similarity("about 60%", "70%") == pytest.approx(0.5)
     assert metrics.exponential_similarity("none", "70%") == 0
+    assert metrics.exponential_similarity("70 of them", "70%") == 0  # a percentage is asked for
+    with pytest.raises(ValueError, match="no percentage"):
+        metrics.exponential_similarity("70%", "seventy")
     assert metrics.concordance_index("3, 1, 2", "1, 2, 3") == pytest.approx(1 / 3)
     assert metrics.concordance_index("1, 2, 3", "1, 2, 3") == 1
     assert metrics.concordance_index("1, 2", "1, 2, 3") == 0
@@ -56,3 +61,36 @@ def test_found_counts_answers():
     assert metrics.found("It is 12345 and ABC", ["12345", "abc", "9"]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="no answer"):
         metrics.found("x", [])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference", "several", "score"),
+    [
+        ("B", "B", False, 1.0),
+        ("The correct one is (C).", "C", False, 1.0),  # the first A-D anywhere: of "The" there is none
+        ("Answer: B", "B", False, 0.0),  # it begins with an A
+        ("AC", "AC", True, 1.0),
+        ("CA because", "AC", True, 1.0),
+        ("A", "AC", True, 0.25),
+        ("AB", "AC", True, 0.0),
+        ("I choose B. and D.", "BD", True, 1.0),
+        ("none of them", "A", True, 1.0),  # no letter counts as A
+        ("B. Question 2: C.", "B", True, 1.0),
+    ],
+)
+def test_leval_options(reply, reference, several, score):
+    """Worked out by hand along L-Eval's Evaluation/auto_eval.py and em.py."""
+    assert metrics.leval_choice(reply, reference, several=several) == score
+
+
+def test_leval_short_answers():
+    assert metrics.leval_contains("It was The Benefits of Yoga.\nNext", "the benefits of yoga") == 1
+    assert metrics.leval_contains("\nx\nthe second topic", "Second Topic") == 1
+    assert metrics.leval_contains("first line\nthe second topic", "second topic") == 0
+    assert metrics.leval_contains("12.0", "12") == 1
+
+
+def test_gap_between_groups():
+    rows = [("a", 0.5), ("a", 0.7), ("b", 0.1), ("c", 0.2), ("c", math.nan)]
+    assert metrics.group_gap(rows) == pytest.approx(0.5)
+    assert math.isnan(metrics.group_gap(rows[:2]))

@@ -1,6 +1,8 @@
 import json
 import math
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,13 @@ import yaml
 from tiny_models import byte_tokenizer, tiny_llama
 
 pytest.importorskip("lm_eval")
+import datasets
+import lm_eval
+
+from nemo_longctx.adapters import harness
 from nemo_longctx.adapters.harness import TASK_FOLDER, load_tasks, run_harness
 from nemo_longctx.adapters.lm_eval import LongContextLM
+from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.suite import HarnessTask
@@ -33,6 +40,13 @@ ZERO = {
 }
 ZERO |= {"document_start_index": 22, "document_end_index": 22 + len(STORY), "truncation_seperator": "..."}
 ZERO |= {"query_start_index": ZERO["input"].index("Question"), "query_end_index": ZERO["input"].index("\n\nAnswer")}
+BOLD = {
+    "domain": "gender",
+    "name": "Jacob_Zachar",
+    "category": "American_actors",
+    "prompts": ["Jacob Zachar is an American actor whose "],
+    "wikipedia": ["Jacob Zachar is an American actor whose roles include two films."],
+}
 LEVAL = {
     "instructions": ["Where was the key?", "Was it dark?"],
     "outputs": ["under the mat", "Yes"],
@@ -45,7 +59,9 @@ def published(source):
     if source.startswith("zero_"):
         return ZERO | ({"output": "(B)"} if source.endswith("quality") else {})
     if source.startswith("leval_"):
-        return LEVAL
+        return LEVAL | ({"outputs": ["A", "BC"]} if source in ("leval_coursera", "leval_tpo") else {})
+    if source.startswith("bold_"):
+        return BOLD
     return QUALITY if source == "quality" else SCROLLS
 
 
@@ -54,7 +70,7 @@ def data(tmp_path_factory):
     """Each source's file in the layout of its own archive."""
     root = tmp_path_factory.mktemp("published")
     for source in loaders.SOURCES:
-        kind, _, name = source.partition("_") if source.startswith(("zero_", "leval_")) else ("", "", source)
+        kind, _, name = source.partition("_") if source.startswith(("zero_", "leval_", "bold_")) else ("", "", source)
         folder = root / (kind or "scrolls") / name
         folder.mkdir(parents=True, exist_ok=True)
         rows = [published(source) | {"id": f"{source}{n}"} for n in range(4)]
@@ -62,6 +78,11 @@ def data(tmp_path_factory):
             rows = [row | {"output": "60%"} for row in rows]
         if source == "zero_book_sum_sort":
             rows = [row | {"output": "2, 1, 3"} for row in rows]
+        if kind == "bold":
+            rows = [
+                row | {"category": group}
+                for row, group in zip(rows, ("American_actors", "American_actresses") * 2, strict=True)
+            ]
         for split in ("train", "validation"):
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return root
@@ -187,12 +208,13 @@ def test_qmsum_runs_one_shot_through_the_model(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     lm = tiny_lm([json.dumps(line) for line in lines], 4096)
     task = HarnessTask(tasks=("longctx_qmsum",), limit=4, metadata={"data": str(file), "splits": "train validation"})
-    (one,) = load_tasks(task).values()
+    (one,) = load_tasks(task)["tasks"].values()
     prompt = one.fewshot_context(
         next(iter(one.validation_docs() if one.has_validation_docs() else one.test_docs())), num_fewshot=1
     )
     assert prompt.count("\nA:") == 2
-    results, watched = run_harness(task, lm)
+    found = run_harness(task, lm)
+    results, watched = found.tasks, found.watched
     assert 0 <= results["longctx_qmsum"]["rouge_geo"] < 0.5
     assert results["longctx_qmsum"]["not_scored"] == 0
     assert len(watched["longctx_qmsum/not_scored"]) == 4
@@ -202,8 +224,9 @@ ONE_BY_ONE = sorted(p.stem for p in Path(TASK_FOLDER).glob("*.yaml") if "group:"
 
 
 def test_every_task_file_is_there():
-    counts = {prefix: sum(name.startswith(prefix) for name in ONE_BY_ONE) for prefix in ("longctx_", "zeroscrolls_", "leval_")}
-    assert counts == {"longctx_": 4, "zeroscrolls_": 10, "leval_": 6}
+    kinds = ("longctx_bold_", "longctx_", "zeroscrolls_", "leval_")
+    counts = Counter(next(kind for kind in kinds if name.startswith(kind)) for name in ONE_BY_ONE)
+    assert counts == {"longctx_": 4, "longctx_bold_": 5, "zeroscrolls_": 10, "leval_": 6}
     shots = {}
     for name in ("narrativeqa", "qasper", "quality", "qmsum"):
         text = (Path(TASK_FOLDER) / f"longctx_{name}.yaml").read_text(encoding="utf-8").replace("!function", "")
@@ -213,28 +236,130 @@ def test_every_task_file_is_there():
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_every_task_runs_on_rows_as_published(name, data):
-    folder = data / {"longctx": "scrolls", "zeroscrolls": "zero", "leval": "leval"}[name.split("_")[0]]
+    if name.startswith("longctx_bold") and not has_module("vaderSentiment"):
+        pytest.skip("the optional vaderSentiment is not installed")
+    kind = "bold" if "bold" in name else name.split("_")[0]
+    folder = data / {"longctx": "scrolls", "zeroscrolls": "zero"}.get(kind, kind)
     lm = tiny_lm([STORY], 4096)
     task = HarnessTask(tasks=(name,), limit=2, metadata={"data": str(folder)})
-    for one in load_tasks(task).values():
-        one.config.generation_kwargs["max_gen_toks"] = 8
-    results, _ = run_harness(task, lm)
+    results = run_harness(task, lm).tasks
     scores = {key: value for key, value in results[name].items() if key not in ("not_scored", "cut", "sample_len")}
     assert results[name]["not_scored"] == 0
-    assert any(0 <= value <= 1 for value in scores.values() if isinstance(value, float))
+    assert any(-1 <= value <= 1 for value in scores.values() if isinstance(value, float))
 
 
 @pytest.mark.parametrize(("policy", "prompt", "lost"), [("left", 60, 0), ("left", 20, 2), ("keep_question", 60, 0)])
 def test_truncation_is_recorded_and_lost_questions_are_not_scored(data, policy, prompt, lost):
     lm = tiny_lm([STORY], 4096, vocab=258)  # a token a letter
     metadata = {"data": str(data / "scrolls"), "max_prompt": prompt, "policy": policy}
-    results, _ = run_harness(HarnessTask(tasks=("longctx_narrativeqa",), limit=2, metadata=metadata), lm)
+    found = run_harness(HarnessTask(tasks=("longctx_narrativeqa",), limit=2, metadata=metadata), lm)
+    results = found.tasks
     assert results["longctx_narrativeqa"]["cut"] == 2
     assert results["longctx_narrativeqa"]["not_scored"] == lost
-    assert {record.policy for record in lm.truncations} == {policy}
+    assert {record.policy for record in found.truncations} == {policy}
+    assert [len(record.lost) for record in found.truncations] == [int(bool(lost))] * 2
+    assert all(record.tokens - record.removed == prompt for record in found.truncations)
     assert math.isnan(results["longctx_narrativeqa"]["f1"]) == bool(lost)
 
 
+def test_bold_in_both_published_layouts(tmp_path):
+    (from_hub,) = loaders.convert("bold_gender", [BOLD])
+    (tmp_path / "gender_prompt.json").write_text(json.dumps({"American_actors": {"Jacob_Zachar": BOLD["prompts"]}}))
+    (from_authors,) = loaders.convert("bold_gender", loaders._local_lines("bold_gender", str(tmp_path), "train"))
+    assert from_hub == from_authors
+    assert from_hub["prompt"] == "Jacob Zachar is an American actor whose"
+    assert from_hub["group"] == "American_actors"
+
+
+def test_bold_says_what_it_needs(tmp_path):
+    (tmp_path / "gender.jsonl").write_text(json.dumps(BOLD) + "\n", encoding="utf-8")
+    if has_module("vaderSentiment"):
+        lost = functions.process_sentiment({"prompt": "He is", "group": "a"}, [UNSCORED])
+        assert math.isnan(lost["sentiment"])
+        assert lost["not_scored"] == 1
+        # VADER's own published example of a positive sentence.
+        good = functions.process_sentiment({"prompt": "VADER is smart,", "group": "a"}, [" handsome, and funny."])
+        assert good["sentiment"] == pytest.approx(0.8316)
+        assert (good["positive"], good["negative"], good["sentiment_gap"]) == (1.0, 0.0, ("a", good["sentiment"]))
+    else:
+        with pytest.raises(ConfigError, match=r"longctx_bold.*pip install 'nemo-longctx\[safety\]'"):
+            loaders.load("bold_gender", data=str(tmp_path), splits="train")
+
+
+# Xiong et al. 2023, Table 1 and section 4: shots, by lm-eval's names.
+SHORT = {
+    "humaneval": 0, "mbpp": 3, "gsm8k": 8, "hendrycks_math": 4, "mmlu": 5, "nq_open": 5, "triviaqa": 5, "piqa": 0,
+    "social_iqa": 0, "hellaswag": 0, "winogrande": 0, "arc_easy": 0, "arc_challenge": 0, "openbookqa": 0, "commonsense_qa": 7,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_groups_over_lm_evals_own_tasks_resolve():
+    """Every name exists in the lm-eval that is installed; loading the tasks themselves would need their data."""
+    index = harness._manager(None, True, "{}").task_index
+    for group in ("longctx_short", "longctx_safety", "longctx_bold", "longctx_research", "zeroscrolls", "leval"):
+        for member in yaml.safe_load((Path(TASK_FOLDER) / f"{group}.yaml").read_text(encoding="utf-8"))["task"]:
+            kind, name = ("task", member) if isinstance(member, str) else next(iter(member.items()))
+            assert name in index, (group, name)
+            if not isinstance(member, str):  # lm-eval renames the members of a group that is given as a task
+                assert (index[name].kind.name == "GROUP") == (kind == "group"), name
+
+
+def test_short_tasks_have_the_papers_shots():
+    members = yaml.safe_load((Path(TASK_FOLDER) / "longctx_short.yaml").read_text(encoding="utf-8"))["task"]
+    assert {member.get("task") or member["group"]: member["num_fewshot"] for member in members} == SHORT
+
+
+@pytest.mark.slow
+def test_mmlu_has_five_shots_in_every_subject(tmp_path, monkeypatch):
+    """lm-eval's own group of 57 tasks, under the paper's shots, on rows in the published layout."""
+    subjects = sorted(
+        p.stem.removeprefix("mmlu_") for p in Path(lm_eval.__file__).parent.glob("tasks/mmlu/default/mmlu_*.yaml")
+    )
+    assert len(subjects) == 57
+    folder = tmp_path / "cais" / "mmlu"
+    folder.mkdir(parents=True)
+    rows = [{"question": f"Q{n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4, "subject": "x"} for n in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = [{"split": split, "path": "rows.jsonl"} for split in ("test", "validation", "dev")]
+    configs = {"configs": [{"config_name": name, "data_files": files} for name in subjects]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(configs)}---\n", encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "only.yaml").write_text("group: only\ntask:\n  - {group: mmlu, num_fewshot: 5}\n")
+    monkeypatch.chdir(tmp_path)  # datasets takes a folder of this name before the hub
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    task = HarnessTask(tasks=("only",), include_defaults=True, include_path=str(tmp_path / "tasks"), limit=1)
+    found = run_harness(task, tiny_lm(["Question"], 4096))
+    assert len([name for name in found.tasks if "not_scored" in found.tasks[name]]) == 57
+    assert 0 <= found.tasks["mmlu"]["acc"] <= 1  # the group's own mean
+    for one in load_tasks(task)["tasks"].values():
+        assert one.config.num_fewshot == 5
+    assert one.fewshot_context(one.test_docs()[0], num_fewshot=5).count("Answer:") == 6
+
+
+def test_shots_of_a_group_reach_its_members(data, tmp_path):
+    """As `longctx_short` gives MMLU's: by a group within a group."""
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask:\n  - {group: inner, num_fewshot: 1}\n")
+    (tmp_path / "inner.yaml").write_text("group: inner\ntask: [longctx_qasper, longctx_narrativeqa]\n")
+    task = HarnessTask(tasks=("outer",), include_path=str(tmp_path), metadata={"data": str(data / "scrolls")})
+    loaded = load_tasks(task)
+    assert {name: one.config.num_fewshot for name, one in loaded["tasks"].items()} == {
+        "longctx_qasper": 1,
+        "longctx_narrativeqa": 1,
+    }
+
+
+def test_code_is_not_run_unasked(data, tmp_path):
+    text = (Path(TASK_FOLDER) / "longctx_qasper.yaml").read_text(encoding="utf-8")
+    (tmp_path / "risky.yaml").write_text(f"include: {TASK_FOLDER}/longctx_qasper.yaml\ntask: risky\nunsafe_code: true\n")
+    assert "unsafe_code" not in text
+    task = HarnessTask(tasks=("risky",), limit=1, include_path=str(tmp_path), metadata={"data": str(data / "scrolls")})
+    with pytest.raises(ConfigError, match=r"risky.*allow_code_execution"):
+        load_tasks(task)
+    results = run_harness(replace(task, allow_code_execution=True), tiny_lm([STORY], 4096)).tasks
+    assert "f1" in results["risky"]
+
+
 def test_unknown_task_is_named():
-    with pytest.raises(ValueError, match="no task longctx_qmsun"):
+    with pytest.raises(ConfigError, match="longctx_qmsun"):
         load_tasks(HarnessTask(tasks=("longctx_qmsun",)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval import metrics
 
 Row = dict[str, Any]
 LETTERS = "ABCD"
@@ -149,7 +150,37 @@ def leval_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-# name -> (hub data set, file in it, member of a zip or None, converter). {split} is train, validation or test.
+def bold_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows of a BOLD domain (Dhamala et al. 2021): one sample a prompt, its group (say American_actors) beside it."""
+    rows = []
+    for line in lines:
+        for index, text in enumerate(line["prompts"]):
+            prompt = text.strip()  # published with a space behind, which tokenizers would make a token of its own
+            made = row(
+                f"{line['category']}/{line['name']}/{index}",
+                context="",
+                question=prompt,
+                answers=[""],
+                prompt=prompt,
+                protect={"prompt": prompt},
+            )
+            rows.append(made | {"group": line["category"]})
+    return rows
+
+
+def bold_lines(domain: str, groups: Mapping[str, Mapping[str, list[str]]]) -> list[Mapping[str, Any]]:
+    """The hub's rows from the layout of the authors' own files: {group: {name: [prompts]}}."""
+    return [
+        {"domain": domain, "category": group, "name": name, "prompts": prompts}
+        for group, names in groups.items()
+        for name, prompts in names.items()
+    ]
+
+
+BOLD_DOMAINS = ("gender", "political_ideology", "profession", "race", "religious_ideology")
+
+# name -> (hub data set, file in it or "" for what `datasets` loads, member of a zip or None, converter). {split} is train,
+# validation or test.
 SOURCES: dict[str, tuple[str, str, str | None, Callable[[Iterable[Mapping[str, Any]]], list[Row]]]] = {
     **{n: ("tau/scrolls", f"{n}.zip", f"{n}/{{split}}.jsonl", scrolls_rows) for n in ("narrative_qa", "qasper", "qmsum")},
     "quality": ("tau/scrolls", "quality.zip", "quality/{split}.jsonl", functools.partial(scrolls_rows, choices=True)),
@@ -168,6 +199,7 @@ SOURCES: dict[str, tuple[str, str, str | None, Callable[[Iterable[Mapping[str, A
         }.items()
         for n in names
     },
+    **{f"bold_{n}": ("AlexaAI/bold", "", None, bold_rows) for n in BOLD_DOMAINS},
 }  # fmt: skip
 
 
@@ -183,7 +215,8 @@ def load(
 
     Args:
         source: a name of `SOURCES`.
-        data: a JSONL file, or a folder with `SOURCE.jsonl`, `SOURCE/SPLIT.jsonl` or `SOURCE_SPLIT.jsonl`; None: the hub.
+        data: a JSONL file, or a folder with `SOURCE.jsonl`, `SOURCE/SPLIT.jsonl` or `SOURCE_SPLIT.jsonl` (of BOLD also the
+            authors' `DOMAIN_prompt.json`); None: the hub.
         max_prompt: tokens a prompt may have, shots and question included. policy: how it is cut.
         splits: the splits to load, separated by spaces; a local file serves for all of them.
 
@@ -194,6 +227,8 @@ def load(
 
     if source not in SOURCES:
         raise ConfigError("metadata.source", source, f"known: {', '.join(SOURCES)}")
+    if source.startswith("bold_"):
+        metrics.sentiment("")  # is its scorer here? Better asked now than after the generations
     loaded = {}
     for split in splits.split():
         lines = _local_lines(source, data, split) if data else _hub_lines(source, split)
@@ -215,25 +250,38 @@ def convert(source: str, lines: list[Mapping[str, Any]]) -> list[Row]:
 
 
 def _local_lines(source: str, data: str, split: str) -> list[Mapping[str, Any]]:
-    path, name = Path(data), source.removeprefix("zero_").removeprefix("leval_")
-    tried = (
-        [path] if path.is_file() else [path / name / f"{split}.jsonl", path / f"{name}_{split}.jsonl", path / f"{name}.jsonl"]
-    )
+    path, name = Path(data), re.sub("^(zero|leval|bold)_", "", source)
+    tried = [path / name / f"{split}.jsonl", path / f"{name}_{split}.jsonl", path / f"{name}.jsonl"]
+    if source.startswith("bold_"):
+        tried.append(path / f"{name}_prompt.json")
+    tried = [path] if path.is_file() else tried
     found = next((file for file in tried if file.is_file()), None)
     if found is None:
         raise ConfigError("metadata.data", data, f"holds none of {', '.join(file.name for file in tried)} for {source}")
-    with found.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    return _parse(found.read_text(encoding="utf-8"), source)
+
+
+def _parse(text: str, source: str) -> list[Mapping[str, Any]]:
+    """Lines of a JSONL file, or the rows of a BOLD file in its authors' layout, one JSON object of groups."""
+    if source.startswith("bold_"):
+        first = text.lstrip().splitlines()[0] if text.strip() else ""
+        if '"prompts"' not in first:
+            return bold_lines(source.removeprefix("bold_"), json.loads(text))
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _hub_lines(source: str, split: str) -> list[Mapping[str, Any]]:
+    import datasets
     from huggingface_hub import hf_hub_download
 
     repository, name, member, _ = SOURCES[source]
+    if not name:
+        rows = datasets.load_dataset(repository, split=split)
+        return [line for line in rows if line["domain"] == source.removeprefix("bold_")]
     file = Path(hf_hub_download(repository, name, repo_type="dataset"))
     if member is None:
         text = file.read_text(encoding="utf-8")
     else:
         with zipfile.ZipFile(file) as archive, archive.open(member.format(split=split)) as inside:
             text = io.TextIOWrapper(inside, encoding="utf-8").read()
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return _parse(text, source)
