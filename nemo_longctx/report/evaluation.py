@@ -6,15 +6,23 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_longctx.eval import position, probes
-from nemo_longctx.eval.suite import SuiteResult, as_record, from_record
+import numpy as np
+
+from nemo_longctx.eval import position, probe_scores
+from nemo_longctx.eval.guard import GuardConfig, judge
+from nemo_longctx.eval.results import SuiteResult, as_record, from_record
+from nemo_longctx.eval.scaling import ContextLaw, fit_context_law_by_document
+from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.html import Section, write_page
-from nemo_longctx.report.plots import plot_loss_by_position, plot_probes
+from nemo_longctx.report.plots import plot_context_law, plot_loss_by_position, plot_probes, tokens_label
 
 RECORD = "results.json"
+LINES, PANELS = 8, 4  # evaluations in one figure: as many as can be told apart; tables and CSV hold all
+REPLICATES = 300  # of the bootstrap over documents; every evaluation draws the page anew
 
 
 def read_results(directory: str | Path) -> list[SuiteResult]:
@@ -33,11 +41,11 @@ def write_results(
     marks: Sequence[tuple[float, str]] = (),
     title: str = "Long-context evaluation",
 ) -> Path:
-    """Write everything that is known of some evaluations of one model; returns the page.
+    """Write everything that is known of some evaluations, of one model in time or of several; returns the page.
 
     Args:
         results: evaluations in order, say before, during and after an extension.
-        provenance: what made them (config, versions, seed, data), kept in the JSON.
+        provenance: what made them (config, versions, seed, data), kept in the JSON and at the foot of the page.
         marks: (position, name) verticals in the figures of loss by position.
     """
     directory = Path(directory)
@@ -48,41 +56,136 @@ def write_results(
     beside.replace(directory / RECORD)
     sections = [_summary(results)]
     for name in dict.fromkeys(name for result in results for name in result.position):
-        rows = [row for result in results for row in result.position.get(name, [])]
-        stem = "loss_by_" + name
-        position.write_csv(directory / f"{stem}.csv", rows)
-        figure = plot_loss_by_position(position.by_model(rows), directory / f"{stem}.png", marks=marks)
-        sections.append(Section(heading=f"Loss by position ({name})", note="Bands: 95 % over documents.", figures=[figure]))
+        sections += _position_sections(directory, name, results, marks)
     cells = [row for result in results for row in result.probes]
     if cells:
-        probes.write_csv(directory / "probes.csv", cells)
-        figures = [plot_probes(cells, directory / "probes_score.png")]
-        figures.append(
-            plot_probes(cells, directory / "probes_answer_loss.png", value="answer_loss", title="Loss of the probes' answers")
-        )
-        sections.append(_probe_section(cells, figures))
+        sections.append(_probe_section(directory, cells))
     tasks = _task_table(results)
     if len(tasks) > 1:
         _write_table(directory / "tasks.csv", tasks)
-        sections.append(Section(heading="Tasks", table=tasks))
+        note = "“cut” counts samples whose prompt was shortened (truncations.csv), “not_scored” those that lost what is asked."
+        sections.append(Section(heading="Tasks", note=note, table=tasks))
+    cuts = [[r.model, *astuple(cut)[:-1], " ".join(cut.lost)] for r in results for cut in r.truncations]
+    if cuts:
+        names: list[object] = [field.name for field in fields(TruncationRecord)]
+        _write_table(directory / "truncations.csv", [["model", *names], *cuts])
+    changes = _change_table(results)
+    if len(changes) > 1:
+        note = (
+            f"The same documents and samples, now and at {results[0].model}: mean of the paired differences and its standard "
+            "error; p by sign flips. A rise of a loss and a fall of a score are losses of ability."
+        )
+        sections.append(Section(heading="Short-context guard", note=note, table=changes))
+    sections.append(Section(heading="What made this", code=json.dumps(provenance, indent=1, default=str)))
     return write_page(directory / "index.html", title, sections)
 
 
 def _summary(results: Sequence[SuiteResult]) -> Section:
-    rows: list[list[object]] = [["model", "seconds", "failed", "skipped for time"]]
+    """One line a model: what it can do in one glance, and what went wrong."""
+    names = list(dict.fromkeys(name for result in results for name in result.position))
+    kinds = list(dict.fromkeys(row.kind for result in results for row in result.probes))
+    head: list[object] = ["model", *(f"loss, {tokens_label(int(n.rpartition('_')[2]))} tokens" for n in names)]
+    head += [f"{_title(kind)}: effective length" for kind in kinds]
+    rows: list[list[object]] = [[*head, "seconds", "not measured"]]
     for result in results:
-        failed = "; ".join(f"{task}: {why}" for task, why in result.errors.items())
-        rows.append([result.model, sum(result.seconds.values()), failed or "none", ", ".join(result.skipped) or "none"])
-    return Section(heading="Evaluations", table=rows)
+        effective = probe_scores.effective_length(result.probes)
+        missing = [f"{task}: {why}" for task, why in result.errors.items()]
+        missing += [f"{task}: no time" for task in result.skipped]
+        losses: list[object] = [_loss(result.position.get(name, ())) for name in names]
+        lengths: list[object] = [effective.get((result.model, kind), math.nan) for kind in kinds]
+        rows.append([result.model, *losses, *lengths, f"{sum(result.seconds.values()):.1f}", "; ".join(missing) or "–"])
+    note = "Loss in nats per token. Effective length: the longest that keeps 90 % of the score at the shortest length; 0: none."
+    return Section(heading="In one glance", note=note, table=rows)
 
 
-def _probe_section(cells: Sequence[probes.ProbeRow], figures: Sequence[Path]) -> Section:
-    effective = probes.effective_length(cells)
-    table: list[list[object]] = [["probe", "model", "effective context (tokens)", "not scored (did not fit)"]]
-    for (model, kind), length in effective.items():
-        skipped = sum(row.skipped for row in cells if (row.model, row.kind) == (model, kind))
-        table.append([kind.replace("_", " "), model, length, skipped])
-    note = "Effective context: the longest length up to which at least 90 % of the score at the shortest length is kept."
+def _loss(rows: Sequence[position.PositionRow]) -> float:
+    tokens = sum(row.tokens for row in rows)
+    return sum(row.loss * row.tokens for row in rows) / tokens if tokens else math.nan
+
+
+def _position_sections(
+    directory: Path, name: str, results: Sequence[SuiteResult], marks: Sequence[tuple[float, str]]
+) -> list[Section]:
+    """Loss by position of one task, and L(c) where it falls."""
+    rows = [row for result in results for row in result.position.get(name, [])]
+    position.write_csv(directory / f"loss_by_{name}.csv", rows)
+    length = tokens_label(max(row.end for row in rows))
+    by_model = position.by_model(rows)
+    drawn = spread(list(by_model), LINES)
+    title = f"Loss by position, {length} tokens"
+    figure = plot_loss_by_position(
+        {model: by_model[model] for model in drawn}, directory / f"loss_by_{name}.png", marks=marks, title=title
+    )
+    sections = [Section(heading=title, note=_bands(len(drawn), len(by_model)), figures=[figure])]
+    laws, curves, table = {}, {}, [["model", "alpha (tokens)", "beta", "gamma (nats)", "documents"]]
+    for result in (result for result in results if result.model in drawn and name in result.documents):
+        law, curve, documents = _law(result.documents[name])
+        if law is None:
+            table.append([result.model, "no fit: the loss does not fall as the law does", "", "", str(documents)])
+            continue
+        laws[result.model], curves[result.model] = law, curve
+        table.append([result.model, *(_with_interval(law, key) for key in ("alpha", "beta", "gamma")), str(documents)])
+    if laws:
+        title = f"Context scaling law, to {length} tokens"
+        figure = plot_context_law(curves, laws, directory / f"context_law_{name}.png", title=title)
+        note = "L(c) = (alpha / c)^beta + gamma, with 95 % intervals by a bootstrap over documents."
+        sections.append(Section(heading=title, note=note, figures=[figure], table=table))
+    return sections
+
+
+def spread(names: Sequence[str], most: int) -> list[str]:
+    """At most `most` of the names, evenly spaced, the first and the last among them."""
+    if len(names) <= most:
+        return list(names)
+    return [names[round(place)] for place in np.linspace(0, len(names) - 1, most)]
+
+
+def _bands(drawn: int, known: int) -> str:
+    return "Bands: 95 % over documents." + (f" {drawn} of {known} evaluations; the CSV has all." if drawn < known else "")
+
+
+def _law(documents: Mapping[str, Any]) -> tuple[ContextLaw | None, dict[str, np.ndarray], int]:
+    """The fit of one evaluation's documents, its curve, and how many documents there were; None where there is no fit."""
+    losses = position.PositionLosses(documents["edges"])
+    losses.add_sums(documents["sums"], documents["counts"])
+    sums, counts = losses.by_document()
+    reached = counts.sum(0) > 0
+    curve = {"context": losses.context[reached], "loss": sums.sum(0)[reached] / counts.sum(0)[reached]}
+    try:
+        return fit_context_law_by_document(losses.context, sums, counts, replicates=REPLICATES), curve, len(sums)
+    except ValueError:  # too few documents or bins, or a loss that rises or jumps: the table says that there is none
+        return None, curve, len(sums)
+
+
+def _with_interval(law: ContextLaw, key: str) -> str:
+    low, high = law.intervals.get(key, (math.nan, math.nan))
+    return f"{getattr(law, key):.3g} ({low:.3g} to {high:.3g})"
+
+
+def _title(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
+def _probe_section(directory: Path, cells: Sequence[probe_scores.ProbeRow]) -> Section:
+    probe_scores.write_csv(directory / "probes.csv", cells)
+    models = list(dict.fromkeys(row.model for row in cells))
+    shown = spread(models, PANELS)
+    drawn = [row for row in cells if row.model in shown]
+    loss = "Probes: loss of the answer (nats per token)"
+    figures = [
+        plot_probes(drawn, directory / "probes_score.png", title="Probes: score of the reply"),
+        plot_probes(drawn, directory / "probes_answer_loss.png", value="answer_loss", title=loss),
+    ]
+    table: list[list[object]] = [["probe", "model", "effective length (tokens)", "samples", "did not fit, not scored"]]
+    for (model, kind), length in probe_scores.effective_length(cells).items():
+        mine = [row for row in cells if (row.model, row.kind) == (model, kind)]
+        table.append([_title(kind), model, length, sum(r.samples for r in mine), sum(r.skipped for r in mine)])
+    note = (
+        "Score: ROUGE-L of the first sentence, or the share of hidden answers in the reply. The loss of the answer shows "
+        "progress long before a model can say it. No probe is ever cut."
+    )
+    if len(shown) < len(models):
+        note += f" {len(shown)} of {len(models)} evaluations are drawn; the CSV has all."
     return Section(heading="Probes", note=note, figures=figures, table=table)
 
 
@@ -93,6 +196,16 @@ def _task_table(results: Sequence[SuiteResult]) -> list[list[object]]:
         values = [result.tasks.get(task, {}).get(key, math.nan) for result in results]
         if all(isinstance(value, int | float) for value in values):
             table.append([task, key, *values])
+    return table
+
+
+def _change_table(results: Sequence[SuiteResult]) -> list[list[object]]:
+    """Paired changes of what is watched, against the first evaluation."""
+    table: list[list[object]] = [["measurement", "model", "change", "standard error", "p", "pairs"]]
+    for result in results[1:]:
+        for name, change in judge(results[0].watched, result.watched, GuardConfig()).changes.items():
+            row = [f"{change.mean:+.4f}", f"{change.standard_error:.4f}", f"{change.p_value:.4f}", change.pairs]
+            table.append([name, result.model, *row])
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,12 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px sol
 img{max-width:100%;height:auto;display:block;margin:1rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}p.note{color:#555}
+th{font-weight:600;white-space:normal;vertical-align:bottom;background:#f6f6f4}
+tr:hover td{background:#fafaf7}
+th:first-child,td:first-child{text-align:left}p.note{color:#555;max-width:46rem}
+nav{columns:2;margin:1rem 0 0;padding:0}nav a{display:block;color:#0072B2;text-decoration:none}
+nav a:hover{text-decoration:underline}
+pre{background:#f6f6f4;padding:.8rem 1rem;overflow-x:auto;font-size:12px}summary{cursor:pointer;color:#0072B2}
 """
 
 
@@ -25,19 +31,24 @@ class Section:
     Args:
         heading: its title. note: a paragraph under it.
         figures: PNG files to embed. table: rows, the first of them the header.
+        code: text in a fixed pitch, folded until it is asked for.
     """
 
     heading: str
     note: str = ""
     figures: Sequence[str | Path] = ()
     table: Sequence[Sequence[object]] = field(default_factory=tuple)
+    code: str = ""
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
     """Write the page, making its folder; every text is escaped. Returns the path."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+    if len(sections) > 2:
+        links = [f'<a href="#s{number}">{html.escape(section.heading)}</a>' for number, section in enumerate(sections)]
+        parts.append(f"<nav>{''.join(links)}</nav>")
+    for number, section in enumerate(sections):
+        parts.append(f'<h2 id="s{number}">{html.escape(section.heading)}</h2>')
         if section.note:
             parts.append(f'<p class="note">{html.escape(section.note)}</p>')
         for figure in section.figures:
@@ -45,6 +56,8 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
             parts.append(f'<img alt="{html.escape(Path(figure).stem)}" src="data:image/png;base64,{data}">')
         if section.table:
             parts.append(_table(section.table))
+        if section.code:
+            parts.append(f"<details><summary>show</summary><pre>{html.escape(section.code)}</pre></details>")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -60,4 +73,6 @@ def _table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    return html.escape(f"{value:,}" if isinstance(value, int) else str(value))

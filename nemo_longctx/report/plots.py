@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nemo_longctx.eval.position import PositionRow
-    from nemo_longctx.eval.probes import ProbeRow
+    from nemo_longctx.eval.probe_scores import ProbeRow
     from nemo_longctx.eval.scaling import ContextLaw
 
 # Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
@@ -50,8 +50,8 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def tokens_label(tokens: float) -> str:
     """`4096` -> `4k`, `1500000` -> `1.5M`: binary thousands where exact, decimal ones otherwise."""
-    if tokens >= 1024 and tokens % 1024 == 0 and tokens < 1 << 20:
-        return f"{int(tokens) // 1024}k"
+    if tokens >= 1024 and tokens % 512 == 0 and tokens < 1 << 20:
+        return f"{tokens / 1024:g}k"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if tokens >= size:
             return f"{tokens / size:.3g}{unit}"
@@ -90,7 +90,7 @@ def _format_tokens(axes: Axes, *, log: bool) -> None:
     else:
         low, high = axes.get_xlim()
         if high - low >= 2048:  # ticks on binary thousands: 4k, 8k, ...
-            step = 1024 * 2 ** max(0, math.ceil(math.log2((high - low) / 1024 / 9)))
+            step = 512 * 2 ** max(0, math.ceil(math.log2((high - low) / 512 / 9)))
             if high < 1 << 20:
                 axes.set_xticks([t for t in range(0, int(high) + 1, step) if t >= low])
         else:
@@ -223,10 +223,10 @@ def plot_context_law(
 def plot_probes(
     rows: Sequence[ProbeRow], path: str | Path, *, value: str = "score", title: str = "Long-context probes"
 ) -> Path:
-    """One panel a (kind, model): a heat map of length x depth, or a line of length where the kind has no depth.
+    """A row of panels a kind: a heat map of length x depth for each model, or where there is no depth one line a model.
 
     Args:
-        rows: cells of one or more models (`nemo_longctx.eval.probes`).
+        rows: cells of one or more models (`nemo_longctx.eval.probe_scores`).
         path: PNG to write.
         value: `score`, or `answer_loss` (nats per token of the answer).
     """
@@ -236,25 +236,23 @@ def plot_probes(
     models = list(dict.fromkeys(row.model for row in rows))
     if not kinds:
         raise ValueError("no probe was scored: nothing to draw")
-    figure = Figure(figsize=(3.9 * len(models) + 0.8, 2.9 * len(kinds) + 0.4), dpi=150, layout="constrained")
-    panels = figure.subplots(len(kinds), len(models), squeeze=False, sharey="row")
+    figure = Figure(figsize=(max(7.2, 3.4 * len(models) + 0.8), 2.7 * len(kinds) + 0.5), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    grid = figure.add_gridspec(len(kinds), len(models))
     top = 1.0 if value == "score" else max((getattr(r, value) for r in rows if r.samples), default=1.0)
-    for kind, line in zip(kinds, panels, strict=True):
-        for model, axes in zip(models, line, strict=True):
-            cells = [row for row in rows if row.kind == kind and row.model == model]
-            depths = sorted({row.depth for row in cells})
-            if len(depths) > 1:
-                image = _heat_map(axes, cells, depths, value, top)
-            else:
-                image = None
-                _probe_line(axes, cells, value, top)
-            axes.set_title(f"{kind.replace('_', ' ')} · {model}", fontsize=9, color=INK, loc="left")
-            axes.set_xlabel("length (tokens)", fontsize=8.5, color=INK)
-            axes.tick_params(colors=INK, labelsize=8)
-        line[0].set_ylabel("depth" if image is not None else value.replace("_", " "), fontsize=8.5, color=INK)
-        if image is not None:
-            figure.colorbar(image, ax=list(line), label=value.replace("_", " "), shrink=0.9)
+    for line, kind in enumerate(kinds):
+        mine = [row for row in rows if row.kind == kind]
+        depths = sorted({row.depth for row in mine})
+        name = kind.replace("_", " ")
+        if len(depths) == 1:
+            _probe_lines(figure.add_subplot(grid[line, :]), name, models, mine, value, top)
+            continue
+        panels = [figure.add_subplot(grid[line, column]) for column in range(len(models))]
+        for model, axes in zip(models, panels, strict=True):
+            image = _heat_map(axes, [row for row in mine if row.model == model], depths, value, top)
+            axes.set_title(f"{name} · {model}", fontsize=9.5, color=INK, loc="left")
+        panels[0].set_ylabel("depth of the hidden text", fontsize=8.5, color=INK)
+        figure.colorbar(image, ax=panels, label=value.replace("_", " "), shrink=0.9)
     return save(figure, path)
 
 
@@ -265,28 +263,40 @@ def _heat_map(axes: Axes, cells: Sequence[ProbeRow], depths: Sequence[float], va
     grid = np.full((len(depths), len(lengths)), np.nan)
     for row in cells:
         grid[depths.index(row.depth), lengths.index(row.length)] = getattr(row, value)
-    # Green for good: high scores, low losses. Cells that were not scored stay grey.
-    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=top, cmap="RdYlGn" if value == "score" else "RdYlGn_r")
+    # Bright for good: high scores, low losses; told apart without colour too. Cells that were not scored stay grey.
+    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=top, cmap="viridis" if value == "score" else "viridis_r")
     axes.set_facecolor(FAINT)
-    axes.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths], rotation=45)
+    axes.set_xticks(range(len(lengths)), [tokens_label(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("length (tokens)", fontsize=8.5, color=INK)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.spines[:].set_visible(False)
     for (y, x), number in np.ndenumerate(grid):
         if not math.isnan(number):
-            dark = not 0.15 < number / top < 0.85  # both ends of the colour map are
-            axes.annotate(f"{number:.2g}", (x, y), ha="center", va="center", fontsize=7, color="white" if dark else INK)
+            red, green, blue, _ = image.cmap(image.norm(number))
+            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+            axes.annotate(f"{number:.2g}", (x, y), ha="center", va="center", fontsize=7.5, color=INK if bright else "white")
     return image
 
 
-def _probe_line(axes: Axes, cells: Sequence[ProbeRow], value: str, top: float) -> None:
-    cells = sorted(cells, key=lambda row: row.length)
-    axes.plot(
-        [c.length for c in cells], [getattr(c, value) for c in cells], "o-", color=COLOURS[0], markersize=4, linewidth=1.4
-    )
+def _probe_lines(axes: Axes, name: str, models: Sequence[str], rows: Sequence[ProbeRow], value: str, top: float) -> None:
+    for colour, model in zip(_cycle(len(models)), models, strict=True):
+        cells = sorted((row for row in rows if row.model == model), key=lambda row: row.length)
+        heights = [getattr(cell, value) for cell in cells]
+        axes.plot([c.length for c in cells], heights, "o-", color=colour, markersize=4, linewidth=1.5, label=model)
     axes.set_ylim(0, top * 1.05)
     axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _format_tokens(axes, log=True)
+    axes.set_xticks(sorted({row.length for row in rows}))
+    axes.minorticks_off()
+    axes.set_title(name, fontsize=9.5, color=INK, loc="left")
+    axes.set_xlabel("length (tokens)", fontsize=8.5, color=INK)
+    axes.set_ylabel(value.replace("_", " "), fontsize=8.5, color=INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def plot_votes(shares: Mapping[str, tuple[float, float, float]], path: str | Path, *, title: str) -> Path:

@@ -1,0 +1,71 @@
+"""The page of an evaluation: what it says, and that it never outgrows what can be read."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from nemo_longctx.eval.position import PositionLosses, uniform_edges
+from nemo_longctx.eval.probe_scores import ProbeRow
+from nemo_longctx.eval.results import blank_result
+from nemo_longctx.eval.truncation import TruncationRecord
+from nemo_longctx.report.evaluation import read_results, spread, write_results
+
+
+def evaluation(name, level, law=True):
+    """A result whose losses follow the law of a model that gains from context, or fall at once and stay."""
+    rng, result = np.random.default_rng(0), blank_result(name)
+    context = np.arange(1, 513)
+    losses = level + ((25.4 / context) ** 0.45 if law else np.where(context < 9, 3.0, 0.0))
+    totals = PositionLosses(uniform_edges(512, 32))
+    totals.add(losses + rng.normal(0, 0.05, (12, 1)) + rng.normal(0, 0.01, (12, 512)))
+    sums, counts = totals.by_document()
+    result.position["position_512"] = totals.rows(name)
+    result.documents["position_512"] = {"edges": totals.edges.tolist(), "sums": sums.tolist(), "counts": counts.tolist()}
+    result.watched["loss_position_512"] = (sums.sum(1) / counts.sum(1)).tolist()
+    for length in (256, 512):
+        for depth in (0.0, 1.0):
+            cell = {"model": name, "length": length, "samples": 2, "skipped": 0, "answer_loss": 2.0}
+            result.probes.append(ProbeRow(kind="needle", depth=depth, score=1.0 if length == 256 else 0.5, **cell))
+    return result
+
+
+def test_the_page_says_what_was_found(tmp_path):
+    before, after = evaluation("step 0", 1.56), evaluation("step 9", 1.66)
+    after.tasks["longctx_qmsum"] = {"rouge_geo": 0.25, "cut": 1, "not_scored": 1}
+    cut = TruncationRecord(task="longctx_qmsum", doc_id=3, policy="left", tokens=90, removed=40, lost=("question",))
+    after.truncations.append(cut)
+    after.errors["longctx_qasper"] = "ConfigError: no data"
+    page = write_results(tmp_path, [before, after], provenance={"seed": 7}).read_text(encoding="utf-8")
+    told = ("Context scaling law", "+0.1000", "rouge_geo", "longctx_qasper: ConfigError: no data", "&quot;seed&quot;: 7")
+    assert [said for said in told if said not in page] == []
+    assert page.count("data:image/png;base64,") == 4  # losses, law, and two of probes
+    with (tmp_path / "truncations.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row == {
+        "model": "step 9", "task": "longctx_qmsum", "doc_id": "3", "policy": "left", "tokens": "90", "removed": "40",
+        "lost": "question",
+    }  # fmt: skip
+    assert read_results(tmp_path) == [before, after]
+
+
+def test_losses_that_follow_no_law_get_none(tmp_path):
+    page = write_results(tmp_path, [evaluation("a", 1.5, law=False)], provenance={}).read_text(encoding="utf-8")
+    assert "Context scaling law" not in page
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_many_evaluations_stay_readable(tmp_path, count):
+    from matplotlib import image
+
+    results = [evaluation(f"step {n}", 2 - 0.01 * n) for n in range(count)]
+    page = write_results(tmp_path, results, provenance={}).read_text(encoding="utf-8")
+    assert f"step {count - 1}" in page
+    assert image.imread(tmp_path / "probes_score.png").shape[1] <= 2400  # pixels
+    with (tmp_path / "loss_by_position_512.csv").open(newline="") as file:
+        assert len({row["model"] for row in csv.DictReader(file)}) == count
+
+
+def test_spread_keeps_the_ends():
+    assert spread(list("abc"), 4) == list("abc")
+    assert spread([str(n) for n in range(30)], 4) == ["0", "10", "19", "29"]
