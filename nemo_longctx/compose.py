@@ -43,9 +43,41 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
             raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from error
 
 
+def recipe_file(value: str) -> Path | None:
+    """The file that `recipe=VALUE` names where VALUE is a path to a YAML file (`./mine.yaml`), not a choice of conf/recipe/.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    if not value.endswith((".yaml", ".yml")):
+        return None
+    path = Path(value)
+    if not path.is_file():
+        raise ConfigError("recipe", value, "no such file; give a recipe of your own, or a choice of conf/recipe/ without .yaml")
+    return path
+
+
+def _own_recipe(file: Path) -> str:
+    """Make a user's recipe file a choice of the group `recipe`, as if it lay in conf/recipe/; its name there."""
+    import yaml
+    from hydra.core.config_store import ConfigStore
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError("recipe", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("recipe", str(file), "must be a mapping, such as {defaults: [llama2_7b, _self_], trainer: {...}}")
+    name = f"own_{file.stem}"
+    ConfigStore.instance().store(group="recipe", name=name, node=values, package="_global_", provider=str(file))
+    return name
+
+
 def _override(item: str, known: dict[str, list[str]]) -> str:
     """Check one override; a value's key may be new to the YAML, since the schema is what knows the keys."""
     key, equals, value = item.partition("=")
+    if key == "recipe" and (file := recipe_file(value)) is not None:
+        return f"recipe={_own_recipe(file)}"
     if item.startswith(("+", "~")):
         return item
     if not equals or not key:
@@ -56,4 +88,6 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
         return item
     if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:
         raise ConfigError(key, value, f"unknown key, did you mean {near[0]!r}?")  # recipe is no key of the schema
-    return f"++{item}"
+    if "=" in value and value[0] not in "[{'\"":  # NeMo's checkpoints are called step=100-last, which Hydra wants quoted
+        value = "'" + value.replace("'", "\\'") + "'"
+    return f"++{key}={value}"

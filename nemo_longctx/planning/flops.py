@@ -9,13 +9,14 @@ A multiply-add is two operations; the backward pass costs twice the forward.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.curriculum import Curriculum, Stage, StageConfig
 from nemo_longctx.planning.models import ModelShape
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ATTENTION = ("full", "causal", "document")
 LAYERS = ("12h2", "exact")
@@ -160,6 +161,8 @@ def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int) -> float:
     Raises:
         ConfigError: no documents, or a length under 1.
     """
+    import numpy as np  # only documents need it, and it takes longer to import than a plan to make
+
     L = np.asarray(document_lengths_D, dtype=np.float64)
     if L.size == 0 or L.min() < 1:
         raise ConfigError("documents", f"{L.size} lengths", "every document must have one token or more, and there must be one")

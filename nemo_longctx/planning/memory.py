@@ -16,9 +16,9 @@ from nemo_longctx.planning.models import ModelShape
 
 # What a process holds beside tensors on a GPU: CUDA context, NCCL's buffers, cuBLAS workspaces. An allowance, not a formula.
 FRAMEWORK_BYTES = 2.0 * GIB
-# Tokens of a chunk of the chunked loss and bytes of its fp32 logits, whichever is less, on a GPU:
-# nemo_longctx.attention.loss.CHUNK_LIMITS["cuda"], with which a test compares it (that module imports torch, this must not).
-LOSS_CHUNK_LIMITS = (4096, 2 * 2**30)
+# Tokens of a chunk of the chunked loss and bytes of its fp32 logits, whichever is less:
+# nemo_longctx.attention.loss.CHUNK_LIMITS, with which a test compares it (that module imports torch, this must not).
+LOSS_CHUNK_LIMITS = {"cpu": (512, 64 * 2**20), "cuda": (4096, 2 * 2**30)}
 # What predictions were found to be off by, at worst (benchmarks/plan_memory.py, benchmarks/plan_published.py).
 STATED_ERROR = 0.10
 
@@ -70,9 +70,10 @@ def memory_plan(
     seq_length: int,
     global_batch_size: int,
     eval_length: int = 0,
-    framework_bytes: float = FRAMEWORK_BYTES,
+    device: str = "cuda",
+    framework_bytes: float | None = None,
 ) -> MemoryPlan:
-    """The fullest GPU of a layout.
+    """The fullest GPU (or CPU process) of a layout.
 
     Args:
         model: sizes.
@@ -80,10 +81,16 @@ def memory_plan(
         seq_length: tokens of a training sequence.
         global_batch_size: sequences of an optimizer step.
         eval_length: longest context that an evaluation inside the run holds in a KV cache, tokens; 0 for none.
-        framework_bytes: allowance for what no tensor holds; 0 on a CPU.
+        device: "cuda" or "cpu", whose chunked losses have chunks of their own size.
+        framework_bytes: allowance for what no tensor holds; None takes FRAMEWORK_BYTES on a GPU and 0 on a CPU.
     """
-    stages = {0, layout.pipeline_model_parallel_size - 1}
-    plans = [_stage_plan(model, layout, s, seq_length, global_batch_size, eval_length, framework_bytes) for s in sorted(stages)]
+    if framework_bytes is None:
+        framework_bytes = FRAMEWORK_BYTES if device == "cuda" else 0.0
+    stages = sorted({0, layout.pipeline_model_parallel_size - 1})
+    plans = [
+        _stage_plan(model, layout, stage, seq_length, global_batch_size, eval_length, device, framework_bytes)
+        for stage in stages
+    ]
     return max(plans, key=lambda plan: plan.total)
 
 
@@ -94,6 +101,7 @@ def _stage_plan(
     seq_length: int,
     global_batch_size: int,
     eval_length: int,
+    device: str,
     framework_bytes: float,
 ) -> MemoryPlan:
     precision = PRECISIONS[layout.precision]
@@ -110,7 +118,7 @@ def _stage_plan(
         gradients=held * layout.gradient_bytes,
         optimizer=parameters * precision.optimizer / (1 if layout.sharding == "none" else replicas),
         activations=tokens * precision.activation * kept,
-        logits=_loss_bytes(model, layout, tokens) if last else 0.0,
+        logits=_loss_bytes(model, layout, tokens, LOSS_CHUNK_LIMITS[device]) if last else 0.0,
         workspace=_workspace_bytes(model, layout, tokens, layer),
         communication=_communication_bytes(model, layout, tokens),
         framework=framework_bytes,
@@ -208,7 +216,7 @@ def offloaded_bytes(model: ModelShape, layout: Layout, seq_length: int) -> float
     return tokens * PRECISIONS[layout.precision].activation * on_host * layout.model_chunks
 
 
-def _loss_bytes(model: ModelShape, layout: Layout, tokens: float) -> float:
+def _loss_bytes(model: ModelShape, layout: Layout, tokens: float, chunk_limits: tuple[int, int]) -> float:
     """What the cross entropy and the head's backward need at their peak.
 
     `vocab_parallel`: the logits and, where they are narrower than fp32, their fp32 copy, in whose place softmax and gradient
@@ -222,7 +230,7 @@ def _loss_bytes(model: ModelShape, layout: Layout, tokens: float) -> float:
     hidden_gradient = tokens * model.hidden_size * width
     head_gradient = vocabulary * model.hidden_size * width
     if layout.loss == "chunked":
-        chunk = min(LOSS_CHUNK_LIMITS[0] * vocabulary * 4, LOSS_CHUNK_LIMITS[1], tokens * vocabulary * 4)
+        chunk = min(chunk_limits[0] * vocabulary * 4, chunk_limits[1], tokens * vocabulary * 4)
         return chunk * (1 + narrow / 4) + hidden_gradient + head_gradient * 4 / width
     a_logit = narrow + (3 * 4 if layout.loss == "eager" else 4)
     return tokens * vocabulary * a_logit + hidden_gradient + head_gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -221,16 +221,43 @@ def model_from_hf(path: Path) -> ModelShape:
     )
 
 
+def model_from_nemo(path: Path) -> ModelShape:
+    """Read the sizes out of a NeMo 2 checkpoint's `context/model.yaml`.
+
+    Raises:
+        ConfigError: the file lacks a size, or is of a model whose arithmetic this planner does not know.
+        OSError: the file cannot be read.
+    """
+    import yaml  # a plan by name needs none
+
+    config = yaml.safe_load(path.read_text()).get("config", {})
+    where = str(path)
+    if config.get("num_moe_experts"):
+        raise ConfigError("model", where, f"num_moe_experts={config['num_moe_experts']}: FLOPs of experts are not counted")
+    missing = [f.name for f in fields(ModelShape) if f.default is MISSING and config.get(f.name) is None]
+    if missing:
+        raise ConfigError("model", where, f"its config lacks {', '.join(missing)}")
+    known = {f.name for f in fields(ModelShape)}
+    return build(ModelShape, {key: value for key, value in config.items() if key in known}, where="model")
+
+
+def nemo_context(path: Path) -> Path | None:
+    """The `context/model.yaml` of a NeMo checkpoint, or of the newest one in a run's directory; None where there is none."""
+    checkpoints = sorted(path.glob("checkpoints/*-last"), key=lambda found: found.stat().st_mtime, reverse=True)
+    found = [folder / "context" / "model.yaml" for folder in (path, *checkpoints)]
+    return next((file for file in found if file.is_file()), None)
+
+
 def parse_model(text: str) -> tuple[str, ModelShape]:
-    """A model from the command line: a name, a path to a config.json (or its folder), or `num_layers=...,hidden_size=...`.
+    """A model from the command line: a name, a config.json or its folder, a NeMo checkpoint, or `num_layers=...,...`.
 
     Returns:
         what to call the model, and its sizes.
 
     Raises:
-        ConfigError: none of the three.
+        ConfigError: none of the four.
     """
-    if "=" in text:
+    if "=" in text and not Path(text).exists():  # NeMo's own checkpoints are called step=100-last
         pairs: dict[str, Any] = {}
         for item in text.split(","):
             key, _, value = item.partition("=")
@@ -238,6 +265,9 @@ def parse_model(text: str) -> tuple[str, ModelShape]:
         return "given sizes", build(ModelShape, pairs, where="model")
     path = Path(text)
     if path.is_dir():
+        context = nemo_context(path)
+        if context is not None:
+            return path.name, model_from_nemo(context)
         path = path / "config.json"
     if path.suffix == ".json":
         return path.parent.name or path.name, model_from_hf(path)

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from nemo_longctx.compose import CONF_DIR, compose
+from nemo_longctx.compose import CONF_DIR, compose, recipe_file
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.planning.gpus import GPUS
 from nemo_longctx.planning.layout import Layout
-from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name
+from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name, model_from_nemo, nemo_context, parse_model
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 
 # Classes of nemo.collections.llm whose sizes the planner knows by name.
@@ -29,6 +29,7 @@ CLASSES = {
     "MistralConfig7B": "mistral_7b",
 }
 _PRECISIONS = {"32": "fp32", "bf16-mixed": "bf16", "16-mixed": "bf16"}
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class RecipePlan:
         model_name, model: what is trained.
         curriculum: its stages with their micro batches.
         layout: GPUs and parallel sizes, with the first stage's micro batch.
-        gpu: the kind of GPU that its trainer names; None where it names none.
+        gpu: the kind of GPU that its trainer names, or `cpu`; None where it names none.
+        eval_length: the longest context of its evaluations, tokens; 0 without any.
     """
 
     model_name: str
@@ -47,42 +49,83 @@ class RecipePlan:
     curriculum: Curriculum
     layout: Layout
     gpu: str | None
+    eval_length: int
 
 
-def recipe_plan(name: str, overrides: Sequence[str] = ()) -> RecipePlan:
-    """Read recipe `name` (of conf/recipe/, with or without `.yaml`), with Hydra overrides.
+def recipe_plan(name: str, overrides: Sequence[str] = (), *, model: str | None = None) -> RecipePlan:
+    """Read recipe `name` (of conf/recipe/, or a YAML file of the user's), with Hydra overrides.
+
+    Args:
+        name: choice or file.
+        overrides: `key=value`.
+        model: what `parse_model` takes, in place of the recipe's own model.
 
     Raises:
         ConfigError: no such recipe, or one whose model the planner does not know.
     """
-    name = Path(name).stem
     recipe = load_recipe(compose([f"recipe={name}", *overrides]))
-    model_name, model = _model(recipe)
+    chosen = [item.partition("=")[2] for item in overrides if item.startswith("trainer=")]
+    machine = chosen[-1] if chosen else machine_of(name)
+    if recipe.trainer.accelerator == "cpu":
+        gpu: str | None = CPU
+    else:
+        gpu = machine if machine in GPUS else None
+    return plan_of(recipe, gpu=gpu, named=parse_model(model) if model else None)
+
+
+def plan_of(recipe: RecipeConfig, *, gpu: str | None, named: tuple[str, ModelShape] | None = None) -> RecipePlan:
+    """What the planner needs of a recipe that is at hand; `named` takes the place of its model.
+
+    Raises:
+        ConfigError: its model is neither a class that the planner knows, nor a checkpoint that can be read.
+    """
+    model_name, model = named or _model(recipe)
     return RecipePlan(
-        model_name=model_name, model=model, curriculum=recipe.curriculum, layout=_layout(recipe), gpu=machine_of(name)
+        model_name=model_name,
+        model=model,
+        curriculum=recipe.curriculum,
+        layout=_layout(recipe),
+        gpu=gpu,
+        eval_length=_eval_length(recipe),
     )
 
 
+def _eval_length(recipe: RecipeConfig) -> int:
+    """The longest context that the recipe's evaluations name, tokens; 0 without any."""
+    values = recipe.eval or {}
+    tasks = values.get("tasks") or []
+    if not tasks or values.get("max_length"):
+        return values.get("max_length") or 0
+    lengths = [recipe.seq_length]
+    for task in tasks:
+        lengths += [task.get("seq_length") or 0, (task.get("metadata") or {}).get("max_prompt") or 0]
+        lengths += (task.get("probes") or {}).get("lengths") or []
+    return max(lengths)
+
+
 def machine_of(name: str, conf_dir: Path = CONF_DIR) -> str | None:
-    """The GPU that recipe `name` names by its choice of trainer, its own or that of the recipe it begins with."""
-    values: dict[str, Any] = yaml.safe_load((conf_dir / "recipe" / f"{name}.yaml").read_text())
+    """The trainer that recipe `name` chooses, itself or by the recipe it begins with: `h100`, `cpu`; None for no choice."""
+    file = recipe_file(name) or conf_dir / "recipe" / f"{name}.yaml"
+    values: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
     for entry in reversed(values.get("defaults", [])):
         if isinstance(entry, str) and entry != "_self_":
             return machine_of(entry, conf_dir)
         if isinstance(entry, dict) and "override /trainer" in entry:
-            trainer = entry["override /trainer"]
-            return trainer if trainer in GPUS else None
+            return entry["override /trainer"]
     return None
 
 
 def _model(recipe: RecipeConfig) -> tuple[str, ModelShape]:
     config = recipe.model.get("config")
     if config is None:
-        name = Path(str(recipe.restore_from)).name
-        if name not in MODELS:
-            mend = f"the planner cannot tell the model from this name; plan with --model, or name it one of {', '.join(MODELS)}"
+        path = Path(str(recipe.restore_from))
+        context = nemo_context(path)
+        if context is not None:
+            return path.name, model_from_nemo(context)
+        if path.name not in MODELS:
+            mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {', '.join(MODELS)}; give --model"
             raise ConfigError("restore_from", recipe.restore_from, mend)
-        return name, model_by_name(name)
+        return path.name, model_by_name(path.name)
     known = {field.name for field in fields(ModelShape)}
     given = {key: value for key, value in recipe.model.items() if key in known}
     if config in CLASSES:
@@ -93,6 +136,7 @@ def _model(recipe: RecipeConfig) -> tuple[str, ModelShape]:
 
 
 def _layout(recipe: RecipeConfig) -> Layout:
+    """On GPUs with Transformer Engine, on a CPU without; the loss is always ours, in chunks."""
     trainer = recipe.trainer
     return Layout(
         gpus=trainer.world_size,
@@ -106,4 +150,6 @@ def _layout(recipe: RecipeConfig) -> Layout:
         offload=trainer.offload,
         sharding="optimizer" if recipe.optimizer.distributed else "none",
         precision=_PRECISIONS[trainer.precision],
+        loss="chunked",
+        unfused=trainer.accelerator == "cpu",
     )

@@ -1,14 +1,15 @@
-"""A whole plan as one mapping (for JSON) and as text: what `nemo-longctx plan` prints."""
+"""A whole plan as one mapping of plain types: what `nemo-longctx plan --json` prints, and what `text.py` makes tables of."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.planning.flops import (
     CONVENTIONS,
@@ -21,27 +22,30 @@ from nemo_longctx.planning.flops import (
     training_cost,
 )
 from nemo_longctx.planning.gpus import GIB, Gpu, gpu_by_name
-from nemo_longctx.planning.layout import Layout
+from nemo_longctx.planning.layout import Layout, layout_faults
+from nemo_longctx.planning.memory import STATED_ERROR as MEMORY_ERROR
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.models import ModelShape
 from nemo_longctx.planning.override import recipe_override
-from nemo_longctx.planning.planner import FILL, Candidate, Job, activation_choices, judge, longest_length, search
+from nemo_longctx.planning.planner import FILL, Job, activation_choices, judge, longest_length, search
 from nemo_longctx.planning.timing import rates_for, seconds_at_mfu
 
 # Xiong et al. 2023, section 2.1: what the 70B lost in speed from 4,096 to 16,384 tokens.
 REPORTED_SLOW_DOWN: dict[str, Any] = {"model": "llama2_70b", "from": 4096, "to": 16384, "share": 0.17}
+CPU = "cpu"  # in place of a GPU's name: memory alone is planned, since nothing is known of a CPU's speed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What a plan is made from. Names are those of the command's options."""
+    """What a plan is made from. Names are those of the command's options; `recipe` is what an override will begin with."""
 
+    recipe: str | None = None
     model_name: str
     model: ModelShape
     curriculum: Curriculum
     flops: str = "causal"
     vocabulary: bool | None = None
-    documents: str | None = None
+    documents: Sequence[str] = ()
     gpu: str = "h100"
     layout: Layout | None = None
     mfu: float | None = None
@@ -49,12 +53,15 @@ class PlanSettings:
     price: float | None = None
     eval_length: int = 0
     search: bool = False
+    apply: bool = False
     longest: bool = False
 
     def __post_init__(self):
         wants_gpus = [key for key in ("mfu", "mfu_from", "price", "search", "longest") if getattr(self, key)]
         if wants_gpus and self.layout is None:
             raise ConfigError("gpus", None, f"say how many GPUs with --gpus; {wants_gpus[0].replace('_', '-')} needs them")
+        if wants_gpus and self.gpu == CPU:
+            raise ConfigError("gpu", CPU, f"its speed is not known; {wants_gpus[0].replace('_', '-')} needs a GPU, by --gpu")
         if self.mfu is not None and self.mfu_from is not None:
             raise ConfigError("mfu", self.mfu, "give --mfu or --mfu-from, not both")
 
@@ -67,7 +74,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     """
     convention = convention_by_name(settings.flops, vocabulary=settings.vocabulary)
     curriculum = settings.curriculum
-    lengths = open_corpus(settings.documents).lengths if settings.documents else None
+    lengths = _document_lengths(settings.documents)
     cost = training_cost(settings.model, curriculum, convention, document_lengths_D=lengths)
     plan: dict[str, Any] = {
         "model": {"name": settings.model_name, **asdict(settings.model), "parameters": settings.model.parameters},
@@ -82,6 +89,9 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     }
     if settings.layout is None:
         return plan
+    if settings.gpu == CPU:
+        plan["machine"], plan["layout"] = _cpu_plan(settings, settings.layout)
+        return plan
     gpu = gpu_by_name(settings.gpu)
     plan["machine"] = {"gpus": settings.layout.gpus, **asdict(gpu)}
     plan["layout"] = _layout_plan(settings, settings.layout, gpu, curriculum)
@@ -91,13 +101,24 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     if settings.search:
         ranked = search(_job(settings, gpu, max(stage.seq_length for stage in curriculum.plan)), settings.layout)
         plan["search"] = [candidate.as_dict() for candidate in ranked]
-        if ranked[0].verdict == "fastest":
-            plan["override"] = recipe_override(ranked[0], curriculum, settings.model_name, gpu)
-        else:
+        if ranked[0].verdict != "fastest":
             raise ConfigError("gpus", settings.layout.gpus, f"no layout fits; the nearest {ranked[0].reason}; take more GPUs")
+        if settings.apply:
+            plan["override"] = recipe_override(ranked[0], curriculum, settings.model_name, gpu, recipe=settings.recipe)
     if settings.longest:
         plan["longest"] = asdict(longest_length(settings.model, gpu, settings.layout))
     return plan
+
+
+def _document_lengths(prefixes: Sequence[str]) -> Any:
+    """Tokens of each document of all the corpora, (D,); None without any."""
+    if not prefixes:
+        return None
+    import numpy as np  # nothing else here needs it
+
+    from nemo_longctx.data.corpus import open_corpus
+
+    return np.concatenate([open_corpus(prefix).lengths for prefix in prefixes])
 
 
 def _job(settings: PlanSettings, gpu: Gpu, seq_length: int) -> Job:
@@ -169,7 +190,13 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
             }
         )
     rates = rates_for(gpu, layout.precision)
-    plan = {**asdict(layout), "short_name": layout.short_name(), "rates": asdict(rates), "stages": stages}
+    plan = {
+        **asdict(layout),
+        "short_name": layout.short_name(),
+        "rates": asdict(rates),
+        "stated_error": {"memory": MEMORY_ERROR, "time": rates.stated_error},
+        "stages": stages,
+    }
     longest = max(curriculum.plan, key=lambda stage: stage.seq_length)
     plan["activation_choices"] = activation_choices(_job(settings, gpu, longest.seq_length), _stage_layout(layout, longest))
     if all("hours" in stage for stage in stages):
@@ -178,6 +205,43 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
         if settings.price is not None:
             plan["cost"] = hours * layout.gpus * settings.price
     return plan
+
+
+def _cpu_plan(settings: PlanSettings, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """This machine, and the memory of all processes of a layout on it, stage by stage."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    stages: list[dict[str, Any]] = []
+    for stage in settings.curriculum.plan:
+        staged = _stage_layout(layout, stage)
+        faults = layout_faults(settings.model, staged, stage.seq_length, stage.global_batch_size)
+        if faults:
+            stages.append({"seq_length": stage.seq_length, "verdict": "cannot run", "reason": "; ".join(faults)})
+            continue
+        memory = memory_plan(
+            settings.model,
+            staged,
+            seq_length=stage.seq_length,
+            global_batch_size=stage.global_batch_size,
+            eval_length=settings.eval_length,
+            device="cpu",
+        )
+        total = memory.total * layout.gpus / GIB
+        fits = total <= room * FILL
+        reason = "" if fits else f"needs {total:.1f} GiB of the {room * FILL:.1f} GiB that may be filled"
+        stages.append(
+            {
+                "seq_length": stage.seq_length,
+                "fits": fits,
+                "reason": reason,
+                "recompute": staged.recompute,
+                "offload": staged.offload,
+                "memory_gib": memory.as_gib(),
+                "host_gib": memory.offloaded / GIB,
+            }
+        )
+    machine = {"gpus": layout.gpus, "name": CPU, "memory_gib": room}
+    stated = {"stated_error": {"memory": MEMORY_ERROR}}
+    return machine, {**asdict(layout), "short_name": layout.short_name(), **stated, "stages": stages}
 
 
 def _stage_layout(layout: Layout, stage: Stage) -> Layout:
@@ -218,132 +282,3 @@ def _time_at_mfu(settings: PlanSettings, gpu: Gpu, gpus: int, cost: TrainingCost
     if settings.price is not None:
         result["cost"] = hours * gpus * settings.price
     return result
-
-
-def as_text(plan: dict[str, Any], *, rows: int) -> str:
-    """Tables for a person.
-
-    Args:
-        plan: of `make_plan`.
-        rows: how many layouts of each verdict to show.
-    """
-    lines = _cost_lines(plan)
-    if "layout" in plan:
-        lines += _layout_lines(plan)
-    if "at_mfu" in plan:
-        at = plan["at_mfu"]
-        lines += [
-            "",
-            f"at an MFU of {at['mfu']:.1%} ({at['convention']}): {_duration(at['hours'])}, {at['gpu_hours']:,.0f} GPU-hours",
-        ]
-        lines[-1] += f", cost {at['cost']:,.0f}" if "cost" in at else ""
-    if "search" in plan:
-        lines += _search_lines(plan["search"], rows)
-    if "longest" in plan:
-        longest = plan["longest"]
-        name = Layout(**longest["layout"]).short_name()
-        lines += [
-            "",
-            f"longest sequence that fits: {longest['seq_length']:,} tokens by {name}, {longest['memory_gib']:.1f} GiB",
-        ]
-    return "\n".join(lines)
-
-
-def _cost_lines(plan: dict[str, Any]) -> list[str]:
-    convention, model = plan["convention"], plan["model"]
-    head = "with the LM head" if convention["vocabulary"] else "without the LM head"
-    layers = "12 h^2 a layer" if convention["layers"] == "12h2" else "exact layer sizes"
-    lines = [
-        f"{model['name']}: {model['parameters'] / 1e9:.2f} B parameters, {plan['tokens'] / 1e9:,.1f} B tokens "
-        f"in {plan['steps']:,} steps of {plan['tokens_per_step']:,}",
-        f"convention {convention['name']}: {convention['attention']} attention, {layers}, {head}",
-        "",
-        f"{'length':>9} {'steps':>9} {'batch':>7} {'tokens':>9} {'FLOPs':>10} {'attention':>9} {'speed':>6}",
-    ]
-    for stage in plan["stages"]:
-        lines.append(
-            f"{stage['seq_length']:9,} {stage['steps']:9,} {stage['global_batch_size']:7,} {stage['tokens'] / 1e9:8.1f}B "
-            f"{stage['flops']:10.3e} {stage['attention_share']:9.1%} {stage['relative_speed']:6.2f}"
-        )
-    lines += [
-        "",
-        f"total {plan['total_flops']:.3e} FLOPs; long from the start {plan['long_from_start_flops']:.3e}; "
-        f"saving {plan['saving']:.1%}",
-        "executed with recomputation: " + ", ".join(f"{k} {v:.3e}" for k, v in plan["flops_with_recompute"].items()),
-        f"crossover 6h = {plan['crossover_6h']:,} tokens"
-        + (
-            f"; attention overtakes the layers at {plan['crossover_tokens']:,.0f} in this convention"
-            if plan["crossover_tokens"]
-            else ""
-        ),
-    ]
-    for row in plan["slow_down"]:
-        shares = " and ".join(f"{share:.1%}" for share in row["attention_share"])
-        lines.append(
-            f"  {row['convention']:10} attention {shares} at {row['from']:,} and {row['to']:,}: "
-            f"{row['slow_down']:.1%} slower (reported: {row['reported']:.0%})"
-        )
-    return lines
-
-
-def _layout_lines(plan: dict[str, Any]) -> list[str]:
-    layout, machine = plan["layout"], plan["machine"]
-    lines = [
-        "",
-        f"{machine['gpus']} x {machine['name']}, {layout['short_name']}, {layout['precision']}",
-        f"  rates: {layout['rates']['source']}",
-    ]
-    for stage in layout["stages"]:
-        if "verdict" in stage:
-            lines.append(f"  {stage['seq_length']:,} tokens: {stage['verdict']}: {stage['reason']}")
-            continue
-        parts = {k: v for k, v in stage["memory_gib"].items() if k != "total" and v >= 0.05}
-        fits = "fits" if stage["fits"] else f"does not fit: {stage['reason']}"
-        lines.append(
-            f"  {stage['seq_length']:,} tokens: {stage['memory_gib']['total']:.1f} of "
-            f"{machine['memory_gib'] * FILL:.1f} GiB, {fits}; "
-            f"{stage['seconds_per_step']:.2f} s a step, {stage['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
-        )
-        lines.append("    " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()))
-        host = f", {stage['host_gib']:.1f} GiB in host memory" if stage["host_gib"] else ""
-        lines.append(f"    recompute {stage['recompute']}, offload {stage['offload']}{host}")
-    lines += _choice_lines(layout["activation_choices"])
-    if "hours" in layout:
-        lines.append(f"  in all {_duration(layout['hours'])}, {layout['gpu_hours']:,.0f} GPU-hours")
-        lines[-1] += f", cost {layout['cost']:,.0f}" if "cost" in layout else ""
-    return lines
-
-
-def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
-    """Recomputation and offload at the longest stage: what each would save on a GPU and cost a step."""
-    if not choices:
-        return []
-    lines = ["  what is kept for the backward pass, at the longest stage, against keeping all of it:"]
-    lines.append(f"    {'recompute':10} {'offload':8} {'GiB':>7} {'saves':>7} {'on host':>8} {'s/step':>8} {'costs':>7}")
-    for row in choices:
-        memory = f"{row['memory_gib']:7.1f} {row['saves_gib']:7.1f} {row['host_gib']:8.1f}"
-        lines.append(
-            f"    {row['recompute']:10} {row['offload']:8} {memory} {row['seconds']:8.2f} {row['costs']:7.1%}"
-            + ("" if row["fits"] else "  does not fit")
-        )
-    return lines
-
-
-def _search_lines(ranked: list[dict[str, Any]], rows: int) -> list[str]:
-    lines = ["", f"{len(ranked)} layouts", f"{'layout':34} {'GiB':>7} {'s/step':>8} {'tok/s/GPU':>9}  why"]
-    groups = ((("fastest", "slower"), "are slower"), (("does not fit",), "do not fit"), (("cannot run",), "cannot run"))
-    for verdicts, rest in groups:
-        group = [row for row in ranked if row["verdict"] in verdicts]
-        for row in group[:rows]:
-            candidate = Candidate(**{**row, "layout": Layout(**row["layout"])})
-            numbers = "                         "
-            if candidate.memory_gib is not None:
-                numbers = f"{candidate.memory_gib:7.1f} {candidate.seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f}"
-            lines.append(f"{candidate.layout.short_name():34} {numbers}  {candidate.reason or candidate.verdict}")
-        if len(group) > rows:
-            lines.append(f"  ... and {len(group) - rows} more that {rest}")
-    return lines
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -35,15 +35,21 @@ PUBLISHED = published()
 
 @pytest.mark.parametrize("row", PUBLISHED.comparisons(), ids=lambda row: f"{row['peer']}: {row['what']}")
 def test_published_rows_are_met_within_the_stated_error(row):
-    """Conventions within 0.2 %, memory and speed within 10 %; torchtitan's CP 4 and 8 lose speed that no plan explains."""
-    if row["what"].startswith("TFLOP/s of"):
-        assert row["ratio"] == pytest.approx(1, abs=0.002)
-    elif "GiB" in row["what"]:
-        assert row["ratio"] == pytest.approx(1, abs=memory.STATED_ERROR)
-    elif row["what"].endswith(("CP 4", "CP 8")):
-        assert 1 < row["ratio"] < 1.5
+    """Conventions within 0.2 %, memory and speed within 10 %; torchtitan's CP 4 and 8 lose speed that no plan explains.
+
+    Those rows are not met: their error is stated beside the others', and the planner must not be quietly better or worse.
+    """
+    if row["beyond"]:
+        assert timing.STATED_ERROR < row["ratio"] - 1 <= timing.STATED_ERROR_ACROSS_CP
     else:
-        assert row["ratio"] == pytest.approx(1, abs=timing.STATED_ERROR)
+        assert row["ratio"] == pytest.approx(1, abs=PUBLISHED.STATED[row["of"]])
+
+
+def test_only_torchtitans_wide_context_parallelism_is_beyond_the_planner():
+    beyond = [row for row in PUBLISHED.comparisons() if row["beyond"]]
+    assert {row["peer"] for row in beyond} == {"torchtitan H100"}
+    assert all("131072" in row["what"] or "262144" in row["what"] for row in beyond)
+    assert len(beyond) == 3
 
 
 def test_what_nvidia_found_impossible_does_not_fit_and_its_context_parallel_row_does():
@@ -152,7 +158,7 @@ def test_interleaving_keeps_more_and_waits_less():
 def test_chunked_loss_needs_less_and_its_chunk_is_the_codes_own():
     from nemo_longctx.attention import loss  # imports torch
 
-    assert loss.CHUNK_LIMITS["cuda"] == memory.LOSS_CHUNK_LIMITS
+    assert loss.CHUNK_LIMITS == memory.LOSS_CHUNK_LIMITS
     model, one = MODELS["llama3_8b"], Layout(gpus=1)
     sizes = [
         memory_plan(model, replace(one, loss=name), seq_length=32_768, global_batch_size=1).logits
@@ -194,7 +200,13 @@ def test_layouts_that_megatron_refuses(changes, says):
 
 @pytest.mark.parametrize(
     ("changes", "key"),
-    [({"gpus": 63}, "gpus"), ({"recompute": "some"}, "recompute"), ({"precision": "fp4"}, "precision"), ({"gpus": 0}, "gpus")],
+    [
+        ({"gpus": 63}, "gpus"),
+        ({"recompute": "some"}, "recompute"),
+        ({"offload": "selective"}, "offload"),
+        ({"precision": "fp4"}, "precision"),
+        ({"gpus": 0}, "gpus"),
+    ],
 )
 def test_bad_layouts_name_the_key(changes, key):
     with pytest.raises(ConfigError, match=key):

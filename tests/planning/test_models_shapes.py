@@ -1,8 +1,10 @@
 """Sizes: parameter counts that are published, config.json round trip, messages."""
 
 import json
+import os
 
 import pytest
+import yaml
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.models import MODELS, ModelShape, parse_model
@@ -68,6 +70,29 @@ def test_sizes_on_the_command_line():
 def test_mistakes_are_named(text, says):
     with pytest.raises(ConfigError, match=says):
         parse_model(text)
+
+
+def test_a_nemo_checkpoint_gives_its_sizes_and_the_newest_of_a_run(tmp_path):
+    fields = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 2, "vocab_size": 512}
+    for step, length in ((1, 64), (2, 256)):
+        context = tmp_path / "checkpoints" / f"step={step}-last" / "context"
+        context.mkdir(parents=True)
+        config = {**fields, "num_query_groups": 1, "seq_length": length, "gated_linear_unit": True, "rotary_base": 10_000}
+        (context / "model.yaml").write_text(yaml.safe_dump({"_target_": "nemo.LlamaModel", "config": config}))
+        os.utime(context.parent, (step, step))
+    wanted = ModelShape(**fields, num_query_groups=1, seq_length=256)
+    assert parse_model(str(tmp_path)) == (tmp_path.name, wanted)
+    assert parse_model(str(tmp_path / "checkpoints" / "step=1-last"))[1].seq_length == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), [({"num_moe_experts": 8}, "experts"), ({"num_layers": 2, "vocab_size": None}, "vocab_size")]
+)
+def test_a_nemo_checkpoint_that_cannot_be_planned_says_why(tmp_path, config, says):
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": config}))
+    with pytest.raises(ConfigError, match=says):
+        parse_model(str(tmp_path))
 
 
 def test_experts_are_refused_rather_than_counted_wrongly(tmp_path):

@@ -1,14 +1,18 @@
 """The command as a user calls it."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nemo_longctx.cli import main
+from nemo_longctx.compose import compose
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.recipe import load_recipe
 
 EXAMPLE = ["plan", "--model", "llama2_7b", "--tokens-per-step", "4194304", "--steps", "100000"]
 EXAMPLE += ["--curriculum", "4096@0.2,32768", "--flops", "full", "--json"]
@@ -36,8 +40,17 @@ def test_it_imports_no_torch_and_no_host():
     code = f"import sys; from nemo_longctx.cli import main; main({EXAMPLE!r}); print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     modules = out.splitlines()[-1]
-    assert "'numpy'" in modules
-    for heavy in ("'torch'", "'transformers'", "'megatron'", "'nemo'", "'lightning'", "'hydra'"):
+    assert "'nemo_longctx.planning.report'" in modules
+    for heavy in ("'numpy'", "'torch'", "'transformers'", "'megatron'", "'nemo'", "'lightning'", "'hydra'", "'yaml'"):
+        assert heavy not in modules
+
+
+def test_a_recipe_needs_no_torch_either():
+    code = "import sys; from nemo_longctx.cli import main; main(['plan', '--recipe', 'llama2_70b']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    modules = out.splitlines()[-1]
+    assert "'hydra'" in modules
+    for heavy in ("'torch'", "'transformers'", "'megatron'", "'nemo'", "'lightning'"):
         assert heavy not in modules
 
 
@@ -93,7 +106,56 @@ def test_search_apply_and_longest(capsys, tmp_path):
     assert "fastest" in out
     assert "do not fit" in out
     assert "longest sequence that fits" in out
-    assert "tensor_model_parallel_size" in file.read_text()
+    assert f"recipe={file}" in out
+    recipe = load_recipe(compose([f"recipe={file}"]))
+    assert recipe.trainer.world_size == 32
+    assert recipe.optimizer.lr == 2e-5  # llama2_7b's, with which the file begins
+
+
+def test_the_example_script_takes_an_applied_plan(tmp_path):
+    """Composed, checked by the schema and its parts begun: what stops it is that this process may see no GPU."""
+    file = tmp_path / "mine.yaml"
+    assert main(["plan", "--recipe", "llama2_70b", "--gpus", "512", "--apply", str(file), "--json"]) == 0
+    script = Path(__file__).parents[2] / "examples" / "megatron_gpt_continual.py"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), f"recipe={file}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+
+
+def test_choices_of_recomputation_and_offload_say_what_they_save_and_cost(capsys):
+    plan = run_json(capsys, "--recipe", "llama2_7b")
+    rows = {(row["recompute"], row["offload"]): row for row in plan["layout"]["activation_choices"]}
+    none, full, moved = rows["none", "none"], rows["full", "none"], rows["full", "full"]
+    assert none["saves_gib"] == none["costs"] == 0
+    assert full["saves_gib"] > 0 < full["costs"]
+    assert moved["saves_gib"] > full["saves_gib"]
+    assert moved["costs"] > full["costs"]
+    out = run(capsys, "--recipe", "llama2_7b")
+    assert "saves" in out
+
+
+def test_a_recipe_for_a_cpu_is_planned_for_this_machine(capsys):
+    plan = run_json(capsys, "--recipe", "tiny_cpu_base")
+    assert plan["machine"]["name"] == "cpu"
+    assert plan["layout"]["stages"][0]["fits"]
+    assert plan["layout"]["stages"][0]["memory_gib"]["framework"] == 0
+    assert main(["plan", "--recipe", "tiny_cpu_base", "--search"]) == 2
+    assert "--gpu" in capsys.readouterr().err
+
+
+def test_overrides_change_the_recipe_that_is_planned(capsys):
+    plan = run_json(capsys, "--recipe", "llama2_7b", "trainer.num_nodes=16", "curriculum=paper_4k_to_32k")
+    assert plan["machine"]["gpus"] == 128
+    assert [stage["seq_length"] for stage in plan["stages"]] == [4096, 32_768]
+
+
+def test_kv_cache_of_a_recipes_evaluations_is_in_the_memory(capsys):
+    tasks = "eval.tasks=[{kind: position, corpus: x, seq_length: 65536}]"
+    plan = run_json(capsys, "--recipe", "llama2_7b", tasks)
+    assert plan["layout"]["stages"][0]["memory_gib"]["kv_cache"] > 0
+    assert run_json(capsys, "--recipe", "llama2_7b")["layout"]["stages"][0]["memory_gib"]["kv_cache"] == 0
 
 
 @pytest.mark.parametrize(
@@ -105,6 +167,21 @@ def test_search_apply_and_longest(capsys, tmp_path):
         (["--model", "llama2_7b", "--gpus", "8", "--gpu", "h10"], "h100"),
         (["--model", "llama2_7b", "--flops", "document"], "--documents"),
         (["--model", "llama2_70b", "--gpus", "2", "--search"], "more GPUs"),
+        (["--model", "llama2_7b", "trainer.num_nodes=4"], "--recipe"),
+        (["--recipe", "nowhere/mine.yaml"], "no such file"),
+        (
+            [
+                "--model",
+                "num_layers=2,hidden_size=8,ffn_hidden_size=8,num_attention_heads=2,vocab_size=8",
+                "--gpus",
+                "1",
+                "--steps",
+                "8",
+                "--apply",
+                "x.yaml",
+            ],
+            "--recipe",
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(capsys, args, says):

@@ -16,12 +16,13 @@ from nemo_longctx.planning.override import override_values, recipe_override
 from nemo_longctx.planning.planner import FILL, Job, activation_choices, longest_length, search
 from nemo_longctx.recipe import TrainerConfig
 
+CHUNKED = Layout(gpus=64, loss="chunked")
 JOB = Job(model=MODELS["llama2_7b"], gpu=GPUS["h100"], seq_length=32_768, tokens_per_step=4_194_304)
 
 
 @pytest.fixture(scope="module")
 def ranked():
-    return search(JOB, Layout(gpus=64))
+    return search(JOB, CHUNKED)
 
 
 def test_fastest_that_fits_is_first_and_every_loser_says_why(ranked):
@@ -92,7 +93,8 @@ def test_a_model_that_no_layout_holds_is_an_error():
 
 def test_override_is_what_the_schema_accepts(ranked):
     curriculum = parse_curriculum("4096@0.2,32768", tokens_per_step=4_194_304, steps=100_000)
-    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "llama2_7b", GPUS["h100"]))
+    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "llama2_7b", GPUS["h100"], recipe=None))
+    assert written["defaults"] == ["llama2_7b", "_self_"]
     trainer = build(TrainerConfig, written["trainer"])
     assert trainer.world_size == 64
     assert trainer.recompute == ranked[0].layout.recompute
@@ -101,3 +103,23 @@ def test_override_is_what_the_schema_accepts(ranked):
         Curriculum, override_values(ranked[0].layout, curriculum, GPUS["h100"])["curriculum"]
     )
     assert written["curriculum"]["total_tokens"] == curriculum.total_tokens
+
+
+def test_override_of_a_recipe_file_is_merged_into_it(ranked, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [llama2_13b, _self_]\nname: mine\ntrainer: {num_nodes: 99, log_every_n_steps: 7}\n")
+    curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
+    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "x", GPUS["h100"], recipe=str(mine)))
+    assert written["defaults"] == ["llama2_13b", "_self_"]
+    assert written["name"] == "mine"
+    assert written["trainer"]["log_every_n_steps"] == 7
+    assert written["trainer"]["num_nodes"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"precision": "fp8"}, "precision"), ({"sharding": "full"}, "sharding"), ({"loss": "eager"}, "loss")]
+)
+def test_a_layout_that_no_recipe_can_say_is_not_written(ranked, changes, key):
+    curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
+    with pytest.raises(ConfigError, match=key):
+        override_values(replace(ranked[0].layout, **changes), curriculum, GPUS["h100"])
