@@ -28,12 +28,16 @@ torch.distributed.init_process_group("gloo")
 parallel_state.initialize_model_parallel()
 
 for name in sys.argv[1:]:
+    print("NAME", name, flush=True)
     family, _, size = name.partition("_")
     partial = recipes.pretrain_partial(family, size, "", None, None)
     assert isinstance(partial, run.Partial)
     serializer = ZlibJSONSerializer()
     same = serializer.deserialize(serializer.serialize(partial)) == partial
+    shared = partial.model.restore is partial.resume.restore_config
     partial.model.config.num_layers = LAYERS
+    restore_from = partial.model.restore.path if partial.model.restore else None
+    partial.model.restore = None  # no checkpoint is at hand
     with cpu.stock_configs():
         model = fdl.build(partial.model)
     with torch.device("meta"):
@@ -55,6 +59,9 @@ for name in sys.argv[1:]:
         "lr": optim.config.lr,
         "min_lr": optim.lr_scheduler.min_lr,
         "tokens_per_step": throughput.curriculum.tokens_per_step,
-        "restore_from": partial.resume.restore_config.path if partial.resume.restore_config else None,
+        "restore_from": restore_from,
+        "one_restore": shared,
+        "callbacks": [callback.__fn_or_cls__.__name__ for callback in partial.trainer.callbacks],
+        "verifies": model.long_context_start.variant.variant,
     }
     print("RECORD", json.dumps(record), flush=True)

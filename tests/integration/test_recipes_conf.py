@@ -13,11 +13,13 @@ import pytest
 from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.planning.layout import layout_faults
 from nemo_longctx.planning.planner import FILL
-from nemo_longctx.planning.recipe import machine_of, recipe_plan
+from nemo_longctx.planning.recipe import CPU, machine_of, recipe_plan
 from nemo_longctx.planning.report import PlanSettings, make_plan
 from nemo_longctx.recipe import load_recipe
 
-NAMES = sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml") if machine_of(path.stem))
+EVERY = sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml"))
+NAMES = [name for name in EVERY if machine_of(name) != CPU]  # those of a cluster, which are nemo_run factories too
+SHAPE = {"tiny_cpu_long": ["model=tiny_llama"]}  # goes on from a checkpoint that the demo makes first
 LAYERS = 2
 
 
@@ -26,11 +28,12 @@ def test_there_is_a_recipe_for_each_model_of_the_paper_and_of_today():
     assert wanted | {"llama2_7b_ablation", "llama2_7b_curriculum"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_recipe_composes_and_its_plan_fits_the_machine_it_names(name):
     recipe = load_recipe(compose([f"recipe={name}"]))
     assert recipe.name == name
-    planned = recipe_plan(name)
+    planned = recipe_plan(name, SHAPE.get(name, ()))
+    assert planned.gpu is not None
     for stage in planned.curriculum.plan:
         layout = replace(planned.layout, micro_batch_size=stage.micro_batch_size)
         assert not layout_faults(planned.model, layout, stage.seq_length, stage.global_batch_size)
@@ -41,6 +44,7 @@ def test_recipe_composes_and_its_plan_fits_the_machine_it_names(name):
             curriculum=planned.curriculum,
             gpu=planned.gpu,
             layout=planned.layout,
+            eval_length=planned.eval_length,
         )
     )
     assert len(plan["layout"]["stages"]) == len(planned.curriculum.plan)
@@ -107,6 +111,10 @@ def test_recipe_builds_in_the_host_on_the_meta_device(built, name):
     assert record["lr"] == recipe.optimizer.lr
     assert record["min_lr"] == recipe.optimizer.min_lr
     assert record["restore_from"] == recipe.restore_from
+    assert record["one_restore"]  # model and resume look at the same checkpoint, whatever the command line says
+    # The guard of RoPE and settings is in the factory's run too, and looks for the recipe's variant.
+    assert "LongContextSettingsCallback" in record["callbacks"]
+    assert record["verifies"] == recipe.rope["variant"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,6 +130,24 @@ def test_entry_point_is_declared_and_loads():
     assert callable(module.train)
 
 
+def test_a_broken_entry_point_is_only_printed_by_nemo_run_and_fails_our_check(tmp_path):
+    """The check that `nemo` below makes is one that can fail."""
+    folder = tmp_path / "broken-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[nemo_run.cli]\nlongctx_broken = nemo_longctx.adapters.nemo.gone\n")
+    code = "from nemo_run.cli import api; api._load_entrypoints()"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(AssertionError):
+        check_loaded(done.stdout)
+
+
+def check_loaded(printed):
+    assert "Couldn't load entrypoint longctx" not in " ".join(printed.split())
+
+
 def nemo(*args, cwd):
     """Run NeMo's own command line in a fresh process."""
     command = [str(Path(sys.executable).with_name("nemo")), *args]
@@ -129,7 +155,7 @@ def nemo(*args, cwd):
         command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Couldn't load entrypoint longctx" not in done.stdout
+    check_loaded(done.stdout)
     return done.stdout
 
 
@@ -150,5 +176,7 @@ def test_nemo_command_line_dry_runs_a_factory_with_its_parameters(tmp_path):
 
 
 @pytest.mark.slow
-def test_nemo_longctx_train_dry_runs(tmp_path):
-    assert "llama2_7b" in nemo("longctx", "train", "recipe=llama2_7b", "--dryrun", "--yes", cwd=tmp_path)
+def test_nemo_longctx_train_dry_runs_on_an_executor(tmp_path):
+    executor = ["run.executor=longctx_slurm", "run.executor.account=me", "run.executor.nodes=8"]
+    shown = nemo("longctx", "train", "recipe=llama2_7b", *executor, "--dryrun", "--yes", cwd=tmp_path)
+    assert "llama2_7b" in shown

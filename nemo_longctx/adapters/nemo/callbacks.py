@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import os
 import platform
@@ -29,6 +30,21 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """What a model was given before it was built; `recipes.extended_model` leaves it on the model as `long_context_start`.
+
+    Attributes:
+        changes: long-context settings of checkpoint and run.
+        source: what the left column of their table is ("checkpoint", or the config class).
+        variant: the position encoding that the live model must have.
+    """
+
+    changes: list[SettingChange]
+    source: str
+    variant: RopeVariant
+
+
 class LongContextSettingsCallback(Callback):
     """Prints checkpoint value -> run value, checks the live model against the run's settings, and stores both.
 
@@ -36,27 +52,29 @@ class LongContextSettingsCallback(Callback):
     hold a checkpoint. A difference ends the run with both values.
 
     Args:
-        changes: long-context settings of checkpoint and run.
-        source: what the left column is ("checkpoint", or the config class).
-        variant: the position encoding that was asked for.
+        start: what the model was given; None takes the model's own `long_context_start`, and refuses a model without one.
         directory: where `settings.json` is written, on rank 0.
         recipe: the recipe as a mapping, stored beside the settings.
     """
 
-    def __init__(
-        self, *, changes: list[SettingChange], source: str, variant: RopeVariant, directory: str, recipe: dict[str, Any]
-    ):
-        self.changes, self.source, self.variant = changes, source, variant
+    def __init__(self, *, start: RunStart | None = None, directory: str, recipe: dict[str, Any]):
+        self.start = start
         self.directory, self.recipe = Path(directory), recipe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        start = self.start or getattr(pl_module, "long_context_start", None)
+        if start is None:
+            mend = (
+                "was not made by a longctx recipe, so nothing says which RoPE it must have; leave the recipe's model in place"
+            )
+            raise ConfigError("model", type(pl_module).__name__, mend)
         # The host's own callbacks come later, at the start of the epoch; a PEFT one then does far more than to transform.
         peft = next((callback for callback in trainer.callbacks if isinstance(callback, PEFT)), None)
         place = pl_module.model_transform if peft is None else getattr(peft, "place_rope", None)
         if place is not None:
             place(trainer.strategy.megatron_parallel)
         modules = mcore_modules(trainer.strategy.megatron_parallel)
-        seen = [verify_live_rope(module, self.variant) for module in modules]
+        seen = [verify_live_rope(module, start.variant) for module in modules]
         if not trainer.is_global_zero:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -65,10 +83,10 @@ class LongContextSettingsCallback(Callback):
         self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
-        print(settings_table(self.changes, source=self.source), *seen, kernel, sep="\n", flush=True)
+        print(settings_table(start.changes, source=start.source), *seen, kernel, sep="\n", flush=True)
         record = {
-            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in self.changes},
-            "source": self.source,
+            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
+            "source": start.source,
             "verified": seen,
             "attention": kernel,
             "parameters": parameters,

@@ -13,7 +13,7 @@ import nemo.lightning as nl
 from nemo.collections import llm
 
 from nemo_longctx.adapters.nemo import run as pretraining
-from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
+from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, RunStart, TrainingLogCallback
 from nemo_longctx.adapters.nemo.instruct_data_module import LongInstructDataModule
 from nemo_longctx.adapters.nemo.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
@@ -133,9 +133,7 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     _check_tokenizer(data, model.config)
     callbacks: list[pl.Callback] = [
         LongContextSettingsCallback(
-            changes=changes,
-            source="checkpoint",
-            variant=recipe.rope_variant or variant_of(model),
+            start=RunStart(changes=changes, source="checkpoint", variant=recipe.rope_variant or variant_of(model)),
             directory=str(directory / "results"),
             recipe=dataclasses.asdict(instruct),
         ),

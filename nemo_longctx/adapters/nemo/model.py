@@ -25,6 +25,7 @@ from nemo_longctx.adapters.nemo.rope import place_rope, set_config_field, varian
 from nemo_longctx.adapters.nemo.rope import settings as rope_settings
 from nemo_longctx.adapters.nemo.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.rope.base import RopeVariant
 
 # A checkpoint's weights fix these: another value in the recipe cannot be loaded into them.
@@ -106,6 +107,23 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
             raise ConfigError(f"model.{key}", value, mend)
         set_config_field(model, key, value)
     return model
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer that checkpoints and exports carry, by Hugging Face's name or directory; training reads tokens without it.
+
+    Raises:
+        ConfigError: none can be loaded from there.
+    """
+    if name is None:
+        return None
+    from nemo.collections.common.tokenizers.huggingface import AutoTokenizer
+
+    check_hub_name("data.tokenizer", str(name))
+    try:
+        return AutoTokenizer(pretrained_model_name=str(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError("data.tokenizer", name, f"no Hugging Face tokenizer can be loaded from there: {error}") from error
 
 
 def checkpoint_directory(path: str | Path) -> Path:

@@ -2,12 +2,15 @@
 
 nemo_run finds this module by the entry point `longctx` of group `nemo_run.cli`. One factory a family, with the size and any
 Hydra override as parameters; the numbers are those of conf/recipe/, the parts are NeMo's own, each a `run.Config` that the
-command line can change (`trainer.num_nodes=4`), and nemo_run's executors bring them to Slurm, Kubernetes or this machine.
+command line can change (`trainer.num_nodes=4`), and nemo_run's executors bring them to Slurm, Kubernetes or this machine
+(`run.executor=longctx_slurm`, see `executors.py`). Before the first step the run is checked as one of the example script is.
 
 Annotations must not be postponed here (`from __future__ import annotations`): nemo_run parses arguments by their types.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,27 @@ from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.utils.exp_manager import TimingCallback
 
+from nemo_longctx.adapters.nemo import executors  # noqa: F401  registers them with nemo_run
+from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, RunStart, TrainingLogCallback
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
-from nemo_longctx.adapters.nemo.model import model_class, prepare_model
+from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
+from nemo_longctx.adapters.nemo.model import (
+    SHAPE_FIELDS,
+    checkpoint_model,
+    fresh_model,
+    load_tokenizer,
+    model_class,
+    prepare_model,
+)
+from nemo_longctx.adapters.nemo.rope import variant_of
 from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 from nemo_longctx.rope import variants
+
+_PLAIN = (bool, int, float, str, type(None))  # fields of a config that can be asked for; the others are functions it makes
 
 
 @run.cli.factory(target=llm.pretrain, name="longctx_llama2")
@@ -91,12 +107,14 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
     if size not in sizes:
         raise ConfigError("size", size, f"no recipe {recipe_name}, {did_you_mean(size, sizes)}")
     asked = compose([f"recipe={recipe_name}", *overrides.split()])
-    model = {**_published_model(family, size), **asked["model"]}
-    recipe = load_recipe({**asked, "restore_from": None, "model": model})
+    published = _published_model(family, size)
+    recipe = load_recipe({**asked, "restore_from": None, "model": {**published, **asked["model"]}})
     output, run_name = directory or recipe.output_dir, name or recipe.name
+    # One node for model and resume: `resume.restore_config.path=...` on the command line reaches both.
+    restore = _restore_config(asked["restore_from"])
     return run.Partial(
         llm.pretrain,
-        model=model_config(recipe),
+        model=model_config(recipe, published=published, restore=restore),
         data=run.Config(
             LongContextDataModule,
             **{key: value for key, value in recipe.data.items() if key != "tokenizer"},
@@ -105,7 +123,7 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
         ),
         trainer=trainer_config(recipe, results=str(Path(output) / run_name / "results")),
         log=_log_config(recipe, output, run_name),
-        resume=_resume_config(asked["restore_from"]),
+        resume=run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore),
         optim=optimizer_config(recipe),
     )
 
@@ -116,23 +134,51 @@ def _published_model(family: str, size: str) -> dict[str, Any]:
 
 
 def extended_model(
-    config: GPTConfig, *, seq_length: int, rope: Mapping[str, Any] | None = None, recompute: str | None = None
+    config: GPTConfig,
+    *,
+    seq_length: int,
+    rope: Mapping[str, Any] | None = None,
+    recompute: str | None = None,
+    tokenizer: str | None = None,
+    restore: nl.RestoreConfig | None = None,
+    published: Mapping[str, Any] | None = None,
 ) -> GPTModel:
-    """NeMo's model for `config`, with the run's length, RoPE variant, attention and step functions.
+    """NeMo's model with the run's length, RoPE variant, attention and step functions, and a note of what that changed.
 
     Args:
-        config: of `nemo.collections.llm`.
+        config: of `nemo.collections.llm`. With `restore` it says what the checkpoint must be: its shape is compared, fields
+            that differ from `published` are set, and all others are the checkpoint's own.
         seq_length: the longest sequence of the run, tokens.
-        rope: `variant` and its fields; None keeps the config's own.
+        rope: `variant` and its fields; None keeps the checkpoint's or, without one, the config's own.
         recompute: of the first stage (`nemo_longctx.activations`); None keeps the config's own.
+        tokenizer: Hugging Face name or directory, which checkpoints carry; a checkpoint brings its own.
+        restore: the checkpoint that the run begins with, the same as `resume.restore_config`.
+        published: `config` (a class name) and fields of the published model; None: the class's defaults.
+
+    Raises:
+        ConfigError: no checkpoint there, or one of another shape.
     """
-    model = model_class(type(config))(config)
+    named = {"config": type(config).__name__, **(published or {})}
+    if restore is None:
+        model = model_class(type(config))(config, tokenizer=load_tokenizer(tokenizer))
+        source = named["config"]
+    else:
+        reference = fresh_model(named).config
+        names = [field.name for field in dataclasses.fields(config) if field.init]
+        asked = {name: getattr(config, name) for name in names if isinstance(getattr(config, name), _PLAIN)}
+        changed = {name: value for name, value in asked.items() if value != getattr(reference, name)}
+        shape = {key: value for key, value in named.items() if key in ("config", *SHAPE_FIELDS)}
+        # This runs while fiddle builds the model, and fiddle builds no second config (the checkpoint's) in the same thread.
+        with ThreadPoolExecutor(1) as other:
+            model = other.submit(checkpoint_model, restore.path, {**shape, **changed}).result()
+        source = "checkpoint"
     variant = None if rope is None else variants.parse(rope)
-    prepare_model(model, seq_length=seq_length, variant=variant, recompute=recompute)
+    changes = prepare_model(model, seq_length=seq_length, variant=variant, recompute=recompute)
+    model.long_context_start = RunStart(changes=changes, source=source, variant=variant or variant_of(model))
     return model
 
 
-def model_config(recipe: RecipeConfig) -> run.Config:
+def model_config(recipe: RecipeConfig, *, published: Mapping[str, Any], restore: run.Config | None) -> run.Config:
     """`extended_model` with the recipe's config class and fields."""
     fields = {key: value for key, value in recipe.model.items() if key != "config"}
     return run.Config(
@@ -141,11 +187,14 @@ def model_config(recipe: RecipeConfig) -> run.Config:
         seq_length=recipe.seq_length,
         rope=None if recipe.rope is None else dict(recipe.rope),
         recompute=recipe.curriculum.stages[0].recompute,
+        tokenizer=recipe.data.get("tokenizer"),
+        restore=restore,
+        published=dict(published),
     )
 
 
 def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
-    """NeMo's trainer and Megatron strategy, with timing and throughput callbacks."""
+    """NeMo's trainer and Megatron strategy, with the guard of settings and RoPE, log, throughput and evaluation."""
     trainer, steps = recipe.trainer, recipe.curriculum.total_steps
     strategy = run.Config(
         nl.MegatronStrategy,
@@ -155,6 +204,7 @@ def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
         context_parallel_size=trainer.context_parallel_size,
         sequence_parallel=trainer.sequence_parallel,
         gradient_as_bucket_view=True,
+        replace_progress_bar=False,  # as in run.py: with NeMo's own the next save may wait for good
         ckpt_async_save=trainer.accelerator == "gpu",
         ddp=run.Config(
             DistributedDataParallelConfig,
@@ -165,12 +215,25 @@ def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
             use_distributed_optimizer=recipe.optimizer.distributed,
         ),
     )
-    throughput = run.Config(
-        ThroughputCallback,
-        curriculum=run.Config(curriculum_of, values=_curriculum_values(recipe.curriculum)),
-        path=str(Path(results) / "throughput.json"),
-        every=max(10, trainer.log_every_n_steps),
-    )
+    curriculum = run.Config(curriculum_of, values=_curriculum_values(recipe.curriculum))
+    callbacks = [
+        run.Config(TimingCallback),
+        run.Config(
+            ThroughputCallback,
+            curriculum=curriculum,
+            path=str(Path(results) / "throughput.json"),
+            every=max(10, trainer.log_every_n_steps),
+        ),
+        run.Config(LongContextSettingsCallback, directory=results, recipe=_plain(dataclasses.asdict(recipe))),
+        run.Config(
+            TrainingLogCallback,
+            path=str(Path(results) / "training.csv"),
+            curriculum=curriculum,
+            every=trainer.log_every_n_steps,
+        ),
+    ]
+    if recipe.eval and recipe.eval.get("tasks"):
+        callbacks.append(run.Config(LongContextEvalCallback, **recipe.eval, directory=str(Path(results) / "eval")))
     return run.Config(
         nl.Trainer,
         accelerator=trainer.accelerator,
@@ -180,11 +243,11 @@ def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
         plugins=run.Config(nl.MegatronMixedPrecision, precision=trainer.precision),
         max_steps=steps,
         val_check_interval=recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps,
-        limit_val_batches=trainer.limit_val_batches,
+        limit_val_batches=trainer.limit_val_batches if recipe.data.get("validation") else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every_n_steps,
         use_distributed_sampler=False,
-        callbacks=[run.Config(TimingCallback), throughput],
+        callbacks=callbacks,
     )
 
 
@@ -240,6 +303,14 @@ def _log_config(recipe: RecipeConfig, directory: str, name: str) -> run.Config:
     return run.Config(nl.NeMoLogger, ckpt=checkpoint, name=name, log_dir=directory)
 
 
-def _resume_config(restore_from: str | None) -> run.Config:
-    restore = run.Config(nl.RestoreConfig, path=restore_from, load_optim_state=False) if restore_from else None
-    return run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)
+def _restore_config(restore_from: str | None) -> run.Config | None:
+    if not restore_from:
+        return None
+    return run.Config(nl.RestoreConfig, path=restore_from, load_optim_state=False, load_artifacts=False)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dictionaries, all the way down: what nemo_run can carry to another machine."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -13,19 +13,24 @@ import nemo.lightning as nl
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from nemo.collections import llm
-from nemo.collections.common.tokenizers.huggingface import AutoTokenizer
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 
 from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, TrainingLogCallback
+from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, RunStart, TrainingLogCallback
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
-from nemo_longctx.adapters.nemo.model import SettingChange, checkpoint_directory, checkpoint_model, fresh_model, prepare_model
+from nemo_longctx.adapters.nemo.model import (
+    SettingChange,
+    checkpoint_directory,
+    checkpoint_model,
+    fresh_model,
+    load_tokenizer,
+    prepare_model,
+)
 from nemo_longctx.adapters.nemo.rope import variant_of
 from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
-from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.recipe import RecipeConfig
 
 
@@ -80,7 +85,8 @@ def build_run(recipe: RecipeConfig) -> Run:
     if recipe.restore_from:
         model, source = checkpoint_model(recipe.restore_from, recipe.model), "checkpoint"
     else:
-        model, source = fresh_model(recipe.model, tokenizer=_tokenizer(recipe)), str(recipe.model["config"])
+        tokenizer = load_tokenizer(recipe.data.get("tokenizer"))
+        model, source = fresh_model(recipe.model, tokenizer=tokenizer), str(recipe.model["config"])
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     data = _data(recipe)
@@ -88,9 +94,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     directory = run_directory(recipe)
     callbacks: list[pl.Callback] = [
         LongContextSettingsCallback(
-            changes=changes,
-            source=source,
-            variant=recipe.rope_variant or variant_of(model),
+            start=RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model)),
             directory=str(directory / "results"),
             recipe=dataclasses.asdict(recipe),
         ),
@@ -126,18 +130,6 @@ def _prepare_device(recipe: RecipeConfig) -> None:
             mend = "NeMo moves models to a GPU where there is one; set gpu, or hide it with CUDA_VISIBLE_DEVICES="
             raise ConfigError("trainer.accelerator", "cpu", mend)
         cpu.install()
-
-
-def _tokenizer(recipe: RecipeConfig) -> AutoTokenizer | None:
-    """The tokenizer that checkpoints and exports carry; training reads tokens and needs none."""
-    name = recipe.data.get("tokenizer")
-    if name is None:
-        return None
-    check_hub_name("data.tokenizer", str(name))
-    try:
-        return AutoTokenizer(pretrained_model_name=str(name))
-    except (OSError, ValueError) as error:
-        raise ConfigError("data.tokenizer", name, f"no Hugging Face tokenizer can be loaded from there: {error}") from error
 
 
 def _data(recipe: RecipeConfig) -> LongContextDataModule:

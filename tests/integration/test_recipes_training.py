@@ -1,0 +1,57 @@
+"""Factories train: the run is checked and told as the example script's is, and a RoPE that was replaced ends it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_longctx.data.writer import CorpusWriter
+
+SHORT = "restore_from=null rope=rope curriculum.stages=[{until:1.0,seq_length:64}]"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("corpus") / "numbers"
+    with CorpusWriter(str(prefix), np.uint16) as writer:
+        for length in (900, 2000, 1500):
+            writer.add_document((np.arange(length) % 300).astype(np.uint16))
+    return prefix
+
+
+def start(corpus, output, name, overrides, *more):
+    worker = Path(__file__).with_name("factory_worker.py")
+    command = [sys.executable, str(worker), str(corpus), str(output), name, overrides, *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=280)
+
+
+@pytest.mark.slow
+def test_a_factorys_run_is_verified_goes_on_from_a_checkpoint_and_says_what_it_changed(corpus, tmp_path):
+    base = start(corpus, tmp_path, "base", SHORT)
+    assert base.returncode == 0, base.stdout[-4000:]
+    assert "RoPE verified live: rope" in base.stdout
+    found = next(path for path in tmp_path.rglob("*-last") if path.is_dir())
+    longer = f"restore_from={found} rope=abf curriculum.stages=[{{until:1.0,seq_length:256}}]"
+    long = start(corpus, tmp_path, "long", longer)
+    assert long.returncode == 0, long.stdout[-4000:]
+    assert "RoPE verified live: abf (base=500000" in long.stdout
+    settings = json.loads((tmp_path / "long" / "results" / "settings.json").read_text())
+    assert settings["source"] == "checkpoint"
+    assert settings["settings"]["rotary_base"] == {"before": 10000, "run": 500000}
+    assert settings["settings"]["seq_length"] == {"before": 64, "run": 256}
+    throughput = json.loads((tmp_path / "long" / "results" / "throughput.json").read_text())
+    assert throughput["stages"][0]["planned"]["memory_gib"] > 0
+    assert "planned GiB" in long.stdout
+
+
+@pytest.mark.slow
+def test_a_rope_that_was_replaced_ends_a_factorys_run(corpus, tmp_path):
+    done = start(corpus, tmp_path, "broken", SHORT, "break")
+    assert done.returncode != 0
+    assert "LiveRopeError" in done.stdout
+    assert "RoPE verified live" not in done.stdout
