@@ -6,10 +6,13 @@ no global state (backend, current figure, rcParams) behind.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_longctx.report.training_log import SET_LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,8 +145,9 @@ def plot_training_curve(
     """Loss against consumed tokens (or steps, where rows have no `tokens`), with the stage switches marked.
 
     Args:
-        rows: mappings with `loss`, `tokens` or `step`, and optionally `validation_loss`; values may be text, as a CSV
-            reader gives them; a row without a value is left out of that line.
+        rows: mappings with `loss`, `tokens` or `step`, and optionally `validation_loss` and `validation_loss_NAME`, drawn
+            by name where there are several sets; values may be text, as a CSV reader gives them; a row without a value is
+            left out of that line.
         path: PNG to write.
         switches: (tokens or step, name) of each change of stage, say (2e6, "1k -> 4k").
 
@@ -151,16 +155,19 @@ def plot_training_curve(
         ValueError: no row has a loss, or rows have neither `tokens` nor `step`.
     """
     clock = "tokens" if rows and "tokens" in rows[0] else "step"
-    lines = {name: _points(rows, clock, name) for name in ("loss", "validation_loss")}
-    if not lines["loss"]:
+    loss = _points(rows, clock, "loss")
+    if not loss:
         raise ValueError(f"no row has both {clock!r} and 'loss': nothing to draw")
     figure, axes = new_figure()
-    x, y = zip(*lines["loss"], strict=True)
+    x, y = zip(*loss, strict=True)
     axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, zorder=2)
     axes.plot(x, _smooth(y), color=COLOURS[0], linewidth=1.8, label="training (smoothed)", zorder=3)
-    if lines["validation_loss"]:
-        x, y = zip(*lines["validation_loss"], strict=True)
-        axes.plot(x, y, color=COLOURS[1], marker="o", markersize=4, linewidth=1.2, label="validation", zorder=4)
+    sets = list(dict.fromkeys(key for row in rows for key in row if key.startswith(SET_LOSS)))
+    for name, colour in zip(sets if len(sets) > 1 else ["validation_loss"], itertools.cycle(COLOURS[1:])):
+        if points := _points(rows, clock, name):
+            x, y = zip(*points, strict=True)
+            label = f"validation {name.removeprefix(SET_LOSS)}" if len(sets) > 1 else "validation"
+            axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.2, label=label, zorder=4)
     if clock == "tokens":
         _format_tokens(axes, log=False)
     _mark(axes, switches)

@@ -5,10 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
+
+SET_LOSS = "validation_loss_"  # and the name of a validation set: columns after the others
+
+
+def training_columns(rows: Iterable[Mapping[str, Any]], sets: Iterable[str] = ()) -> list[str]:
+    """The columns of a `training.csv` that holds `rows` and the losses of these validation sets."""
+    more = [*(key for row in rows for key in row), *(SET_LOSS + name for name in sets)]
+    return list(dict.fromkeys([*TRAINING_COLUMNS, *more]))
 
 
 def read_training_log(path: str | Path) -> list[dict[str, Any]]:

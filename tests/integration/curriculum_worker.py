@@ -45,12 +45,13 @@ class Witness(pl.Callback):
 
     def on_megatron_microbatch_start(self, step, batch, forward_callback):
         mode = "train" if step.trainer.training else "sanity" if step.trainer.sanity_checking else "validation"
+        windows = () if batch["tokens"] is None else batch["tokens"]  # only the first pipeline stage has tokens
         row = {
             "mode": mode,
             "step": step.step_i,
             **self.shapes,
             "packed": batch.get("packed_seq_params") is not None,
-            "windows": [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch["tokens"]],
+            "windows": [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in windows],
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -79,8 +80,9 @@ def main() -> None:
     pl.seed_everything(1)
     data = LongContextDataModule(**settings["data"])
     model = fresh_model(
-        {"config": "LlamaConfig", "num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2,
-         "num_query_groups": 2, "seq_length": data.seq_length, "make_vocab_size_divisible_by": 1, "vocab_size": 128}
+        {"config": "LlamaConfig", "num_layers": settings.get("num_layers", 1), "hidden_size": 32, "ffn_hidden_size": 64,
+         "num_attention_heads": 2, "num_query_groups": 2, "seq_length": data.seq_length, "make_vocab_size_divisible_by": 1,
+         "vocab_size": 128}
     )  # fmt: skip
     prepare_model(model, seq_length=data.seq_length)
     optimizer = OptimizerConfig(
@@ -97,6 +99,7 @@ def main() -> None:
             ckpt_save_optimizer=True,
             ckpt_async_save=False,
             ckpt_parallel_load=False,
+            pipeline_dtype=torch.float32,
             **settings.get("strategy", {}),
         ),
         plugins=nl.MegatronMixedPrecision(precision="32"),

@@ -1,13 +1,18 @@
 """The data module's own rules, without a training run: what ranks are dealt, what a checkpoint says, what is refused."""
 
+import hashlib
+import os
 import pickle
+import shlex
 import sys
+from itertools import chain, islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError, build
@@ -16,8 +21,13 @@ from nemo_longctx.data.writer import CorpusWriter
 
 pytest.importorskip("nemo.lightning")
 
-from nemo.lightning.io import reinit
+import fiddle as fdl
+import hydra
+import nemo_run as run
+from nemo.lightning.io import load, reinit
+from omegaconf import OmegaConf
 
+from nemo_longctx.adapters.nemo import sampler
 from nemo_longctx.adapters.nemo.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
 from nemo_longctx.adapters.nemo.sampler import (
     CurriculumBatchSampler,
@@ -48,7 +58,7 @@ def module(corpus, cache_dir, **changes):
 
 
 def attach(data, *, max_steps=-1, global_step=0, **fields):
-    epoch_loop = SimpleNamespace(max_steps=max_steps)
+    epoch_loop = SimpleNamespace(max_steps=max_steps, batch_progress=SimpleNamespace(current=SimpleNamespace()))
     limits = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "limit_test_batches": 1.0, "num_sanity_val_steps": 0}
     data.trainer = SimpleNamespace(
         max_steps=max_steps,
@@ -71,15 +81,95 @@ def test_ranks_are_dealt_every_sample_of_a_step_once(ranks, sizes, step):
     curriculum = build(Curriculum, CURRICULUM | {"stages": stages})
     begin = curriculum.samples_at_token(256 * step)
     samplers = [CurriculumBatchSampler(curriculum, first_sample=begin, rank=rank, world_size=ranks) for rank in range(ranks)]
-    batches = [iter(sampler) for sampler in samplers]
+    batches = [iter(each) for each in samplers]
     for now in range(step, curriculum.total_steps):
         stage = curriculum.stage_at_step(now)
         seen = [n for it in batches for _ in range(stage.num_microbatches(ranks)) for n in next(it)]
         first = curriculum.samples_at_token(256 * now)
         assert sorted(seen) == list(range(first, first + stage.global_batch_size))
     assert all(next(it, None) is None for it in batches)
-    assert len({len(sampler) for sampler in samplers}) == 1
+    assert len({len(each) for each in samplers}) == 1
     assert len(samplers[0]) == sum(curriculum.stage_at_step(s).num_microbatches(ranks) for s in range(10))
+
+
+@st.composite
+def interrupted_runs(draw):
+    """Launches of one curriculum: ranks, workers, micro batch sizes, and the steps after which each saved and was killed."""
+    lengths = draw(st.lists(st.sampled_from([16, 32, 64]), min_size=1, max_size=4))
+    ends = np.cumsum(draw(st.lists(st.integers(1, 4), min_size=len(lengths), max_size=len(lengths)))).tolist()
+    launches, saved = [], 0
+    while saved < ends[-1]:
+        ranks = draw(st.sampled_from([1, 2, 4]))
+        sizes = [draw(st.sampled_from([n for n in (1, 2, 4) if 256 // length % (n * ranks) == 0])) for length in lengths]
+        dies = draw(st.integers(saved + 1, ends[-1]))
+        stages = [
+            {"until": end / ends[-1], "seq_length": length, "micro_batch_size": size}
+            for end, length, size in zip(ends, lengths, sizes, strict=True)
+        ]
+        curriculum = {"stages": stages, "tokens_per_step": 256, "total_tokens": 256 * ends[-1]}
+        then = draw(st.integers(saved, dies)) if dies < ends[-1] else dies
+        launches.append(
+            {"ranks": ranks, "workers": draw(st.integers(0, 2)), "curriculum": curriculum, "saves": then, "dies": dies}
+        )
+        saved = then
+    return launches
+
+
+def digest_of_step(batches):
+    """A hash of the windows of a step, whatever rank and micro batch each came in."""
+    keys = ("tokens", "labels", "loss_mask", "position_ids")
+    windows = [
+        b"".join(batch[key][row].numpy().tobytes() for key in keys) for batch in batches for row in range(len(batch["tokens"]))
+    ]
+    return hashlib.sha256(b"".join(sorted(windows))).hexdigest()
+
+
+def launch(corpus, cache_dir, monkeypatch, state, launched, **data_settings):
+    """Steps of one launch from `state` on: step -> digest; and the state that it saved."""
+    ranks, curriculum = launched["ranks"], build(Curriculum, launched["curriculum"])
+    first = 0 if state is None else state["token_address"] // 256
+    of_ranks = []
+    for rank in range(ranks):
+        for name, value in (("data_parallel_world_size", ranks), ("data_parallel_rank", rank)):
+            monkeypatch.setattr(sampler.parallel_state, f"get_{name}", lambda value=value: value)
+        settings = {"curriculum": launched["curriculum"], "num_workers": launched["workers"], **data_settings}
+        data = attach(module(corpus, cache_dir, **settings), global_step=launched["saves"])
+        data.setup("fit")
+        if state is not None:
+            data.load_state_dict(state)
+        loader = data.data_sampler.transform_dataloader(data.train_dataloader())
+        numbers = [curriculum.stage_at_step(step).num_microbatches(ranks) for step in range(first, launched["dies"])]
+        batches = iter(loader)
+        of_ranks.append([list(islice(batches, number)) for number in numbers])
+    steps = {first + n: digest_of_step(chain.from_iterable(step)) for n, step in enumerate(zip(*of_ranks, strict=True))}
+    return steps, data.state_dict()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    launches=interrupted_runs(),
+    packing=st.sampled_from(["concatenate", "best_fit"]),
+    masking=st.booleans(),
+    seed=st.integers(1, 99),
+)
+def test_the_stream_is_the_same_for_any_ranks_workers_micro_batches_and_kills(
+    corpus, tmp_path, launches, packing, masking, seed
+):
+    """Through the module, its sampler and torch's loader; test_data_module_training.py does the like in the real trainer."""
+    stream = {"packing": packing, "document_masking": masking, "seed": seed}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel"):
+            monkeypatch.setattr(sampler.parallel_state, f"get_{name}_world_size", lambda: 1)
+        curriculum = launches[0]["curriculum"]
+        steps = curriculum["total_tokens"] // 256
+        alone = {"ranks": 1, "workers": 0, "curriculum": curriculum, "saves": steps, "dies": steps}
+        expected, _ = launch(corpus, tmp_path, monkeypatch, None, alone, **stream)
+        seen, state = {}, None
+        for launched in launches:
+            now, state = launch(corpus, tmp_path, monkeypatch, state, launched, **stream)
+            assert now == {step: expected[step] for step in now}
+            seen |= now
+    assert seen == expected
 
 
 def test_evaluation_sets_follow_each_other_in_whole_steps():
@@ -89,9 +179,9 @@ def test_evaluation_sets_follow_each_other_in_whole_steps():
     ]
     dealt = [list(EvaluationBatchSampler(sets, multiple=1, limit=None, rank=rank, world_size=2)) for rank in range(2)]
     assert dealt == [[[0, 1], [4, 5], [11], [13]], [[2, 3], [6, 7], [12], [14]]]
-    sampler = EvaluationBatchSampler(sets, multiple=1, limit=1, rank=0, world_size=2)
-    assert list(sampler) == [[0, 1], [11]]
-    assert [sampler.set_of_step(step).name for step in range(2)] == ["a", "b"]
+    limited = EvaluationBatchSampler(sets, multiple=1, limit=1, rank=0, world_size=2)
+    assert list(limited) == [[0, 1], [11]]
+    assert [limited.set_of_step(step).name for step in range(2)] == ["a", "b"]
     assert len(EvaluationBatchSampler(sets, multiple=2, limit=None, rank=0, world_size=2)) == 4
     with pytest.raises(ConfigError, match=r"data\.validation\.name='a'.*a step takes 16"):
         EvaluationBatchSampler(sets, multiple=4, limit=None, rank=0, world_size=2)
@@ -154,6 +244,23 @@ def test_what_nemo_asks_of_a_data_module(corpus, tmp_path):
     assert again.curriculum == data.curriculum
 
 
+def test_a_target_in_yaml_and_a_nemo_run_config_make_the_module(corpus, tmp_path):
+    """As Hydra and nemo_run build NeMo's parts; and what NeMo writes beside a checkpoint builds it again."""
+    target = "nemo_longctx.adapters.nemo.data_module.LongContextDataModule"
+    validation = [{"name": "held_out", "path": corpus, "seq_length": 16}]
+    values = {"mix": {"sources": [{"path": corpus}]}, "curriculum": CURRICULUM, "validation": validation}
+    built = [
+        hydra.utils.instantiate(OmegaConf.create({"_target_": target, **values})),
+        fdl.build(run.Config(LongContextDataModule, **values)),
+    ]
+    for number, data in enumerate(built):
+        assert data.mix.sources[0].path == corpus
+        assert data.curriculum == build(Curriculum, CURRICULUM)
+        assert [each.name for each in data.evaluation["validation"]] == ["held_out"]
+        data.io_dump(tmp_path / str(number), yaml_attrs=[])
+        assert load(tmp_path / str(number)).curriculum == data.curriculum
+
+
 def state_of(corpus, cache_dir, step, **changes):
     data = attach(module(corpus, cache_dir, **changes), global_step=step)
     data.setup("fit")
@@ -208,7 +315,20 @@ def test_limits_count_steps_of_each_set(corpus, tmp_path):
         module(corpus, tmp_path, validation=[sets[0], sets[0]])
 
 
-def test_the_command_for_a_stage_with_other_parallel_sizes(monkeypatch):
+@pytest.mark.parametrize(
+    ("processes", "torchrun", "expected"),
+    [
+        (4, False, [sys.executable, "-u", "train.py", "recipe=x", "trainer.context_parallel_size=4"]),
+        (2, False, [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "train.py", "recipe=x",
+                    "trainer.context_parallel_size=4", "trainer.devices=4", "trainer.num_nodes=1"]),
+        (8, True, [*Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1], "trainer.context_parallel_size=4"]),
+    ],
+)  # fmt: skip
+def test_the_command_for_a_stage_with_other_parallel_sizes(monkeypatch, processes, torchrun, expected):
+    live = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 2}
+    monkeypatch.setattr(sampler, "live_sizes", lambda: live)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", "recipe=x", "trainer.context_parallel_size=2"])
     monkeypatch.setattr(sys, "argv", ["train.py", "recipe=x", "trainer.context_parallel_size=2"])
-    command = command_with({"context_parallel_size": 4})
-    assert command.endswith("train.py recipe=x trainer.context_parallel_size=4")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: torchrun)
+    assert shlex.split(command_with({"context_parallel_size": 4})) == expected

@@ -153,3 +153,21 @@ def test_each_stage_recomputes_what_it_says_from_its_first_step_and_changes_no_l
     losses = [[row["reduced_train_loss"] for row in each] for each in (steps, plain_steps)]
     assert losses[0] == losses[1]
     assert "recompute none, offload none" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("document_masking", [False, True])
+def test_a_pipeline_exchanges_the_shapes_of_each_stage(corpora, tmp_path, document_masking):
+    """Two pipeline stages through a change of length, and through validation sets of other lengths."""
+    layout = {"num_layers": 2, "strategy": {"pipeline_model_parallel_size": 2}, "limit_val_batches": 3, "val_check_interval": 4}
+    rows_of_ranks, _ = train(tmp_path, "pipeline", 2, data_settings(corpora, document_masking=document_masking), **layout)
+    for rows in rows_of_ranks:
+        trained = [row for row in rows if row["mode"] == "train"]
+        assert all(row["packed"] is document_masking for row in trained)
+        shapes = {row["step"]: (row["seq_length"], row["micro_batch_size"], row["num_microbatches"]) for row in trained}
+        short = (64, 1, 4) if document_masking else (32, 2, 4)  # masked windows are laid end to end
+        assert shapes == dict.fromkeys(range(4), short) | dict.fromkeys(range(4, 8), (64, 1, 4))
+        assert len([row for row in rows if row["mode"] == "validated"]) == 2
+    if not document_masking:
+        assert windows_by_step(rows_of_ranks[:1]) == expected_windows(corpora, tmp_path)

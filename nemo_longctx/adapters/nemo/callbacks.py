@@ -21,7 +21,7 @@ from nemo_longctx.adapters.nemo.attention import attention_summary
 from nemo_longctx.adapters.nemo.model import SettingChange, mcore_modules, settings_table
 from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
 from nemo_longctx.config import ConfigError
-from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, write_json
+from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
 from nemo_longctx.rope.base import RopeVariant
 
 # Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
@@ -106,7 +106,7 @@ class TrainingLogCallback(Callback):
     At the end the curve is drawn beside it, with the changes of length marked.
 
     Args:
-        path: the CSV; columns `TRAINING_COLUMNS`, losses with all digits.
+        path: the CSV; columns `TRAINING_COLUMNS` and the loss of each validation set by its name, losses with all digits.
         curriculum: gives tokens and sequence length of a step.
         every: steps between two rows.
     """
@@ -114,15 +114,18 @@ class TrainingLogCallback(Callback):
     def __init__(self, *, path: str, curriculum: Any, every: int = 1):
         self.path, self.curriculum, self.every = Path(path), curriculum, every
         self._last: tuple[int, float] | None = None
+        self._columns = list(TRAINING_COLUMNS)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         rows = [row for row in read_training_log(self.path) if row["step"] <= trainer.global_step]
+        sets = getattr(trainer.datamodule, "evaluation", {}).get("validation", ())
+        self._columns = training_columns(rows, [each.name for each in sets])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, TRAINING_COLUMNS)
+            writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
         os.replace(beside, self.path)
@@ -152,8 +155,12 @@ class TrainingLogCallback(Callback):
         step = trainer.global_step
         seq_length = self.curriculum.stage_at_step(max(step - 1, 0)).seq_length
         tokens = step * self.curriculum.tokens_per_step
-        loss = _number(trainer.callback_metrics["val_loss"])
-        self._append(step=step, tokens=tokens, seq_length=seq_length, validation_loss=loss)
+        losses = {
+            name.replace("val_loss", "validation_loss", 1): _number(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.replace("val_loss", "validation_loss", 1) in self._columns
+        }
+        self._append(step=step, tokens=tokens, seq_length=seq_length, **losses)
         self._last = (step, time.perf_counter())  # validation is no training time
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -170,7 +177,7 @@ class TrainingLogCallback(Callback):
 
     def _append(self, **row: Any) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, TRAINING_COLUMNS, restval="").writerow(row)
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
 
 
 def versions() -> dict[str, str]:

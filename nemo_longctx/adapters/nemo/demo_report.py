@@ -16,7 +16,7 @@ from nemo_longctx.adapters.nemo.position import loss_by_position
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.eval.position import PositionRow, by_model, write_csv
 from nemo_longctx.report.plots import plot_loss_by_position, plot_training_curve
-from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, write_json
+from nemo_longctx.report.training_log import read_training_log, training_columns, write_json
 
 BASE, LONG = "tiny_cpu_base", "tiny_cpu_long"
 SHORT_LENGTH, LONG_LENGTH, BIN = 256, 2048, 64
@@ -102,7 +102,7 @@ def _training_rows(output: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("run", *TRAINING_COLUMNS), restval="")
+        writer = csv.DictWriter(file, dict.fromkeys(["run", *training_columns(rows)]), restval="")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -159,7 +159,9 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback]) -> nl.Trainer:
         # others never answer, and the next save waits for good.
         replace_progress_bar=False,
     )
-    val_every = recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps
+    validates = bool(recipe.data.get("validation"))
+    # Without validation NeMo would save no checkpoint at a stop on one of its steps.
+    val_every = (recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps) if validates else steps
     return nl.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
@@ -168,7 +170,7 @@ def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback]) -> nl.Trainer:
         plugins=nl.MegatronMixedPrecision(precision=trainer.precision),
         max_steps=steps,
         val_check_interval=val_every,
-        limit_val_batches=trainer.limit_val_batches if recipe.data.get("validation") else 0,
+        limit_val_batches=trainer.limit_val_batches if validates else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every_n_steps,
         use_distributed_sampler=False,

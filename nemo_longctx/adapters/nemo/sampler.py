@@ -8,9 +8,12 @@ step gives the consumed tokens, and those the stage and the samples.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -251,11 +254,7 @@ class CurriculumDataSampler(MegatronDataSampler):
 
     def missing_sizes(self, stage: Stage) -> dict[str, int]:
         """The parallel sizes that `stage` asks for and this run does not have."""
-        live = {
-            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-            "context_parallel_size": parallel_state.get_context_parallel_world_size(),
-        }
+        live = live_sizes()
         return {name: size for name, size in stage.config.parallel_sizes.items() if live[name] != size}
 
     def _enter(self, stage: Stage) -> None:
@@ -304,8 +303,29 @@ class CurriculumDataSampler(MegatronDataSampler):
         step.pl_module.log(name, number, prog_bar=prog_bar, batch_size=1)
 
 
+def live_sizes() -> dict[str, int]:
+    """The parallel sizes of this run."""
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
+
+
 def command_with(sizes: dict[str, int]) -> str:
-    """This process's command with other parallel sizes, in the names of our recipes: `trainer.NAME=SIZE`."""
+    """This run's own command with other parallel sizes, in the names of our recipes: `trainer.NAME=SIZE`.
+
+    Under torchrun it is torchrun's, as it was typed. Where the run's processes cannot be split that way, it starts on this node
+    as many as can.
+    """
+    together, world_size = math.prod((live_sizes() | sizes).values()), torch.distributed.get_world_size()
     settings = {f"trainer.{name}": size for name, size in sizes.items()}
-    kept = [argument for argument in sys.argv if argument.partition("=")[0].lstrip("+") not in settings]
-    return shlex.join([sys.executable, *kept, *(f"{name}={size}" for name, size in settings.items())])
+    if world_size % together:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(together), *sys.argv]
+        settings |= {"trainer.devices": together, "trainer.num_nodes": 1}
+    elif torch.distributed.is_torchelastic_launched():
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+    else:
+        command = [sys.executable, *sys.orig_argv[1:]]  # with -m, -u and the like
+    kept = [argument for argument in command if argument.partition("=")[0].lstrip("+") not in settings]
+    return shlex.join([*kept, *(f"{name}={size}" for name, size in settings.items())])
