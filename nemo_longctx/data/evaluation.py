@@ -31,6 +31,7 @@ class EvaluationConfig:
     samples: int | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "name", str(self.name))  # YAML reads `name: 256` as a number
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(
                 "data.validation.name", self.name, "letters, digits, - and _ only: it becomes part of a metric's name"

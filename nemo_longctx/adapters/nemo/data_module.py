@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.io.mixin import IOMixin
+from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from nemo_longctx.adapters.nemo.sampler import CurriculumDataSampler, EvaluationSet, command_with
@@ -88,6 +89,14 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         self.windows: Windows | None = None
         self.history: list[dict[str, Any]] = []  # changes of data or config that a user allowed
         self._restored: dict[str, Any] | None = None
+
+    def io_transform_args(self, init_fn: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """NeMo's hook: what it writes beside a checkpoint. Hydra hands over containers of its own, which NeMo cannot write."""
+        captured = super().io_transform_args(init_fn, *args, **kwargs)
+        return {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in captured.items()
+        }
 
     # What NeMo reads from a data module
 
