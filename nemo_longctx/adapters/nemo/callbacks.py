@@ -155,10 +155,11 @@ class TrainingLogCallback(Callback):
         step = trainer.global_step
         seq_length = self.curriculum.stage_at_step(max(step - 1, 0)).seq_length
         tokens = step * self.curriculum.tokens_per_step
-        losses = {
-            name.replace("val_loss", "validation_loss", 1): _number(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.replace("val_loss", "validation_loss", 1) in self._columns
+        metrics = trainer.callback_metrics
+        losses = {  # `validation_loss`, and that of each set by its name
+            column: _number(metrics[metric])
+            for column in self._columns
+            if column.startswith("validation_loss") and (metric := column.replace("validation_loss", "val_loss", 1)) in metrics
         }
         self._append(step=step, tokens=tokens, seq_length=seq_length, **losses)
         self._last = (step, time.perf_counter())  # validation is no training time
