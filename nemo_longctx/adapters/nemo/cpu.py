@@ -195,8 +195,8 @@ def _replace_cuda_namespace() -> None:
     cuda = torch.cuda
     stream = _Stream()
 
-    def nothing(*args, **kwargs):
-        return None
+    def new_nothing():  # one function a name: torch's compiler, imported later, tells functions apart by identity
+        return lambda *args, **kwargs: None
 
     # isinstance(x, torch.cuda.FloatTensor) must hold for what would be one on a GPU.
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor", "ByteTensor", "DoubleTensor"):
@@ -208,9 +208,9 @@ def _replace_cuda_namespace() -> None:
     _replace(cuda, "current_device", lambda: 0)
     _replace(cuda, "is_initialized", lambda: True)  # the checkpoint reader asserts it
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "_lazy_call", "_lazy_init"):
-        _replace(cuda, name, nothing)
-    _replace(cuda.nvtx, "range_push", nothing)
-    _replace(cuda.nvtx, "range_pop", nothing)
+        _replace(cuda, name, new_nothing())
+    _replace(cuda.nvtx, "range_push", new_nothing())
+    _replace(cuda.nvtx, "range_pop", new_nothing())
     _replace(cuda, "manual_seed", torch.default_generator.manual_seed)
     for owner in (cuda, cuda.random):
         _replace(owner, "get_rng_state", lambda device="cuda": torch.get_rng_state())
