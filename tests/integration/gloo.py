@@ -26,7 +26,8 @@ def run_on(size, function, *args, timeout=840):
     """Results by rank; a failure on any rank is raised here with its traceback."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    # The last process to leave removes the store itself, which may be while the folder is being removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Path(folder) / "store"
         workers = [context.Process(target=_worker, args=(function, r, size, store, queue, args)) for r in range(size)]
         for worker in workers:
@@ -40,7 +41,8 @@ def run_on(size, function, *args, timeout=840):
                 results[rank] = result
         finally:
             for worker in workers:
-                worker.join(5)
+                worker.join(60)
                 if worker.is_alive():
                     worker.terminate()
+                    worker.join()
     return [results[rank] for rank in range(size)]

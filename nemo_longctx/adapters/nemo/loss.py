@@ -141,14 +141,7 @@ def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) 
     extra = {}
     if batch.get("packed_seq_params") is not None:
         extra["packed_seq_params"] = batch["packed_seq_params"]
-        _check_rows(model, shape)
-        # The windows of a packed batch go through the layers as one row.
+        # The windows of a packed batch go through the layers, and from stage to stage of a pipeline, as one row.
         fields = {name: None if x is None else x.reshape(1, -1) for name, x in fields.items()}
     out = host(fields["tokens"], fields["position_ids"], None, labels=fields["labels"], loss_mask=fields["loss_mask"], **extra)
     return out.view(shape) if fields["labels"] is not None and out.dim() == 2 else out
-
-
-def _check_rows(model: Any, shape: torch.Size | None) -> None:
-    if shape is not None and shape[0] > 1 and model.config.pipeline_model_parallel_size > 1:
-        mend = "must be 1 with documents and pipeline parallelism: the stages exchange one packed window at a time"
-        raise ConfigError("micro_batch_size", shape[0], mend)
