@@ -30,7 +30,8 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
     except (ConfigError, OSError) as error:
         if os.environ.get("NEMO_LONGCTX_DEBUG"):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.stdout.flush()
+        print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
         return 2
     return 0
 

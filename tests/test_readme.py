@@ -21,7 +21,7 @@ def test_python_blocks_run(capsys):
     assert blocks("python")
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})
-    assert "YarnRope" in capsys.readouterr().out
+    assert "extended_model" in capsys.readouterr().out
 
 
 def commands():

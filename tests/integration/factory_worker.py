@@ -1,5 +1,6 @@
-"""A run through a nemo_run factory on a CPU, at tiny sizes. factory_worker.py CORPUS OUTPUT NAME OVERRIDES [break]"""
+"""A run through a nemo_run factory on a CPU, at tiny sizes. factory_worker.py CORPUS OUTPUT NAME OVERRIDES [break | stock]"""
 
+import json
 import os
 import sys
 
@@ -24,6 +25,26 @@ class ReplaceRope(pl.Callback):
             module.rotary_pos_emb.inv_freq = torch.mul(module.rotary_pos_emb.inv_freq, 2)
 
 
+def stock(run, recipes, corpus, output, name, asked):
+    """NeMo's own recipe of Llama 2 7B, cut to the size of this machine, then made long by `extend_recipe`."""
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    recipe = llm.llama2_7b.pretrain_recipe(dir=output, name=name, num_nodes=1, num_gpus_per_node=1)
+    for key, value in TINY.items():
+        setattr(recipe.model.config, key, value)
+    recipe.trainer.accelerator, recipe.trainer.plugins = "cpu", run.Config(nl.MegatronMixedPrecision, precision="32")
+    recipe.trainer.strategy.tensor_model_parallel_size = 1
+    recipe.trainer.strategy.ckpt_async_save = recipe.trainer.strategy.ckpt_parallel_load = False
+    recipe.trainer.strategy.ddp.overlap_grad_reduce = recipe.trainer.strategy.ddp.overlap_param_gather = False
+    recipe.optim.config.use_distributed_optimizer, recipe.optim.config.bf16 = False, False
+    recipe.optim.lr_scheduler.warmup_steps = 0
+    recipe.log.ckpt.train_time_interval = None
+    return recipes.extend_recipe(
+        recipe, **{"data": {"mix": {"sources": [{"path": corpus}]}, "cache_dir": f"{output}/order"}, **asked}
+    )
+
+
 def main(corpus, output, name, overrides, *more):
     from nemo_longctx.adapters.nemo import cpu
 
@@ -34,6 +55,12 @@ def main(corpus, output, name, overrides, *more):
 
     from nemo_longctx.adapters.nemo import recipes
 
+    if more == ("stock",):
+        task = stock(run, recipes, corpus, output, name, json.loads(overrides))
+        with cpu.stock_configs():
+            task = fdl.build(task)
+        task()
+        return
     data = ["data=corpus", f"data.mix.sources=[{{path:{corpus}}}]", "data.validation=[]", f"data.cache_dir={output}/order"]
     partial = recipes.pretrain_partial("llama2", "7b", " ".join([*CPU, *data, overrides]), output, name)
     for key, value in TINY.items():

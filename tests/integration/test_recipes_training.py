@@ -55,3 +55,18 @@ def test_a_rope_that_was_replaced_ends_a_factorys_run(corpus, tmp_path):
     assert done.returncode != 0
     assert "LiveRopeError" in done.stdout
     assert "RoPE verified live" not in done.stdout
+
+
+@pytest.mark.slow
+def test_nemos_own_recipe_made_long_trains_two_lengths_in_one_run(corpus, tmp_path):
+    stages = [{"until": 0.5, "seq_length": 64}, {"until": 1.0, "seq_length": 256}]
+    curriculum = {"stages": stages, "tokens_per_step": 512, "total_tokens": 2048}
+    asked = {"curriculum": curriculum, "rope": {"variant": "abf", "base": 500000.0}}
+    done = start(corpus, tmp_path, "stock", json.dumps(asked), "stock")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "RoPE verified live: abf (base=500000" in done.stdout
+    results = tmp_path / "stock" / "results"
+    assert json.loads((results / "settings.json").read_text())["settings"]["rotary_base"] == {"before": 10000, "run": 500000}
+    rows = (results / "training.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+    assert [path for path in tmp_path.rglob("*-last") if path.is_dir()]

@@ -32,7 +32,7 @@ CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What a model was given before it was built; `recipes.extended_model` leaves it on the model as `long_context_start`.
+    """What a model was given before it was built; whoever prepares a model leaves it there as `long_context_start`.
 
     Attributes:
         changes: long-context settings of checkpoint and run.
@@ -49,20 +49,18 @@ class LongContextSettingsCallback(Callback):
     """Prints checkpoint value -> run value, checks the live model against the run's settings, and stores both.
 
     Before the first step, on every rank: the live RoPE frequencies of each layer must be those of the config, and the disk must
-    hold a checkpoint. A difference ends the run with both values.
+    hold a checkpoint. A difference ends the run with both values. What the model must be is its `long_context_start`.
 
     Args:
-        start: what the model was given; None takes the model's own `long_context_start`, and refuses a model without one.
         directory: where `settings.json` is written, on rank 0.
         recipe: the recipe as a mapping, stored beside the settings.
     """
 
-    def __init__(self, *, start: RunStart | None = None, directory: str, recipe: dict[str, Any]):
-        self.start = start
+    def __init__(self, *, directory: str, recipe: dict[str, Any]):
         self.directory, self.recipe = Path(directory), recipe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        start = self.start or getattr(pl_module, "long_context_start", None)
+        start: RunStart | None = getattr(pl_module, "long_context_start", None)
         if start is None:
             mend = (
                 "was not made by a longctx recipe, so nothing says which RoPE it must have; leave the recipe's model in place"

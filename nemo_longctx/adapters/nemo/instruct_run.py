@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import nemo.lightning as nl
 from nemo.collections import llm
 
 from nemo_longctx.adapters.nemo import run as pretraining
-from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, RunStart, TrainingLogCallback
+from nemo_longctx.adapters.nemo.callbacks import RunStart
 from nemo_longctx.adapters.nemo.instruct_data_module import LongInstructDataModule
 from nemo_longctx.adapters.nemo.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, prepare_model
+from nemo_longctx.adapters.nemo.parts import made, recipe_callbacks, trainer_config
 from nemo_longctx.adapters.nemo.rope import RopeTransform, variant_of
-from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.rope.variants import to_dict
@@ -120,51 +119,30 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
         ConfigError: a setting that this machine, checkpoint or data contradicts.
     """
     recipe = instruct.run
-    pretraining._prepare_device(recipe)
+    pretraining.prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     model = checkpoint_model(recipe.restore_from, recipe.model)  # type: ignore[arg-type]
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
     model.config.calculate_per_token_loss = True
+    model.long_context_start = RunStart(changes=changes, source="checkpoint", variant=recipe.rope_variant or variant_of(model))
     directory = pretraining.run_directory(recipe)
     values = {"cache_dir": str(directory / "instances")} | dict(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
     _check_tokenizer(data, model.config)
-    callbacks: list[pl.Callback] = [
-        LongContextSettingsCallback(
-            start=RunStart(changes=changes, source="checkpoint", variant=recipe.rope_variant or variant_of(model)),
-            directory=str(directory / "results"),
-            recipe=dataclasses.asdict(instruct),
-        ),
-        TrainingLogCallback(
-            path=str(directory / "results" / "training.csv"),
-            curriculum=recipe.curriculum,
-            every=recipe.trainer.log_every_n_steps,
-        ),
-        ThroughputCallback(curriculum=recipe.curriculum, path=str(directory / "results" / "throughput.json")),
-    ]
-    if recipe.eval is not None:
-        callbacks.append(pretraining._evaluation(recipe.eval, directory / "results" / "eval"))
+    callbacks = recipe_callbacks(recipe, results=directory / "results", record=instruct)
+    validates = bool(data.evaluation["validation"])  # NeMo would ask a loader that is not there for its data
     parts = pretraining.Run(
         recipe=recipe,
         model=model,
         data=data,
-        trainer=_trainer(recipe, callbacks, validates=bool(data.evaluation["validation"])),
-        log=pretraining._logger(recipe),
-        resume=pretraining._resume(recipe),
-        optim=pretraining._optimizer(recipe),
+        trainer=made(trainer_config(recipe, callbacks=callbacks, validates=validates)),
         changes=changes,
         peft=None if instruct.lora is None else _lora(instruct.lora, model),
+        **pretraining.run_parts(recipe),
     )
     return InstructRun(parts=parts)
-
-
-def _trainer(recipe: RecipeConfig, callbacks: list[pl.Callback], *, validates: bool) -> nl.Trainer:
-    trainer = pretraining._trainer(recipe, callbacks)
-    if not validates:  # NeMo would ask a loader that is not there for its data
-        trainer.limit_val_batches = 0
-    return trainer
 
 
 def _lora(config: LoRAConfig, model: llm.GPTModel) -> LongContextLoRA:

@@ -8,25 +8,24 @@ command line can change (`trainer.num_nodes=4`), and nemo_run's executors bring 
 Annotations must not be postponed here (`from __future__ import annotations`): nemo_run parses arguments by their types.
 """
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nemo.lightning as nl
 import nemo_run as run
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
-from nemo.utils.exp_manager import TimingCallback
 
-from nemo_longctx.adapters.nemo import executors  # noqa: F401  registers them with nemo_run
-from nemo_longctx.adapters.nemo.callbacks import LongContextSettingsCallback, RunStart, TrainingLogCallback
+from nemo_longctx.adapters.nemo import (
+    executors,  # noqa: F401  registers them with nemo_run
+    parts,
+)
+from nemo_longctx.adapters.nemo.callbacks import RunStart
 from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
-from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.model import (
     SHAPE_FIELDS,
     checkpoint_model,
@@ -36,10 +35,8 @@ from nemo_longctx.adapters.nemo.model import (
     prepare_model,
 )
 from nemo_longctx.adapters.nemo.rope import variant_of
-from nemo_longctx.adapters.nemo.throughput import ThroughputCallback
 from nemo_longctx.compose import CONF_DIR, compose
-from nemo_longctx.config import ConfigError, build, did_you_mean
-from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 from nemo_longctx.rope import variants
 
@@ -111,21 +108,74 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
     recipe = load_recipe({**asked, "restore_from": None, "model": {**published, **asked["model"]}})
     output, run_name = directory or recipe.output_dir, name or recipe.name
     # One node for model and resume: `resume.restore_config.path=...` on the command line reaches both.
-    restore = _restore_config(asked["restore_from"])
+    restore = parts.restore_config(asked["restore_from"])
+    results = Path(output) / run_name / "results"
+    callbacks = parts.recipe_callbacks(recipe, results=results)
     return run.Partial(
         llm.pretrain,
         model=model_config(recipe, published=published, restore=restore),
-        data=run.Config(
-            LongContextDataModule,
-            **{key: value for key, value in recipe.data.items() if key != "tokenizer"},
-            curriculum=_curriculum_values(recipe.curriculum),
-            seed=recipe.seed,
-        ),
-        trainer=trainer_config(recipe, results=str(Path(output) / run_name / "results")),
-        log=_log_config(recipe, output, run_name),
-        resume=run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore),
-        optim=optimizer_config(recipe),
+        data=parts.data_config(recipe),
+        trainer=parts.trainer_config(recipe, callbacks=callbacks),
+        log=parts.logger_config(recipe, directory=output, name=run_name),
+        resume=parts.resume_config(restore),
+        optim=parts.optimizer_config(recipe),
     )
+
+
+def extend_recipe(
+    stock: run.Partial,
+    *,
+    data: Mapping[str, Any],
+    curriculum: Mapping[str, Any],
+    rope: Mapping[str, Any] | None = None,
+    restore_from: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> run.Partial:
+    """A pretraining recipe of NeMo's own (`llm.llama2_7b.pretrain_recipe()`), made to train long context.
+
+    Optimizer, layout, precision and logger stay as they are. The model is `extended_model`, the data `LongContextDataModule`,
+    the run as long as the curriculum, and the callbacks gain guard, training log and throughput.
+
+    Args:
+        stock: the recipe; it is left as it was.
+        data: arguments of `LongContextDataModule`, such as `mix` and `validation`.
+        curriculum: `stages`, `tokens_per_step` and `total_tokens`.
+        rope: `variant` and its fields; None keeps the checkpoint's or the recipe's.
+        restore_from: NeMo checkpoint to begin with; None trains from scratch.
+        evaluation: arguments of `LongContextEvalCallback`.
+
+    Raises:
+        ConfigError: a wrong curriculum or RoPE, or a recipe whose model has no config.
+    """
+    config = getattr(stock.model, "config", None)
+    if config is None:
+        raise ConfigError("recipe.model", str(stock.model), "must be a GPT model of nemo.collections.llm with its config")
+    if rope is not None:
+        variants.parse(rope)
+    stages = parts.curriculum_of(curriculum)
+    restore = parts.restore_config(restore_from)
+    recipe = copy.deepcopy(stock)
+    recipe.model = run.Config(
+        extended_model,
+        config=config,
+        seq_length=max(stage.seq_length for stage in stages.stages),
+        rope=parts.plain(rope),
+        recompute=stages.stages[0].recompute,
+        tokenizer=data.get("tokenizer"),
+        restore=restore,
+    )
+    recipe.data = run.Config(LongContextDataModule, **parts.plain(data), curriculum=parts.curriculum_values(stages))
+    recipe.resume.restore_config = restore
+    trainer = recipe.trainer
+    trainer.max_steps, trainer.num_sanity_val_steps, trainer.use_distributed_sampler = stages.total_steps, 0, False
+    if not data.get("validation"):
+        trainer.limit_val_batches, trainer.val_check_interval = 0, stages.total_steps
+    trainer.strategy.replace_progress_bar = False  # as in `parts.trainer_config`
+    results = Path(recipe.log.log_dir or "nemo_experiments") / (recipe.log.name or "default") / "results"
+    record = {"data": data, "curriculum": curriculum, "rope": rope, "restore_from": restore_from, "eval": evaluation}
+    ours = parts.callback_configs(stages, results=results, record=record, evaluation=evaluation)
+    trainer.callbacks = [*(trainer.callbacks or []), *ours]
+    return recipe
 
 
 def _published_model(family: str, size: str) -> dict[str, Any]:
@@ -191,126 +241,3 @@ def model_config(recipe: RecipeConfig, *, published: Mapping[str, Any], restore:
         restore=restore,
         published=dict(published),
     )
-
-
-def trainer_config(recipe: RecipeConfig, *, results: str) -> run.Config:
-    """NeMo's trainer and Megatron strategy, with the guard of settings and RoPE, log, throughput and evaluation."""
-    trainer, steps = recipe.trainer, recipe.curriculum.total_steps
-    strategy = run.Config(
-        nl.MegatronStrategy,
-        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
-        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=trainer.virtual_pipeline_model_parallel_size,
-        context_parallel_size=trainer.context_parallel_size,
-        sequence_parallel=trainer.sequence_parallel,
-        gradient_as_bucket_view=True,
-        replace_progress_bar=False,  # as in run.py: with NeMo's own the next save may wait for good
-        ckpt_async_save=trainer.accelerator == "gpu",
-        ddp=run.Config(
-            DistributedDataParallelConfig,
-            check_for_nan_in_grad=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=recipe.optimizer.distributed,
-            overlap_param_gather=recipe.optimizer.distributed,
-            use_distributed_optimizer=recipe.optimizer.distributed,
-        ),
-    )
-    curriculum = run.Config(curriculum_of, values=_curriculum_values(recipe.curriculum))
-    callbacks = [
-        run.Config(TimingCallback),
-        run.Config(
-            ThroughputCallback,
-            curriculum=curriculum,
-            path=str(Path(results) / "throughput.json"),
-            every=max(10, trainer.log_every_n_steps),
-        ),
-        run.Config(LongContextSettingsCallback, directory=results, recipe=_plain(dataclasses.asdict(recipe))),
-        run.Config(
-            TrainingLogCallback,
-            path=str(Path(results) / "training.csv"),
-            curriculum=curriculum,
-            every=trainer.log_every_n_steps,
-        ),
-    ]
-    if recipe.eval and recipe.eval.get("tasks"):
-        callbacks.append(run.Config(LongContextEvalCallback, **recipe.eval, directory=str(Path(results) / "eval")))
-    return run.Config(
-        nl.Trainer,
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=strategy,
-        plugins=run.Config(nl.MegatronMixedPrecision, precision=trainer.precision),
-        max_steps=steps,
-        val_check_interval=recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps,
-        limit_val_batches=trainer.limit_val_batches if recipe.data.get("validation") else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=trainer.log_every_n_steps,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-    )
-
-
-def optimizer_config(recipe: RecipeConfig) -> run.Config:
-    """AdamW with warm-up and cosine (or constant) schedule, counted in steps of constant tokens."""
-    optimizer = recipe.optimizer
-    config = run.Config(
-        OptimizerConfig,
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.epsilon,
-        clip_grad=optimizer.clip_grad,
-        bf16=recipe.trainer.precision == "bf16-mixed",
-        fp16=recipe.trainer.precision == "16-mixed",
-        use_distributed_optimizer=optimizer.distributed,
-    )
-    schedule = run.Config(
-        CosineAnnealingScheduler,
-        max_steps=recipe.curriculum.total_steps,
-        warmup_steps=recipe.steps("optimizer.warmup_tokens", optimizer.warmup_tokens),
-        constant_steps=0,
-        min_lr=optimizer.min_lr if optimizer.schedule == "cosine" else optimizer.lr,
-    )
-    return run.Config(MegatronOptimizerModule, config=config, lr_scheduler=schedule)
-
-
-def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
-    """A `Curriculum` from plain values, which nemo_run can carry to another machine."""
-    return build(Curriculum, values, where="curriculum")
-
-
-def _curriculum_values(curriculum: Curriculum) -> dict[str, Any]:
-    stages: Sequence[dict[str, Any]] = [
-        {key: value for key, value in vars(stage).items() if value is not None} for stage in curriculum.stages
-    ]
-    return {"stages": list(stages), "tokens_per_step": curriculum.tokens_per_step, "total_tokens": curriculum.total_tokens}
-
-
-def _log_config(recipe: RecipeConfig, directory: str, name: str) -> run.Config:
-    every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
-    checkpoint = run.Config(
-        nl.ModelCheckpoint,
-        monitor="val_loss" if recipe.checkpoint.keep else None,
-        save_last=True,
-        save_top_k=recipe.checkpoint.keep,
-        every_n_train_steps=every,
-        filename="{step}-{val_loss:.4f}" if recipe.checkpoint.keep else "{step}",
-    )
-    return run.Config(nl.NeMoLogger, ckpt=checkpoint, name=name, log_dir=directory)
-
-
-def _restore_config(restore_from: str | None) -> run.Config | None:
-    if not restore_from:
-        return None
-    return run.Config(nl.RestoreConfig, path=restore_from, load_optim_state=False, load_artifacts=False)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dictionaries, all the way down: what nemo_run can carry to another machine."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

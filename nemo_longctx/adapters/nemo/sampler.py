@@ -200,16 +200,16 @@ class CurriculumDataSampler(MegatronDataSampler):
         """Shapes of this step: those of the curriculum's stage, or of the evaluation set."""
         shapes: Stage | EvaluationSet
         if step.trainer.training:
-            self._check_clock(step.step_i)
             stage = self.curriculum.stage_at_step(step.step_i)
             self._set_activations(step, stage)
-            if stage is not self._stage:
+            if stage is not self._stage or not self._started:
                 self._enter(stage)
                 rank_zero_info(
                     f"stage {stage.number} from step {stage.first_step}, {stage.first_token} tokens: sequences of "
                     f"{stage.seq_length}, global batch {stage.global_batch_size}, micro batch {stage.micro_batch_size}, "
                     f"recompute {stage.config.recompute or 'as the model'}, offload {stage.config.offload or 'none'}"
                 )
+            self._check_clock(step.step_i)
             shapes, num_microbatches = stage, stage.num_microbatches(self.data_parallel_size)
         else:
             shapes, num_microbatches = self._evaluated(step), self.evaluation_microbatches
