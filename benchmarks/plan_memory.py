@@ -81,8 +81,7 @@ def worker(name: str) -> None:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    # The host's modules before the shim: importing them makes torch's compiler index torch's functions by identity.
-    from nemo_longctx.adapters.nemo import attention, cpu  # noqa: F401
+    from nemo_longctx.adapters.nemo import cpu
 
     cpu.install()
     shape, layout, seq_length = CONFIGS[name]
