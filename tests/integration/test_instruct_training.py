@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,19 @@ def test_lora_trains_adapters_alone_and_exports_merged(adapted):
     assert (with_adapters - without).abs().max() > 0.01  # adapters do something
     said = run(*tuning(adapted, "again", f"restore_from={adapted}/lora"), expected=2)
     assert "holds LoRA adapters alone" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_lora_goes_on_as_if_never_killed(adapted):
+    process = start(*tuning(adapted, "killed", *LORA))
+    while process.poll() is None and len(curve(adapted, "killed")) < 6:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    said, _ = process.communicate()
+    assert len(curve(adapted, "killed")) >= 6, said[-3000:]
+    run(*tuning(adapted, "killed", *LORA))
+    assert curve(adapted, "killed") == curve(adapted, "lora")
 
 
 @pytest.mark.slow
