@@ -171,9 +171,12 @@ def extend_recipe(
     if not data.get("validation"):
         trainer.limit_val_batches, trainer.val_check_interval = 0, stages.total_steps
     trainer.strategy.replace_progress_bar = False  # as in `parts.trainer_config`
+    if isinstance(getattr(trainer.strategy, "ddp", None), run.Config):  # the loss is one mean over all ranks' tokens
+        trainer.strategy.ddp.average_in_collective = False
     results = Path(recipe.log.log_dir or "nemo_experiments") / (recipe.log.name or "default") / "results"
     record = {"data": data, "curriculum": curriculum, "rope": rope, "restore_from": restore_from, "eval": evaluation}
-    ours = parts.callback_configs(stages, results=results, record=record, evaluation=evaluation)
+    every = getattr(trainer, "log_every_n_steps", 10)
+    ours = parts.callback_configs(stages, results=results, record=record, every=every, evaluation=evaluation)
     trainer.callbacks = [*(trainer.callbacks or []), *ours]
     return recipe
 
