@@ -39,7 +39,6 @@ def stock(run, recipes, corpus, output, name, asked):
     recipe.trainer.strategy.ddp.overlap_grad_reduce = recipe.trainer.strategy.ddp.overlap_param_gather = False
     recipe.optim.config.use_distributed_optimizer, recipe.optim.config.bf16 = False, False
     recipe.optim.lr_scheduler.warmup_steps, recipe.trainer.log_every_n_steps = 0, 1
-    recipe.log.ckpt.train_time_interval = None
     return recipes.extend_recipe(
         recipe, **{"data": {"mix": {"sources": [{"path": corpus}]}, "cache_dir": f"{output}/order"}, **asked}
     )

@@ -168,8 +168,8 @@ def extend_recipe(
     recipe.resume.restore_config = restore
     trainer = recipe.trainer
     trainer.max_steps, trainer.num_sanity_val_steps, trainer.use_distributed_sampler = stages.total_steps, 0, False
-    if not data.get("validation"):
-        trainer.limit_val_batches, trainer.val_check_interval = 0, stages.total_steps
+    if not data.get("validation"):  # on a multiple of a whole interval NeMo leaves the last checkpoint to the validation
+        trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
     trainer.strategy.replace_progress_bar = False  # as in `parts.trainer_config`
     if isinstance(getattr(trainer.strategy, "ddp", None), run.Config):  # the loss is one mean over all ranks' tokens
         trainer.strategy.ddp.average_in_collective = False
