@@ -75,6 +75,6 @@ def test_a_stage_of_another_layout_ends_the_run_with_a_checkpoint_and_the_next_c
     [said] = [number for number, line in enumerate(lines) if "the next stage needs other parallel sizes" in line]
     following = shlex.split(lines[said + 1])
     assert following[-1] == "trainer.num_nodes=1"
-    run(following)
+    assert "stage 1 from step 4, 1024 tokens: sequences of 128" in run(following)
     trained, _ = rows_of(tmp_path)
     assert [(row["step"], row["seq_length"]) for row in trained] == [(n, 32 if n <= 4 else 128) for n in range(1, 9)]
