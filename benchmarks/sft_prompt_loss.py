@@ -32,7 +32,7 @@ FIELDS, VALUES, NOISE = 8, 8, 16
 ASK, END, PAD = range(FIELDS + VALUES + NOISE, FIELDS + VALUES + NOISE + 3)
 VOCABULARY = FIELDS + VALUES + NOISE + 3
 SETTINGS = {
-    # One head of 64 learns to look up in some hundred steps; four of 16 take ten times as many.
+    # One head of 64 learns to look up in some hundred steps; four of 16 take several times as many.
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1, "rope_theta": 10_000.0,
     "initializer_range": 0.12, "short_slots": 24, "long_slots": 96, "short_noise": 6, "long_noise": 72,
     "base_batch": 64, "base_steps": 800, "base_lr": 2e-3, "tune_batch": 16, "tune_steps": 240, "tune_lr": 5e-4,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_longctx.compose import CONF_DIR, compose
+from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.layout import layout_faults
 from nemo_longctx.planning.planner import FILL
 from nemo_longctx.planning.recipe import CPU, machine_of, recipe_plan
@@ -128,6 +129,36 @@ def test_entry_point_is_declared_and_loads():
     assert points["longctx"].value == "nemo_longctx.adapters.nemo.recipes"
     module = points["longctx"].load()
     assert callable(module.train)
+
+
+def test_nemos_own_recipe_is_extended_and_left_as_it_was():
+    from nemo.collections import llm
+
+    from nemo_longctx.adapters.nemo.recipes import extend_recipe
+
+    stock = llm.llama2_7b.pretrain_recipe(dir="runs", name="long", num_nodes=4)
+    before = str(stock)
+    mix = {"mix": {"sources": [{"path": "data/long"}]}}
+    stages = [{"until": 0.2, "seq_length": 4096}, {"until": 1.0, "seq_length": 32768}]
+    curriculum = {"stages": stages, "tokens_per_step": 2**22, "total_tokens": 1000 * 2**22}
+    asked = {"data": mix, "curriculum": curriculum, "rope": {"variant": "abf", "base": 5e5}, "restore_from": "/ckpt/base"}
+    recipe = extend_recipe(stock, **asked)
+    assert str(stock) == before
+    assert recipe.optim == stock.optim
+    assert (recipe.trainer.max_steps, recipe.model.seq_length, recipe.trainer.num_nodes) == (1000, 32768, 4)
+    assert recipe.model.restore is recipe.resume.restore_config  # one node: an override of its path reaches both
+    assert recipe.resume.restore_config.path == "/ckpt/base"
+    wrong = {
+        "data.mixx": {"data": {"mixx": 1}},
+        "data.mix": {"data": {}},
+        "curriculum.total_tokens": {"curriculum": curriculum | {"total_tokens": 5}},
+        "rope.variant": {"rope": {"variant": "ybf"}},
+        "eval.task": {"evaluation": {"tasks": [{"kind": "position"}], "task": 1}},
+    }
+    for key, change in wrong.items():
+        with pytest.raises(ConfigError) as error:
+            extend_recipe(stock, **asked | change)
+        assert error.value.key == key
 
 
 def test_a_broken_entry_point_is_only_printed_by_nemo_run_and_fails_our_check(tmp_path):

@@ -36,20 +36,22 @@ def made(config: run.Config) -> Any:
         raise ConfigError(error.key, error.value, error.mend) from None
 
 
-def data_config(recipe: RecipeConfig) -> run.Config:
-    """`LongContextDataModule` with the recipe's `data`, curriculum and seed.
+def data_config(values: Mapping[str, Any], curriculum: Curriculum, **more: Any) -> run.Config:
+    """`LongContextDataModule` with these values of `data`, the curriculum, and `more` of its arguments.
+
+    `data.tokenizer` is the model's, which carries it.
 
     Raises:
         ConfigError: an unknown key of `data`, or no mix.
     """
-    values = {key: value for key, value in recipe.data.items() if key != "tokenizer"}
-    known = set(inspect.signature(LongContextDataModule).parameters) - {"curriculum", "seed", "tokenizer"}
+    known = set(inspect.signature(LongContextDataModule).parameters) - {"curriculum", "seed"}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"data.{key}", value, f"unknown key, {did_you_mean(key, known | {'tokenizer'})}")
+            raise ConfigError(f"data.{key}", value, f"unknown key, {did_you_mean(key, known)}")
     if "mix" not in values:
         raise ConfigError("data.mix", None, "missing; name at least one corpus: data.mix.sources=[{path: PREFIX}]")
-    return run.Config(LongContextDataModule, **values, curriculum=curriculum_values(recipe.curriculum), seed=recipe.seed)
+    given = {key: plain(value) for key, value in values.items() if key != "tokenizer"}
+    return run.Config(LongContextDataModule, **given, curriculum=curriculum_values(curriculum), **more)
 
 
 def trainer_config(recipe: RecipeConfig, *, callbacks: list[run.Config], validates: bool | None = None) -> run.Config:

@@ -25,7 +25,6 @@ from nemo_longctx.adapters.nemo import (
     parts,
 )
 from nemo_longctx.adapters.nemo.callbacks import RunStart
-from nemo_longctx.adapters.nemo.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.model import (
     SHAPE_FIELDS,
     checkpoint_model,
@@ -114,7 +113,7 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
     return run.Partial(
         llm.pretrain,
         model=model_config(recipe, published=published, restore=restore),
-        data=parts.data_config(recipe),
+        data=parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed),
         trainer=parts.trainer_config(recipe, callbacks=callbacks),
         log=parts.logger_config(recipe, directory=output, name=run_name),
         resume=parts.resume_config(restore),
@@ -164,7 +163,7 @@ def extend_recipe(
         tokenizer=data.get("tokenizer"),
         restore=restore,
     )
-    recipe.data = run.Config(LongContextDataModule, **parts.plain(data), curriculum=parts.curriculum_values(stages))
+    recipe.data = parts.data_config(data, stages)
     recipe.resume.restore_config = restore
     trainer = recipe.trainer
     trainer.max_steps, trainer.num_sanity_val_steps, trainer.use_distributed_sampler = stages.total_steps, 0, False

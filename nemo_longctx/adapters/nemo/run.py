@@ -86,7 +86,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
-    data = made(parts.data_config(recipe))
+    data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
     _check_vocabulary(data, model.config)
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
     return Run(
