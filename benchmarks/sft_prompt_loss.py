@@ -6,8 +6,9 @@ A document is a list of facts, `field value`, each told several times in random 
 nothing outside it; the question names a field, the answer is its value. A Llama first reads short documents until it looks
 values up, then is tuned on documents four times as long, three quarters of them noise, with loss on the answers alone and with
 loss on the long prompt too: same base, same instances, same steps, three seeds. A prompt holds sixteen values that can be
-looked up, an answer one. Each finished part is kept beside the output: the same command goes on where it was stopped. Two
-processes of one thread.
+looked up, an answer one. The sizes were chosen by the base alone: some ten others had not learnt to look up; the two ways were
+then compared once. Either ends at all answers right, so only the steps until then can differ. Each finished part is kept beside
+the output: the same command goes on where it was stopped. Two processes of one thread.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def extend_recipe(
     """A pretraining recipe of NeMo's own (`llm.llama2_7b.pretrain_recipe()`), made to train long context.
 
     Optimizer, layout, precision and logger stay as they are. The model is `extended_model`, the data `LongContextDataModule`,
-    the run as long as the curriculum, and the callbacks gain guard, training log and throughput.
+    the run as long as the curriculum, and the callbacks gain guard, training log and throughput. NeMo's progress bar is left
+    out, and gradients are not averaged in the collective, which the loss as one mean over all tokens forbids.
 
     Args:
         stock: the recipe; it is left as it was.
