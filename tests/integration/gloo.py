@@ -1,6 +1,7 @@
 """Run one function on several gloo processes, for tests: each gets (rank, size, *args) and returns something picklable."""
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from pathlib import Path
@@ -16,7 +17,8 @@ def _worker(function, rank, size, store, queue, args):
         result = function(rank, size, *args)
         dist.barrier()
         dist.destroy_process_group()
-        queue.put((rank, result, None))
+        # By value: a queue would hand tensors on as open files of this process, which may be gone when they are asked for.
+        queue.put((rank, pickle.dumps(result), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
         raise
@@ -38,7 +40,7 @@ def run_on(size, function, *args, timeout=840):
                 rank, result, error = queue.get(timeout=timeout)
                 if error:
                     raise RuntimeError(f"rank {rank}:\n{error}")
-                results[rank] = result
+                results[rank] = pickle.loads(result)
         finally:
             for worker in workers:
                 worker.join(60)
