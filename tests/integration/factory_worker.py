@@ -1,7 +1,6 @@
 """A run through a nemo_run factory on a CPU, at tiny sizes. factory_worker.py CORPUS OUTPUT NAME OVERRIDES [break | stock]"""
 
 import json
-import os
 import sys
 
 import lightning.pytorch as pl
@@ -72,5 +71,4 @@ def main(corpus, output, name, overrides, *more):
 
 
 if __name__ == "__main__":  # the checkpoint writer is a spawned process, which imports this file
-    os.environ.setdefault("MASTER_PORT", str(20000 + os.getpid() % 20000))
     main(*sys.argv[1:])

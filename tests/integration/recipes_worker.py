@@ -4,7 +4,6 @@ recipes_worker.py NAME...
 """
 
 import json
-import os
 import sys
 
 import torch
@@ -23,8 +22,7 @@ from nemo_longctx.adapters.nemo.attention import attention_summary  # noqa: E402
 from nemo_longctx.compose import compose  # noqa: E402
 
 LAYERS = 2
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29811"), RANK="0", WORLD_SIZE="1")
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
 
 for name in sys.argv[1:]:

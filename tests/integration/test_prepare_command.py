@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from nemo_longctx.cli import main
@@ -332,13 +333,8 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path, bpe):
 
 def test_a_killed_worker_is_said(tmp_path, bpe):
     process, _ = start_and_wait_for_a_shard(tmp_path, bpe)
-    children = [
-        int(pid.name)
-        for pid in Path("/proc").iterdir()
-        if pid.name.isdigit() and f"\nPPid:\t{process.pid}\n" in (pid / "status").read_text()
-        if b"spawn_main" in (pid / "cmdline").read_bytes()
-    ]
-    os.kill(children[0], signal.SIGKILL)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "out of memory?" in error
