@@ -67,7 +67,7 @@ def start(arguments: list[str], **kwargs) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
     return output
 
@@ -170,7 +170,7 @@ def test_text_without_a_window_is_refused(text, tmp_path):
     with CorpusWriter(str(tmp_path / "short"), np.uint16) as writer:
         writer.add_document([1, 2, 3])
     result = start(base(text, tmp_path, f"data.mix.sources=[{{path: {tmp_path}/short}}]"))
-    output, _ = result.communicate(timeout=280)
+    output, _ = result.communicate(timeout=600)
     assert result.returncode == 2, output[-3000:]
     assert "error: curriculum.stages.seq_length=64: the corpus has only 3 tokens" in output
 
@@ -229,7 +229,6 @@ def checkpoint_of(run: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("choice", ["pi", "yarn", "xpos_abf"])
 def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp_path, choice):
     """Variants by the host's field, by our transform, and one that transformers cannot say; by the host's exporter too."""

@@ -8,7 +8,7 @@ import gloo
 import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 SEQ, ROWS, STEPS = 32, 2, 4
 DOCUMENTS = (0, 3, 19, 32, 50, 64)

@@ -44,7 +44,7 @@ def command(corpora, output, stages, *more):
 
 def run(arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
 
@@ -66,7 +66,6 @@ def test_a_length_changes_in_one_run_and_its_curve_says_so(corpora, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_stage_of_another_layout_ends_the_run_with_a_checkpoint_and_the_next_command(corpora, tmp_path):
     stages = "[{until: 0.5, seq_length: 32, micro_batch_size: 2}, {until: 1.0, seq_length: 128, context_parallel_size: 2}]"
     printed = run(command(corpora, tmp_path, stages))

@@ -141,7 +141,6 @@ def test_two_processes_a_kill_and_a_restart_see_the_stream(corpora, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_each_stage_recomputes_what_it_says_from_its_first_step_and_changes_no_loss(corpora, tmp_path):
     stages = [STAGES[0] | {"recompute": "full"}, STAGES[1] | {"recompute": "none"}]
     (rows,), log = train(tmp_path, "recomputed", 1, data_settings(corpora, curriculum={"stages": stages, **SIZES}))
@@ -156,7 +155,6 @@ def test_each_stage_recomputes_what_it_says_from_its_first_step_and_changes_no_l
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("document_masking", [False, True])
 def test_a_pipeline_exchanges_the_shapes_of_each_stage(corpora, tmp_path, document_masking):
     """Two pipeline stages through a change of length, and through validation sets of other lengths."""

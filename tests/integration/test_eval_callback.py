@@ -64,7 +64,6 @@ def outcome(place, name, process):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_training_is_to_the_bit_as_without(place):
     out = place / "found"
     position = {"kind": "position", "corpus": str(place / "held_out"), "documents": 6}

@@ -94,7 +94,6 @@ def test_two_processes_score_as_one(place, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_stock_command_line_runs_our_task_on_our_model(place):
     """lm-eval's own command, by the one import that its release needs: scores as `nemo-longctx eval` gives them."""
     metadata = json.dumps({"data": str(place / "narrative_qa.jsonl")})

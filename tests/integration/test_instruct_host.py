@@ -105,7 +105,7 @@ def through_host(rank, size, split):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "split"), [(1, "dp"), (2, "dp"), (2, "cp")])
 def test_the_hosts_step_equals_the_reference(reference, size, split):
-    for results in gloo.run_on(size, through_host, split, timeout=280):
+    for results in gloo.run_on(size, through_host, split, timeout=600):
         for name, (loss, gradients) in results.items():
             expected_loss, expected = reference[name]
             assert loss == pytest.approx(expected_loss, rel=1e-5), name
@@ -116,4 +116,4 @@ def test_the_hosts_step_equals_the_reference(reference, size, split):
 
 @pytest.fixture(scope="module")
 def reference():
-    return gloo.run_on(1, by_hand, timeout=280)[0]
+    return gloo.run_on(1, by_hand, timeout=600)[0]

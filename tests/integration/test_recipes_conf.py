@@ -92,7 +92,7 @@ def built():
     """All recipes in the host, in one process."""
     worker = Path(__file__).with_name("recipes_worker.py")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(worker), *NAMES], capture_output=True, text=True, env=env, timeout=280)
+    done = subprocess.run([sys.executable, str(worker), *NAMES], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.removeprefix("RECORD ") for line in done.stdout.splitlines() if line.startswith("RECORD ")]
     return {record["name"]: record for record in map(json.loads, lines)}
@@ -169,7 +169,7 @@ def test_a_broken_entry_point_is_only_printed_by_nemo_run_and_fails_our_check(tm
     (folder / "entry_points.txt").write_text("[nemo_run.cli]\nlongctx_broken = nemo_longctx.adapters.nemo.gone\n")
     code = "from nemo_run.cli import api; api._load_entrypoints()"
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.raises(AssertionError):
         check_loaded(done.stdout)
@@ -183,7 +183,7 @@ def nemo(*args, cwd):
     """Run NeMo's own command line in a fresh process."""
     command = [str(Path(sys.executable).with_name("nemo")), *args]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     check_loaded(done.stdout)

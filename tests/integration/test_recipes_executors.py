@@ -14,7 +14,7 @@ def jobs(tmp_path_factory):
     worker = Path(__file__).with_name("executors_worker.py")
     command = [sys.executable, str(worker), str(tmp_path_factory.mktemp("nemorun"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, timeout=280)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     parts = " ".join(done.stdout.split()).split("JOB ")[1:]
     return {part.split()[0]: part for part in parts}

@@ -27,7 +27,7 @@ def start(corpus, output, name, overrides, *more):
     worker = Path(__file__).with_name("factory_worker.py")
     command = [sys.executable, str(worker), str(corpus), str(output), name, overrides, *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=280)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=600)
 
 
 @pytest.mark.slow
