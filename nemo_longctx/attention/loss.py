@@ -72,6 +72,8 @@ def chunked_cross_entropy(
     if labels_M.numel() and not 0 <= int(labels_M.min()) <= int(labels_M.max()) < vocabulary:
         mend = f"must lie in [0, {vocabulary}); give tokens that do not count the weight 0"
         raise ConfigError("labels", (int(labels_M.min()), int(labels_M.max())), mend)
+    if not torch.is_grad_enabled():  # a Parameter would have its gradient computed all the same: `apply` does not ask
+        hidden_MC, weight_VC = hidden_MC.detach(), weight_VC.detach()
     losses_M = _ChunkedCrossEntropy.apply(hidden_MC, weight_VC, labels_M, weights_M, group)
     if everything:
         return losses_M
@@ -152,7 +154,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunks.gradients(span, softmax_mV, weights_M[span], dh_MC, dw_VC)
         if needs_hidden or needs_weight:
             ctx.save_for_backward(hidden_MC, weight_VC, labels_M, weights_M)
-            ctx.ready, ctx.group = (dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype)), group
+            ctx.ready, ctx.group = (dh_MC, dw_VC), group
         return losses_M
 
     @staticmethod
@@ -161,10 +163,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None  # the buffers become the gradients: a second backward computes them anew
         factor = _common_factor(grad_M, weights_M)
         if ready is not None and factor is not None:
+            dh_MC, dw_VC = ready
             for gradient in ready:
                 if gradient is not None and factor != 1.0:
                     gradient.mul_(factor)
-            return (*ready, None, None, None)
+            # The weight's is scaled first: a sum over many tokens may be beyond float16, where their mean is not.
+            return dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype), None, None, None
         chunks = _Chunks(hidden_MC, weight_VC, labels_M, ctx.group)
         dh_MC, dw_VC = chunks.buffers(*ctx.needs_input_grad[:2])
         for span in chunks.spans():

@@ -14,7 +14,9 @@ from nemo_longctx.config import ConfigError, did_you_mean
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--model", metavar="RECIPE", help="test the path of this recipe: document leaks, float64 parity, memory"
+        "--model",
+        metavar="RECIPE",
+        help="test the path of this recipe (or your own .yaml): document leaks, float64 parity, memory",
     )
     parser.add_argument("--checkpoint", help="with --model: use these weights (a NeMo checkpoint or a run's directory)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with --model: overrides of the recipe")
@@ -42,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _self_test(args: argparse.Namespace) -> int:
     """Exit status 0 where every question about the model's path is answered well, 1 otherwise."""
-    from nemo_longctx.compose import compose, groups
+    from nemo_longctx.compose import compose, groups, recipe_file
     from nemo_longctx.recipe import load_recipe
 
-    if args.model not in groups()["recipe"]:
+    if recipe_file(args.model) is None and args.model not in groups()["recipe"]:
         raise ConfigError("--model", args.model, f"no such recipe, {did_you_mean(args.model, groups()['recipe'])}")
     overrides = [f"recipe={args.model}", *([f"restore_from={args.checkpoint}"] if args.checkpoint else []), *args.overrides]
     recipe = load_recipe(compose(overrides))
@@ -54,7 +56,8 @@ def _self_test(args: argparse.Namespace) -> int:
     from nemo_longctx.adapters.nemo.self_test import findings_text, self_test
 
     model, config = build_for_test(recipe, load_weights=args.checkpoint is not None)
-    findings = self_test(model, config, seq_length=recipe.seq_length)
+    masked = bool(recipe.data.get("document_masking", False))
+    findings = self_test(model, config, seq_length=recipe.seq_length, document_masking=masked)
     if args.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:

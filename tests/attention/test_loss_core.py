@@ -124,3 +124,22 @@ def test_nothing_as_large_as_the_logits_is_made():
     with Watch():
         chunked_cross_entropy(hidden, weight, torch.randint(0, 512, (1024,))).mean().backward()
     assert largest <= 64 * 512 * 4 < 1024 * 512
+
+
+def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch):
+    """A `Parameter` requires one whatever the grad mode."""
+    monkeypatch.setattr(module._Chunks, "gradients", lambda *_: pytest.fail("a gradient was computed"))
+    hidden, weight, labels, _ = problem()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            losses = chunked_cross_entropy(hidden, torch.nn.Parameter(weight), labels)
+        torch.testing.assert_close(losses, full_losses(hidden.detach(), weight.detach(), labels))
+
+
+def test_a_sum_beyond_float16_does_not_spoil_the_mean():
+    hidden = torch.full((N, C), 600.0, dtype=torch.float16)
+    weight = torch.zeros(V, C, dtype=torch.float16, requires_grad=True)
+    chunked_cross_entropy(hidden, weight, torch.full((N,), 5)).mean().backward()
+    expected = torch.full((V,), 600.0 / V)
+    expected[5] -= 600.0
+    torch.testing.assert_close(weight.grad[:, 0].float(), expected, rtol=1e-2, atol=0.0)

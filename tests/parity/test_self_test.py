@@ -6,7 +6,7 @@ import pytest
 import small_gpt
 import torch
 
-from nemo_longctx.adapters.nemo import attention, self_test
+from nemo_longctx.adapters.nemo import attention, memory_trial, self_test
 from nemo_longctx.adapters.nemo.loss import use_chunked_loss
 from nemo_longctx.adapters.nemo.self_test_parallel import context_parallel_error
 from nemo_longctx.attention import context_parallel
@@ -28,6 +28,13 @@ def test_the_real_path_passes(model):
     assert [f.name for f in findings if not f.passed] == []
     assert len(findings) == 4
     assert "FAILED" not in self_test.findings_text(findings)
+
+
+def test_a_run_without_document_masks_is_told_that_its_documents_are_not_kept_apart(model):
+    finding = self_test.leak_finding(model, small_gpt.VOCABULARY, document_masking=False)
+    assert finding.passed
+    assert "would be" in finding.name
+    assert "this run sets it false" in finding.detail
 
 
 def test_a_planted_leak_is_caught(model, monkeypatch):
@@ -89,7 +96,7 @@ def test_a_length_that_does_not_fit_is_halved(model, monkeypatch):
 def test_running_out_of_memory_ends_the_trial_only(model, monkeypatch):
     """With 64 MiB left, a window whose activations need more is refused by the limit; the process lives on without it."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    monkeypatch.setattr(self_test, "_available_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(memory_trial, "_available_bytes", lambda: 64 << 20)
     assert self_test._peak_of_a_step(model, small_gpt.VOCABULARY, 1 << 17) is None
     monkeypatch.undo()
     assert resource.getrlimit(resource.RLIMIT_AS) == before

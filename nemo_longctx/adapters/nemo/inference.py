@@ -14,7 +14,9 @@ from nemo.collections import llm
 from nemo_longctx.adapters.nemo import cpu
 from nemo_longctx.adapters.nemo.activations import set_activation_policy
 from nemo_longctx.adapters.nemo.lora import adapter_base, as_long_context, load_adapters, merge_adapters
+from nemo_longctx.adapters.nemo.memory_trial import within_memory
 from nemo_longctx.adapters.nemo.model import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
+from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
 from nemo_longctx.recipe import RecipeConfig
 
@@ -99,18 +101,24 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     The config that is returned says the run's parallel sizes.
 
     Args:
-        recipe: with `restore_from`, the checkpoint says the model.
+        recipe: its `model`, or the checkpoint at `restore_from`, says the sizes; where that checkpoint is not on this machine,
+            the published model or the recipe of its name does.
         load_weights: take the checkpoint's weights too; otherwise they are random.
+
+    Raises:
+        ConfigError: nothing says the sizes, or the weights do not fit in memory.
     """
     initialize_distributed()
-    fresh = not (load_weights and recipe.restore_from)
-    nemo_model = fresh_model(recipe.model) if fresh else checkpoint_model(str(recipe.restore_from), recipe.model)
+    nemo_model = _model_for_test(recipe, load_weights=load_weights)
     prepare_model(nemo_model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
     _take_parallel_sizes(nemo_model.config)
-    module = _build(nemo_model)
+    module = within_memory(lambda: _build(nemo_model))
+    if module is None:
+        mend = "its weights do not fit in this machine's memory; cut layers (model.num_layers=2) or use a larger machine"
+        raise ConfigError("--model", recipe.name, mend)
     longest = max(recipe.curriculum.stages, key=lambda stage: stage.seq_length)
     set_activation_policy([module], recompute=longest.recompute, offload=longest.offload)
-    if not fresh:
+    if load_weights:
         _load_weights(module, checkpoint_directory(str(recipe.restore_from)) / "weights")
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(recipe.trainer.precision)
     if dtype is not None:  # what the host's mixed precision does when a run begins
@@ -118,6 +126,24 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     config = copy.copy(nemo_model.config)
     config.context_parallel_size = recipe.trainer.context_parallel_size
     return module, config
+
+
+def _model_for_test(recipe: RecipeConfig, *, load_weights: bool) -> Any:
+    if load_weights or (recipe.restore_from and Path(recipe.restore_from).exists()):
+        return checkpoint_model(str(recipe.restore_from), recipe.model)
+    if "config" in recipe.model:
+        return fresh_model(recipe.model)
+    name, known = Path(str(recipe.restore_from)).name, groups()
+    found: dict[str, Any] = {}
+    if name in known["model"] or name in known["recipe"]:
+        found = compose([f"model={name}" if name in known["model"] else f"recipe={name}"])["model"]
+    if "config" not in found:
+        mend = (
+            "no checkpoint is there to read sizes from, and it has the name of no model or recipe of conf/; give --checkpoint, "
+            "or model=NAME restore_from=null"
+        )
+        raise ConfigError("restore_from", recipe.restore_from, mend)
+    return fresh_model({**found, **recipe.model})
 
 
 def _take_parallel_sizes(config: Any) -> None:

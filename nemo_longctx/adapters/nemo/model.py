@@ -70,7 +70,7 @@ def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
             config = config_class(**fields)
         except (ValueError, AssertionError) as error:
             raise ConfigError("model", dict(model), f"{config_class.__name__} refuses these sizes: {error}") from error
-    _check_heads(config)
+    _check_config(config)
     return model_class(config_class)(config, tokenizer=tokenizer)
 
 
@@ -228,11 +228,15 @@ def _config_class(name: str) -> type[GPTConfig]:
     return found
 
 
-def _check_heads(config: GPTConfig) -> None:
+def _check_config(config: GPTConfig) -> None:
     if config.position_embedding_type not in ("rope", "yarn"):
         raise ConfigError("model.position_embedding_type", config.position_embedding_type, "only RoPE models can be extended")
     if config.vocab_size is None:
         raise ConfigError("model.vocab_size", None, "set it, so that no tokenizer changes the model's shape in silence")
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if groups and heads % groups:
+        mend = f"must divide the {heads} of model.num_attention_heads; a class's own value stays where only one of them is set"
+        raise ConfigError("model.num_query_groups", groups, mend)
 
 
 def _show(value: Any) -> str:

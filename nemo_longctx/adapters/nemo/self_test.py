@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import resource
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_longctx.adapters.nemo.attention import packed_documents
 from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss
+from nemo_longctx.adapters.nemo.memory_trial import begin_peak, peak_bytes, within_memory
 from nemo_longctx.adapters.nemo.self_test_parallel import context_parallel_error
 from nemo_longctx.config import ConfigError
 
@@ -40,12 +38,13 @@ class Finding:
     detail: str
 
 
-def leak_finding(model: Any, vocabulary: int) -> Finding:
+def leak_finding(model: Any, vocabulary: int, *, document_masking: bool = True) -> Finding:
     """Change each document of a packed window in turn and look at all the others.
 
     Args:
         model: a Megatron-Core `GPTModel` with embedding and head on this rank, not under context parallelism.
         vocabulary: number of token ids to draw from.
+        document_masking: whether the run asks for it. Where it does not, the answer is about what the path can do, and says so.
     """
     if not (model.pre_process and model.post_process):
         raise ConfigError("pipeline_model_parallel_size", "> 1", "the leak test needs a model in one stage; set it to 1 here")
@@ -67,7 +66,11 @@ def leak_finding(model: Any, vocabulary: int) -> Finding:
     detail = f"other documents move by {worst:.1e} of their size (bound {bound:.0e})"
     if deaf:
         detail += f"; {deaf} changed documents did not move either, so that this shows nothing"
-    return Finding(name="documents are kept apart", passed=worst <= bound and not deaf, detail=detail)
+    name = "documents are kept apart"
+    if not document_masking:
+        name = "documents would be kept apart under data.document_masking=true"
+        detail += "; this run sets it false: in a window each document is read by those after it, as in the paper"
+    return Finding(name=name, passed=worst <= bound and not deaf, detail=detail)
 
 
 def _losses_and_gradients(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,47 +177,20 @@ def memory_finding(model: torch.nn.Module, vocabulary: int, seq_length: int) -> 
 def _peak_of_a_step(model: torch.nn.Module, vocabulary: int, length: int) -> int | None:
     """Bytes, or None where they are not to be had."""
     device = next(model.parameters()).device
-    restore = _begin_memory_trial(device)
-    try:
+    begin_peak(device)
+
+    def step() -> bool:
         drawn = torch.randint(0, vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(3)).to(device)
         positions = torch.arange(length, device=device)[None]
         batch = {"tokens": drawn[:, :-1], "position_ids": positions, "labels": drawn[:, 1:]}
         forward_with_chunked_loss(model, batch).mean().backward()
-    except torch.OutOfMemoryError:
-        return None
-    except RuntimeError as error:  # the CPU allocator's own
-        if "allocate memory" not in str(error):
-            raise
-        return None
+        return True
+
+    try:
+        done = within_memory(step)
     finally:
-        restore()
         model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status_bytes("VmHWM")
-
-
-def _begin_memory_trial(device: torch.device) -> Callable[[], None]:
-    """Reset the peak and, on the CPU, limit the address space; returns what lifts the limit."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return lambda: None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak resident size begins anew (proc(5))
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _status_bytes("VmSize") + int(_available_bytes() * 0.9)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _available_bytes() -> int:
-    """Memory that the machine can give without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return peak_bytes(device) if done else None
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -237,13 +213,14 @@ def context_parallel_finding(config: Any) -> Finding:
     return Finding(name="two context-parallel ranks equal one process", passed=passed, detail=detail)
 
 
-def self_test(model: Any, config: Any, *, seq_length: int) -> list[Finding]:
+def self_test(model: Any, config: Any, *, seq_length: int, document_masking: bool = True) -> list[Finding]:
     """All questions about a built model, the quick ones first.
 
     Args:
         model: the run's Megatron-Core `GPTModel`, weights loaded or not, on one rank; its gradients are used and cleared.
         config: its config; with `context_parallel_size > 1` the context-parallel question is asked too.
         seq_length: the run's longest window, tokens.
+        document_masking: the run's `data.document_masking`.
 
     Returns:
         findings in the order asked; the run can be trusted where all have passed.
@@ -251,7 +228,8 @@ def self_test(model: Any, config: Any, *, seq_length: int) -> list[Finding]:
     was_training = model.training
     model.train()
     vocabulary = int(model.vocab_size)
-    findings = [attention_finding(model), loss_finding(model, vocabulary), leak_finding(model, vocabulary)]
+    findings = [attention_finding(model), loss_finding(model, vocabulary)]
+    findings.append(leak_finding(model, vocabulary, document_masking=document_masking))
     if config.context_parallel_size > 1:
         findings.append(context_parallel_finding(config))
     findings.append(memory_finding(model, vocabulary, seq_length))
