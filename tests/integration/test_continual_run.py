@@ -166,6 +166,11 @@ def test_a_checkpoint_of_another_shape_is_refused(trained, text):
         build(long(text, output, "model={config: Llama2Config7B, vocab_size: 32000}"))
 
 
+def test_groups_that_do_not_divide_the_heads_are_refused(text, tmp_path):
+    with pytest.raises(ConfigError, match=r"model.num_query_groups=3: must divide the 4 of model.num_attention_heads"):
+        build(base(text, tmp_path, "model.num_attention_heads=4", "model.num_query_groups=3"))
+
+
 def test_text_without_a_window_is_refused(text, tmp_path):
     with CorpusWriter(str(tmp_path / "short"), np.uint16) as writer:
         writer.add_document([1, 2, 3])
