@@ -108,7 +108,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from nemo_longctx.planning.gpus import DEFAULT_GPU
+    from nemo_longctx.planning.gpus import DEFAULT_GPU, gpu_by_name
     from nemo_longctx.planning.models import parse_model
     from nemo_longctx.planning.report import PlanSettings
 
@@ -118,6 +118,8 @@ def _settings(args: argparse.Namespace) -> Any:
     gpu = args.gpu or (recipe.gpu if recipe else None) or DEFAULT_GPU
     layout, notes = _layout(args, recipe, gpu)
     if layout is None:
+        if gpu != "cpu":
+            gpu_by_name(gpu)
         for key in ("gpu", "eval_length"):
             if getattr(args, key) is not None:
                 mend = "has no effect on FLOPs alone; say how many GPUs with --gpus"

@@ -116,7 +116,7 @@ def test_a_window_that_the_plan_does_not_count_is_said(capsys, tmp_path):
         (["--price", "0"], "--gpus"),
         (["--gpus", "8", "--eval-length", "-100000"], "eval-length=-100000"),
         (["--eval-length", "4096"], "--gpus"),
-        (["--gpu", "nonsense"], "nonsense"),
+        (["--gpu", "h10"], "did you mean"),
         (["--gpu", "h100"], "--gpus"),
         (["--gpus", "8", "--sp"], "--tp"),
         (["--documents", "corpus"], "--flops document"),
