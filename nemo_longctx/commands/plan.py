@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+
+# Options of the layout -> fields of planning.layout.Layout. A search keeps those that were given.
+LAYOUT_OPTIONS = {
+    "gpus": "gpus",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "sp": "sequence_parallel",
+    "micro_batch_size": "micro_batch_size",
+    "recompute": "recompute",
+    "offload": "offload",
+    "precision": "precision",
+    "sharding": "sharding",
+    "loss": "loss",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +55,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--mfu", type=float, help="share of the bf16 peak that the run reaches, in the convention of --flops")
     where.add_argument("--mfu-from", help="JSON that a run (throughput.json) or benchmark wrote: its mfu, in its convention")
     where.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
-    layout = parser.add_argument_group("layout: memory and time of this one, or a search for the best")
+    layout = parser.add_argument_group(
+        "layout: memory and time of this one, or a search for the best, which keeps what is given here"
+    )
     layout.add_argument("--tp", type=int, help="tensor_model_parallel_size")
     layout.add_argument("--pp", type=int, help="pipeline_model_parallel_size")
     layout.add_argument("--cp", type=int, help="context_parallel_size")
     layout.add_argument("--vp", type=int, help="virtual_pipeline_model_parallel_size")
+    layout.add_argument(
+        "--sp", action=argparse.BooleanOptionalAction, help="sequence_parallel (without a recipe: on where TP is over 1)"
+    )
     layout.add_argument("--micro-batch-size", type=int)
     layout.add_argument("--recompute", help="none, selective (each MLP), full or block:N (the first N layers of a chunk)")
     layout.add_argument("--offload", help="activations that wait in host memory: none, full or block:N")
@@ -66,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan = make_plan(_settings(args))
     if args.apply:
-        _write_override(Path(args.apply), plan["override"])
+        _write(Path(args.apply), plan["override"])
     if args.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -76,63 +99,70 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_override(file: Path, text: str) -> None:
-    """Write the recipe, and compose it as the training script will, so that a bad one is known here.
-
-    Raises:
-        ConfigError: the file would not be taken for a recipe, or the schema refuses it.
-    """
-    from nemo_longctx.compose import compose
-    from nemo_longctx.recipe import load_recipe
-
-    if file.suffix not in (".yaml", ".yml"):
-        raise ConfigError("apply", str(file), "a recipe's name must end in .yaml")
+def _write(file: Path, text: str) -> None:
+    """Write the whole file or none of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    load_recipe(compose([f"recipe={file}"]))
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from nemo_longctx.planning.flops import parse_curriculum
-    from nemo_longctx.planning.layout import Layout
+    from nemo_longctx.planning.gpus import DEFAULT_GPU, gpu_by_name
     from nemo_longctx.planning.models import parse_model
     from nemo_longctx.planning.report import PlanSettings
 
-    if args.model is None and args.recipe is None:
-        raise ConfigError("model", None, "name one with --model, or a recipe with --recipe")
-    if args.overrides and args.recipe is None:
-        raise ConfigError("overrides", args.overrides, "override a recipe: name one with --recipe")
+    _check(args)
     recipe: Any = _recipe(args) if args.recipe else None
     name, shape = parse_model(args.model) if args.model else (recipe.model_name, recipe.model)
-    tokens_per_step = args.tokens_per_step or (recipe.curriculum.tokens_per_step if recipe else 4_194_304)
-    steps = args.steps or (recipe.curriculum.total_steps if recipe else 100_000)
-    curriculum = recipe.curriculum if recipe else None
-    if curriculum is None or args.curriculum or args.steps or args.tokens_per_step:
-        text = args.curriculum or _curriculum_text(curriculum) or str(shape.seq_length)
-        micro = args.micro_batch_size or 1
-        curriculum = parse_curriculum(text, tokens_per_step=tokens_per_step, steps=steps, micro_batch_size=micro)
-    for key in ("recompute", "offload"):  # an option holds for all stages, whatever the recipe says of them
-        if getattr(args, key) is not None:
-            stages = tuple(replace(stage, **{key: getattr(args, key)}) for stage in curriculum.stages)
-            curriculum = replace(curriculum, stages=stages)
+    gpu = args.gpu or (recipe.gpu if recipe else None) or DEFAULT_GPU
+    layout, notes = _layout(args, recipe, gpu)
+    if layout is None:
+        if gpu != "cpu":
+            gpu_by_name(gpu)
+        for key in ("gpu", "eval_length"):
+            if getattr(args, key) is not None:
+                mend = "has no effect on FLOPs alone; say how many GPUs with --gpus"
+                raise ConfigError(key.replace("_", "-"), getattr(args, key), mend)
+    curriculum, more = _curriculum(args, recipe.curriculum if recipe else None, shape.seq_length)
     return PlanSettings(
         recipe=args.recipe,
+        overrides=args.overrides,
         model_name=name,
         model=shape,
         curriculum=curriculum,
         flops=args.flops,
         vocabulary=args.vocabulary,
         documents=args.documents,
-        gpu=args.gpu or (recipe.gpu if recipe else None) or "h100",
-        layout=_layout(args, recipe.layout if recipe else None, Layout),
+        gpu=gpu,
+        layout=layout,
         mfu=args.mfu,
         mfu_from=args.mfu_from,
         price=args.price,
         eval_length=args.eval_length if args.eval_length is not None else (recipe.eval_length if recipe else 0),
         search=bool(args.search or args.apply),
-        apply=bool(args.apply),
+        apply=args.apply,
         longest=args.longest,
+        pinned=_pinned(args),
+        notes=[*notes, *more],
     )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what no part of the plan would refuse: options that do not go together, and counts under one.
+
+    Raises:
+        ConfigError: by the option's name.
+    """
+    if args.model is None and args.recipe is None:
+        raise ConfigError("model", None, "name one with --model, or a recipe with --recipe")
+    if args.overrides and args.recipe is None:
+        raise ConfigError("overrides", args.overrides, "override a recipe: name one with --recipe")
+    for key, what in (("tokens_per_step", "tokens"), ("steps", "optimizer steps"), ("search", "rows to show")):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ConfigError(key.replace("_", "-"), getattr(args, key), f"must be a number of {what}, 1 or more")
+    if args.apply is not None and not args.apply.endswith((".yaml", ".yml")):
+        raise ConfigError("apply", args.apply, "a recipe's name must end in .yaml")
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -142,26 +172,65 @@ def _recipe(args: argparse.Namespace) -> Any:
     return recipe_plan(args.recipe, args.overrides, model=args.model)
 
 
-def _curriculum_text(curriculum: Any) -> str | None:
-    return ",".join(f"{stage.seq_length}@{stage.until}" for stage in curriculum.stages) if curriculum else None
+def _curriculum(args: argparse.Namespace, of_recipe: Any, seq_length: int) -> tuple[Any, list[str]]:
+    """The curriculum with the options laid over it, stage by stage, and what the user has to know of it."""
+    from nemo_longctx.planning.flops import parse_curriculum
 
-
-def _layout(args: argparse.Namespace, of_recipe: Any, layout_class: Any) -> Any:
-    """The recipe's layout with the options laid over it; None where neither says anything."""
-    given = {
-        "gpus": args.gpus,
-        "tensor_model_parallel_size": args.tp,
-        "pipeline_model_parallel_size": args.pp,
-        "context_parallel_size": args.cp,
-        "virtual_pipeline_model_parallel_size": args.vp,
-        "micro_batch_size": args.micro_batch_size,
-        "recompute": args.recompute,
-        "offload": args.offload,
-        "precision": args.precision,
-        "sharding": args.sharding,
-        "loss": args.loss,
+    notes = []
+    tokens_per_step = args.tokens_per_step or (of_recipe.tokens_per_step if of_recipe else 4_194_304)
+    steps = args.steps or (of_recipe.total_steps if of_recipe else 100_000)
+    if of_recipe is None or args.curriculum is not None:
+        text = args.curriculum if args.curriculum is not None else str(seq_length)
+        curriculum = parse_curriculum(text, tokens_per_step=tokens_per_step, steps=steps)
+        if of_recipe is not None:
+            now = args.micro_batch_size or 1
+            notes.append(
+                f"--curriculum replaces the recipe's stages with all of their settings; micro batch {now} in each stage"
+            )
+    else:
+        curriculum = replace(of_recipe, tokens_per_step=tokens_per_step, total_tokens=steps * tokens_per_step)
+    given: dict[str, Any] = {
+        key: getattr(args, key) for key in ("micro_batch_size", "recompute", "offload") if getattr(args, key) is not None
     }
-    given = {key: value for key, value in given.items() if value is not None}
-    if of_recipe is not None:
-        return replace(of_recipe, **given)
-    return layout_class(**{"loss": "chunked", **given}) if given else None
+    # The layout has the options' sizes; None lets a stage have the layout's.
+    given |= {LAYOUT_OPTIONS[key]: None for key in ("tp", "pp", "cp") if getattr(args, key) is not None}
+    return replace(curriculum, stages=tuple(replace(stage, **given) for stage in curriculum.stages)), notes
+
+
+def _layout(args: argparse.Namespace, recipe: Any, gpu: str) -> tuple[Any, list[str]]:
+    """The recipe's layout with the options laid over it, and what the user has to know of it; None where neither says anything.
+
+    Raises:
+        ConfigError: sizes that do not go together, or sequence parallelism without tensor parallelism.
+    """
+    from nemo_longctx.planning.layout import Layout
+
+    given = {field: getattr(args, key) for key, field in LAYOUT_OPTIONS.items() if getattr(args, key) is not None}
+    notes = []
+    if recipe is not None:
+        base = recipe.layout
+        if args.tp is not None and args.sp is None:
+            given["sequence_parallel"] = args.tp > 1 and (base.sequence_parallel or base.tensor_model_parallel_size == 1)
+        sizes = [LAYOUT_OPTIONS[key] for key in ("tp", "pp", "cp")]
+        if _searches(args) and given.get("gpus", base.gpus) % math.prod(given.get(name, getattr(base, name)) for name in sizes):
+            free = {name: 1 for name in sizes if name not in given}
+            gpus = given.get("gpus", base.gpus)
+            notes.append(f"{gpus} GPUs do not divide by the recipe's {base.short_name()}, which the search is free to change")
+            given |= free
+        layout = replace(base, **given, unfused=gpu == "cpu")  # Transformer Engine is where GPUs are
+    else:
+        layout = Layout(**{"loss": "chunked", **given}) if given else None
+    if args.sp and not _searches(args) and layout.tensor_model_parallel_size == 1:
+        raise ConfigError("sp", True, "has no effect without tensor parallelism; give --tp over 1")
+    return layout, notes
+
+
+def _searches(args: argparse.Namespace) -> bool:
+    return bool(args.search or args.apply or args.longest)
+
+
+def _pinned(args: argparse.Namespace) -> frozenset[str]:
+    """Fields of the layout that the user named, by an option or an override of the trainer."""
+    named = {field for key, field in LAYOUT_OPTIONS.items() if getattr(args, key) is not None}
+    overridden = {item.partition("=")[0].lstrip("+") for item in args.overrides}
+    return frozenset(named | {field for field in LAYOUT_OPTIONS.values() if f"trainer.{field}" in overridden}) - {"gpus"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nemo_longctx.config import ConfigError, did_you_mean
 
 GIB = 1024**3
+DEFAULT_GPU = "h100"  # where neither an option nor a recipe's trainer names one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,10 @@ class Layout:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"layout.{key}", value, "must be a whole number of 1 or more")
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+            mend = "must be a whole number of 1 or more model chunks a pipeline stage"
+            raise ConfigError("layout.virtual_pipeline_model_parallel_size", chunks, mend)
         for key, known in (
             ("sharding", SHARDING),
             ("loss", LOSS),
@@ -177,6 +181,12 @@ def layout_faults(model: ModelShape, layout: Layout, seq_length: int, global_bat
         faults.append(f"TP {tp} does not divide the MLP's {model.ffn_hidden_size}")
     if model.num_layers % (pp * vp):
         faults.append(f"PP {pp} x VP {vp} does not divide the {model.num_layers} layers")
+    else:
+        layers = model.num_layers // (pp * vp)
+        for key, name in (("recompute", layout.recompute), ("offload", layout.offload)):
+            _, _, named = name.partition(":")
+            if named and int(named) > layers:
+                faults.append(f"{key} {name} names more than the {layers} layers of a model chunk")
     if vp > 1 and pp == 1:
         faults.append("VP needs PP over 1")
     if cp > 1 and seq_length % (2 * cp):

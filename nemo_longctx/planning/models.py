@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class ModelShape:
         share_embeddings_and_output_weights: the LM head is the embedding.
         add_qkv_bias: biases on the query, key and value projections (Qwen2.5).
         seq_length: the length that the published checkpoint was trained on, in tokens; the planner's default.
+        sliding_window: tokens that a query looks back on at most, itself included; None for all of them. FLOPs and time are
+            of full attention all the same, and a plan that is longer than the window says so.
     """
 
     num_layers: int
@@ -39,9 +42,12 @@ class ModelShape:
     share_embeddings_and_output_weights: bool = False
     add_qkv_bias: bool = False
     seq_length: int = 4096
+    sliding_window: int | None = None
 
     def __post_init__(self):
-        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
+        optional = [key for key in ("num_query_groups", "kv_channels", "sliding_window") if getattr(self, key) is not None]
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length")
+        for key in (*sizes, *optional):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"model.{key}", value, "must be a whole number of 1 or more")
@@ -171,7 +177,21 @@ MODELS: dict[str, ModelShape] = {
     ),
 }
 
-_HF_ARCHITECTURES = ("llama", "mistral", "qwen2")
+# Of a Hugging Face config.json: sizes that it must name, and what transformers 4.57 takes for those that it leaves out
+# (a null for num_key_value_heads is another thing than none: it means one for each query head).
+_HF_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+_HF_DEFAULTS: dict[str, dict[str, int | None]] = {
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+}
+_HF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def model_by_name(name: str) -> ModelShape:
@@ -192,33 +212,60 @@ def model_from_hf(path: Path) -> ModelShape:
         ConfigError: the file is of an architecture whose arithmetic this planner does not know, or lacks a size.
         OSError: the file cannot be read.
     """
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError("model", str(path), f"is not JSON ({error})") from error
+    config = json_mapping(path, key="model")
+    where = str(path)
     kind = config.get("model_type")
-    if kind not in _HF_ARCHITECTURES:
-        raise ConfigError("model", str(path), f"model_type={kind!r} is not planned for; known: {', '.join(_HF_ARCHITECTURES)}")
-    missing = [
-        k
-        for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        if k not in config
-    ]
+    if kind not in _HF_DEFAULTS:
+        raise ConfigError("model", where, f"model_type={kind!r} is not planned for; known: {', '.join(_HF_DEFAULTS)}")
+    experts = [key for key in _HF_EXPERTS if config.get(key)]
+    if experts:
+        raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
+    missing = [key for key in _HF_SIZES if config.get(key) is None]
     if missing:
-        raise ConfigError("model", str(path), f"its config.json lacks {', '.join(missing)}")
+        raise ConfigError("model", where, f"its config.json lacks {', '.join(missing)}")
+    config = {**_HF_DEFAULTS[kind], **config}
+    windowed = kind == "mistral" or (kind == "qwen2" and _hf_flag(config, "use_sliding_window", where))
     return ModelShape(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_key_value_heads"),
-        kv_channels=config.get("head_dim"),
-        vocab_size=config["vocab_size"],
-        share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
+        **{ours: _hf_size(config, theirs, where) for theirs, ours in _HF_SIZES.items()},
+        num_query_groups=_hf_size(config, "num_key_value_heads", where),
+        kv_channels=_hf_size(config, "head_dim", where),
+        share_embeddings_and_output_weights=_hf_flag(config, "tie_word_embeddings", where),
         # Qwen2 always has these biases and its config.json does not say so.
-        add_qkv_bias=kind == "qwen2" or config.get("attention_bias", False),
-        seq_length=config.get("max_position_embeddings", 4096),
+        add_qkv_bias=kind == "qwen2" or _hf_flag(config, "attention_bias", where),
+        seq_length=_hf_size(config, "max_position_embeddings", where),
+        sliding_window=_hf_size(config, "sliding_window", where) if windowed else None,
     )
+
+
+def _hf_size(config: Mapping[str, Any], key: str, where: str) -> Any:
+    """A size of a config.json, None where it names none."""
+    value = config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"model.{key}", value, f"must be a whole number of 1 or more, in {where}")
+    return value
+
+
+def _hf_flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"model.{key}", value, f"must be true or false, in {where}")
+    return bool(value)
+
+
+def json_mapping(path: Path, *, key: str) -> dict[str, Any]:
+    """What a JSON file holds, which must be a mapping; `key` is the setting that named the file.
+
+    Raises:
+        ConfigError: it is not JSON, or another thing than a mapping.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also bytes that are no text
+        raise ConfigError(key, str(path), f"is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(key, str(path), f"holds a {type(values).__name__}, where a mapping of settings was looked for")
+    return values
 
 
 def model_from_nemo(path: Path) -> ModelShape:
@@ -230,15 +277,30 @@ def model_from_nemo(path: Path) -> ModelShape:
     """
     import yaml  # a plan by name needs none
 
-    config = yaml.safe_load(path.read_text()).get("config", {})
     where = str(path)
+    try:
+        context = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("model", where, f"is not YAML: {' '.join(str(error).split())}") from error
+    config = context.get("config") if isinstance(context, dict) else None
+    if not isinstance(config, dict):
+        raise ConfigError("model", where, "has no config, which a NeMo checkpoint's context/model.yaml has")
     if config.get("num_moe_experts"):
         raise ConfigError("model", where, f"num_moe_experts={config['num_moe_experts']}: FLOPs of experts are not counted")
     missing = [f.name for f in fields(ModelShape) if f.default is MISSING and config.get(f.name) is None]
     if missing:
         raise ConfigError("model", where, f"its config lacks {', '.join(missing)}")
+    return build(ModelShape, sizes_of(config), where="model")
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelShape that the fields of a NeMo model config say."""
     known = {f.name for f in fields(ModelShape)}
-    return build(ModelShape, {key: value for key, value in config.items() if key in known}, where="model")
+    sizes = {key: value for key, value in config.items() if key in known}
+    window = config.get("window_size")  # Megatron-Core's: tokens before the query and after it; -1 for all
+    if isinstance(window, (list, tuple)) and window and isinstance(window[0], int) and window[0] >= 0:
+        sizes["sliding_window"] = window[0] + 1
+    return sizes
 
 
 def nemo_context(path: Path) -> Path | None:

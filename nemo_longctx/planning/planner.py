@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nemo_longctx.config import ConfigError
@@ -25,8 +25,8 @@ class Candidate:
 
     Attributes:
         layout: what was judged.
-        memory_gib: predicted peak of the fullest GPU; None where the layout cannot run at all.
-        seconds: predicted step; None likewise.
+        memory_gib: predicted peak of the fullest GPU in the fullest stage; None where the layout cannot run at all.
+        seconds: predicted step, the mean over all steps of the run; None likewise.
         tokens_per_second_per_gpu: of that step.
         verdict: `fastest`, `slower`, `does not fit` or `cannot run`.
         reason: why it lost, in a sentence; empty for the fastest.
@@ -46,13 +46,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained, and on what.
+    """What one stage of a run trains, and on what.
 
     Attributes:
         model: sizes.
         gpu: kind of GPU.
-        seq_length: the longest of the run's stages, tokens.
+        seq_length: of the stage, tokens.
         tokens_per_step: of an optimizer step.
+        steps: optimizer steps of the stage, by which stages are weighed against each other.
         eval_length: longest context of an evaluation inside the run, tokens; 0 for none.
     """
 
@@ -60,6 +61,7 @@ class Job:
     gpu: Gpu
     seq_length: int
     tokens_per_step: int
+    steps: int = 1
     eval_length: int = 0
 
     @property
@@ -141,14 +143,21 @@ def _memory(job: Job, layout: Layout) -> MemoryPlan:
     )
 
 
-def search(job: Job, base: Layout) -> list[Candidate]:
+def search(stages: Sequence[Job], base: Layout, pinned: Collection[str] = ()) -> list[Candidate]:
     """Every layout of `base.gpus` GPUs: the fastest that fits first, then the slower, then what does not fit or run.
 
     Args:
-        job: what is trained.
-        base: number of GPUs, precision, loss and sharding, which every candidate keeps.
+        stages: what is trained, stage by stage; one layout has to serve them all.
+        base: number of GPUs, precision, loss, sharding and offload, which every candidate keeps.
+        pinned: fields of Layout that keep the value of `base`, such as `tensor_model_parallel_size`.
+
+    Raises:
+        ConfigError: no candidate is left by what is pinned.
     """
-    judged = [judge(job, layout) for layout in candidates(job.model, job.gpu, base)]
+    model, gpu = stages[0].model, stages[0].gpu
+    judged = [judge_run(stages, layout) for layout in candidates(model, gpu, base, pinned)]
+    if not judged:
+        raise _nothing_left(base, pinned)
     fitting = [(candidate, time) for candidate, time in judged if candidate.verdict == "slower" and time is not None]
     fitting.sort(key=lambda pair: _rank(*pair))
     ranked: list[Candidate] = []
@@ -160,6 +169,41 @@ def search(job: Job, base: Layout) -> list[Candidate]:
     order = {"does not fit": 0, "cannot run": 1}
     others = [candidate for candidate, _ in judged if candidate.verdict in order]
     return ranked + sorted(others, key=lambda c: (order[c.verdict], c.memory_gib or 0.0))
+
+
+def judge_run(stages: Sequence[Job], layout: Layout) -> tuple[Candidate, StepTime | None]:
+    """`judge` for all stages of a run under one layout: the worst verdict, the highest peak, the mean step."""
+    judged = [judge(job, layout) for job in stages]
+    if len(judged) == 1:
+        return judged[0]
+    for verdict in ("cannot run", "does not fit"):
+        lost = [(job, candidate) for job, (candidate, _) in zip(stages, judged, strict=True) if candidate.verdict == verdict]
+        if lost:
+            break
+    job, worst = max(lost, key=lambda pair: pair[1].memory_gib or 0.0) if lost else (stages[0], judged[0][0])
+    times = [time for _, time in judged if time is not None]
+    if len(times) < len(stages):
+        return replace(worst, reason=f"at {job.seq_length:,} tokens: {worst.reason}", seconds=None), None
+    time = _mean_time(times, [job.steps for job in stages])
+    whole = replace(
+        worst,
+        memory_gib=max(candidate.memory_gib or 0.0 for candidate, _ in judged),
+        seconds=time.total,
+        tokens_per_second_per_gpu=time.tokens_per_second_per_gpu,
+        reason=f"at {job.seq_length:,} tokens: {worst.reason}" if lost else "",
+    )
+    return whole, time
+
+
+def _mean_time(times: Sequence[StepTime], steps: Sequence[int]) -> StepTime:
+    """The mean step of stages of so many steps; all have the same tokens a step."""
+    mean = {
+        part.name: sum(getattr(time, part.name) * count for time, count in zip(times, steps, strict=True)) / sum(steps)
+        for part in fields(StepTime)
+    }
+    tokens = times[0].tokens_per_second_per_gpu * times[0].total  # a step and GPU
+    whole = StepTime(**mean)
+    return replace(whole, tokens_per_second_per_gpu=tokens / whole.total)
 
 
 def _rank(candidate: Candidate, time: StepTime) -> tuple[float, ...]:
@@ -186,39 +230,61 @@ def _why_slower(time: StepTime, best: StepTime) -> str:
     return f"{share:.1%} slower, mostly: {why} (+{losses[why]:.2f} s a step)"
 
 
-def candidates(model: ModelShape, gpu: Gpu, base: Layout) -> Iterator[Layout]:
-    """Layouts worth judging: TP within a node, powers of two, and per size a few micro batches and recomputations."""
-    for tensor in _powers(min(gpu.gpus_per_node, 8, base.gpus)):
-        for context in _powers(base.gpus // tensor):
-            for pipeline in _powers(min(base.gpus // (tensor * context), model.num_layers)):
+def candidates(model: ModelShape, gpu: Gpu, base: Layout, pinned: Collection[str] = ()) -> Iterator[Layout]:
+    """Layouts worth judging: TP within a node, powers of two, and per size a few micro batches and recomputations.
+
+    Args:
+        model, gpu: sizes that bound the choices.
+        base: what every candidate keeps: GPUs, precision, loss, sharding, offload.
+        pinned: fields that keep the value of `base` too. Sequence parallelism that is not pinned is on wherever TP is over 1.
+    """
+
+    def among(name: str, choices: Iterable[Any]) -> Iterable[Any]:
+        return [getattr(base, name)] if name in pinned else choices
+
+    for tensor in among("tensor_model_parallel_size", _powers(min(gpu.gpus_per_node, 8, base.gpus))):
+        sequence = base.sequence_parallel if "sequence_parallel" in pinned else tensor > 1
+        if sequence and tensor == 1:
+            continue  # asked for, and impossible
+        for context in among("context_parallel_size", _powers(base.gpus // tensor)):
+            for pipeline in among(
+                "pipeline_model_parallel_size", _powers(min(base.gpus // (tensor * context), model.num_layers))
+            ):
                 if base.gpus % (tensor * context * pipeline):
                     continue
-                for chunks in _chunk_counts(model, pipeline):
-                    layers = max(1, model.num_layers // (pipeline * chunks))
-                    for recompute in dict.fromkeys(("none", "selective", f"block:{max(1, layers // 2)}", "full")):
-                        for micro in MICRO_BATCHES:
+                for chunks in among("virtual_pipeline_model_parallel_size", _chunk_counts(model, pipeline)):
+                    layers = max(1, model.num_layers // (pipeline * (chunks or 1)))
+                    recomputations = dict.fromkeys(("none", "selective", f"block:{max(1, layers // 2)}", "full"))
+                    for recompute in among("recompute", recomputations):
+                        for micro in among("micro_batch_size", MICRO_BATCHES):
                             yield replace(
                                 base,
                                 tensor_model_parallel_size=tensor,
                                 context_parallel_size=context,
                                 pipeline_model_parallel_size=pipeline,
-                                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                                virtual_pipeline_model_parallel_size=chunks,
+                                sequence_parallel=sequence,
                                 micro_batch_size=micro,
                                 recompute=recompute,
                             )
+
+
+def _nothing_left(base: Layout, pinned: Collection[str]) -> ConfigError:
+    kept = ", ".join(f"{name}={getattr(base, name)}" for name in sorted(pinned)) or "nothing"
+    return ConfigError("gpus", base.gpus, f"no layout of so many GPUs keeps {kept}; leave one of them to the search")
 
 
 def _powers(limit: int) -> list[int]:
     return [1 << k for k in range(limit.bit_length()) if 1 << k <= limit]
 
 
-def _chunk_counts(model: ModelShape, pipeline: int) -> list[int]:
+def _chunk_counts(model: ModelShape, pipeline: int) -> list[int | None]:
     """No interleaving, and the most of it: one layer a chunk needs the least bubble, some layers a chunk less traffic."""
     if pipeline == 1 or model.num_layers % pipeline:
-        return [1]
+        return [None]
     layers = model.num_layers // pipeline
     finest = [v for v in range(2, layers + 1) if layers % v == 0]
-    return [1, *dict.fromkeys((finest[0], finest[-1]))] if finest else [1]
+    return [None, *dict.fromkeys((finest[0], finest[-1]))] if finest else [None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,19 +302,32 @@ class Longest:
     memory_gib: float
 
 
-def longest_length(model: ModelShape, gpu: Gpu, base: Layout, *, limit: int = 1 << 26) -> Longest:
-    """The longest sequence for which any layout fits, with full recomputation and one sequence a micro batch.
+def longest_length(model: ModelShape, gpu: Gpu, base: Layout, pinned: Collection[str] = (), *, limit: int = 1 << 26) -> Longest:
+    """The longest sequence for which any layout fits.
+
+    Args:
+        model, gpu: what is trained, and on what.
+        base: number of GPUs, precision, loss, sharding and offload.
+        pinned: fields of Layout that keep the value of `base`; of the others recomputation is full, the micro batch one
+            sequence, and the pipeline not interleaved.
+        limit: the longest that is tried, tokens.
 
     Raises:
-        ConfigError: not even 1,024 tokens fit.
+        ConfigError: not even 1,024 tokens fit, or no layout is left by what is pinned.
     """
     best: Longest | None = None
-    for layout in candidates(model, gpu, base):
-        if layout.micro_batch_size > 1 or layout.recompute != "full" or layout.model_chunks > 1:
-            continue
+    least_memory: dict[str, Any] = {"recompute": "full", "micro_batch_size": 1, "virtual_pipeline_model_parallel_size": None}
+    base = replace(base, **{name: value for name, value in least_memory.items() if name not in pinned})
+    layouts = list(candidates(model, gpu, base, {*pinned, *least_memory}))
+    if not layouts:
+        raise _nothing_left(base, pinned)
+    reasons: list[str] = []
+    for layout in layouts:
         unit = 1024 * max(1, 2 * layout.context_parallel_size * layout.tensor_model_parallel_size // 1024)
-        batch = layout.data_parallel_size * layout.pipeline_model_parallel_size
-        if layout_faults(model, layout, unit * 2 * layout.context_parallel_size, batch):
+        batch = layout.micro_batch_size * layout.data_parallel_size * layout.pipeline_model_parallel_size
+        faults = layout_faults(model, layout, unit * 2 * layout.context_parallel_size, batch)
+        if faults:
+            reasons.append("; ".join(faults))
             continue
         low, high = 0, limit // unit
         while low < high:
@@ -257,6 +336,8 @@ def longest_length(model: ModelShape, gpu: Gpu, base: Layout, *, limit: int = 1 
             low, high = (middle, high) if fits else (low, middle - 1)
         if low and (best is None or low * unit > best.seq_length):
             best = Longest(seq_length=low * unit, layout=layout, memory_gib=_memory_gib(model, layout, low * unit, batch))
+    if best is None and len(reasons) == len(layouts):
+        raise ConfigError("gpus", base.gpus, f"no layout can run: {reasons[0]}")
     if best is None:
         raise ConfigError("gpus", base.gpus, f"{base.gpus} x {gpu.name} cannot hold 1,024 tokens of this model; take more GPUs")
     return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.planning.gpus import GPUS
 from nemo_longctx.planning.layout import Layout
-from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name, model_from_nemo, nemo_context, parse_model
+from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name, model_from_nemo, nemo_context, parse_model, sizes_of
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 
 # Classes of nemo.collections.llm whose sizes the planner knows by name.
@@ -79,7 +79,7 @@ def plan_of(recipe: RecipeConfig, *, gpu: str | None, named: tuple[str, ModelSha
     Raises:
         ConfigError: its model is neither a class that the planner knows, nor a checkpoint that can be read.
     """
-    model_name, model = named or _model(recipe)
+    model_name, model = named or model_of(recipe)
     return RecipePlan(
         model_name=model_name,
         model=model,
@@ -115,7 +115,12 @@ def machine_of(name: str, conf_dir: Path = CONF_DIR) -> str | None:
     return None
 
 
-def _model(recipe: RecipeConfig) -> tuple[str, ModelShape]:
+def model_of(recipe: RecipeConfig) -> tuple[str, ModelShape]:
+    """What a recipe trains: name and sizes.
+
+    Raises:
+        ConfigError: neither a class that the planner knows, nor a checkpoint that can be read.
+    """
     config = recipe.model.get("config")
     if config is None:
         path = Path(str(recipe.restore_from))
@@ -126,12 +131,13 @@ def _model(recipe: RecipeConfig) -> tuple[str, ModelShape]:
             mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {', '.join(MODELS)}; give --model"
             raise ConfigError("restore_from", recipe.restore_from, mend)
         return path.name, model_by_name(path.name)
-    known = {field.name for field in fields(ModelShape)}
-    given = {key: value for key, value in recipe.model.items() if key in known}
+    if recipe.model.get("num_moe_experts"):
+        raise ConfigError("model.num_moe_experts", recipe.model["num_moe_experts"], "FLOPs of experts are not counted")
+    given = sizes_of(recipe.model)
     if config in CLASSES:
         name = CLASSES[config]
         published = model_by_name(name)
-        return name, build(ModelShape, {**{key: getattr(published, key) for key in known}, **given}, where="model")
+        return name, build(ModelShape, {**asdict(published), **given}, where="model")
     return str(config), build(ModelShape, given, where="model")
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from nemo_longctx.planning.flops import (
     slow_down,
     training_cost,
 )
-from nemo_longctx.planning.gpus import GIB, Gpu, gpu_by_name
+from nemo_longctx.planning.gpus import DEFAULT_GPU, GIB, Gpu, gpu_by_name
 from nemo_longctx.planning.layout import Layout, layout_faults
 from nemo_longctx.planning.memory import STATED_ERROR as MEMORY_ERROR
 from nemo_longctx.planning.memory import memory_plan
-from nemo_longctx.planning.models import ModelShape
-from nemo_longctx.planning.override import recipe_override
-from nemo_longctx.planning.planner import FILL, Job, activation_choices, judge, longest_length, search
-from nemo_longctx.planning.timing import rates_for, seconds_at_mfu
+from nemo_longctx.planning.models import ModelShape, json_mapping
+from nemo_longctx.planning.override import Planned, recipe_override
+from nemo_longctx.planning.planner import FILL, Candidate, Job, activation_choices, judge, longest_length, search
+from nemo_longctx.planning.timing import check_mfu, rates_for, seconds_at_mfu
 
 # Xiong et al. 2023, section 2.1: what the 70B lost in speed from 4,096 to 16,384 tokens.
 REPORTED_SLOW_DOWN: dict[str, Any] = {"model": "llama2_70b", "from": 4096, "to": 16384, "share": 0.17}
@@ -37,33 +36,57 @@ CPU = "cpu"  # in place of a GPU's name: memory alone is planned, since nothing 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What a plan is made from. Names are those of the command's options; `recipe` is what an override will begin with."""
+    """What a plan is made from. Names are those of the command's options.
+
+    Attributes:
+        recipe, overrides: what an override will begin with, and the `key=value` that it will hold too.
+        price: of a GPU-hour.
+        apply: name of the recipe file that the fastest layout is written to.
+        eval_length: longest context of an evaluation inside the run, tokens; 0 for none.
+        pinned: fields of `layout` that a search keeps.
+        notes: sentences that the user has to read beside the plan.
+    """
 
     recipe: str | None = None
+    overrides: Sequence[str] = ()
     model_name: str
     model: ModelShape
     curriculum: Curriculum
     flops: str = "causal"
     vocabulary: bool | None = None
     documents: Sequence[str] = ()
-    gpu: str = "h100"
+    gpu: str = DEFAULT_GPU
     layout: Layout | None = None
     mfu: float | None = None
     mfu_from: str | None = None
     price: float | None = None
     eval_length: int = 0
     search: bool = False
-    apply: bool = False
+    apply: str | None = None
     longest: bool = False
+    pinned: Collection[str] = ()
+    notes: Sequence[str] = ()
 
     def __post_init__(self):
-        wants_gpus = [key for key in ("mfu", "mfu_from", "price", "search", "longest") if getattr(self, key)]
+        wants_gpus = [key for key in ("mfu", "mfu_from", "price") if getattr(self, key) is not None]
+        wants_gpus += [key for key in ("search", "longest") if getattr(self, key)]
         if wants_gpus and self.layout is None:
             raise ConfigError("gpus", None, f"say how many GPUs with --gpus; {wants_gpus[0].replace('_', '-')} needs them")
         if wants_gpus and self.gpu == CPU:
             raise ConfigError("gpu", CPU, f"its speed is not known; {wants_gpus[0].replace('_', '-')} needs a GPU, by --gpu")
         if self.mfu is not None and self.mfu_from is not None:
             raise ConfigError("mfu", self.mfu, "give --mfu or --mfu-from, not both")
+        if self.gpu != CPU:
+            gpu_by_name(self.gpu)
+        if self.mfu is not None:
+            check_mfu(self.mfu)
+        if self.price is not None and not (0 <= self.price < float("inf")):
+            raise ConfigError("price", self.price, "must be the price of a GPU-hour, 0 or more")
+        if self.eval_length < 0:
+            raise ConfigError("eval-length", self.eval_length, "must be a number of tokens, 0 or more")
+        if self.documents and self.flops in CONVENTIONS and CONVENTIONS[self.flops].attention != "document":
+            mend = f"lengths of documents change nothing in convention {self.flops}; add --flops document"
+            raise ConfigError("documents", list(self.documents), mend)
 
 
 def make_plan(settings: PlanSettings) -> dict[str, Any]:
@@ -86,6 +109,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
             for recompute in RECOMPUTE
         },
         "slow_down": _slow_downs(settings),
+        "notes": [*settings.notes, *_model_notes(settings)],
     }
     if settings.layout is None:
         return plan
@@ -99,14 +123,15 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     if mfu is not None:
         plan["at_mfu"] = _time_at_mfu(settings, gpu, settings.layout.gpus, cost, mfu)
     if settings.search:
-        ranked = search(_job(settings, gpu, max(stage.seq_length for stage in curriculum.plan)), settings.layout)
+        ranked = search(_jobs(settings, gpu), settings.layout, settings.pinned)
         plan["search"] = [candidate.as_dict() for candidate in ranked]
-        if ranked[0].verdict != "fastest":
-            raise ConfigError("gpus", settings.layout.gpus, f"no layout fits; the nearest {ranked[0].reason}; take more GPUs")
+        _check_found(ranked[0], settings.layout.gpus)
+        plan["notes"] += _search_notes(curriculum)
         if settings.apply:
-            plan["override"] = recipe_override(ranked[0], curriculum, settings.model_name, gpu, recipe=settings.recipe)
+            plan["override"], notes = recipe_override(_planned(settings, ranked[0], gpu), file_name=Path(settings.apply).name)
+            plan["notes"] += notes
     if settings.longest:
-        plan["longest"] = asdict(longest_length(settings.model, gpu, settings.layout))
+        plan["longest"] = asdict(longest_length(settings.model, gpu, settings.layout, settings.pinned))
     return plan
 
 
@@ -121,12 +146,54 @@ def _document_lengths(prefixes: Sequence[str]) -> Any:
     return np.concatenate([open_corpus(prefix).lengths for prefix in prefixes])
 
 
-def _job(settings: PlanSettings, gpu: Gpu, seq_length: int) -> Job:
+def _check_found(first: Candidate, gpus: int) -> None:
+    if first.verdict == "cannot run":
+        raise ConfigError("gpus", gpus, f"no layout can run: {first.reason}; change --gpus or --tokens-per-step")
+    if first.verdict != "fastest":
+        raise ConfigError("gpus", gpus, f"no layout fits; the nearest {first.reason}; take more GPUs")
+
+
+def _planned(settings: PlanSettings, chosen: Candidate, gpu: Gpu) -> Planned:
+    return Planned(
+        chosen=chosen,
+        curriculum=settings.curriculum,
+        model_name=settings.model_name,
+        model=settings.model,
+        gpu=gpu,
+        eval_length=settings.eval_length,
+        recipe=settings.recipe,
+        overrides=settings.overrides,
+    )
+
+
+def _model_notes(settings: PlanSettings) -> list[str]:
+    window, longest = settings.model.sliding_window, max(stage.seq_length for stage in settings.curriculum.stages)
+    if window is None or window >= longest:
+        return []
+    return [
+        f"the model's sliding window of {window:,} tokens is not counted: FLOPs and time are of full attention at {longest:,}"
+    ]
+
+
+def _search_notes(curriculum: Curriculum) -> list[str]:
+    """What a search does to stages that have settings of their own."""
+    own = {(s.micro_batch_size, s.recompute, s.offload, *s.parallel_sizes.items()) for s in curriculum.stages}
+    if len(own) == 1 and not any(stage.parallel_sizes for stage in curriculum.stages):
+        return []
+    return ["the search gives all stages one layout; micro batches and sizes that stages name for themselves are not kept"]
+
+
+def _jobs(settings: PlanSettings, gpu: Gpu) -> list[Job]:
+    return [_job(settings, gpu, stage) for stage in settings.curriculum.plan]
+
+
+def _job(settings: PlanSettings, gpu: Gpu, stage: Stage) -> Job:
     return Job(
         model=settings.model,
         gpu=gpu,
-        seq_length=seq_length,
+        seq_length=stage.seq_length,
         tokens_per_step=settings.curriculum.tokens_per_step,
+        steps=stage.end_step - stage.first_step,
         eval_length=settings.eval_length,
     )
 
@@ -161,7 +228,7 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
     hours = 0.0
     for stage in curriculum.plan:
         staged = _stage_layout(layout, stage)
-        candidate, time = judge(_job(settings, gpu, stage.seq_length), staged)
+        candidate, time = judge(_job(settings, gpu, stage), staged)
         if time is None:
             stages.append({"seq_length": stage.seq_length, "verdict": candidate.verdict, "reason": candidate.reason})
             continue
@@ -179,6 +246,7 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
                 "seq_length": stage.seq_length,
                 "fits": candidate.verdict != "does not fit",
                 "reason": candidate.reason,
+                "micro_batch_size": staged.micro_batch_size,
                 "recompute": staged.recompute,
                 "offload": staged.offload,
                 "memory_gib": memory.as_gib(),
@@ -198,7 +266,7 @@ def _layout_plan(settings: PlanSettings, layout: Layout, gpu: Gpu, curriculum: C
         "stages": stages,
     }
     longest = max(curriculum.plan, key=lambda stage: stage.seq_length)
-    plan["activation_choices"] = activation_choices(_job(settings, gpu, longest.seq_length), _stage_layout(layout, longest))
+    plan["activation_choices"] = activation_choices(_job(settings, gpu, longest), _stage_layout(layout, longest))
     if all("hours" in stage for stage in stages):
         plan["gpu_hours"] = hours * layout.gpus
         plan["hours"] = hours
@@ -233,6 +301,7 @@ def _cpu_plan(settings: PlanSettings, layout: Layout) -> tuple[dict[str, Any], d
                 "seq_length": stage.seq_length,
                 "fits": fits,
                 "reason": reason,
+                "micro_batch_size": staged.micro_batch_size,
                 "recompute": staged.recompute,
                 "offload": staged.offload,
                 "memory_gib": memory.as_gib(),
@@ -255,13 +324,15 @@ def _given_mfu(settings: PlanSettings, convention: FlopsConvention) -> float | N
     """The MFU that was given, or the one that a run or benchmark measured in the same convention."""
     if settings.mfu_from is None:
         return settings.mfu
-    measured = json.loads(Path(settings.mfu_from).read_text())
-    missing = [key for key in ("mfu", "convention") if key not in measured]
+    where = settings.mfu_from
+    measured = json_mapping(Path(where), key="mfu-from")
+    missing = [key for key in ("mfu", "convention") if measured.get(key) is None]
     if missing:
-        raise ConfigError("mfu-from", settings.mfu_from, f"lacks {' and '.join(missing)}; give a throughput.json of a run")
+        raise ConfigError("mfu-from", where, f"lacks {' and '.join(missing)}; give a throughput.json of a run on GPUs")
     if measured["convention"] != convention.name:
         mend = f"its MFU is in convention {measured['convention']!r}; plan with --flops {measured['convention']}"
-        raise ConfigError("mfu-from", settings.mfu_from, mend)
+        raise ConfigError("mfu-from", where, mend)
+    check_mfu(measured["mfu"], key=f"mfu-from={where}: mfu")
     return float(measured["mfu"])
 
 

@@ -34,6 +34,7 @@ def as_text(plan: dict[str, Any], *, rows: int) -> str:
             "",
             f"longest sequence that fits: {longest['seq_length']:,} tokens by {name}, {longest['memory_gib']:.1f} GiB",
         ]
+    lines += [f"\nnote: {note}" for note in plan["notes"]]
     return "\n".join(lines)
 
 
@@ -95,7 +96,9 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"  {stage['seq_length']:,} tokens: {total:.1f} of {room:.1f} GiB, {fits}{speed}")
         lines.append("    " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()))
         host = f", {stage['host_gib']:.1f} GiB in host memory" if stage["host_gib"] else ""
-        lines.append(f"    recompute {stage['recompute']}, offload {stage['offload']}{host}")
+        lines.append(
+            f"    micro batch {stage['micro_batch_size']}, recompute {stage['recompute']}, offload {stage['offload']}{host}"
+        )
     lines += _choice_lines(layout.get("activation_choices", []))
     if "hours" in layout:
         lines.append(f"  in all {_duration(layout['hours'])}, {layout['gpu_hours']:,.0f} GPU-hours")

@@ -131,15 +131,24 @@ def step_time(
     )
 
 
+def check_mfu(mfu: float, *, key: str = "mfu") -> None:
+    """Refuse what is no MFU.
+
+    Raises:
+        ConfigError: a number outside (0, 2]; over 1 is possible in the full conventions, which credit pairs that no causal
+            kernel computes, and with fp8 products.
+    """
+    if isinstance(mfu, bool) or not isinstance(mfu, (int, float)) or not 0 < mfu <= 2:
+        raise ConfigError(key, mfu, "must be a share of the bf16 peak, such as 0.4")
+
+
 def seconds_at_mfu(flops: float, gpu: Gpu, *, gpus: int, mfu: float) -> float:
     """Seconds that `flops` model FLOPs take on `gpus` GPUs at `mfu` of the bf16 peak, both in one convention.
 
     Raises:
-        ConfigError: an MFU outside (0, 2]; over 1 is possible in the full conventions, which credit pairs that no causal kernel
-            computes, and with fp8 products.
+        ConfigError: not an MFU.
     """
-    if not 0 < mfu <= 2:
-        raise ConfigError("mfu", mfu, "must be a share of the bf16 peak, such as 0.4")
+    check_mfu(mfu)
     return flops / (gpus * gpu.bf16_tflops * 1e12 * mfu)
 
 

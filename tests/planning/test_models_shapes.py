@@ -22,6 +22,11 @@ PUBLISHED = {
 }
 
 
+SMALL = "num_layers=2,hidden_size=64,ffn_hidden_size=96,num_attention_heads=4,vocab_size=8"
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 32}
+LLAMA |= {"vocab_size": 100}
+
+
 def test_parameter_counts_are_the_published_ones():
     assert {name: model.parameters for name, model in MODELS.items()} == PUBLISHED
 
@@ -64,6 +69,9 @@ def test_sizes_on_the_command_line():
         ("num_layers=2", "missing"),
         ("num_layers=two", "whole number"),
         ("nmu_layers=2", "num_layers"),
+        (f"{SMALL},kv_channels=-5", "kv_channels"),
+        (f"{SMALL},num_query_groups=-4", "num_query_groups"),
+        (f"{SMALL},num_query_groups=0", "num_query_groups"),
         ("num_layers=2,hidden_size=65,ffn_hidden_size=8,num_attention_heads=4,vocab_size=8", "does not divide"),
     ],
 )
@@ -99,3 +107,55 @@ def test_experts_are_refused_rather_than_counted_wrongly(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     with pytest.raises(ConfigError, match="mixtral"):
         parse_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[1, 2]", "mapping"),
+        ("not json", "not JSON"),
+        (b"\xff\xfe\xff", "not JSON"),
+        (json.dumps({**LLAMA, "num_key_value_heads": "8"}), "num_key_value_heads='8'"),
+        (json.dumps({**LLAMA, "num_key_value_heads": -4}), "num_key_value_heads=-4"),
+        (json.dumps({**LLAMA, "head_dim": -128}), "head_dim=-128"),
+        (json.dumps({**LLAMA, "vocab_size": None}), "vocab_size"),
+        (json.dumps({**LLAMA, "attention_bias": "yes"}), "attention_bias='yes'"),
+        (json.dumps({**LLAMA, "num_local_experts": 8}), "num_local_experts=8"),
+    ],
+)
+def test_a_config_json_that_cannot_be_planned_is_named_with_what_is_wrong(tmp_path, content, says):
+    file = tmp_path / "config.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as error:
+        parse_model(str(file))
+    assert says in str(error.value)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["- 1", "config: [1, 2]", "a: !python/thing {}", "config: {num_layers: ["])
+def test_a_nemo_context_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "model.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.yaml"):
+        parse_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": None}, {"sliding_window": 64}, {"use_sliding_window": True}])
+def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path, kind, given):
+    transformers = pytest.importorskip("transformers")
+    theirs = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}[kind]
+    theirs = getattr(transformers, theirs)(**{**LLAMA, "model_type": kind, **given})
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": kind, **given}))
+    ours = parse_model(str(tmp_path))[1]
+    assert ours.query_groups == theirs.num_key_value_heads
+    assert ours.seq_length == theirs.max_position_embeddings
+    assert ours.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    assert ours.sliding_window == (None if kind == "llama" else theirs.sliding_window)  # a Llama has none to use
+
+
+def test_a_window_of_a_nemo_checkpoint_is_read(tmp_path):
+    (tmp_path / "context").mkdir()
+    fields = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 2, "vocab_size": 512}
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": {**fields, "window_size": [4096, 0]}}))
+    assert parse_model(str(tmp_path))[1].sliding_window == 4097

@@ -12,8 +12,8 @@ from nemo_longctx.planning.gpus import GIB, GPUS
 from nemo_longctx.planning.layout import Layout, layout_faults
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.models import MODELS
-from nemo_longctx.planning.override import override_values, recipe_override
-from nemo_longctx.planning.planner import FILL, Job, activation_choices, longest_length, search
+from nemo_longctx.planning.override import Planned, override_values, recipe_override
+from nemo_longctx.planning.planner import FILL, Job, activation_choices, judge, judge_run, longest_length, search
 from nemo_longctx.recipe import TrainerConfig
 
 CHUNKED = Layout(gpus=64, loss="chunked")
@@ -22,7 +22,7 @@ JOB = Job(model=MODELS["llama2_7b"], gpu=GPUS["h100"], seq_length=32_768, tokens
 
 @pytest.fixture(scope="module")
 def ranked():
-    return search(JOB, CHUNKED)
+    return search([JOB], CHUNKED)
 
 
 def test_fastest_that_fits_is_first_and_every_loser_says_why(ranked):
@@ -69,6 +69,81 @@ def test_each_recomputation_and_offload_says_what_it_saves_and_costs():
     assert activation_choices(JOB, faulty) == []
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"tensor_model_parallel_size": 8, "recompute": "full"},
+        {"context_parallel_size": 2, "micro_batch_size": 2},
+        {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 4, "recompute": "block:1"},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+    ],
+)
+def test_what_is_pinned_stays_and_the_rest_is_searched(kept):
+    ranked = search([JOB], replace(CHUNKED, **kept), kept)
+    assert {tuple(getattr(c.layout, name) for name in kept) for c in ranked} == {tuple(kept.values())}
+    assert len(ranked) > 10
+
+
+def test_sequence_parallelism_is_on_wherever_it_can_be_whatever_the_recipe_had(ranked):
+    for found in (ranked, search([JOB], replace(CHUNKED, sequence_parallel=False))):
+        assert all(c.layout.sequence_parallel == (c.layout.tensor_model_parallel_size > 1) for c in found)
+
+
+def test_a_layout_has_to_run_and_fit_in_every_stage():
+    """12 Mi tokens are 384 sequences of 32,768, which 96 GPUs can share, and 512 of 24,576, which they cannot."""
+    tokens = 3 * 2**22
+    stages = [replace(JOB, seq_length=length, tokens_per_step=tokens, steps=10) for length in (24_576, 32_768)]
+    base = replace(CHUNKED, gpus=96)
+    alone = search(stages[1:], base)[0]
+    assert layout_faults(JOB.model, alone.layout, 24_576, tokens // 24_576)  # what a search of the longest stage alone chooses
+    with_all = search(stages, base)
+    assert with_all[0].verdict == "cannot run"
+    assert "24,576" in with_all[0].reason
+    short = [replace(job, seq_length=length) for job, length in zip(stages, (4096, 32_768), strict=True)]
+    found = search(short, replace(base, gpus=64), {"micro_batch_size"})
+    assert found[0].verdict == "fastest"
+    for stage in short:
+        assert not layout_faults(JOB.model, found[0].layout, stage.seq_length, stage.global_batch_size)
+
+
+def test_a_run_of_two_stages_is_judged_by_its_mean_step_and_its_fullest_stage():
+    layout = replace(CHUNKED, tensor_model_parallel_size=4, recompute="full")
+    stages = [replace(JOB, seq_length=4096, steps=3), replace(JOB, seq_length=32_768, steps=1)]
+    (short, _), (long, _) = (judge(job, layout) for job in stages)
+    both, time = judge_run(stages, layout)
+    assert both.seconds == pytest.approx((3 * short.seconds + long.seconds) / 4)
+    assert time.total == pytest.approx(both.seconds)
+    assert both.memory_gib == max(short.memory_gib, long.memory_gib)
+    assert both.tokens_per_second_per_gpu == pytest.approx(JOB.tokens_per_step / both.seconds / 64)
+
+
+def test_nothing_left_by_what_is_pinned_is_an_error():
+    base = replace(CHUNKED, tensor_model_parallel_size=1, sequence_parallel=True)
+    with pytest.raises(ConfigError, match="leave one of them"):
+        search([JOB], base, {"tensor_model_parallel_size", "sequence_parallel"})
+
+
+def test_longest_length_keeps_what_is_pinned():
+    model, gpu, kept = MODELS["llama2_7b"], GPUS["h100"], {"tensor_model_parallel_size": 1, "recompute": "none"}
+    base = Layout(gpus=8, loss="chunked", **kept)
+    longest, free = longest_length(model, gpu, base, kept), longest_length(model, gpu, base)
+    assert (longest.layout.tensor_model_parallel_size, longest.layout.recompute) == (1, "none")
+    assert longest.seq_length < free.seq_length
+    assert free.layout.recompute == "full"
+
+
+@pytest.mark.parametrize("changes", [{"recompute": "block:100"}, {"offload": "block:33"}])
+def test_more_layers_than_a_model_chunk_has_cannot_run(changes):
+    assert "32 layers of a model chunk" in "".join(layout_faults(JOB.model, replace(CHUNKED, **changes), 32_768, 128))
+    assert not layout_faults(JOB.model, replace(CHUNKED, recompute="block:32", offload="block:32"), 32_768, 128)
+
+
+@pytest.mark.parametrize("value", [-2, 0, True, 1.5])
+def test_model_chunks_are_counted_in_whole_numbers(value):
+    with pytest.raises(ConfigError, match="virtual_pipeline"):
+        Layout(gpus=8, virtual_pipeline_model_parallel_size=value)
+
+
 def test_longest_length_fits_and_a_tenth_more_does_not():
     model, gpu = MODELS["llama3_8b"], GPUS["h100"]
     longest = longest_length(model, gpu, Layout(gpus=8, loss="chunked"))
@@ -91,26 +166,33 @@ def test_a_model_that_no_layout_holds_is_an_error():
         longest_length(MODELS["llama2_70b"], GPUS["a100"], Layout(gpus=4))
 
 
+def planned(chosen, curriculum, **changes):
+    values = {"model_name": "llama2_7b", "model": MODELS["llama2_7b"], "gpu": GPUS["h100"]}
+    return Planned(chosen=chosen, curriculum=curriculum, **{**values, **changes})
+
+
 def test_override_is_what_the_schema_accepts(ranked):
     curriculum = parse_curriculum("4096@0.2,32768", tokens_per_step=4_194_304, steps=100_000)
-    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "llama2_7b", GPUS["h100"], recipe=None))
+    text, notes = recipe_override(planned(ranked[0], curriculum))
+    assert not notes
+    written = yaml.safe_load(text)
     assert written["defaults"] == ["llama2_7b", "_self_"]
     trainer = build(TrainerConfig, written["trainer"])
     assert trainer.world_size == 64
     assert trainer.recompute == ranked[0].layout.recompute
     assert trainer.data_parallel_size == ranked[0].layout.data_parallel_size
     assert build(Curriculum, written["curriculum"]) == build(
-        Curriculum, override_values(ranked[0].layout, curriculum, GPUS["h100"])["curriculum"]
+        Curriculum, override_values(ranked[0].layout, curriculum, devices=8)["curriculum"]
     )
     assert written["curriculum"]["total_tokens"] == curriculum.total_tokens
 
 
 def test_override_of_a_recipe_file_is_merged_into_it(ranked, tmp_path):
     mine = tmp_path / "mine.yaml"
-    mine.write_text("defaults: [llama2_13b, _self_]\nname: mine\ntrainer: {num_nodes: 99, log_every_n_steps: 7}\n")
+    mine.write_text("defaults: [llama2_7b, _self_]\nname: mine\ntrainer: {num_nodes: 64, log_every_n_steps: 7}\n")
     curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
-    written = yaml.safe_load(recipe_override(ranked[0], curriculum, "x", GPUS["h100"], recipe=str(mine)))
-    assert written["defaults"] == ["llama2_13b", "_self_"]
+    written = yaml.safe_load(recipe_override(planned(ranked[0], curriculum, recipe=str(mine)))[0])
+    assert written["defaults"] == ["llama2_7b", "_self_"]
     assert written["name"] == "mine"
     assert written["trainer"]["log_every_n_steps"] == 7
     assert written["trainer"]["num_nodes"] == 8
@@ -122,4 +204,4 @@ def test_override_of_a_recipe_file_is_merged_into_it(ranked, tmp_path):
 def test_a_layout_that_no_recipe_can_say_is_not_written(ranked, changes, key):
     curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
     with pytest.raises(ConfigError, match=key):
-        override_values(replace(ranked[0].layout, **changes), curriculum, GPUS["h100"])
+        override_values(replace(ranked[0].layout, **changes), curriculum, devices=8)
