@@ -41,6 +41,7 @@ def write(
     max_position_embeddings = _length("max_position_embeddings", max_position_embeddings)
     if not 0 < _number("partial_rotary_factor", partial_rotary_factor) <= 1:
         raise ConfigError("partial_rotary_factor", partial_rotary_factor, "a share of a head's dimensions: above 0, up to 1")
+    variant.inv_freq(rotary_dim)  # refuses a size that this variant has no frequencies for, as transformers would only later
     theta = ntk_base(variant.base, variant.factor, rotary_dim) if isinstance(variant, NtkRope) else float(variant.base)
     scaling = _TO_HF[type(variant)](variant) if type(variant) in _TO_HF else {}
     if isinstance(variant, DynamicNtkRope):

@@ -327,8 +327,10 @@ def test_transformers_4_reads_the_base_at_the_top_alone():
         ({"partial_rotary_factor": 7}, "partial_rotary_factor=7: a share"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0: a share"),
         ({"version": 6}, "transformers=6"),
+        ({"rotary_dim": DIM - 1}, "rotary_dim=15"),
+        ({"rotary_dim": 2 * DIM}, "long_factor.*needs 16"),
     ],
 )
 def test_what_cannot_be_written_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        example("yarn").to_hf(**{"rotary_dim": DIM, "max_position_embeddings": 64, **changes})
+        example("longrope").to_hf(**{"rotary_dim": DIM, "max_position_embeddings": 64, **changes})
