@@ -26,7 +26,7 @@ Float32s = npt.NDArray[np.float32]
 
 def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> None:
     """A finite int or float within its bound, or a ConfigError. YAML reads `5e5` as text: the message says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise ConfigError(f"rope.{name}", value, "not a number; write digits, with a point before an exponent (5.0e+5)")
     if above is not None and value <= above:
         raise ConfigError(f"rope.{name}", value, f"must be above {above:g}")
@@ -34,7 +34,8 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ConfigError(f"rope.{name}", value, f"must be at least {at_least:g}")
 
 
-def _is_finite(value: int | float) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that a float can hold."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an int beyond every float

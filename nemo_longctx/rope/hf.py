@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.base import RopeVariant, is_finite
 from nemo_longctx.rope.variants import (
     AbfRope,
     DynamicNtkRope,
@@ -66,7 +65,7 @@ def read(config: Mapping[str, Any], cls: type[V]) -> V:
     rope_type = _rope_type(params, config)
     # transformers 4 reads the base from the top of the config alone.
     base = params.get("rope_theta", config.get("rope_theta")) if _is_v5(config) else config.get("rope_theta")
-    params["base"] = 10_000.0 if base is None else float(_number("rope_theta", base))
+    params["base"] = 10_000.0 if base is None else _number("rope_theta", base)
     try:
         found = _FROM_HF[rope_type](params, config)
     except KeyError as error:
@@ -91,7 +90,7 @@ def _parameters(config: Mapping[str, Any]) -> Keys:
     if not isinstance(params, Mapping):
         raise ConfigError(key, params, "must be a mapping with rope_type and what it needs, or null")
     if any(isinstance(v, Mapping) for v in params.values()):
-        raise ConfigError(key, sorted(params), "one set a layer type: models that mix several RoPEs are not supported")
+        raise ConfigError(key, sorted(map(str, params)), "one set a layer type: models of several RoPEs are not supported")
     return dict(params)
 
 
@@ -110,7 +109,7 @@ def _rope_type(params: Keys, config: Mapping[str, Any]) -> str:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not is_finite(value):
         raise ConfigError(key, value, "not a number")
     return float(value)
 

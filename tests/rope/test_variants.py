@@ -279,6 +279,7 @@ def test_xpos_is_refused_with_the_reason():
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "rope_type='linear': .*type='yarn'"),
         ({"rope_scaling": {"rope_type": ["x"]}}, "no variant for it"),
         ({"rope_theta": "abc"}, "rope_theta='abc': not a number"),
+        ({"rope_theta": 10**400}, "rope_theta=.*: not a number"),
         (
             {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "longrope", **LONG}},
             "rope_scaling.factor=None: missing",

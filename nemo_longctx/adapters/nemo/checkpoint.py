@@ -6,6 +6,7 @@ the frequencies and attention factor that transformers makes at every length tha
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -79,8 +80,9 @@ def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, ve
         place_rope(model, variant)
         made = Path(beside) / target.name
         _save_nemo(model, weights, made)
-        del model, weights  # before the two models of the comparison are loaded
         if verify:
+            del model, weights
+            gc.collect()  # the trainer holds the model in a cycle, and two more are loaded now
             module, nemo, _ = load_model(made)
             theirs = source_model(source, config, dtype=torch.float32)
             longest = config.max_position_embeddings
