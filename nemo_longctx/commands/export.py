@@ -13,7 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", metavar="HF_DIR", type=Path, help="directory to make")
     parser.add_argument("--no-verify", action="store_true", help="do not load the result and compare it with the checkpoint")
-    parser.add_argument("--verify-tokens", type=int, default=512, help="length of the input whose logits are compared (512)")
+    parser.add_argument("--verify-tokens", type=int, help="length of the input whose logits are compared (512)")
     parser.add_argument("--max-position-embeddings", type=int, help="longest input, tokens (the checkpoint's seq_length)")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face tokenizer directory, where the checkpoint carries none")
 

@@ -14,6 +14,7 @@ from nemo_longctx.rope.analysis import advise, candidates, describe, first_negat
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import VARIANTS, Rope, parse, to_dict
 
+SEQ_LENGTH, PAIR, POSITIONS = 32_768, 4, 24  # where the command line does not say them
 FIGURES = ("decay", "wavelengths", "helices")
 PAPER_BASES = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0, 10_000_000.0)
 # The four of Xiong et al. 2023, Figure 4, in its order.
@@ -37,14 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", default=PAPER_VARIANTS, metavar="NAME[:field=value,...]", help="variants to draw"
     )
     plot.add_argument("--figures", nargs="+", choices=FIGURES, default=["decay"], help="which (decay)")
-    plot.add_argument("--pair", type=int, default=4, help="pair of dimensions of the helices (4)")
-    plot.add_argument("--positions", type=int, default=24, help="positions on the helices (24)")
+    plot.add_argument("--pair", type=int, help=f"pair of dimensions of the helices ({PAIR})")
+    plot.add_argument("--positions", type=int, help=f"positions on the helices ({POSITIONS})")
     plot.add_argument("--out", type=Path, default=Path("rope-figures"), help="folder to write (rope-figures)")
     advice = actions.add_parser("advise", help="compare the variants, and the bases, for one trained and one target length")
     advice.add_argument("--from", dest="trained", type=int, required=True, metavar="TOKENS", help="trained length")
     advice.add_argument("--to", dest="target", type=int, required=True, metavar="TOKENS", help="target length")
     advice.add_argument("--base", type=float, default=10_000.0, help="base of the trained model (10000)")
-    advice.add_argument("--new-base", type=float, help="base of abf and xpos (the smallest that reaches the target)")
+    advice.add_argument("--new-base", type=float, help="base of abf and xpos (from --base up, the smallest that reaches)")
     advice.add_argument("--bases", type=float, nargs="+", default=PAPER_BASES, help="bases to judge")
     advice.add_argument("--json", action="store_true", help="print JSON")
     advice.add_argument("--png", type=Path, metavar="FILE", help="also draw the comparison")
@@ -52,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--head-dim", type=int, default=128, help="dimensions of a head (128)")
     for sub in (show, plot):
         sub.add_argument("--rotary-percent", type=float, default=1.0, help="share of them that is rotated (1.0)")
-        sub.add_argument("--seq-length", type=int, default=32_768, help="context, tokens (32768)")
+        sub.add_argument("--seq-length", type=int, help=f"context, tokens ({SEQ_LENGTH})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,10 +95,20 @@ def _named(text: str) -> RopeVariant:
 
 
 def _rotary_dim(args: argparse.Namespace) -> int:
+    if not 0 < args.rotary_percent <= 1:
+        raise ConfigError("--rotary-percent", args.rotary_percent, "the share of a head that is rotated: above 0, up to 1")
     return int(args.head_dim * args.rotary_percent)
 
 
+def _whole(flag: str, value: int | None, otherwise: int, least: int = 1) -> int:
+    """What the command line says for `flag`, or `otherwise`."""
+    if value is not None and value < least:
+        raise ConfigError(flag, value, f"must be {least} or more")
+    return otherwise if value is None else value
+
+
 def _show(args: argparse.Namespace) -> None:
+    seq_length = _whole("--seq-length", args.seq_length, SEQ_LENGTH)
     fields = {name: getattr(args, f"field_{name}") for name in _fields()}
     variant = parse({"variant": args.variant, **{name: value for name, value in fields.items() if value is not None}})
     facts = describe(
@@ -105,10 +116,11 @@ def _show(args: argparse.Namespace) -> None:
         head_dim=args.head_dim,
         rotary_dim=_rotary_dim(args),
         spread=args.spread,
-        seq_length=args.seq_length,
+        seq_length=seq_length,
     )
     if args.json:
-        print(json.dumps({**to_dict(variant), "head_dim": args.head_dim, "seq_length": args.seq_length, **facts}, indent=1))
+        facts = {**to_dict(variant), "head_dim": args.head_dim, "seq_length": seq_length, **facts}
+        print(json.dumps(facts, indent=1, allow_nan=False))
         return
     print("  ".join(f"{key}={value}" for key, value in to_dict(variant).items()))
     paper = facts["paper"]
@@ -122,7 +134,7 @@ def _show(args: argparse.Namespace) -> None:
     lower, upper = facts["granularity_bounds"]
     print(f"granularity C_d    {facts['granularity']:.4f}, for any x of spread {args.spread:g}: {lower:.4f} to {upper:.4f}")
     print(f"  as d grows       {limit}")
-    print(f"{'pair':>5}{'inv_freq':>14}{'tokens a turn':>16}{'turns in ' + str(args.seq_length):>18}", end="")
+    print(f"{'pair':>5}{'inv_freq':>14}{'tokens a turn':>16}{'turns in ' + str(seq_length):>18}", end="")
     print(f"{'xPos scale':>14}" if "xpos_scale" in facts else "")
     for j, (freq, wave, turns) in enumerate(zip(facts["inv_freq"], facts["wavelengths"], facts["turns"], strict=True)):
         print(f"{j:>5}{freq:>14.6g}{wave:>16.1f}{turns:>18.3f}", end="")
@@ -132,37 +144,55 @@ def _show(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     from nemo_longctx.rope.figures import plot_decay, plot_helices, plot_wavelengths
 
-    variants = {text: _named(text) for text in args.variants}
-    rotary_dim = _rotary_dim(args)
+    for flag, used in (("pair", {"helices"}), ("positions", {"helices"}), ("seq_length", {"decay", "wavelengths"})):
+        if getattr(args, flag) is not None and not used & set(args.figures):
+            mend = f"has no effect on --figures {' '.join(args.figures)}; leave it out, or add {' or '.join(sorted(used))}"
+            raise ConfigError(f"--{flag.replace('_', '-')}", getattr(args, flag), mend)
+    for flag, values in (("--variants", args.variants), ("--figures", args.figures)):
+        if twice := [value for value in values if list(values).count(value) > 1]:
+            raise ConfigError(flag, twice[0], "named twice; leave one out")
+    seq_length = _whole("--seq-length", args.seq_length, SEQ_LENGTH)
+    positions = _whole("--positions", args.positions, POSITIONS, least=2)
+    pair = _whole("--pair", args.pair, PAIR, least=0)
+    variants, rotary_dim = {text: _named(text) for text in args.variants}, _rotary_dim(args)
+    for variant in variants.values():
+        variant.inv_freq(rotary_dim, seq_length)  # refuses what none of the figures could show
     written: list[Path] = []
     if "decay" in args.figures:
-        written += plot_decay(variants, args.out, head_dim=args.head_dim, rotary_dim=rotary_dim, distances=args.seq_length)
+        written += plot_decay(variants, args.out, head_dim=args.head_dim, rotary_dim=rotary_dim, distances=seq_length)
     if "wavelengths" in args.figures:
-        written += plot_wavelengths(variants, args.out, rotary_dim=rotary_dim, context=args.seq_length)
+        written += plot_wavelengths(variants, args.out, rotary_dim=rotary_dim, context=seq_length)
     if "helices" in args.figures:
-        written += plot_helices(variants, args.out, rotary_dim=rotary_dim, pair=args.pair, positions=args.positions)
+        written += plot_helices(variants, args.out, rotary_dim=rotary_dim, pair=pair, positions=positions)
     for path in written:
         print(path)
 
 
 def _advise(args: argparse.Namespace) -> None:
-    if not 1 < args.trained < args.target:
+    if args.trained < 2:
+        raise ConfigError("--from", args.trained, "the trained length in tokens, 2 or more")
+    if args.png is not None and (args.png.suffix.lower() != ".png" or args.png.is_dir()):
+        raise ConfigError("--png", str(args.png), "must name a file that ends in .png")
+    if args.target <= args.trained:
         raise ConfigError("--to", args.target, f"must be above the trained length, {args.trained}")
     least = smallest_base(args.target, args.head_dim)
-    new_base = args.new_base if args.new_base is not None else max(least, args.base)
+    # Being above the smallest base that reaches the target does not make the trained one reach it.
+    reaching = least if least >= args.base else smallest_base(args.target, args.head_dim, at_least=args.base)
+    new_base = args.new_base if args.new_base is not None else reaching
     variants = candidates(args.trained, args.target, args.base, new_base)
     rows = advise(variants, trained=args.trained, target=args.target, base=args.base, head_dim=args.head_dim)
     bases = [_judge(base, args) for base in sorted({*args.bases, args.base, new_base})]
     if args.json:
         facts = {"from": args.trained, "to": args.target, "head_dim": args.head_dim, "smallest_base": least}
         facts |= {
+            "smallest_base_from_trained": reaching,
             "fitted_base": fitted_base(args.target),
             "bases": bases,
             "variants": [dataclasses.asdict(row) for row in rows],
         }
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(facts, indent=1, allow_nan=False))
     else:
-        _print_advice(args, rows, bases, least)
+        _print_advice(args, rows, bases, least, reaching)
     if args.png is not None:
         from nemo_longctx.rope.figures import plot_advice
 
@@ -175,7 +205,9 @@ def _judge(base: float, args: argparse.Namespace) -> dict[str, Any]:
     return {"base": base, "too_small": reaches is not None, "reaches": reaches}
 
 
-def _print_advice(args: argparse.Namespace, rows: list[Any], bases: list[dict[str, Any]], least: float) -> None:
+def _print_advice(
+    args: argparse.Namespace, rows: list[Any], bases: list[dict[str, Any]], least: float, reaching: float
+) -> None:
     print(f"From {args.trained} to {args.target} tokens, head size {args.head_dim}, trained base {args.base:g}\n")
     header = ("variant", "base", "granularity", "att. factor", "reaches", "unseen pairs", "score at target")
     print("{:<14}{:>12}{:>13}{:>13}{:>11}{:>14}{:>17}".format(*header))
@@ -188,6 +220,8 @@ def _print_advice(args: argparse.Namespace, rows: list[Any], bases: list[dict[st
     print("\nreaches: first distance where a key like the query scores below a random one (Men et al. 2024)")
     print("unseen pairs: pairs that meet angles at the target which training never showed them")
     print(f"\nSmallest base for {args.target} tokens: {least:.3g} (fit 0.0424 L^1.628: {fitted_base(args.target):.3g})")
+    if reaching != least:
+        print(f"Smallest from the trained base {args.base:g} up: {reaching:.3g} (a larger base may reach less far)")
     for entry in bases:
         verdict = f"too small: reaches {entry['reaches']}" if entry["too_small"] else "large enough"
         print(f"  {entry['base']:>12g}  {verdict}")

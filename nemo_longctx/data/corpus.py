@@ -343,7 +343,9 @@ def _samples(file: BinaryIO, offset: int, array: np.ndarray, width: int) -> byte
 
 
 def _without_suffix(prefix: str) -> str:
-    return prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+    """The prefix of a pair that is named by one of its files; a pair whose prefix itself ends so is taken as it is."""
+    is_file_of_pair = prefix.endswith((".bin", ".idx")) and not os.path.isfile(f"{prefix}.idx")
+    return prefix[:-4] if is_file_of_pair else prefix
 
 
 def _map_file(path: str, prefix: str, what: str) -> mmap.mmap:

@@ -39,10 +39,10 @@ class PrepareConfig:
 
     Attributes:
         inputs: files, or directories (see `readers.find_files`).
-        output: prefix of the corpus; `OUTPUT_holdout` is the holdout's.
+        output: prefix of the corpus, without .bin or .idx; `OUTPUT_holdout` is the holdout's.
         tokenizer: directory or Hugging Face name; with `train_tokenizer`, the directory to save the new one in.
         train_tokenizer: vocabulary of a byte-level BPE to train on the input; None uses `tokenizer` as it is.
-        train_tokenizer_bytes: how much text to train it on, spread evenly over the input.
+        train_tokenizer_bytes: how much text to train it on, spread evenly over the input; None is 16 MiB.
         keys: which texts of a JSONL or Parquet record; several are joined by an empty line.
         globs: which files of the directories.
         format: one of `readers.FORMATS`, or `auto`: by the file's name.
@@ -65,7 +65,7 @@ class PrepareConfig:
     output: str
     tokenizer: str
     train_tokenizer: int | None = None
-    train_tokenizer_bytes: int = 16 * _MIB
+    train_tokenizer_bytes: int | None = None
     keys: tuple[str, ...] = ("text",)
     globs: tuple[str, ...] = ()
     format: str = "auto"
@@ -95,10 +95,25 @@ class PrepareConfig:
         if not self.inputs or not self.keys:
             key = "input" if not self.inputs else "keys"
             raise ConfigError(key, (), "name at least one")
+        if self.keep_shards:  # a directory, which may be named with a slash at its end
+            object.__setattr__(self, "output", self.output.rstrip("/"))
+        _check_output(self.output)
         if self.train_tokenizer is not None:
             check_vocab_size(self.train_tokenizer)
+        elif self.train_tokenizer_bytes is not None:
+            mend = "has no effect without train_tokenizer, the vocabulary of the tokenizer to train; set both or neither"
+            raise ConfigError("train_tokenizer_bytes", self.train_tokenizer_bytes, mend)
         if not self.append_eod and self.eod_token is not None:
             raise ConfigError("eod_token", self.eod_token, "it is not appended with append_eod off; drop one of the two")
+
+
+def _check_output(output: str) -> None:
+    """Refuse an output whose files would not lie where its name says."""
+    if output.endswith((".bin", ".idx")):
+        raise ConfigError("output", output, f"is a prefix, to which .bin and .idx are added; name it {output[:-4]!r}")
+    if os.path.basename(output) in ("", ".", ".."):
+        mend = "has no name of its own to which .bin and .idx could be added; put one behind it, say 'data/corpus'"
+        raise ConfigError("output", output, mend)
 
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -141,6 +156,9 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
 
 def _sources(config: PrepareConfig, output: str) -> list[list[Part]]:
     """The input cut into shards: consecutive parts of about the same size in all."""
+    if config.globs and not any(os.path.isdir(path) for path in config.inputs):
+        mend = "has no effect: no input is a directory, and files that are named are all taken; leave it out"
+        raise ConfigError("glob", " ".join(config.globs), mend)
     paths = find_files(config.inputs, config.globs, exclude=own_files(output))
     sizes = {path: os.path.getsize(path) for path in paths}
     if config.max_input_bytes is not None:
@@ -175,14 +193,14 @@ def _tokenizer(config: PrepareConfig, sources: list[list[Part]], say: Callable[[
         return load_tokenizer(config.tokenizer, config.eod_token)
     wanted = {
         "vocab_size": config.train_tokenizer,
-        "bytes": config.train_tokenizer_bytes,
+        "bytes": _training_bytes(config),
         "input": _input_hash(config, sources),
         "tokenizers": version("tokenizers"),
     }
     notes = trained_with(config.tokenizer)
     if notes is None:
         total = sum(part.n_bytes for shard in sources for part in shard)
-        amount = min(total, config.train_tokenizer_bytes)
+        amount = min(total, _training_bytes(config))
         say(f"training a byte-level BPE of {config.train_tokenizer} tokens on {amount / 1e6:.1f} MB of the input")
         os.makedirs(os.path.dirname(os.path.abspath(config.tokenizer)), exist_ok=True)
         train_bpe(_sample_texts(config, sources, total), config.train_tokenizer, config.tokenizer, wanted)
@@ -195,9 +213,13 @@ def _tokenizer(config: PrepareConfig, sources: list[list[Part]], say: Callable[[
     return load_tokenizer(config.tokenizer, config.eod_token)
 
 
+def _training_bytes(config: PrepareConfig) -> int:
+    return 16 * _MIB if config.train_tokenizer_bytes is None else config.train_tokenizer_bytes
+
+
 def _sample_texts(config: PrepareConfig, sources: list[list[Part]], total: int) -> Iterator[str]:
     """Documents for the tokenizer, up to its bytes, spread evenly over the input; none of the holdout, none that is bad."""
-    share = min(1.0, config.train_tokenizer_bytes / total)
+    share = min(1.0, _training_bytes(config) / total)
     allowed = taken = 0.0
     for part in (part for shard in sources for part in shard):
         allowed += share * part.n_bytes

@@ -25,6 +25,7 @@ from nemo_longctx.rope.variants import (
     to_dict,
 )
 
+LARGEST_SPREAD = 1e100  # its square is a number still
 BLOCK = 256  # distances a row of the sum over pairs, see _cosine_rows
 
 
@@ -87,11 +88,11 @@ def granularity(variant: RopeVariant, rotary_dim: int, *, spread: float = 2.0, s
     """Theorem 1 for `variant`.
 
     Args:
-        spread: max |x_j| / min |x_j| over the pairs of x, 1 or more.
+        spread: max |x_j| / min |x_j| over the pairs of x, from 1 to `LARGEST_SPREAD`.
         seq_length: for the variants that look at it.
     """
-    if spread < 1:
-        raise ConfigError("spread", spread, "is the largest pair over the smallest, so 1 or more")
+    if not 1 <= spread <= LARGEST_SPREAD:
+        raise ConfigError("spread", spread, f"is the largest pair over the smallest, so from 1 to {LARGEST_SPREAD:g}")
     value = float(np.sin(variant.theta(rotary_dim, seq_length)).mean())
     limit = None if isinstance(variant, LongRope) else float(variant.theta(1 << 17, seq_length).mean())
     return Granularity(value=value, lower=value / spread**2, upper=value * spread**2, limit=limit)
@@ -137,11 +138,14 @@ def fitted_base(length: int) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def smallest_base(length: int, rotary_dim: int) -> float:
+def smallest_base(length: int, rotary_dim: int, *, at_least: float | None = None) -> float:
     """The smallest base with sum_j cos(m theta_j) >= 0 for all m up to `length` (Men et al. 2024, section 4.2).
 
     Searched upwards in steps of 1 % from an eighth of the fit: the condition is not monotone in the base, so bisecting
     would find some base, not the smallest.
+
+    Args:
+        at_least: search upwards from this base instead: the larger of a base that reaches and this one may not reach.
     """
     last_row = length // BLOCK - 1
     stride = max(1, last_row // 96)
@@ -158,8 +162,8 @@ def smallest_base(length: int, rotary_dim: int) -> float:
                 return False
         return first_negative(theta, length + 1) is None
 
-    step, base = 1.01, max(1.5, fitted_base(length) / 8)
-    while base > 1.5 and reaches(base):
+    step, base = 1.01, max(1.5, fitted_base(length) / 8) if at_least is None else at_least
+    while at_least is None and base > 1.5 and reaches(base):
         base = max(1.5, base / 8)
     while not reaches(base):
         base *= step
@@ -182,10 +186,11 @@ def paper_values(variant: RopeVariant, head_dim: int) -> dict[str, float]:
 
 def describe(variant: RopeVariant, *, head_dim: int, rotary_dim: int, spread: float, seq_length: int | None) -> dict[str, Any]:
     """What `nemo-longctx rope show` prints, as plain numbers and lists."""
+    inv_freq = variant.inv_freq(rotary_dim, seq_length)  # first: it refuses frequencies of which nothing can be said
     grain = granularity(variant, rotary_dim, spread=spread, seq_length=seq_length)
     steps = wavelengths(variant, rotary_dim, seq_length)
     facts: dict[str, Any] = {
-        "inv_freq": [float(f) for f in variant.inv_freq(rotary_dim, seq_length)],
+        "inv_freq": [float(f) for f in inv_freq],
         "attention_factor": variant.attention_scaling,
         "granularity": grain.value,
         "granularity_bounds": [grain.lower, grain.upper],

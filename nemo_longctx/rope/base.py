@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -25,7 +26,7 @@ Float32s = npt.NDArray[np.float32]
 
 def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> None:
     """A finite int or float within its bound, or a ConfigError. YAML reads `5e5` as text: the message says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise ConfigError(f"rope.{name}", value, "not a number; write digits, with a point before an exponent (5.0e+5)")
     if above is not None and value <= above:
         raise ConfigError(f"rope.{name}", value, f"must be above {above:g}")
@@ -33,7 +34,16 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ConfigError(f"rope.{name}", value, f"must be at least {at_least:g}")
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that a float can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
 def check_length(name: str, value: object) -> None:
+    """A whole number of tokens, or a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"rope.{name}", value, "must be a whole number of tokens, 1 or more")
 
@@ -53,6 +63,10 @@ class RopeVariant:
     base: float = 10_000.0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # as the Python number that it is, which JSON and YAML can hold
+                object.__setattr__(self, field.name, value.item())
         check_number("base", self.base, above=1.0)
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
@@ -68,9 +82,15 @@ class RopeVariant:
                 the trained length (dynamic NTK).
 
         Raises:
-            ConfigError: an odd `rotary_dim`, or one that this variant cannot serve.
+            ConfigError: an odd `rotary_dim`, or one that this variant cannot serve; frequencies that float32 has no number for.
         """
-        return self.theta(rotary_dim, seq_length).astype(np.float32)
+        with np.errstate(over="ignore"):
+            inv_freq = self.theta(rotary_dim, seq_length).astype(np.float32)
+        bad = np.flatnonzero(~((inv_freq > 0) & np.isfinite(inv_freq)))
+        if bad.size:
+            mend = f"pair {bad[0]} of {self.variant} then turns by {inv_freq[bad[0]]} a token in float32; use smaller numbers"
+            raise ConfigError("rope", dataclasses.asdict(self), mend)
+        return inv_freq
 
     @property
     def attention_scaling(self) -> float:
@@ -94,7 +114,7 @@ class RopeVariant:
             partial_rotary_factor: share of a head's dimensions that are rotated.
 
         Raises:
-            ConfigError: transformers cannot say this variant (xPos), or an unknown version.
+            ConfigError: transformers cannot say this variant (xPos), an unknown version, or an argument out of its range.
         """
         from nemo_longctx.rope import hf  # there, because transformers' keys change for reasons of their own
 
@@ -114,8 +134,8 @@ class RopeVariant:
         is all that such a config knows of them. A variant's own `from_hf` (`YarnRope.from_hf`) gives that variant or refuses.
 
         Raises:
-            ConfigError: a `rope_type` with no variant here, one set of parameters a layer type, a missing key, or another
-                variant than the one that was asked for.
+            ConfigError: a `rope_type` with no variant here, one set of parameters a layer type, a key that is missing or holds
+                no usable value, or another variant than the one that was asked for.
         """
         from nemo_longctx.rope import hf
 
@@ -123,7 +143,8 @@ class RopeVariant:
 
 
 def powers(base: float, rotary_dim: int) -> Float64s:
-    if rotary_dim < 2 or rotary_dim % 2:
+    """theta_j = base^(-2j/d), float64 [rotary_dim / 2]."""
+    if not isinstance(rotary_dim, numbers.Integral) or rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(
             "rotary_dim", rotary_dim, "RoPE turns pairs, so head_dim * rotary_percent must be even and at least 2"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.base import RopeVariant, is_finite
 from nemo_longctx.rope.variants import (
     AbfRope,
     DynamicNtkRope,
@@ -24,6 +25,7 @@ from nemo_longctx.rope.variants import (
 Keys = dict[str, Any]
 V = TypeVar("V", bound=RopeVariant)
 
+ORIGINAL = "original_max_position_embeddings"
 NO_XPOS = "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo"
 
 
@@ -35,6 +37,10 @@ def write(
         raise ConfigError("transformers", version, "only configs of major versions 4 and 5 are known")
     if isinstance(variant, XposRope):
         raise ConfigError("rope.variant", variant.variant, NO_XPOS)
+    max_position_embeddings = _length("max_position_embeddings", max_position_embeddings)
+    if not 0 < _number("partial_rotary_factor", partial_rotary_factor) <= 1:
+        raise ConfigError("partial_rotary_factor", partial_rotary_factor, "a share of a head's dimensions: above 0, up to 1")
+    variant.inv_freq(rotary_dim)  # refuses a size that this variant has no frequencies for, as transformers would only later
     theta = ntk_base(variant.base, variant.factor, rotary_dim) if isinstance(variant, NtkRope) else float(variant.base)
     scaling = _TO_HF[type(variant)](variant) if type(variant) in _TO_HF else {}
     if isinstance(variant, DynamicNtkRope):
@@ -53,16 +59,13 @@ def write(
 
 def read(config: Mapping[str, Any], cls: type[V]) -> V:
     """`RopeVariant.from_hf`: the variant that `config` asks for, as a `cls`."""
-    params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if any(isinstance(v, Mapping) for v in params.values()):
-        raise ConfigError(
-            "rope_parameters", sorted(params), "one set a layer type: models that mix several RoPEs are not supported"
-        )
-    rope_type = params.get("rope_type", params.get("type", "default"))
-    if rope_type not in _FROM_HF:
-        raise ConfigError("rope_type", rope_type, f"no variant for it, {did_you_mean(str(rope_type), _FROM_HF)}")
-    base = params.get("rope_theta", config.get("rope_theta"))
-    params["base"] = 10_000.0 if base is None else float(base)
+    if not isinstance(config, Mapping):
+        raise ConfigError("config", config, "must be a mapping, as a config.json holds or PretrainedConfig.to_dict() gives")
+    params = _parameters(config)
+    rope_type = _rope_type(params, config)
+    # transformers 4 reads the base from the top of the config alone.
+    base = params.get("rope_theta", config.get("rope_theta")) if _is_v5(config) else config.get("rope_theta")
+    params["base"] = 10_000.0 if base is None else _number("rope_theta", base)
     try:
         found = _FROM_HF[rope_type](params, config)
     except KeyError as error:
@@ -74,6 +77,58 @@ def read(config: Mapping[str, Any], cls: type[V]) -> V:
     if cls is XposRope:
         raise ConfigError("rope_type", rope_type, NO_XPOS)
     raise ConfigError("rope_type", rope_type, f"says {found.variant!r}, not {cls.variant!r}; read it with RopeVariant.from_hf")
+
+
+def _is_v5(config: Mapping[str, Any]) -> bool:
+    """Whether `config` has the keys of transformers 5, whose rules then hold, not those of 4."""
+    return bool(config.get("rope_parameters"))
+
+
+def _parameters(config: Mapping[str, Any]) -> Keys:
+    key = "rope_parameters" if _is_v5(config) else "rope_scaling"
+    params = config.get(key) or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(key, params, "must be a mapping with rope_type and what it needs, or null")
+    if any(isinstance(v, Mapping) for v in params.values()):
+        raise ConfigError(key, sorted(map(str, params)), "one set a layer type: models of several RoPEs are not supported")
+    return dict(params)
+
+
+def _rope_type(params: Keys, config: Mapping[str, Any]) -> str:
+    names = {key: params[key] for key in ("rope_type", "type") if key in params}  # the second: its name in old releases
+    if len(names) == 2 and names["rope_type"] != names["type"]:
+        raise ConfigError(
+            "rope_type", names["rope_type"], f"the same mapping says type={names['type']!r}; leave one of them out"
+        )
+    if not names and params and not _is_v5(config):
+        raise ConfigError("rope_scaling.rope_type", None, "missing; transformers 4 cannot read a rope_scaling without it")
+    rope_type = next(iter(names.values()), "default")
+    if not isinstance(rope_type, str) or rope_type not in _FROM_HF:
+        raise ConfigError("rope_type", rope_type, f"no variant for it, {did_you_mean(str(rope_type), _FROM_HF)}")
+    return rope_type
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not is_finite(value):
+        raise ConfigError(key, value, "not a number")
+    return float(value)
+
+
+def _length(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ConfigError(key, value, "must be a whole number of tokens, 1 or more")
+    return int(value)
+
+
+def _trained_length(config: Mapping[str, Any], *places: Mapping[str, Any]) -> int:
+    """The length that a stretched model was trained at: said by the first of `places` that says one, else the whole length."""
+    said = [place[ORIGINAL] for place in places if place.get(ORIGINAL) is not None]
+    return _length(ORIGINAL, said[0]) if said else _length("max_position_embeddings", config["max_position_embeddings"])
+
+
+def _places(params: Keys, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where Llama-3's and YaRN's trained length may stand: transformers 5 looks at the top of the config first, 4 never."""
+    return (config, params) if _is_v5(config) else (params,)
 
 
 def _linear_to_hf(variant: PiRope) -> Keys:
@@ -149,12 +204,14 @@ def _dynamic_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
 
 
 def _llama3_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
+    if not _is_v5(config) and ORIGINAL not in params:  # only 5 falls back on the whole length
+        raise KeyError(ORIGINAL)
     return Llama3Rope(
         base=params["base"],
         factor=params["factor"],
         low_freq_factor=params["low_freq_factor"],
         high_freq_factor=params["high_freq_factor"],
-        original_max_position_embeddings=params["original_max_position_embeddings"],
+        original_max_position_embeddings=_trained_length(config, *_places(params, config)),
     )
 
 
@@ -165,7 +222,7 @@ def _yarn_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
     return YarnRope(
         base=params["base"],
         factor=params["factor"],
-        original_max_position_embeddings=params.get("original_max_position_embeddings") or config["max_position_embeddings"],
+        original_max_position_embeddings=_trained_length(config, *_places(params, config)),
         beta_fast=params.get("beta_fast") or 32.0,
         beta_slow=params.get("beta_slow") or 1.0,
         mscale=mscale,
@@ -176,16 +233,24 @@ def _yarn_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
 
 
 def _longrope_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
-    original = config.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
-    # With a trained length of its own in the config, transformers ignores `factor` for the ratio of the two lengths.
-    factor = config["max_position_embeddings"] / original if original else params["factor"]
+    """transformers 4 looks for the trained length at the top of the config alone; where it is there, `factor` gives way to the
+    ratio of the two lengths. 5 looks in `rope_parameters` too, and takes the ratio only where there is no `factor`."""
+    longest = _length("max_position_embeddings", config["max_position_embeddings"])
+    at_top = config.get(ORIGINAL) is not None
+    trained = _trained_length(config, config, params) if _is_v5(config) else _trained_length(config, config)
+    factor, attention_factor = params.get("factor"), params.get("attention_factor")
+    if (at_top and not _is_v5(config)) or (factor is None and (_is_v5(config) or attention_factor is not None)):
+        factor = longest / trained
+    if factor is None:
+        mend = f"missing; without it transformers 4 needs {ORIGINAL} at the top of the config, or attention_factor"
+        raise ConfigError("rope_scaling.factor", None, mend)
     return LongRope(
         base=params["base"],
-        factor=max(float(factor), 1.0),
-        short_factor=tuple(params["short_factor"]),
-        long_factor=tuple(params["long_factor"]),
-        original_max_position_embeddings=original or config["max_position_embeddings"],
-        attention_factor=params.get("attention_factor"),
+        factor=max(_number("factor", factor), 1.0),
+        short_factor=params["short_factor"],
+        long_factor=params["long_factor"],
+        original_max_position_embeddings=trained,
+        attention_factor=attention_factor,
     )
 
 

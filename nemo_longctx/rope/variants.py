@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -68,7 +68,15 @@ def ntk_base(base: float, stretch: float, rotary_dim: int) -> float:
     """The base at which the slowest pair turns `stretch` times as slowly (Peng et al. 2023, eq. 16)."""
     if rotary_dim <= 2:
         raise ConfigError("rotary_dim", rotary_dim, "NTK scaling has no base to change with one pair; use pi")
-    return float(base * stretch ** (rotary_dim / (rotary_dim - 2)))
+    try:
+        made = float(base * stretch ** (rotary_dim / (rotary_dim - 2)))
+    except OverflowError:
+        made = math.inf
+    if math.isinf(made):
+        raise ConfigError(
+            "rope.factor", stretch, f"the base {base:g} stretched by it is beyond every number; use a smaller one"
+        )
+    return made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +212,8 @@ class YarnRope(_Stretched):
         _check_turns("beta_slow", self.beta_slow, "beta_fast", self.beta_fast)
         check_number("mscale", self.mscale, at_least=0.0)
         check_number("mscale_all_dim", self.mscale_all_dim, at_least=0.0)
+        if not isinstance(self.truncate, bool):
+            raise ConfigError("rope.truncate", self.truncate, "must be true or false")
         if self.attention_factor is not None:
             check_number("attention_factor", self.attention_factor, above=0.0)
 
@@ -234,6 +244,18 @@ class YarnRope(_Stretched):
         return (0.1 * self.mscale * log + 1.0) / (0.1 * self.mscale_all_dim * log + 1.0)
 
 
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    """A list, tuple or array of numbers above 0 as a tuple of floats."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        raise ConfigError(f"rope.{name}", values, "must be a list of numbers, one a pair of dimensions")
+    plain = [value.item() if isinstance(value, np.generic) else value for value in values]
+    for i, value in enumerate(plain):
+        check_number(f"{name}[{i}]", value, above=0.0)
+    return tuple(float(value) for value in plain)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope(_Stretched):
     """LongRoPE: a searched divisor for each pair (Ding et al. 2024, section 3; released with Phi-3).
@@ -260,12 +282,7 @@ class LongRope(_Stretched):
                 "rope.original_max_position_embeddings", self.original_max_position_embeddings, "must be 2 or more"
             )
         for name in ("short_factor", "long_factor"):
-            values = getattr(self, name)
-            if isinstance(values, str) or not hasattr(values, "__len__"):
-                raise ConfigError(f"rope.{name}", values, "must be a list of numbers, one a pair of dimensions")
-            for i, value in enumerate(values):
-                check_number(f"{name}[{i}]", value, above=0.0)
-            object.__setattr__(self, name, tuple(float(v) for v in values))
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if self.attention_factor is not None:
             check_number("attention_factor", self.attention_factor, above=0.0)
 
@@ -323,11 +340,13 @@ def parse(values: Mapping[str, Any], *, where: str = "rope") -> RopeVariant:
     """The variant that `values` names, e.g. `{"variant": "abf", "base": 500000}`.
 
     Raises:
-        ConfigError: no or an unknown `variant`, an unknown or missing field, or a bad value.
+        ConfigError: no mapping, no or an unknown `variant`, an unknown or missing field, or a bad value.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
     fields = dict(values)
     name = fields.pop("variant", None)
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise ConfigError(f"{where}.variant", name, f"no such variant, {did_you_mean(str(name), VARIANTS)}")
     return build(VARIANTS[name], fields, where=where)
 

@@ -92,7 +92,12 @@ def test_training_text_is_spread_over_the_input_without_the_holdout(tmp_path):
         rows = [{"text": f"{name} " + " ".join(str(rng.random()) for _ in range(20))} for _ in range(200)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PrepareConfig(
-        inputs=(str(tmp_path),), output=str(tmp_path / "c"), tokenizer="t", holdout=0.3, train_tokenizer_bytes=40_000
+        inputs=(str(tmp_path),),
+        output=str(tmp_path / "c"),
+        tokenizer="t",
+        holdout=0.3,
+        train_tokenizer=300,
+        train_tokenizer_bytes=40_000,
     )
     shards = _sources(config, config.output)
     texts = list(_sample_texts(config, shards, sum(part.n_bytes for shard in shards for part in shard)))

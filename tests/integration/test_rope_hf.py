@@ -1,6 +1,7 @@
 """Hugging Face <-> NeMo: weights, RoPE at far positions, tokenizer; what cannot be said is refused."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,15 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.collections import llm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nemo_longctx.adapters.nemo import checkpoint as checkpoint_module
 from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.attention import long_context_layer_spec
-from nemo_longctx.adapters.nemo.checkpoint import hf_model, verify_export
-from nemo_longctx.adapters.nemo.hf_weights import family_of_hf, family_of_nemo, nemo_config, to_hugging_face, to_megatron
-from nemo_longctx.adapters.nemo.rope import place_rope
+from nemo_longctx.adapters.nemo.checkpoint import export_hf, hf_model, import_hf
+from nemo_longctx.adapters.nemo.hf_verify import verify_export
+from nemo_longctx.adapters.nemo.hf_weights import family_of_hf, family_of_nemo, to_hugging_face
+from nemo_longctx.adapters.nemo.inference import load_model
 from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope import VARIANTS, RopeVariant, parse
+from nemo_longctx.rope import VARIANTS, Rope, RopeVariant, parse
 
 FAR = 8192
 HEAD = 16
@@ -76,22 +78,22 @@ def hugging_face(model_type, rope, **changes):
     return model
 
 
-def nemo_from(source):
-    """The NeMo config and live Megatron-Core model of a transformers model, as the importer makes them."""
-    family, variant = family_of_hf(source.config), RopeVariant.from_hf(source.config.to_dict())
-    with cpu.stock_configs():
-        config = nemo_config(source.config, family, family.config_class, None)
-        model = family.model_class(config)
-    place_rope(model, variant)
-    config.transformer_layer_spec = long_context_layer_spec
-    module = config.configure_model(None, pre_process=True, post_process=True).eval()
-    if model.model_transform is not None:
-        model.model_transform(module)
-    weights = to_megatron(source.state_dict(), set(module.state_dict()), config)
-    missing, unexpected = module.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(name.endswith("_extra_state") for name in missing)
+def nemo_from(source, folder):
+    """The NeMo config, live Megatron-Core model and RoPE of a transformers model, through the importer itself."""
+    source.save_pretrained(folder / "source")
+    variant = import_hf(folder / "source", folder / "checkpoint")
+    module, config, _ = load_model(folder / "checkpoint")
     return config, module, variant
+
+
+def rewrite_config(folder, **changes):
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | changes))
+
+
+def plain_source(folder):
+    hugging_face("llama", example("rope").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)).save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def test_every_exportable_variant_gives_the_same_logits(name, length, tmp_path):
     """HF -> NeMo -> HF, beyond the trained length of 2,048: three models, one set of logits; verification agrees."""
     keys = example(name).to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)
     source = hugging_face("llama", keys)
-    config, module, variant = nemo_from(source)
+    config, module, variant = nemo_from(source, tmp_path)
     worst, spread = largest_difference(source, module, length)
     assert worst < 1e-4 < 0.1 < spread
     again = hf_model(module, config, variant, max_position_embeddings=keys["max_position_embeddings"])
@@ -117,18 +119,32 @@ def test_every_exportable_variant_gives_the_same_logits(name, length, tmp_path):
     }
     for key, weight in source.state_dict().items():
         assert torch.equal(again.state_dict()[key], weight), key
-    again.save_pretrained(tmp_path)
-    assert verify_export(module, tmp_path, variant, rotary_dim=HEAD, tokens=300, longest=FAR) < 1e-4
+    again.save_pretrained(tmp_path / "again")
+    assert verify_export(module, tmp_path / "again", variant, rotary_dim=HEAD, tokens=300, longest=FAR) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "ntk_by_parts"])
+def test_an_export_of_llama_3s_formula_is_imported_again(name, tmp_path):
+    """Two variants that transformers knows as one, for which NeMo has a config class of its own."""
+    source = hugging_face("llama", example(name).to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
+    config, module, variant = nemo_from(source, tmp_path)
+    assert type(config).__name__ == "Llama31Config"
+    assert export_hf(tmp_path / "checkpoint", tmp_path / "hf") == variant
+    assert import_hf(tmp_path / "hf", tmp_path / "again") == variant
+    again, _, _ = load_model(tmp_path / "again")
+    ids, positions = torch.arange(100)[None], torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids, positions, None), module(ids, positions, None))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_converts_both_ways(model_type, tied):
+def test_every_family_converts_both_ways(model_type, tied, tmp_path):
     source = hugging_face(
         model_type, example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR), tie_word_embeddings=tied
     )
     source.tie_weights()
-    config, module, _ = nemo_from(source)
+    config, module, _ = nemo_from(source, tmp_path)
     assert family_of_nemo(config).model_type == model_type
     assert config.seq_length == FAR
     worst, spread = largest_difference(source, module, 300)
@@ -142,28 +158,26 @@ def test_every_family_converts_both_ways(model_type, tied):
 def test_a_bf16_model_is_verified_in_fp32(tmp_path):
     source = hugging_face("qwen2", example("abf").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)).bfloat16()
     source.config.dtype = torch.bfloat16
-    config, module, variant = nemo_from(source)
+    config, module, variant = nemo_from(source, tmp_path)
     assert config.params_dtype == torch.bfloat16
-    hf_model(module, config, variant, max_position_embeddings=FAR).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert verify_export(module, tmp_path, variant, rotary_dim=HEAD, tokens=100, longest=FAR) < 1e-4
+    hf_model(module, config, variant, max_position_embeddings=FAR).save_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert verify_export(module, tmp_path / "hf", variant, rotary_dim=HEAD, tokens=100, longest=FAR) < 1e-4
 
 
 def test_verification_sees_a_lost_pi_factor(tmp_path):
     """What the host's own exporter does: PI is dropped from config.json without a word."""
     source = hugging_face("llama", example("pi").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
-    config, module, variant = nemo_from(source)
-    hf_model(module, config, variant, max_position_embeddings=FAR).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    written["rope_scaling"] = None
-    (tmp_path / "config.json").write_text(json.dumps(written))
+    config, module, variant = nemo_from(source, tmp_path)
+    hf_model(module, config, variant, max_position_embeddings=FAR).save_pretrained(tmp_path / "hf")
+    rewrite_config(tmp_path / "hf", rope_scaling=None)
     with pytest.raises(ConfigError, match="inv_freq"):
-        verify_export(module, tmp_path, variant, rotary_dim=HEAD, tokens=64, longest=FAR)
+        verify_export(module, tmp_path / "hf", variant, rotary_dim=HEAD, tokens=64, longest=FAR)
 
 
 def test_verification_sees_a_lost_attention_factor_and_a_wrong_weight(tmp_path):
     source = hugging_face("llama", example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
-    config, module, variant = nemo_from(source)
+    config, module, variant = nemo_from(source, tmp_path)
     exported = hf_model(module, config, variant, max_position_embeddings=FAR)
     exported.config.rope_scaling["attention_factor"] = 1.0
     exported.save_pretrained(tmp_path / "factor")
@@ -175,6 +189,121 @@ def test_verification_sees_a_lost_attention_factor_and_a_wrong_weight(tmp_path):
     exported.save_pretrained(tmp_path / "weight")
     with pytest.raises(ConfigError, match="logits"):
         verify_export(module, tmp_path / "weight", variant, rotary_dim=HEAD, tokens=64, longest=FAR)
+
+
+def longrope_scaling(**changes):
+    scaling = {**LONG, "rope_type": "longrope", "original_max_position_embeddings": 64}
+    return {key: value for key, value in (scaling | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "top"),
+    [
+        (longrope_scaling(), {}),
+        (longrope_scaling(), {"original_max_position_embeddings": 128}),
+        (longrope_scaling(factor=None, attention_factor=1.25), {}),
+    ],
+    ids=["nested length ignored", "top length taken", "no factor and no length"],
+)
+def test_longrope_is_imported_as_transformers_4_reads_it(scaling, top, tmp_path):
+    """Logits on both sides of every length that could be meant: 64 (nested), 128 (top), 256 (max_position_embeddings)."""
+    keys = {"rope_theta": 20_000.0, "rope_scaling": scaling, "max_position_embeddings": 256, **top}
+    source = hugging_face("llama", keys)
+    _, module, _ = nemo_from(source, tmp_path)
+    for length in (64, 65, 128, 129, 256, 257):
+        worst, spread = largest_difference(source, module, length)
+        assert worst < 1e-4 < 0.1 < spread, length
+
+
+def test_rope_parameters_of_transformers_5_are_imported(tmp_path, caplog):
+    """The installed transformers 4 ignores them: the comparison must not take its word for plain RoPE."""
+    keys = example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)
+    source = hugging_face("llama", keys)
+    source.save_pretrained(tmp_path / "hf")
+    newer = example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR, version=5)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text()) | newer
+    kept = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(kept))
+    assert import_hf(tmp_path / "hf", tmp_path / "checkpoint") == example("yarn")
+    assert "does not read rope_parameters" in caplog.text
+    module, _, _ = load_model(tmp_path / "checkpoint")
+    assert largest_difference(source, module, 300)[0] < 1e-4
+
+
+def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch):
+    """A RoPE read wrongly and a weight put in the wrong place end the import, and nothing is left of it."""
+    source, target = plain_source(tmp_path / "hf"), tmp_path / "checkpoint"
+    with monkeypatch.context() as planted:
+        planted.setattr(RopeVariant, "from_hf", classmethod(lambda cls, config: Rope(base=10_000.0)))
+        with pytest.raises(ConfigError, match="inv_freq"):
+            import_hf(source, target)
+    convert = checkpoint_module.to_megatron
+
+    def swapped(weights, names, config):
+        made = convert(weights, names, config)
+        name = "decoder.layers.1.mlp.linear_fc1.weight"
+        return made | {name: torch.cat(made[name].chunk(2)[::-1])}
+
+    monkeypatch.setattr(checkpoint_module, "to_megatron", swapped)
+    with pytest.raises(ConfigError, match="logits"):
+        import_hf(source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    assert import_hf(source, target, verify=False) == Rope(base=20_000.0)
+    assert (target / "weights").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"9 weights are missing from the files \(model.layers.2.input_layernorm.weight, "),
+        (
+            {"num_hidden_layers": 1},
+            r"9 weights have no place in the model \(model.layers.1.input_layernorm",
+        ),
+        ({"hidden_size": 128}, r"21 weights have another shape \(lm_head.weight, model.embed_tokens.weight, "),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_refused(changes, message, tmp_path):
+    source = plain_source(tmp_path / "hf")
+    rewrite_config(source, **changes)
+    with pytest.raises(ConfigError, match=message):
+        import_hf(source, tmp_path / "checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 20_000), os.unlink], ids=["cut short", "absent"])
+def test_weights_that_cannot_be_read_are_refused_in_a_sentence(damage, tmp_path):
+    source = plain_source(tmp_path / "hf")
+    damage(source / "model.safetensors")
+    with pytest.raises(ConfigError, match="transformers cannot load its weights") as caught:
+        import_hf(source, tmp_path / "checkpoint")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"verify_tokens": 0}, "verify_tokens=0: the length"),
+        ({"verify_tokens": -1}, "verify_tokens=-1: the length"),
+        ({"verify": False, "verify_tokens": 7}, "verify_tokens=7: has no effect"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0: the longest input"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings=-1: the longest input"),
+    ],
+)
+def test_arguments_out_of_their_range_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        export_hf(tmp_path / "checkpoint", tmp_path / "hf", **arguments)
+    if "max_position_embeddings" not in arguments:
+        with pytest.raises(ConfigError, match=message):
+            import_hf(plain_source(tmp_path / "source"), tmp_path / "again", **arguments)
+
+
+def test_a_longest_input_that_dynamic_ntk_cannot_say_is_refused(tmp_path):
+    source = hugging_face("llama", example("dynamic_ntk").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
+    nemo_from(source, tmp_path)
+    with pytest.raises(ConfigError, match="max_position_embeddings=4096: dynamic NTK must write its trained length"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "hf", max_position_embeddings=4096)
+    assert export_hf(tmp_path / "checkpoint", tmp_path / "hf") == example("dynamic_ntk")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +332,9 @@ def test_other_architectures_are_refused_on_export():
         family_of_nemo(config)
 
 
-def test_xpos_is_refused_with_the_reason():
+def test_xpos_is_refused_with_the_reason(tmp_path):
     source = hugging_face("llama", example("rope").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
-    config, module, _ = nemo_from(source)
+    config, module, _ = nemo_from(source, tmp_path)
     assert rotary_dim_of(config) == HEAD
     with pytest.raises(ConfigError, match="transformers has no xPos"):
         hf_model(module, config, example("xpos"), max_position_embeddings=FAR)

@@ -26,6 +26,7 @@ from nemo_longctx.rope import (
 DIMS = st.sampled_from([4, 6, 10, 18, 34, 64, 80, 96, 128, 256])
 BASES = st.one_of(st.floats(1.5, 100.0), st.floats(1e3, 1e8))
 FACTORS = st.one_of(st.just(1.0), st.floats(1.0, 128.0))
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.25] * 64, "long_factor": [1.0 + j for j in range(64)]}
 LENGTHS = st.integers(2, 2**22)
 
 
@@ -143,15 +144,22 @@ def test_longrope(data, base, dim, factor, trained, beyond):
         {"type": "yarn", "factor": 8.0, "attention_factor": 1.5, "truncate": False},
         {"type": "linear", "factor": 8.0},
         {"rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 1024},
+        {"rope_type": "linear", "factor": 8.0, "rope_theta": 500_000.0},
+        {**LONGROPE, "factor": 2.0},
+        {**LONGROPE, "factor": 2.0, "original_max_position_embeddings": 64},
+        {**LONGROPE, "attention_factor": 1.25},
+        {**LONGROPE, "factor": 0.5, "attention_factor": 1.25, "original_max_position_embeddings": 64},
     ],
     ids=str,
 )
-def test_configs_are_read_as_transformers_reads_them(scaling):
+@pytest.mark.parametrize("top", [{}, {"original_max_position_embeddings": 1024}], ids=["", "trained length at the top"])
+def test_configs_are_read_as_transformers_reads_them(scaling, top):
     """Keys that transformers ignores, or fills in, must not change what we read."""
-    config = LlamaConfig(max_position_embeddings=4096, rope_theta=50_000.0)
+    config = LlamaConfig(max_position_embeddings=4096, rope_theta=50_000.0, **top)
     config.rope_scaling = scaling
     rope_type = scaling.get("rope_type", scaling.get("type"))
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=8192)
     variant = RopeVariant.from_hf({**config.to_dict(), "rope_scaling": scaling})
-    np.testing.assert_allclose(variant.inv_freq(128, 8192), inv_freq.numpy(), rtol=4e-6)
-    assert variant.attention_scaling == pytest.approx(attention_factor)
+    for length in (64, 65, 1024, 1025, 4096, 4097, 8192):
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
+        np.testing.assert_allclose(variant.inv_freq(128, length), inv_freq.numpy(), rtol=4e-6)
+        assert variant.attention_scaling == pytest.approx(attention_factor)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.analysis import (
     advise,
     candidates,
@@ -93,6 +94,22 @@ def test_smallest_bases_are_those_of_men_et_al(length, theirs):
     found = smallest_base(length, 128)
     assert first_negative(Rope(base=found).theta(128), length + 1) is None
     assert 0.7 * theirs < found < 1.15 * theirs
+
+
+def test_a_search_from_a_base_that_does_not_reach_ends_at_one_that_does():
+    """32,768 is reached from 6.3e5, but not from 1e6: reaching is not monotone."""
+    assert smallest_base(32_768, 128) < 1e6
+    found = smallest_base(32_768, 128, at_least=1e6)
+    assert found > 1e6
+    assert first_negative(Rope(base=1e6).theta(128), 32_769) == 27_115
+    assert first_negative(Rope(base=found).theta(128), 32_769) is None
+    assert smallest_base(32_768, 128, at_least=found) == found
+
+
+@pytest.mark.parametrize("spread", [0.5, math.nan, math.inf])
+def test_a_spread_that_bounds_nothing_is_refused(spread):
+    with pytest.raises(ConfigError, match="spread="):
+        granularity(Rope(), 16, spread=spread)
 
 
 def test_advice_knows_what_each_variant_is_for():

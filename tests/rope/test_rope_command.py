@@ -67,11 +67,35 @@ def test_show_prints_xpos_scales(capsys):
         (["show", "--variant", "abf", "--base", "big"], "not a number"),
         (["plot", "--variants", "pi:4"], "NAME:field=value"),
         (["advise", "--from", "8192", "--to", "4096"], "above the trained length"),
+        (["advise", "--from", "0", "--to", "4096"], "--from=0: the trained length"),
+        (["advise", "--from", "64", "--to", "128", "--png", "directory"], "--png='directory': must name a file"),
+        (["advise", "--from", "64", "--to", "128", "--png", "directory/a.png"], "--png='directory/a.png': must name a file"),
+        (["show", "--variant", "rope", "--seq-length", "0"], "--seq-length=0: must be 1 or more"),
+        (["show", "--variant", "rope", "--rotary-percent", "2"], "--rotary-percent=2.0: the share"),
+        (["show", "--variant", "rope", "--rotary-percent", "nan"], "--rotary-percent=nan: the share"),
+        (["show", "--variant", "rope", "--spread", "nan"], "spread=nan: "),
+        (["show", "--variant", "rope", "--spread", "inf", "--json"], "spread=inf: "),
+        (["show", "--variant", "ntk", "--factor", "1e308", "--base", "1e300"], "beyond every number"),
+        (["show", "--variant", "pi", "--factor", "1e308", "--base", "1e300", "--json"], "turns by 0.0 a token"),
+        (["plot", "--variants", "pi:factor=1e308,base=1e300", "--figures", "wavelengths"], "turns by 0.0 a token"),
+        (["plot", "--variants", "rope", "rope"], "--variants='rope': named twice"),
+        (["plot", "--figures", "decay", "decay"], "--figures='decay': named twice"),
+        (["plot", "--seq-length", "0"], "--seq-length=0: must be 1 or more"),
+        (["plot", "--seq-length", "-3"], "--seq-length=-3: must be 1 or more"),
+        (["plot", "--figures", "helices", "--positions", "0"], "--positions=0: must be 2 or more"),
+        (["plot", "--figures", "helices", "--positions", "-1"], "--positions=-1: must be 2 or more"),
+        (["plot", "--figures", "helices", "--pair", "64"], "pair=64: must be between 0 and 63"),
+        (["plot", "--pair", "3"], "--pair=3: has no effect on --figures decay; leave it out, or add helices"),
+        (["plot", "--positions", "3"], "--positions=3: has no effect"),
+        (["plot", "--figures", "helices", "--seq-length", "9"], "--seq-length=9: has no effect"),
     ],
 )
-def test_mistakes_end_in_one_sentence(argv, message, capsys):
+def test_mistakes_end_in_one_sentence(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory" / "a.png").mkdir(parents=True)
     assert main(["rope", *argv]) == 2
     assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
 
 def test_plot_writes_pictures_and_their_data(tmp_path, capsys):
@@ -95,6 +119,22 @@ def test_advise_names_the_bases_that_are_too_small(tmp_path, capsys):
     assert (tmp_path / "a.png").exists()
     assert main(argv) == 0
     assert "too small" in capsys.readouterr().out
+
+
+def test_advise_takes_a_base_that_reaches_where_the_trained_one_does_not(capsys):
+    """A base of 1e6 is above the smallest that reaches 32k, and yet scores a like key below a random one at 27,115."""
+    argv = ["rope", "advise", "--from", "4096", "--to", "32768", "--base", "1000000"]
+    assert main([*argv, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    judged = {entry["base"]: entry["reaches"] for entry in facts["bases"]}
+    abf = next(row for row in facts["variants"] if row["variant"]["variant"] == "abf")
+    chosen = abf["variant"]["base"]
+    assert facts["smallest_base"] < 1e6 < chosen == facts["smallest_base_from_trained"]
+    assert judged[1e6] == 27_115
+    assert judged[chosen] is None
+    assert abf["reaches"] is None
+    assert main(argv) == 0
+    assert "Smallest from the trained base 1e+06 up" in capsys.readouterr().out
 
 
 def test_analysis_needs_no_torch():

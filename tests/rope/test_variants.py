@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope import VARIANTS, AbfRope, NtkByPartsRope, RopeVariant, YarnRope, parse, to_dict
+from nemo_longctx.rope import (
+    VARIANTS,
+    AbfRope,
+    LongRope,
+    NtkByPartsRope,
+    NtkRope,
+    PiRope,
+    Rope,
+    RopeVariant,
+    YarnRope,
+    parse,
+    to_dict,
+)
 from nemo_longctx.rope.rotation import per_dimension, rotate
 
 DIM = 16
@@ -88,11 +100,49 @@ def test_a_dimension_that_makes_no_pairs_is_refused(name, rotary_dim):
         ({"variant": "llama3", "high_freq_factor": 0.5}, "above low_freq_factor=1"),
         ({"variant": "longrope", **EXAMPLES["longrope"], "long_factor": "1.0"}, "list of numbers"),
         ({"variant": "xpos", "scale_base": 0}, "above 0"),
+        ({"variant": ["yarn"]}, "rope.variant=.*did you mean 'yarn'"),
+        (None, "rope=None: must be a mapping"),
+        ([], "must be a mapping"),
+        ({"variant": "rope", "base": 10**400}, "not a number"),
     ],
 )
 def test_a_mistake_is_named_with_its_mend(values, message):
     with pytest.raises(ConfigError, match=message):
         parse(values)
+
+
+@pytest.mark.parametrize("cls", [float, np.float64, np.float32, np.int64])
+def test_numbers_of_numpy_are_taken_as_pythons(cls):
+    """JSON and YAML cannot hold NumPy's, so none of them stays in a variant."""
+    variant = Rope(base=cls(500_000))
+    assert variant == Rope(base=500_000.0)
+    assert type(variant.base) in (int, float)
+    long = LongRope(**EXAMPLES["longrope"] | {"long_factor": np.arange(1, 9, dtype=np.float32)})
+    assert long == example("longrope")
+
+
+def test_python_callers_are_checked_as_yaml_is():
+    with pytest.raises(ConfigError, match="truncate='no': must be true or false"):
+        YarnRope(factor=2.0, original_max_position_embeddings=64, truncate="no")
+    for wrong in ({1: 2}, {1.0}, (), None, 3.0):
+        with pytest.raises(ConfigError, match=r"short_factor=.*: must be a list of numbers"):
+            LongRope(**EXAMPLES["longrope"] | {"short_factor": wrong})
+    with pytest.raises(ConfigError, match=r"rotary_dim=16.0"):
+        Rope().inv_freq(16.0)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        PiRope(base=1e300, factor=1e308),  # turns by 0
+        LongRope(**EXAMPLES["longrope"] | {"long_factor": [1e-300] * 8}),  # turns by infinity
+        NtkRope(base=1e300, factor=1e308),  # a base beyond every number
+    ],
+    ids=lambda v: v.variant,
+)
+def test_frequencies_that_float32_cannot_hold_are_refused(variant):
+    with pytest.raises(ConfigError, match="rope"):
+        variant.inv_freq(DIM)
 
 
 def test_longrope_needs_one_factor_a_pair():
@@ -224,8 +274,64 @@ def test_xpos_is_refused_with_the_reason():
         ({"rope_scaling": {"rope_type": "linnear", "factor": 2.0}}, "did you mean 'linear'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor=None: missing"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set a layer type"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear': must be a mapping"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type=None: missing"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "rope_type='linear': .*type='yarn'"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "no variant for it"),
+        ({"rope_theta": "abc"}, "rope_theta='abc': not a number"),
+        ({"rope_theta": 10**400}, "rope_theta=.*: not a number"),
+        (
+            {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "longrope", **LONG}},
+            "rope_scaling.factor=None: missing",
+        ),
+        (
+            {"max_position_embeddings": 64, "original_max_position_embeddings": "5", "rope_scaling": {"type": "su", **LONG}},
+            "original_max_position_embeddings='5': must be a whole number",
+        ),
+        (None, "config=None: must be a mapping"),
+        ([1], "must be a mapping"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_refused(config, message):
     with pytest.raises(ConfigError, match=message):
         RopeVariant.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "top", "factor", "trained"),
+    [
+        ({"factor": 2.0, "original_max_position_embeddings": 1024}, {}, 2.0, 1024),
+        ({"original_max_position_embeddings": 1024}, {}, 4.0, 1024),
+        ({"original_max_position_embeddings": 1024}, {"original_max_position_embeddings": 2048}, 2.0, 2048),
+        ({"factor": 2.0}, {}, 2.0, 4096),
+    ],
+)
+def test_longrope_is_read_by_the_rules_of_transformers_5(parameters, top, factor, trained):
+    """Its factor wins over the ratio of the lengths; the trained length is the top's, else its own, else the whole length."""
+    config = {"max_position_embeddings": 4096, **top, "rope_parameters": {"rope_type": "longrope", **LONG, **parameters}}
+    variant = LongRope.from_hf(config)
+    assert (variant.factor, variant.original_max_position_embeddings) == (factor, trained)
+
+
+def test_transformers_4_reads_the_base_at_the_top_alone():
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
+    assert RopeVariant.from_hf({"rope_theta": 20_000.0, "rope_scaling": scaling}) == PiRope(base=20_000.0, factor=2.0)
+    assert RopeVariant.from_hf({"rope_parameters": scaling}) == PiRope(base=500_000.0, factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": -5}, "max_position_embeddings=-5: must be a whole number"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+        ({"max_position_embeddings": 64.5}, "max_position_embeddings=64.5"),
+        ({"partial_rotary_factor": 7}, "partial_rotary_factor=7: a share"),
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0: a share"),
+        ({"version": 6}, "transformers=6"),
+        ({"rotary_dim": DIM - 1}, "rotary_dim=15"),
+        ({"rotary_dim": 2 * DIM}, "long_factor.*needs 16"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        example("longrope").to_hf(**{"rotary_dim": DIM, "max_position_embeddings": 64, **changes})

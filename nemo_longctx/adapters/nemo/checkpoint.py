@@ -1,24 +1,26 @@
 """Into and out of Hugging Face: weights, RoPE of any variant, tokenizer, generation config, maximum length.
 
-An export is loaded again with transformers and compared with the NeMo model before it is called done: logits on random tokens,
-and the frequencies and attention factor that transformers makes at every length that matters.
+What either direction wrote is loaded again and compared with its source before it is called done: logits on random tokens, and
+the frequencies and attention factor that transformers makes at every length that matters (`hf_verify`).
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.llama import Llama31Config  # the base class, which nemo.collections.llm does not give out
 from nemo.lightning import io
 from nemo.lightning.pytorch.callbacks import ModelTransform
 
 from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.nemo.hf_verify import VERIFY_TOKENS, as_installed, source_model, verify_export, verify_same
 from nemo_longctx.adapters.nemo.hf_weights import (
     Weights,
     family_of_hf,
@@ -34,44 +36,58 @@ from nemo_longctx.adapters.nemo.rope import place_rope, variant_of
 from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
-from nemo_longctx.rope.variants import Llama3Rope, Rope
-
-TOLERANCE = 1e-4  # of logits, both models in fp32, as a share of the largest where that is above 1
-FREQUENCY_ROUNDING = 4e-6  # transformers computes frequencies in float32: share of the unscaled one
+from nemo_longctx.rope.variants import DynamicNtkRope, Llama3Rope
 
 
-def import_hf(source: str | Path, target: str | Path) -> RopeVariant:
+def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, verify_tokens: int | None = None) -> RopeVariant:
     """A Hugging Face directory -> a NeMo checkpoint, on the CPU.
 
     Args:
         source: directory with `config.json` and weights (Llama, Mistral, Qwen2, Qwen3), and a tokenizer if there is one.
-        target: checkpoint directory to make.
+        target: checkpoint directory to make; nothing is left there unless the import succeeds.
+        verify: load the result and compare it with the model that transformers makes of `source`.
+        verify_tokens: length of the random input whose logits are compared; None takes `VERIFY_TOKENS`.
 
     Returns:
         the RoPE variant that came along.
 
     Raises:
-        ConfigError: `target` exists, another architecture, or a setting that would be lost.
+        ConfigError: `target` exists, another architecture, a setting that would be lost, weights that are damaged, missing or
+            left over, or the comparison fails.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, target = Path(source), Path(target).absolute()
     if not (source / "config.json").is_file():
         raise ConfigError("HF_DIR", str(source), "no config.json there; give a Hugging Face model directory")
     _check_free(target)
+    tokens = _checked_tokens(verify, verify_tokens)
     config = AutoConfig.from_pretrained(source)
     family, variant = family_of_hf(config), RopeVariant.from_hf(config.to_dict())
     # Llama 3.1's scaling has a config class of its own, which stock tools then recognise.
     is_llama31 = family.model_type == "llama" and isinstance(variant, Llama3Rope)
     cpu.install()
     with cpu.stock_configs():
-        class_ = llm.Llama31Config if is_llama31 else family.config_class
-        nemo = nemo_config(config, family, class_, _generation_config(source))
-    weights = AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()
-    with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
+        nemo = nemo_config(config, family, Llama31Config if is_llama31 else family.config_class, _generation_config(source))
+    config = as_installed(config, variant)
+    weights = source_model(source, config, dtype="auto").state_dict()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder,
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside,
+    ):
         model = family.model_class(nemo, tokenizer=_nemo_tokenizer(source, Path(folder)))
         place_rope(model, variant)
-        _save_nemo(model, weights, target)
+        made = Path(beside) / target.name
+        _save_nemo(model, weights, made)
+        if verify:
+            del model, weights
+            gc.collect()  # the trainer holds the model in a cycle, and two more are loaded now
+            module, nemo, _ = load_model(made)
+            theirs = source_model(source, config, dtype=torch.float32)
+            longest = config.max_position_embeddings
+            verify_same(module, theirs, variant, rotary_dim=rotary_dim_of(nemo), tokens=tokens, longest=longest)
+        made.rename(target)
     return variant
 
 
@@ -80,7 +96,7 @@ def export_hf(
     target: str | Path,
     *,
     verify: bool = True,
-    verify_tokens: int = 512,
+    verify_tokens: int | None = None,
     max_position_embeddings: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> RopeVariant:
@@ -90,7 +106,7 @@ def export_hf(
         checkpoint: a NeMo checkpoint, or a run's directory (its newest finished checkpoint).
         target: directory to make; nothing is left there unless the export succeeds.
         verify: load the result with transformers and compare it with the NeMo model.
-        verify_tokens: length of the random input whose logits are compared.
+        verify_tokens: length of the random input whose logits are compared; None takes `VERIFY_TOKENS`.
         max_position_embeddings: longest input, tokens; None takes the checkpoint's `seq_length`.
         tokenizer: a Hugging Face tokenizer directory, where the checkpoint carries none.
 
@@ -102,9 +118,16 @@ def export_hf(
     """
     target = Path(target).absolute()
     _check_free(target)
+    tokens = _checked_tokens(verify, verify_tokens)
+    if max_position_embeddings is not None and max_position_embeddings < 1:
+        raise ConfigError("max_position_embeddings", max_position_embeddings, "the longest input in tokens, 1 or more")
     cpu.install()
     described = checkpoint_model(checkpoint_directory(checkpoint), {}, adapters=True)
-    variant, longest = variant_of(described), max_position_embeddings or described.config.seq_length
+    variant = variant_of(described)
+    longest = described.config.seq_length if max_position_embeddings is None else max_position_embeddings
+    if max_position_embeddings is not None and isinstance(variant, DynamicNtkRope):
+        mend = "dynamic NTK must write its trained length there, where transformers starts to stretch; leave it out"
+        raise ConfigError("max_position_embeddings", max_position_embeddings, mend)
     rotary_dim = rotary_dim_of(described.config)
     family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
     variant.to_hf(rotary_dim=rotary_dim, max_position_embeddings=longest)
@@ -118,7 +141,7 @@ def export_hf(
         if hf_tokenizer is not None:
             hf_tokenizer.save_pretrained(beside)
         if verify:
-            verify_export(module, beside, variant, rotary_dim=rotary_dim, tokens=verify_tokens, longest=longest)
+            verify_export(module, beside, variant, rotary_dim=rotary_dim, tokens=tokens, longest=longest)
         beside.chmod(0o755)
         beside.rename(target)
     finally:
@@ -151,57 +174,20 @@ def hf_model(
     return exported
 
 
-@torch.no_grad()
-def verify_export(
-    module: torch.nn.Module, directory: Path, variant: RopeVariant, *, rotary_dim: int, tokens: int, longest: int
-) -> float:
-    """Load `directory` with transformers and compare it with the Megatron-Core model it came from, both in fp32.
-
-    Args:
-        tokens: length of the random input.
-        longest: frequencies are compared at lengths up to this one, so that far positions need no far input.
-
-    Returns:
-        the largest difference between two logits.
-
-    Raises:
-        ConfigError: a logit, frequency or attention factor differs, with both values.
-    """
-    from transformers import AutoModelForCausalLM
-
-    exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    _verify_frequencies(exported, variant, rotary_dim, {2, tokens, longest})
-    device = next(module.parameters()).device
-    ids = torch.randint(0, exported.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(tokens)[None]
-    ours = module.float()(ids.to(device), positions.to(device), None).float().cpu()[..., : exported.config.vocab_size]
-    theirs = exported(input_ids=ids, position_ids=positions).logits
-    worst = float((ours - theirs).abs().max())
-    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    if not worst <= allowed:
-        at = int((ours - theirs).abs().amax(dim=-1).argmax())
-        mend = f"differ by {worst:.3g} from the NeMo model's at position {at} of {tokens}, more than {allowed:.3g}; not written"
-        raise ConfigError("logits", float(theirs[0, at].flatten()[0]), mend)
-    return worst
-
-
-def _verify_frequencies(exported: Any, variant: RopeVariant, rotary_dim: int, lengths: set[int]) -> None:
-    rotary = exported.model.rotary_emb
-    plain = Rope(base=variant.base).theta(rotary_dim)
-    for length in sorted(lengths):
-        rotary(torch.zeros(1), torch.tensor([[length - 1]]))  # transformers picks the frequencies of this length
-        theirs, ours = rotary.inv_freq.numpy(), variant.inv_freq(rotary_dim, length)
-        if theirs.shape != ours.shape or (np.abs(theirs - ours.astype(np.float64)) > FREQUENCY_ROUNDING * plain).any():
-            mend = f"transformers has it at {length} tokens, the NeMo model {ours.tolist()}; not written"
-            raise ConfigError("inv_freq", theirs.tolist(), mend)
-        if abs(rotary.attention_scaling - variant.attention_scaling) > 1e-9:
-            mend = f"transformers has it, the NeMo model {variant.attention_scaling}; not written"
-            raise ConfigError("attention_factor", rotary.attention_scaling, mend)
-
-
 def _check_free(target: Path) -> None:
     if target.exists():
         raise ConfigError("target", str(target), "exists already; remove it or name another")
+
+
+def _checked_tokens(verify: bool, verify_tokens: int | None) -> int:
+    """Length of the input of a comparison."""
+    if verify_tokens is None:
+        return VERIFY_TOKENS
+    if not verify:
+        raise ConfigError("verify_tokens", verify_tokens, "has no effect where nothing is verified; leave one of the two out")
+    if verify_tokens < 1:
+        raise ConfigError("verify_tokens", verify_tokens, "the length of the compared input in tokens, 1 or more")
+    return verify_tokens
 
 
 def _load_strictly(model: torch.nn.Module, weights: Weights) -> None:
