@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, open_corpus
+from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
 
 Balance = Literal["source", "all"]
 OnCap = Literal["error", "renormalize"]
@@ -190,9 +190,9 @@ class Documents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names and contents at a cost that does not grow with them (`IndexedCorpus.fingerprint`)."""
+        """A hash of names and contents: all indices, and all tokens up to 1 GiB, else samples (`IndexedCorpus.fingerprint`)."""
         names = [self.names[source] for source in self.source_of_shard.tolist()]
-        parts = [[name, shard.fingerprint()] for name, shard in zip(names, self.shards, strict=True)]
+        parts = list(zip(names, fingerprints(self.shards), strict=True))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _shards_of(self, documents: np.ndarray) -> np.ndarray:
