@@ -32,6 +32,7 @@ from nemo_longctx.data.mixture import CHUNK, Documents, MixConfig, Stratum, mix_
 
 GROUP = 64  # visits between two running ends
 MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
+HYPERGEOMETRIC_BELOW = 10**9  # NumPy draws from no more
 CANDIDATES = 4096  # documents that a stage may end on, to meet a share to the token rather than to the document
 
 
@@ -62,11 +63,23 @@ def build_order(
         until = np.array([draw.stage_visits[stage] for draw in draws])
         rng = np.random.default_rng([seed, 1, stage])
         while (left := until - done).any():
-            counts = left if left.sum() <= CHUNK else rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
+            counts = left if left.sum() <= CHUNK else _counts_of_next(left, rng)
             _interleave(draws, done, counts, rng, writer, cuts)
             done += counts
     facts = {"stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
     return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
+
+
+def _counts_of_next(left: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How many of the next CHUNK visits each stratum gives, int64 [strata], where all that are `left` come in random order."""
+    if len(left) == 1:
+        return np.array([CHUNK])
+    total = int(left.sum())
+    if total < HYPERGEOMETRIC_BELOW:
+        return rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
+    # The same distribution: CHUNK different places of all that are left, and whose they are.
+    places = rng.choice(total, CHUNK, replace=False, shuffle=False)
+    return np.bincount(np.searchsorted(np.cumsum(left), places, side="right"), minlength=len(left))
 
 
 @dataclasses.dataclass
