@@ -23,6 +23,7 @@ from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, finge
 Balance = Literal["source", "all"]
 OnCap = Literal["error", "renormalize"]
 CHUNK = 1 << 20  # documents looked at together: keeps temporary memory at a few MB whatever the corpus
+ROUNDING = 1e-12  # shares are float64: what differs by less than this part of it is the same
 GATHER = 64  # documents that a window usually touches
 
 
@@ -71,7 +72,9 @@ class MixConfig:
         long_share: the share of tokens that long documents get; None leaves them their natural share.
         balance: whether each source gives `long_share` of its own tokens to long documents, so that sources keep their shares
             (`source`, Fu et al. 2024), or long documents get it over all, wherever they come from (`all`).
-        max_repeats: how often a document may come in the run; None: as often as the shares ask.
+        max_repeats: how often the documents of a stratum may come in the run on average, by tokens; None: as often as the shares
+            ask. A document comes at most this many times, rounded up: at 2 none comes a third time, at 1.5 about half of a
+            stratum's tokens come twice.
         on_cap: when a share asks for more: stop (`error`), or give what is over to the others (`renormalize`).
         share_tolerance: largest difference between a share asked and delivered over a stage; more is an error before training.
     """
@@ -220,8 +223,12 @@ class Stratum:
     share: float
 
     def repeats(self, total_tokens: int) -> float:
-        """How often each document comes in a run of `total_tokens`, on average."""
+        """How often its documents come in a run of `total_tokens`, on average by tokens; see `most_repeats`."""
         return self.share * total_tokens / self.tokens
+
+    def most_repeats(self, total_tokens: int) -> int:
+        """How often one of its documents comes at most."""
+        return math.ceil(self.repeats(total_tokens) * (1 - ROUNDING))
 
     def members(self, documents: Documents) -> np.ndarray:
         """The numbers (uint32, ascending) of its documents."""
@@ -317,7 +324,7 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
 def _cap(mix: MixConfig, max_repeats: float, strata: Sequence[Stratum], shares: np.ndarray, total_tokens: int) -> np.ndarray:
     """Shares within `max_repeats`: what is over goes to the strata below their cap, in proportion to their shares."""
     caps = np.array([max_repeats * stratum.tokens / total_tokens for stratum in strata])
-    over = shares > caps * (1 + 1e-9)
+    over = shares > caps * (1 + ROUNDING)
     if not over.any():
         return shares
     if mix.on_cap == "error":

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import tempfile
@@ -28,7 +29,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.mixture import CHUNK, Documents, MixConfig, Stratum, mix_dict, plan_mix
+from nemo_longctx.data.mixture import CHUNK, ROUNDING, Documents, MixConfig, Stratum, mix_dict, plan_mix
 
 GROUP = 64  # visits between two running ends
 MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
@@ -66,6 +67,8 @@ def build_order(
             counts = left if left.sum() <= CHUNK else _counts_of_next(left, rng)
             _interleave(draws, done, counts, rng, writer, cuts)
             done += counts
+    while writer.tokens <= curriculum.total_tokens:  # all strata are at an epoch's end: what follows gives the last label alone
+        writer.append(draws[0].visits[:1])
     facts = {"stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
     return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
 
@@ -94,9 +97,8 @@ class _Draw:
 
 def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curriculum, seed: int) -> _Draw:
     """Go through a stratum until it has given its share of every stage's end."""
-    # One token more than the run: the last window's last label.
-    ends = [stage.end_token for stage in curriculum.plan[:-1]] + [curriculum.total_tokens + 1]
-    targets = [round(stratum.share * end) for end in ends[:-1]] + [int(np.ceil(stratum.share * ends[-1]))]
+    targets = [round(stratum.share * stage.end_token) for stage in curriculum.plan[:-1]]
+    targets.append(_last_target(stratum, curriculum.total_tokens))
     members = stratum.members(documents)
     epochs: list[np.ndarray] = []
     stage_visits: list[int] = []
@@ -115,6 +117,17 @@ def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curri
         before += stratum.tokens
     starts = [epoch * len(members) for epoch in range(1, len(epochs)) if len(epochs[epoch])]
     return _Draw(epochs[0] if len(epochs) == 1 else np.concatenate(epochs), stage_visits, stage_tokens, starts)
+
+
+def _last_target(stratum: Stratum, total_tokens: int) -> int:
+    """Tokens that a stratum gives at least: its share of one token more than the run, the last window's last label.
+
+    Where the run alone brings it just to an epoch's end, as it does at a cap of its repeats, it begins no other for that label.
+    """
+    of_run = math.ceil(stratum.share * total_tokens * (1 - ROUNDING))
+    if of_run % stratum.tokens == 0:
+        return of_run
+    return math.ceil(stratum.share * (total_tokens + 1))
 
 
 def _draw_all(documents: Documents, stratum: Stratum, curriculum: Curriculum, seed: int) -> _Draw:
@@ -198,7 +211,7 @@ class _Writer:
     """Writes visits as they come, and keeps the running ends and the digest for the end of the file."""
 
     def __init__(self, file: BinaryIO, documents: Documents):
-        self.file, self.documents, self.visits = file, documents, 0
+        self.file, self.documents, self.visits, self.tokens = file, documents, 0, 0
         self._sums: list[np.ndarray] = []
         self._rest = np.empty(0, np.int64)  # lengths of visits that do not fill a group yet
         self._digest = hashlib.blake2b(digest_size=16)
@@ -210,6 +223,7 @@ class _Writer:
             self.file.write(piece.data)
             self._digest.update(piece.data)
             lengths = self.documents.lengths(piece)
+            self.tokens += int(lengths.sum(dtype=np.int64))
             if len(self._rest):
                 lengths = np.concatenate([self._rest, lengths])
             whole = len(lengths) - len(lengths) % GROUP

@@ -280,8 +280,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
                 cut = f"{packed.facts['cut']} documents cut, all longer than a window"
                 rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
         for stratum in order.strata:
-            repeats = stratum.repeats(self.curriculum.total_tokens)
-            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times each")
+            repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
+            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
 
     def _evaluation_loader(self, mode: str) -> WrappedDataLoader | list[Any]:
         configs = self.evaluation[mode]
