@@ -50,6 +50,7 @@ class SourceConfig:
             raise ConfigError("data.mix.sources.path", self.path, "name a prefix, a directory of shards, or a list of either")
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(self.path))
+        _check_lengths(self, "data.mix.sources", "drop_shorter", "drop_longer")
         if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
             raise ConfigError("data.mix.sources.weight", self.weight, "a share above 0; leave a source out to give it none")
 
@@ -106,6 +107,7 @@ class MixConfig:
             raise ConfigError("data.mix.sources.name", twice[0], "two sources have this name; give each its own `name`")
         if (self.long_length is None) != (self.long_share is None):
             raise ConfigError("data.mix.long_share", self.long_share, "long_length and long_share go together; set both")
+        _check_lengths(self, "data.mix", "drop_shorter", "drop_longer", "long_length")
         if self.long_share is not None and not 0 < self.long_share < 1:
             raise ConfigError(
                 "data.mix.long_share", self.long_share, "a share in (0, 1); to keep only long text set drop_shorter"
@@ -113,8 +115,10 @@ class MixConfig:
         for name, allowed in (("balance", get_args(Balance)), ("on_cap", get_args(OnCap))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"data.mix.{name}", getattr(self, name), f"one of {', '.join(allowed)}")
-        if self.max_repeats is not None and self.max_repeats <= 0:
-            raise ConfigError("data.mix.max_repeats", self.max_repeats, "above 0; null lifts the cap")
+        if self.max_repeats is not None and not (self.max_repeats > 0 and math.isfinite(self.max_repeats)):
+            raise ConfigError("data.mix.max_repeats", self.max_repeats, "a number above 0; null lifts the cap")
+        if self.max_repeats is None and self.on_cap != "error":
+            raise ConfigError("data.mix.on_cap", self.on_cap, "it has no effect without max_repeats; set that, or leave it out")
         if not 0 < self.share_tolerance < 1:
             raise ConfigError("data.mix.share_tolerance", self.share_tolerance, "a share in (0, 1), such as 0.001")
 
@@ -123,6 +127,13 @@ class MixConfig:
         shortest = source.drop_shorter if source.drop_shorter is not None else self.drop_shorter
         longest = source.drop_longer if source.drop_longer is not None else self.drop_longer
         return shortest or 1, math.inf if longest is None else longest
+
+
+def _check_lengths(config: SourceConfig | MixConfig, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}.{name}", value, "a length in tokens, at least 1; null lifts the rule")
 
 
 class Documents:
@@ -152,6 +163,11 @@ class Documents:
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])
+
+    def check(self) -> None:
+        """`IndexedCorpus.check` on every shard."""
+        for shard in self.shards:
+            IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves the process's memory
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens (int32, or int64 where a corpus has them so) of some documents."""
@@ -255,8 +271,7 @@ def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int) -> tuple[S
     Raises:
         ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
     """
-    for shard in documents.shards:
-        IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves this process's memory again
+    documents.check()
     strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
     source_tokens = np.zeros(len(mix.sources))
     for stratum in strata:
