@@ -246,8 +246,12 @@ class _Writer:
 class Order:
     """A written order, memory-mapped: opening reads its end, whatever its size.
 
-    Attributes:
+    Args:
+        path: the file.
         documents: the sources.
+        share_tolerance: of the mix, for `check_delivery`; 1: anything goes.
+
+    Attributes:
         visits: uint32 [V], document numbers.
         ends: int64 [ceil(V / 64)], tokens up to and with each 64th visit.
         facts: what `build_order` returned.
@@ -256,8 +260,8 @@ class Order:
         ConfigError: the file is damaged or of another layout.
     """
 
-    def __init__(self, path: str | os.PathLike[str], documents: Documents):
-        self.path, self.documents = os.fspath(path), documents
+    def __init__(self, path: str | os.PathLike[str], documents: Documents, *, share_tolerance: float = 1.0):
+        self.path, self.documents, self.share_tolerance = os.fspath(path), documents, share_tolerance
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         head, size = len(MAGIC), len(self._map)
@@ -312,7 +316,10 @@ class Order:
         return tuple(Stratum(**values) for values in self.facts["strata"])
 
     def delivered(self, curriculum: Curriculum) -> np.ndarray:
-        """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends."""
+        """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends.
+
+        For windows cut from the stream as it comes. `Windows.delivered` is for either packing.
+        """
         until = np.array(self.facts["stage_tokens"], np.int64).T
         for row, stage in enumerate(curriculum.plan):
             planned = int(until[row].sum())  # the visits meant for the stages so far end here, near the stage's end
@@ -322,23 +329,40 @@ class Order:
 
     def tokens_by_stratum(self, start: int, stop: int) -> np.ndarray:
         """How many of the stream's tokens [start, stop) each stratum gives, int64 [strata]. Looks at every visit in there."""
-        totals = np.zeros(len(self.strata), np.int64)
         if start == stop:
-            return totals
+            return np.zeros(len(self.strata), np.int64)
         visits, lengths, ends = self.span(start, stop)
-        inside = np.minimum(ends, stop) - np.maximum(ends - lengths, start)
+        return self.count_by_stratum(visits, np.minimum(ends, stop) - np.maximum(ends - lengths, start))
+
+    def count_by_stratum(self, visits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Sums of `tokens` (int [n], one count a document) over the strata of documents `visits` (uint32 [n]), int64 [strata]."""
+        if len(self.strata) == 1:
+            return tokens.sum(dtype=np.int64, keepdims=True)
+        first, split = self._strata_of_sources
         source = self.documents.sources_of(visits)
+        number = first[source] + (self.documents.lengths(visits) >= split[source])
+        return np.bincount(number, weights=tokens, minlength=len(self.strata)).astype(np.int64)  # exact up to 2**53
+
+    @cached_property
+    def _strata_of_sources(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each source, its first stratum, and the length from which on its documents are of its second one."""
+        first = np.zeros(len(self.documents.names), np.int64)
+        split = np.full(len(first), np.inf)
+        seen: set[int] = set()
         for number, stratum in enumerate(self.strata):
-            of_it = (source == stratum.source) & (lengths >= stratum.shortest) & (lengths <= stratum.longest)
-            totals[number] = inside[of_it].sum()
-        return totals
+            if stratum.source in seen:
+                split[stratum.source] = stratum.shortest
+            else:
+                first[stratum.source] = number
+            seen.add(stratum.source)
+        return first, split
 
 
 def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, seed: int, cache_dir: str) -> Order:
     """The order of a run, built where `cache_dir` lacks it. Many processes may call this together: one builds.
 
     Raises:
-        ConfigError: the data does not give what the mix asks; see `plan_mix` and `check_delivery`.
+        ConfigError: the data does not give what the mix asks; see `plan_mix`.
     """
     key = order_key(mix, documents, curriculum, seed)
     path = Path(cache_dir) / f"{key}.order"
@@ -349,28 +373,7 @@ def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, 
                 strata = plan_mix(mix, documents, curriculum.total_tokens)
                 with _written_atomically(path) as file:
                     build_order(documents, strata, curriculum, seed=seed, file=file)
-    order = Order(path, documents)
-    check_delivery(mix, order, curriculum)
-    return order
-
-
-def check_delivery(mix: MixConfig, order: Order, curriculum: Curriculum) -> None:
-    """Make sure that each stage gets the shares that the mix asks.
-
-    Raises:
-        ConfigError: a share is off by more than `share_tolerance`, which happens where documents are long beside their share.
-    """
-    asked = np.array([stratum.share for stratum in order.strata])
-    for stage, tokens in zip(curriculum.plan, order.delivered(curriculum), strict=True):
-        shares = tokens / (stage.end_token - stage.first_token)
-        worst = int(np.argmax(np.abs(shares - asked)))
-        if abs(shares[worst] - asked[worst]) > mix.share_tolerance:
-            mend = (
-                f"stage {stage.number} would get {shares[worst]:.3%} of its tokens from {order.strata[worst].name}, not the "
-                f"{asked[worst]:.3%} asked, as its documents are too long to meet it; set drop_longer, lengthen the stage, or "
-                "accept it with a larger tolerance"
-            )
-            raise ConfigError("data.mix.share_tolerance", mix.share_tolerance, mend)
+    return Order(path, documents, share_tolerance=mix.share_tolerance)
 
 
 def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:

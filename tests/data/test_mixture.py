@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.best_fit import open_windows
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig, mix_dict, plan_mix
 from nemo_longctx.data.order import open_order, order_key
@@ -161,8 +162,9 @@ def test_shares_are_delivered_in_every_stage(prefixes, tmp_path):
 def test_documents_too_long_for_their_share_are_an_error_before_training(telling_corpora, tmp_path):
     mix = mix_of(telling_corpora([[900], [10] * 50]), (0.5, 0.5))
     curriculum = Curriculum.constant(seq_length=16, global_batch_size=2, total_steps=5)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="too long to meet it"):
-        open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
+        open_windows(order, curriculum, seed=3, document_masking=False)
 
 
 def test_the_key_of_an_order_follows_contents_not_places(prefixes, telling_corpora):

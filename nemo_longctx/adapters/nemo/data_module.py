@@ -28,7 +28,7 @@ from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
-from nemo_longctx.data.order import Order, open_order
+from nemo_longctx.data.order import open_order
 from nemo_longctx.data.windows import Sample, Windows
 
 
@@ -127,7 +127,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self.windows = open_windows(
                 order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
             )
-            self._report(order)
+            self._report(self.windows)
         self._check_restored()
 
     def train_dataloader(self) -> WrappedDataLoader:
@@ -266,20 +266,21 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             current.ready = current.completed = self.data_sampler.start_token // self.curriculum.tokens_per_step
             current.started = current.processed = current.completed
 
-    def _report(self, order: Order) -> None:
+    def _report(self, windows: Windows) -> None:
         """What the run will get, by source and stage, before its first step."""
-        for stage, tokens in zip(self.curriculum.plan, order.delivered(self.curriculum), strict=True):
+        strata = windows.order.strata
+        for stage, tokens in zip(self.curriculum.plan, windows.delivered, strict=True):
             shares = ", ".join(
-                f"{stratum.name} {count / (stage.end_token - stage.first_token):.2%} (asked {stratum.share:.2%})"
-                for stratum, count in zip(order.strata, tokens, strict=True)
+                f"{stratum.name} {count / tokens.sum():.2%} (asked {stratum.share:.2%})"
+                for stratum, count in zip(strata, tokens, strict=True)
             )
             rank_zero_info(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
-        for packed in self.windows.stages if self.windows else ():
+        for packed in windows.stages:
             if isinstance(packed, BestFitWindows):
                 share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
                 cut = f"{packed.facts['cut']} documents cut, all longer than a window"
                 rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
-        for stratum in order.strata:
+        for stratum in strata:
             repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
             rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
 
