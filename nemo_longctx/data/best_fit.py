@@ -330,7 +330,7 @@ def pack_windows(order: Order, curriculum: Curriculum, *, packing: Packing, seed
 
 REASONS = {
     "concatenate": "as its documents are too long to meet it; set drop_longer, lengthen the stage",
-    "best_fit": "as best_fit leaves to the next stage what does not fit; set drop_longer or packing=concatenate, lengthen the stage",
+    "best_fit": "as best_fit leaves what does not fit to the next stage; set drop_longer or packing=concatenate, lengthen it",
 }
 
 

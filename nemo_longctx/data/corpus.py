@@ -307,7 +307,7 @@ Corpus = IndexedCorpus | ShardedCorpus
 
 
 def fingerprints(shards: Sequence[IndexedCorpus], whole_below: float = WHOLE_BELOW) -> list[str]:
-    """The fingerprint of each, at a cost of tokens that is bounded for all together: each may read in proportion to its size."""
+    """The fingerprint of each; `whole_below` is for all together, and each reads in proportion to its size."""
     sizes = [shard.n_tokens * shard.dtype.itemsize for shard in shards]
     share = max(1.0, sum(sizes) / whole_below)  # 1: all are read whole
     return [shard.fingerprint(size / share) for shard, size in zip(shards, sizes, strict=True)]

@@ -73,9 +73,9 @@ class MixConfig:
         long_share: the share of tokens that long documents get; None leaves them their natural share.
         balance: whether each source gives `long_share` of its own tokens to long documents, so that sources keep their shares
             (`source`, Fu et al. 2024), or long documents get it over all, wherever they come from (`all`).
-        max_repeats: how often the documents of a stratum may come in the run on average, by tokens; None: as often as the shares
-            ask. A document comes at most this many times, rounded up: at 2 none comes a third time, at 1.5 about half of a
-            stratum's tokens come twice.
+        max_repeats: how often the documents of a stratum may come in the run on average, by tokens; None: as often as the
+            shares ask. One document comes at most this many times, rounded up: at 2 none comes a third time, at 1.5 about half
+            of a stratum's tokens come twice.
         on_cap: when a share asks for more: stop (`error`), or give what is over to the others (`renormalize`).
         share_tolerance: largest difference between a share asked and delivered over a stage; more is an error before training.
     """

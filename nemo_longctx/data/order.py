@@ -335,7 +335,7 @@ class Order:
         return self.count_by_stratum(visits, np.minimum(ends, stop) - np.maximum(ends - lengths, start))
 
     def count_by_stratum(self, visits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Sums of `tokens` (int [n], one count a document) over the strata of documents `visits` (uint32 [n]), int64 [strata]."""
+        """Sums over the strata, int64 [strata], of `tokens` (int [n]), one count for each document of `visits` (uint32 [n])."""
         if len(self.strata) == 1:
             return tokens.sum(dtype=np.int64, keepdims=True)
         first, split = self._strata_of_sources

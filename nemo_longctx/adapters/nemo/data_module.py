@@ -75,6 +75,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         output_log: bool = True,
     ):
         super().__init__()
+        if seed < 0:
+            raise ConfigError("data.seed", seed, "a whole number of at least 0")
         self.mix = build(MixConfig, mix, where="data.mix")
         self.curriculum_values = dict(curriculum)
         self.evaluation = {"validation": _evaluation_sets(validation, "validation"), "test": _evaluation_sets(test, "test")}
@@ -220,6 +222,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if token % self.curriculum.tokens_per_step:
             mend = f"the checkpoint stands at {token} tokens, which is no whole number of such steps; keep the old value"
             raise ConfigError("curriculum.tokens_per_step", self.curriculum.tokens_per_step, mend)
+        if token > self.curriculum.total_tokens:
+            mend = f"the run is shorter than what the checkpoint has behind it, {token} tokens; set at least that"
+            raise ConfigError("curriculum.total_tokens", self.curriculum.total_tokens, mend)
         self.data_sampler.resume_at(token)
 
     def _curriculum(self, *, max_steps: int | None) -> Curriculum:
