@@ -21,7 +21,8 @@ examples:
   nemo-longctx inspect --mix conf/data/mine.yaml --curriculum conf/curriculum/mine.yaml --json
 
 --mix and --curriculum take YAML or a file of it, and the part under `mix` (`data.mix`) or `curriculum`, where there is one.
-Shares cut by windows are expectations over the shuffle; what the mix delivers is counted on the run's own order of documents.
+Shares cut by windows are expectations over the shuffle; what the mix delivers is counted on the run's own order of documents,
+as the windows of --packing read it. Sizes: 4k is 4,000 tokens and 4Ki is 4,096; M, G and T likewise.
 """
 
 
@@ -30,11 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="corpus, or directory of shards; each is one source")
-    parser.add_argument("--seq-length", type=size, metavar="N", help="window: adds what is cut, and the plan's one stage")
+    parser.add_argument(
+        "--seq-length", type=size, metavar="N", help="window (4Ki is 4096, 4k is 4000): adds what is cut, and the plan"
+    )
     parser.add_argument("--mix", metavar="CONF", help="weights and length rules; PREFIX gives its sources, or their paths")
     parser.add_argument("--curriculum", metavar="CONF", help="stages, tokens_per_step, total_tokens of the run")
     parser.add_argument("--total-tokens", type=size, metavar="N", help="tokens of the run (default: one pass over the data)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the order in which documents come")
+    parser.add_argument("--packing", choices=["concatenate", "best_fit"], help="of the plan's windows (default: concatenate)")
+    parser.add_argument("--seed", type=int, help="of the plan's order of documents (default: 1234)")
     parser.add_argument(
         "--figure", metavar="PNG", help="histogram, with its data beside it as CSV (default: PREFIX.lengths.png)"
     )
@@ -47,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.data.mixture import Documents, MixConfig
     from nemo_longctx.data.statistics import LengthCounts, describe
 
-    if args.seq_length is not None and args.seq_length < 1:
-        raise ConfigError("seq_length", args.seq_length, "a window has at least one token")
+    has_plan = any(value is not None for value in (args.mix, args.curriculum, args.total_tokens, args.seq_length))
+    _check(args, has_plan)
     mix = build(MixConfig, _mix_values(args), where="data.mix")
     documents = Documents.open(mix)
     sources = []
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         sources.append(given | describe(counts, args.seq_length))
     report: dict[str, Any] = {"sources": sources}
     error = None
-    if args.mix or args.curriculum or args.total_tokens or args.seq_length:
+    if has_plan:
         report["plan"], error = _plan(args, mix, documents)
     if not args.no_figure:
         report["figure"] = _draw(args, report)
@@ -69,8 +73,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, has_plan: bool) -> None:
+    """Numbers that cannot be, and options of a plan where there is none."""
+    for name, mend in (("seq_length", "a window has at least one token"), ("total_tokens", "a run has at least one window")):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(name, value, mend)
+    if args.seed is not None and args.seed < 0:
+        raise ConfigError("seed", args.seed, "a whole number of at least 0")
+    for name in ("packing", "seed"):
+        if not has_plan and getattr(args, name) is not None:
+            mend = "it has no effect without a plan; give --seq-length, --total-tokens, --mix or --curriculum"
+            raise ConfigError(name, getattr(args, name), mend)
+
+
 def _mix_values(args: argparse.Namespace) -> dict[str, Any]:
-    values = _yaml(args.mix, "mix", ("mix",), ("data", "mix")) if args.mix else {}
+    values = _yaml(args.mix, "mix", ("mix",), ("data", "mix")) if args.mix is not None else {}
+    _check_sources(values.get("sources"))
     if not args.prefixes and not values.get("sources"):
         raise ConfigError("PREFIX", None, "name a corpus, or a --mix that has sources")
     if args.prefixes and values.get("sources"):
@@ -86,6 +105,17 @@ def _mix_values(args: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(args.prefixes, names, strict=True)
         values["sources"] = [{"path": prefix, "name": name if unique else prefix} for prefix, name in pairs]
     return values
+
+
+def _check_sources(sources: Any) -> None:
+    """That they are a list of mappings, before PREFIX is put into them."""
+    if sources is None:
+        return
+    if not isinstance(sources, list):
+        raise ConfigError("data.mix.sources", sources, "must be a list, such as [{path: my_corpus, weight: 1.0}]")
+    for number, source in enumerate(sources):
+        if not isinstance(source, Mapping):
+            raise ConfigError(f"data.mix.sources[{number}]", source, "takes keys of its own, such as {path: my_corpus}")
 
 
 def _yaml(given: str, key: str, *roots: tuple[str, ...]) -> dict[str, Any]:
@@ -110,11 +140,14 @@ def _yaml(given: str, key: str, *roots: tuple[str, ...]) -> dict[str, Any]:
 
 def _plan(args: argparse.Namespace, mix: Any, documents: Any) -> tuple[dict[str, Any], ValueError | None]:
     """What the mix asks and what a run will get, and the error that would stop the run for it."""
+    from nemo_longctx.data.best_fit import Packing, check_delivery, pack_windows
     from nemo_longctx.data.curriculum import Curriculum
     from nemo_longctx.data.mixture import plan_mix
-    from nemo_longctx.data.order import Order, build_order, check_delivery
+    from nemo_longctx.data.order import Order, build_order
 
-    if args.curriculum:
+    seed = 1234 if args.seed is None else args.seed
+    packing: Packing = args.packing or "concatenate"
+    if args.curriculum is not None:
         values = _yaml(args.curriculum, "curriculum", ("curriculum",))
         if args.total_tokens is not None:
             values["total_tokens"] = args.total_tokens
@@ -122,17 +155,23 @@ def _plan(args: argparse.Namespace, mix: Any, documents: Any) -> tuple[dict[str,
     else:
         seq_length = args.seq_length or 4096
         one_pass = sum(stratum.tokens for stratum in plan_mix(mix, documents, 1))
-        steps = max(1, (args.total_tokens or one_pass) // seq_length)
+        wanted = one_pass if args.total_tokens is None else args.total_tokens
+        if wanted < seq_length:
+            name, value = ("seq_length", seq_length) if args.total_tokens is None else ("total_tokens", wanted)
+            mend = f"a run has at least one window: {wanted:,} tokens hold none of {seq_length:,}; set --seq-length to less"
+            raise ConfigError(name, value, mend)
+        steps = wanted // seq_length
         curriculum = Curriculum.constant(seq_length=seq_length, global_batch_size=1, total_steps=steps)
     strata = plan_mix(mix, documents, curriculum.total_tokens)
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "order")
         with open(path, "wb") as file:
-            build_order(documents, strata, curriculum, seed=args.seed, file=file)
-        order = Order(path, documents)
-        delivered = order.delivered(curriculum)
+            build_order(documents, strata, curriculum, seed=seed, file=file)
+        order = Order(path, documents, share_tolerance=mix.share_tolerance)
+        windows = pack_windows(order, curriculum, packing=packing, seed=seed, document_masking=False)
+        delivered = windows.delivered
         try:
-            check_delivery(mix, order, curriculum)
+            check_delivery(windows, packing)
             error = None
         except ConfigError as found:
             error = found
@@ -146,12 +185,20 @@ def _plan(args: argparse.Namespace, mix: Any, documents: Any) -> tuple[dict[str,
             "documents": stratum.documents,
             "tokens": stratum.tokens,
             "asked_share": stratum.share,
-            "delivered_share": int(delivered[:, number].sum()) / curriculum.total_tokens,
+            "delivered_share": int(delivered[:, number].sum()) / int(delivered.sum()),
             "repeats_per_document": stratum.repeats(curriculum.total_tokens),
+            "most_repeats": stratum.most_repeats(curriculum.total_tokens),
         }
         for number, stratum in enumerate(strata)
     ]
-    return {"total_tokens": curriculum.total_tokens, "strata": rows, "stages": stages}, error
+    plan = {
+        "total_tokens": curriculum.total_tokens,
+        "packing": packing,
+        "padding": curriculum.total_tokens - int(delivered.sum()),
+    }
+    if args.total_tokens is not None:
+        plan["total_tokens_given"] = args.total_tokens
+    return plan | {"strata": rows, "stages": stages}, error
 
 
 def _draw(args: argparse.Namespace, report: dict[str, Any]) -> str:
@@ -185,15 +232,18 @@ def _print(report: dict[str, Any]) -> None:
                 print(f"    {packing}: {cut['documents']:.1%} of documents, with {cut['tokens']:.1%} of the tokens")
     if "plan" in report:
         plan = report["plan"]
-        print(f"plan: {plan['total_tokens']:,} tokens")
+        given = plan.get("total_tokens_given", plan["total_tokens"])
+        whole = f" (whole windows of the {given:,} given)" if given != plan["total_tokens"] else ""
+        padding = f", {plan['padding'] / plan['total_tokens']:.4%} padding" if plan["packing"] == "best_fit" else ""
+        print(f"plan: {plan['total_tokens']:,} tokens{whole}, packing {plan['packing']}{padding}")
         width = max(len(row["name"]) for row in plan["strata"])
-        print(f"  {'':{width}}  {'documents':>13} {'tokens':>17} {'asked':>9} {'delivered':>10} {'repeats':>9}")
+        print(f"  {'':{width}}  {'documents':>13} {'tokens':>17} {'asked':>9} {'delivered':>10} {'repeats':>9} {'at most':>8}")
         for row in plan["strata"]:
             counts = f"{row['documents']:>13,} {row['tokens']:>17,}"
             shares = f"{row['asked_share']:>9.3%} {row['delivered_share']:>10.3%}"
-            print(f"  {row['name']:{width}}  {counts} {shares} {row['repeats_per_document']:>9.3f}")
+            print(f"  {row['name']:{width}}  {counts} {shares} {row['repeats_per_document']:>9.3f} {row['most_repeats']:>8}")
         for number, stage in enumerate(plan["stages"]):
-            shares = ", ".join(f"{tokens / stage['tokens']:.3%}" for tokens in stage["delivered"])
+            shares = ", ".join(f"{tokens / sum(stage['delivered']):.3%}" for tokens in stage["delivered"])
             print(f"  stage {number} ({stage['tokens']:,} tokens in windows of {stage['seq_length']:,}): {shares}")
     if "figure" in report:
         print(f"figure: {report['figure']}, its data beside it as .csv")

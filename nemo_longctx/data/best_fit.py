@@ -3,7 +3,10 @@
 A stage takes documents from the order where the stage before it stopped, until its windows are full. The document at which it
 stops gives it whole windows, and what is left to the next stage. Nothing is left out between stages.
 
-Cost: 4 bytes for each rest and window of rests, 16 for each document that is at least as long as the window.
+Windows come in random order between the places where a stratum begins again, so that no document comes a second time before
+the others have come. One window may hold the last documents before such a place and the first after it: it comes between.
+
+Cost: 4 bytes for each rest and window of rests, 20 for each document that is at least as long as the window.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.data.order import GROUP, Order, locked
 from nemo_longctx.data.packing import assign_bins, count_windows, plan_bins
 from nemo_longctx.data.permutation import Permutation
-from nemo_longctx.data.windows import ConcatenatedWindows, Sample, StageWindows, Windows, finish_sample, read_documents
+from nemo_longctx.data.windows import ConcatenatedWindows, Sample, Windows, finish_sample, read_documents
 
 ARRAYS = ("long_documents", "long_starts", "long_ends", "pieces", "bin_ends")
 
@@ -37,6 +40,60 @@ class _Block:
     starts: np.ndarray  # int64 [n], token at which the stage's part of each document begins
     lengths: np.ndarray  # int64 [n], tokens of that part
     gap: int  # windows that remain for the document after these
+    is_last: bool  # the document after these does not fit into the stage
+
+
+class _Packed:
+    """A stage's windows so far, and an open one that is not full: rests of the next block may come to it.
+
+    Rests are known by their visits, counted from the stage's first.
+    """
+
+    def __init__(self, seq_length: int):
+        self.seq_length, self.windows = seq_length, 0
+        self.blocks: list[list[int]] = []  # windows of each block, and those of long documents among them
+        self.rests: list[np.ndarray] = []
+        self.bin_sizes: list[np.ndarray] = []
+        self._open_rests, self._open_sizes = np.empty(0, np.uint32), np.empty(0, np.int64)
+
+    @property
+    def begun(self) -> int:
+        """Tokens in the open window."""
+        return int(self._open_sizes.sum())
+
+    def add(self, own: int, rests: np.ndarray, sizes: np.ndarray, bins: np.ndarray, *, is_last: bool) -> None:
+        """Write the windows of a block; keep the emptiest open, unless the block is the stage's last.
+
+        Args:
+            own: windows of long documents.
+            rests, sizes, bins: rests uint32 [n], their tokens, and the bin of each; bin 0 is the open window if there is one.
+            is_last: nothing comes after it.
+        """
+        was_open = len(self._open_rests)
+        bins = np.concatenate([np.zeros(was_open, np.int64), bins])
+        by_bin = np.argsort(bins, kind="stable")
+        bins, sizes = bins[by_bin], np.concatenate([self._open_sizes, sizes])[by_bin]
+        rests = np.concatenate([self._open_rests, rests])[by_bin]
+        filled = np.bincount(bins, weights=sizes)
+        # What the open window holds comes before all else of this block. It stays open where the block only adds to it.
+        first = 1 if was_open and (own or len(filled) > 1 or is_last) else 0
+        kept = -1
+        if not is_last and len(filled) > first and filled[first:].min() < self.seq_length:
+            kept = first + int(filled[first:].argmin())
+        if first:
+            self._write(0, rests[bins == 0], bins[bins == 0])
+        others = (bins >= first) & (bins != kept)
+        self._write(own, rests[others], bins[others])
+        self._open_rests, self._open_sizes = rests[bins == kept], sizes[bins == kept]
+
+    def _write(self, own: int, rests: np.ndarray, bins: np.ndarray) -> None:
+        sizes = np.bincount(bins)
+        sizes = sizes[sizes > 0]
+        if own + len(sizes):
+            self.windows += own + len(sizes)
+            self.blocks.append([own + len(sizes), own])
+            self.rests.append(rests)
+            self.bin_sizes.append(sizes)
 
 
 def pack_stage(order: Order, stage: Stage, visit: int, skip: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -49,75 +106,68 @@ def pack_stage(order: Order, stage: Stage, visit: int, skip: int) -> tuple[dict[
         skip: tokens of that visit that the stage before used.
 
     Returns:
-        Arrays: `long_documents` uint32, `long_starts` uint32 and `long_ends` int64 (documents with windows of their own: where
+        Arrays: `long_documents` uint32, `long_starts` int64 and `long_ends` int64 (documents with windows of their own: where
         the first begins, windows up to and with it); `pieces` uint32 (documents of the rests, window by window) and `bin_ends`
         uint32 (pieces up to and with each window). Facts: `blocks`, [windows, windows of long documents] of each block; `odd`,
         piece and start of the rest of a document that the stage before had begun; `next`, the next stage's visit and skip;
-        `padding`, tokens; `cut`, documents longer than a window.
+        `padding`, tokens; `cut`, documents longer than a window; `delivered`, tokens of each stratum.
     """
-    n_windows, length = stage.end_sample - stage.first_sample, stage.seq_length
+    n_windows, length, first_visit, odd_start = stage.end_sample - stage.first_sample, stage.seq_length, visit, 0
     cuts = [*order.facts["cuts"], len(order.visits)]
     longs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    pieces: list[np.ndarray] = []
-    bin_sizes: list[np.ndarray] = []
-    facts: dict[str, Any] = {"blocks": [], "odd": [-1, 0], "cut": 0, "used": 0}
-    remaining, first_skip = n_windows, skip
-    while remaining:
-        block = _next_block(order, visit, skip, cuts[bisect.bisect_right(cuts, visit)], remaining, length)
-        visit, skip = visit + len(block.documents), 0
-        documents, starts, own = block.documents, block.starts, block.lengths // length
+    packed, cut, delivered = _Packed(length), 0, np.zeros(len(order.strata), np.int64)
+    while packed.windows < n_windows:
+        limit = cuts[bisect.bisect_right(cuts, visit)]
+        block = _next_block(order, visit, skip, limit, n_windows - packed.windows, length, packed.begun)
+        documents, starts, read, own = block.documents, block.starts, block.lengths, block.lengths // length
         rests = block.lengths % length
-        bins = assign_bins(plan_bins(np.bincount(rests, minlength=length), length), rests[rests > 0])
-        if block.gap:
-            beyond = int(order.documents.lengths(order.visits[visit : visit + 1])[0]) - (
-                first_skip if not len(documents) else 0
-            )
-            if beyond // length >= block.gap:  # the next document fills the stage with whole windows
-                begin = first_skip if not len(documents) else 0
-                documents, starts = np.append(documents, order.visits[visit]), np.append(starts, begin)
-                own, skip = np.append(own, block.gap), begin + block.gap * length
-            else:
-                bins = _spread(bins, block.gap, stage)
-        is_long = own > 0
-        longs.append((documents[is_long], starts[is_long], own[is_long]))
-        by_bin = np.argsort(bins, kind="stable")
         with_rest = np.flatnonzero(rests)
-        if first_skip and not facts["blocks"] and len(rests) and rests[0]:
-            facts["odd"] = [int(np.flatnonzero(with_rest[by_bin] == 0)[0]), int(block.starts[0] + block.lengths[0] - rests[0])]
-        pieces.append(block.documents[with_rest[by_bin]])
-        bin_sizes.append(np.bincount(bins))
-        n_own = int(own.sum())
-        facts["blocks"].append([n_own + len(bin_sizes[-1]), n_own])
-        facts["cut"] += int((block.lengths > length).sum())
-        facts["used"] += int(rests.sum()) + n_own * length
-        remaining -= facts["blocks"][-1][0]
-        first_skip = skip
-    facts |= {"next": [visit, skip], "padding": n_windows * length - facts.pop("used")}
+        numbers, sizes = (visit - first_visit + with_rest).astype(np.uint32), rests[with_rest]
+        bins = assign_bins(plan_bins(np.bincount(rests, minlength=length), length, packed.begun), sizes)
+        if skip and len(rests) and rests[0]:
+            odd_start = int(starts[0] + read[0] - rests[0])
+        visit, skip = visit + len(rests), 0 if len(rests) else skip
+        if block.gap:
+            document = order.visits[visit : visit + 1]
+            if (int(order.documents.lengths(document)[0]) - skip) // length >= block.gap:  # it fills them with whole windows
+                documents, starts = np.append(documents, document), np.append(starts, skip)
+                own, read = np.append(own, block.gap), np.append(read, block.gap * length)
+                skip += block.gap * length
+            else:
+                bins = _spread(bins, block.gap, stage, is_open=packed.begun > 0)
+        packed.add(int(own.sum()), numbers, sizes, bins, is_last=block.is_last)
+        longs.append((documents[own > 0], starts[own > 0], own[own > 0]))
+        delivered += order.count_by_stratum(documents, read)
+        cut += int((block.lengths > length).sum())
+    pieces = np.concatenate(packed.rests)
+    odd = [int(np.flatnonzero(pieces == 0)[0]), odd_start] if odd_start else [-1, 0]  # 0: the stage's first visit
+    padding = n_windows * length - int(delivered.sum())
+    facts = {"blocks": packed.blocks, "odd": odd, "cut": cut, "next": [visit, skip], "padding": padding}
     arrays = {
         "long_documents": np.concatenate([documents for documents, _, _ in longs]).astype(np.uint32),
-        "long_starts": np.concatenate([starts for _, starts, _ in longs]).astype(np.uint32),
+        "long_starts": np.concatenate([starts for _, starts, _ in longs]),
         "long_ends": np.cumsum(np.concatenate([own for _, _, own in longs])),
-        "pieces": np.concatenate(pieces),
-        "bin_ends": np.cumsum(np.concatenate(bin_sizes)).astype(np.uint32),
+        "pieces": order.visits[first_visit:][pieces],
+        "bin_ends": np.cumsum(np.concatenate(packed.bin_sizes)).astype(np.uint32),
     }
-    return arrays, facts
+    return arrays, facts | {"delivered": delivered.tolist()}
 
 
-def _next_block(order: Order, visit: int, skip: int, limit: int, remaining: int, length: int) -> _Block:
-    """The most visits from `visit` on, before `limit`, that fit into `remaining` windows."""
-    needed = order.address_of_visit(visit) + skip + remaining * length
+def _next_block(order: Order, visit: int, skip: int, limit: int, windows: int, length: int, begun: int) -> _Block:
+    """The most visits from `visit` on, before `limit`, that fit into `windows`, one of which has `begun` tokens already."""
+    needed = order.address_of_visit(visit) + skip + windows * length
     limit = min(limit, (int(order.ends.searchsorted(needed, "left")) + 1) * GROUP)
     documents = order.visits[visit:limit]
     lengths = order.documents.lengths(documents).astype(np.int64)
     starts = np.zeros(len(lengths), np.int64)
     starts[0], lengths[0] = skip, lengths[0] - skip
-    taken, gap = _fitting(lengths, remaining, length)
-    return _Block(documents[:taken], starts[:taken], lengths[:taken], gap)
+    taken, gap = _fitting(lengths, windows, length, begun)
+    return _Block(documents[:taken], starts[:taken], lengths[:taken], gap, taken < len(lengths))
 
 
-def _fitting(lengths: np.ndarray, windows: int, length: int) -> tuple[int, int]:
+def _fitting(lengths: np.ndarray, windows: int, length: int, begun: int) -> tuple[int, int]:
     """How many documents fit, and how many windows they leave empty where another document would not fit."""
-    needed = count_windows(lengths, length)
+    needed = count_windows(lengths, length, begun)
     if needed <= windows:
         return len(lengths), 0
     ends = np.cumsum(lengths)
@@ -125,12 +175,12 @@ def _fitting(lengths: np.ndarray, windows: int, length: int) -> tuple[int, int]:
     while needed > windows:  # leave out as many tokens as are too many
         high = min(high, len(lengths))
         low = min(int(ends.searchsorted(ends[high - 1] - (needed - windows) * length)), high - 1)
-        needed = count_windows(lengths[:low], length)
+        needed = count_windows(lengths[:low], length, begun)
         if needed > windows:
             high = low
     while high - low > 1:
         middle = (low + high) // 2
-        now = count_windows(lengths[:middle], length)
+        now = count_windows(lengths[:middle], length, begun)
         if now <= windows:
             low, needed = middle, now
         else:
@@ -138,11 +188,11 @@ def _fitting(lengths: np.ndarray, windows: int, length: int) -> tuple[int, int]:
     return low, windows - needed
 
 
-def _spread(bins: np.ndarray, more: int, stage: Stage) -> np.ndarray:
-    """Move single rests out of shared windows into `more` windows of their own."""
+def _spread(bins: np.ndarray, more: int, stage: Stage, *, is_open: bool) -> np.ndarray:
+    """Move single rests out of shared windows (of which 0 `is_open`, with rests of its own) into `more` of their own."""
     bins = bins.copy()
-    _, firsts = np.unique(bins, return_index=True)
-    shared = np.delete(np.arange(len(bins)), firsts)[:more]
+    numbers, firsts = np.unique(bins, return_index=True)
+    shared = np.delete(np.arange(len(bins)), firsts[numbers > 0] if is_open else firsts)[:more]
     if len(shared) < more:
         mend = f"its documents do not fill stage {stage.number}; lengthen the run, or use packing=concatenate"
         raise ConfigError("data.packing", "best_fit", mend)
@@ -246,7 +296,7 @@ Packing = Literal["concatenate", "best_fit"]
 def open_windows(
     order: Order, curriculum: Curriculum, *, packing: Packing = "concatenate", seed: int, document_masking: bool
 ) -> Windows:
-    """The samples of a run.
+    """The samples of a run, checked to deliver what the mix asks.
 
     Args:
         order: `open_order`.
@@ -256,17 +306,48 @@ def open_windows(
         document_masking: whether documents in a window are kept apart.
 
     Raises:
-        ConfigError: no such packing, or documents that cannot fill a stage.
+        ConfigError: no such packing, documents that cannot fill a stage, or shares that are off (`check_delivery`).
     """
-    stages: list[StageWindows] = []
+    windows = pack_windows(order, curriculum, packing=packing, seed=seed, document_masking=document_masking)
+    check_delivery(windows, packing)
+    return windows
+
+
+def pack_windows(order: Order, curriculum: Curriculum, *, packing: Packing, seed: int, document_masking: bool) -> Windows:
+    """As `open_windows`, whatever shares they deliver."""
+    if packing == "concatenate":
+        stages = [ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking) for stage in curriculum.plan]
+        return Windows(order, curriculum, stages, order.delivered(curriculum))
+    if packing != "best_fit":
+        raise ConfigError("data.packing", packing, f"one of {', '.join(get_args(Packing))}")
+    packed: list[BestFitWindows] = []
     start = (0, 0)
     for stage in curriculum.plan:
-        if packing == "concatenate":
-            stages.append(ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking))
-        elif packing == "best_fit":
-            windows = BestFitWindows(order, stage, start, seed=seed, document_masking=document_masking)
-            start = tuple(windows.facts["next"])
-            stages.append(windows)
-        else:
-            raise ConfigError("data.packing", packing, f"one of {', '.join(get_args(Packing))}")
-    return Windows(order, curriculum, stages)
+        packed.append(BestFitWindows(order, stage, start, seed=seed, document_masking=document_masking))
+        start = tuple(packed[-1].facts["next"])
+    return Windows(order, curriculum, packed, np.array([windows.facts["delivered"] for windows in packed], np.int64))
+
+
+REASONS = {
+    "concatenate": "as its documents are too long to meet it; set drop_longer, lengthen the stage",
+    "best_fit": "as best_fit leaves what does not fit to the next stage; set drop_longer or packing=concatenate, lengthen it",
+}
+
+
+def check_delivery(windows: Windows, packing: Packing) -> None:
+    """Make sure that each stage gets the shares that the mix asks, of the tokens that it reads: padding is of no source.
+
+    Raises:
+        ConfigError: a share is off by more than `share_tolerance`.
+    """
+    strata, tolerance = windows.order.strata, windows.order.share_tolerance
+    asked = np.array([stratum.share for stratum in strata])
+    for stage, tokens in zip(windows.curriculum.plan, windows.delivered, strict=True):
+        shares = tokens / tokens.sum()
+        worst = int(np.argmax(np.abs(shares - asked)))
+        if abs(shares[worst] - asked[worst]) > tolerance:
+            mend = (
+                f"stage {stage.number} would get {shares[worst]:.3%} of its tokens from {strata[worst].name}, not the "
+                f"{asked[worst]:.3%} asked, {REASONS[packing]}, or accept it with a larger tolerance"
+            )
+            raise ConfigError("data.mix.share_tolerance", tolerance, mend)

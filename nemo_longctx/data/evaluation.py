@@ -50,12 +50,13 @@ class EvaluationWindows:
         document_masking: as in training.
 
     Raises:
-        ConfigError: too little text for one window.
+        ConfigError: an index that lies (`IndexedCorpus.check`), or too little text for one window.
     """
 
     def __init__(self, config: EvaluationConfig, *, document_masking: bool):
         self.config, self.document_masking = config, document_masking
         self.documents = Documents([config.name], [open_corpus(config.path)])
+        self.documents.check()
         self.ends = np.cumsum(np.concatenate([shard.lengths for shard in self.documents.shards]), dtype=np.int64)
         self.windows = (int(self.ends[-1]) - 1) // config.seq_length
         if not self.windows:

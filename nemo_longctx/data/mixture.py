@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, open_corpus
+from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
 
 Balance = Literal["source", "all"]
 OnCap = Literal["error", "renormalize"]
 CHUNK = 1 << 20  # documents looked at together: keeps temporary memory at a few MB whatever the corpus
+ROUNDING = 1e-12  # shares are float64: what differs by less than this part of it is the same
 GATHER = 64  # documents that a window usually touches
 
 
@@ -49,6 +50,7 @@ class SourceConfig:
             raise ConfigError("data.mix.sources.path", self.path, "name a prefix, a directory of shards, or a list of either")
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(self.path))
+        _check_lengths(self, "data.mix.sources", "drop_shorter", "drop_longer")
         if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
             raise ConfigError("data.mix.sources.weight", self.weight, "a share above 0; leave a source out to give it none")
 
@@ -71,7 +73,9 @@ class MixConfig:
         long_share: the share of tokens that long documents get; None leaves them their natural share.
         balance: whether each source gives `long_share` of its own tokens to long documents, so that sources keep their shares
             (`source`, Fu et al. 2024), or long documents get it over all, wherever they come from (`all`).
-        max_repeats: how often a document may come in the run; None: as often as the shares ask.
+        max_repeats: how often the documents of a stratum may come in the run on average, by tokens; None: as often as the
+            shares ask. One document comes at most this many times, rounded up: at 2 none comes a third time, at 1.5 about half
+            of a stratum's tokens come twice.
         on_cap: when a share asks for more: stop (`error`), or give what is over to the others (`renormalize`).
         share_tolerance: largest difference between a share asked and delivered over a stage; more is an error before training.
     """
@@ -103,6 +107,7 @@ class MixConfig:
             raise ConfigError("data.mix.sources.name", twice[0], "two sources have this name; give each its own `name`")
         if (self.long_length is None) != (self.long_share is None):
             raise ConfigError("data.mix.long_share", self.long_share, "long_length and long_share go together; set both")
+        _check_lengths(self, "data.mix", "drop_shorter", "drop_longer", "long_length")
         if self.long_share is not None and not 0 < self.long_share < 1:
             raise ConfigError(
                 "data.mix.long_share", self.long_share, "a share in (0, 1); to keep only long text set drop_shorter"
@@ -110,8 +115,10 @@ class MixConfig:
         for name, allowed in (("balance", get_args(Balance)), ("on_cap", get_args(OnCap))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"data.mix.{name}", getattr(self, name), f"one of {', '.join(allowed)}")
-        if self.max_repeats is not None and self.max_repeats <= 0:
-            raise ConfigError("data.mix.max_repeats", self.max_repeats, "above 0; null lifts the cap")
+        if self.max_repeats is not None and not (self.max_repeats > 0 and math.isfinite(self.max_repeats)):
+            raise ConfigError("data.mix.max_repeats", self.max_repeats, "a number above 0; null lifts the cap")
+        if self.max_repeats is None and self.on_cap != "error":
+            raise ConfigError("data.mix.on_cap", self.on_cap, "it has no effect without max_repeats; set that, or leave it out")
         if not 0 < self.share_tolerance < 1:
             raise ConfigError("data.mix.share_tolerance", self.share_tolerance, "a share in (0, 1), such as 0.001")
 
@@ -120,6 +127,13 @@ class MixConfig:
         shortest = source.drop_shorter if source.drop_shorter is not None else self.drop_shorter
         longest = source.drop_longer if source.drop_longer is not None else self.drop_longer
         return shortest or 1, math.inf if longest is None else longest
+
+
+def _check_lengths(config: SourceConfig | MixConfig, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}.{name}", value, "a length in tokens, at least 1; null lifts the rule")
 
 
 class Documents:
@@ -149,6 +163,11 @@ class Documents:
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])
+
+    def check(self) -> None:
+        """`IndexedCorpus.check` on every shard."""
+        for shard in self.shards:
+            IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves the process's memory
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens (int32, or int64 where a corpus has them so) of some documents."""
@@ -190,9 +209,9 @@ class Documents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names and contents at a cost that does not grow with them (`IndexedCorpus.fingerprint`)."""
+        """A hash of names and contents: all indices, and all tokens up to 1 GiB, else samples (`IndexedCorpus.fingerprint`)."""
         names = [self.names[source] for source in self.source_of_shard.tolist()]
-        parts = [[name, shard.fingerprint()] for name, shard in zip(names, self.shards, strict=True)]
+        parts = list(zip(names, fingerprints(self.shards), strict=True))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _shards_of(self, documents: np.ndarray) -> np.ndarray:
@@ -220,8 +239,12 @@ class Stratum:
     share: float
 
     def repeats(self, total_tokens: int) -> float:
-        """How often each document comes in a run of `total_tokens`, on average."""
+        """How often its documents come in a run of `total_tokens`, on average by tokens; see `most_repeats`."""
         return self.share * total_tokens / self.tokens
+
+    def most_repeats(self, total_tokens: int) -> int:
+        """How often one of its documents comes at most."""
+        return math.ceil(self.repeats(total_tokens) * (1 - ROUNDING))
 
     def members(self, documents: Documents) -> np.ndarray:
         """The numbers (uint32, ascending) of its documents."""
@@ -248,8 +271,7 @@ def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int) -> tuple[S
     Raises:
         ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
     """
-    for shard in documents.shards:
-        IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves this process's memory again
+    documents.check()
     strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
     source_tokens = np.zeros(len(mix.sources))
     for stratum in strata:
@@ -317,7 +339,7 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
 def _cap(mix: MixConfig, max_repeats: float, strata: Sequence[Stratum], shares: np.ndarray, total_tokens: int) -> np.ndarray:
     """Shares within `max_repeats`: what is over goes to the strata below their cap, in proportion to their shares."""
     caps = np.array([max_repeats * stratum.tokens / total_tokens for stratum in strata])
-    over = shares > caps * (1 + 1e-9)
+    over = shares > caps * (1 + ROUNDING)
     if not over.any():
         return shares
     if mix.on_cap == "error":

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import tempfile
@@ -28,10 +29,11 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.mixture import CHUNK, Documents, MixConfig, Stratum, mix_dict, plan_mix
+from nemo_longctx.data.mixture import CHUNK, ROUNDING, Documents, MixConfig, Stratum, mix_dict, plan_mix
 
 GROUP = 64  # visits between two running ends
 MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
+HYPERGEOMETRIC_BELOW = 10**9  # NumPy draws from no more
 CANDIDATES = 4096  # documents that a stage may end on, to meet a share to the token rather than to the document
 
 
@@ -62,11 +64,25 @@ def build_order(
         until = np.array([draw.stage_visits[stage] for draw in draws])
         rng = np.random.default_rng([seed, 1, stage])
         while (left := until - done).any():
-            counts = left if left.sum() <= CHUNK else rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
+            counts = left if left.sum() <= CHUNK else _counts_of_next(left, rng)
             _interleave(draws, done, counts, rng, writer, cuts)
             done += counts
+    while writer.tokens <= curriculum.total_tokens:  # all strata are at an epoch's end: what follows gives the last label alone
+        writer.append(draws[0].visits[:1])
     facts = {"stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
     return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
+
+
+def _counts_of_next(left: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How many of the next CHUNK visits each stratum gives, int64 [strata], where all that are `left` come in random order."""
+    if len(left) == 1:
+        return np.array([CHUNK])
+    total = int(left.sum())
+    if total < HYPERGEOMETRIC_BELOW:
+        return rng.multivariate_hypergeometric(left, CHUNK, method="marginals")
+    # The same distribution: CHUNK different places of all that are left, and whose they are.
+    places = rng.choice(total, CHUNK, replace=False, shuffle=False)
+    return np.bincount(np.searchsorted(np.cumsum(left), places, side="right"), minlength=len(left))
 
 
 @dataclasses.dataclass
@@ -81,9 +97,8 @@ class _Draw:
 
 def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curriculum, seed: int) -> _Draw:
     """Go through a stratum until it has given its share of every stage's end."""
-    # One token more than the run: the last window's last label.
-    ends = [stage.end_token for stage in curriculum.plan[:-1]] + [curriculum.total_tokens + 1]
-    targets = [round(stratum.share * end) for end in ends[:-1]] + [int(np.ceil(stratum.share * ends[-1]))]
+    targets = [round(stratum.share * stage.end_token) for stage in curriculum.plan[:-1]]
+    targets.append(_last_target(stratum, curriculum.total_tokens))
     members = stratum.members(documents)
     epochs: list[np.ndarray] = []
     stage_visits: list[int] = []
@@ -102,6 +117,17 @@ def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curri
         before += stratum.tokens
     starts = [epoch * len(members) for epoch in range(1, len(epochs)) if len(epochs[epoch])]
     return _Draw(epochs[0] if len(epochs) == 1 else np.concatenate(epochs), stage_visits, stage_tokens, starts)
+
+
+def _last_target(stratum: Stratum, total_tokens: int) -> int:
+    """Tokens that a stratum gives at least: its share of one token more than the run, the last window's last label.
+
+    Where the run alone brings it just to an epoch's end, as it does at a cap of its repeats, it begins no other for that label.
+    """
+    of_run = math.ceil(stratum.share * total_tokens * (1 - ROUNDING))
+    if of_run % stratum.tokens == 0:
+        return of_run
+    return math.ceil(stratum.share * (total_tokens + 1))
 
 
 def _draw_all(documents: Documents, stratum: Stratum, curriculum: Curriculum, seed: int) -> _Draw:
@@ -185,7 +211,7 @@ class _Writer:
     """Writes visits as they come, and keeps the running ends and the digest for the end of the file."""
 
     def __init__(self, file: BinaryIO, documents: Documents):
-        self.file, self.documents, self.visits = file, documents, 0
+        self.file, self.documents, self.visits, self.tokens = file, documents, 0, 0
         self._sums: list[np.ndarray] = []
         self._rest = np.empty(0, np.int64)  # lengths of visits that do not fill a group yet
         self._digest = hashlib.blake2b(digest_size=16)
@@ -197,6 +223,7 @@ class _Writer:
             self.file.write(piece.data)
             self._digest.update(piece.data)
             lengths = self.documents.lengths(piece)
+            self.tokens += int(lengths.sum(dtype=np.int64))
             if len(self._rest):
                 lengths = np.concatenate([self._rest, lengths])
             whole = len(lengths) - len(lengths) % GROUP
@@ -219,8 +246,12 @@ class _Writer:
 class Order:
     """A written order, memory-mapped: opening reads its end, whatever its size.
 
-    Attributes:
+    Args:
+        path: the file.
         documents: the sources.
+        share_tolerance: of the mix, for `check_delivery`; 1: anything goes.
+
+    Attributes:
         visits: uint32 [V], document numbers.
         ends: int64 [ceil(V / 64)], tokens up to and with each 64th visit.
         facts: what `build_order` returned.
@@ -229,8 +260,8 @@ class Order:
         ConfigError: the file is damaged or of another layout.
     """
 
-    def __init__(self, path: str | os.PathLike[str], documents: Documents):
-        self.path, self.documents = os.fspath(path), documents
+    def __init__(self, path: str | os.PathLike[str], documents: Documents, *, share_tolerance: float = 1.0):
+        self.path, self.documents, self.share_tolerance = os.fspath(path), documents, share_tolerance
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         head, size = len(MAGIC), len(self._map)
@@ -285,7 +316,10 @@ class Order:
         return tuple(Stratum(**values) for values in self.facts["strata"])
 
     def delivered(self, curriculum: Curriculum) -> np.ndarray:
-        """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends."""
+        """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends.
+
+        For windows cut from the stream as it comes. `Windows.delivered` is for either packing.
+        """
         until = np.array(self.facts["stage_tokens"], np.int64).T
         for row, stage in enumerate(curriculum.plan):
             planned = int(until[row].sum())  # the visits meant for the stages so far end here, near the stage's end
@@ -295,23 +329,40 @@ class Order:
 
     def tokens_by_stratum(self, start: int, stop: int) -> np.ndarray:
         """How many of the stream's tokens [start, stop) each stratum gives, int64 [strata]. Looks at every visit in there."""
-        totals = np.zeros(len(self.strata), np.int64)
         if start == stop:
-            return totals
+            return np.zeros(len(self.strata), np.int64)
         visits, lengths, ends = self.span(start, stop)
-        inside = np.minimum(ends, stop) - np.maximum(ends - lengths, start)
+        return self.count_by_stratum(visits, np.minimum(ends, stop) - np.maximum(ends - lengths, start))
+
+    def count_by_stratum(self, visits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Sums over the strata, int64 [strata], of `tokens` (int [n]), one count for each document of `visits` (uint32 [n])."""
+        if len(self.strata) == 1:
+            return tokens.sum(dtype=np.int64, keepdims=True)
+        first, split = self._strata_of_sources
         source = self.documents.sources_of(visits)
+        number = first[source] + (self.documents.lengths(visits) >= split[source])
+        return np.bincount(number, weights=tokens, minlength=len(self.strata)).astype(np.int64)  # exact up to 2**53
+
+    @cached_property
+    def _strata_of_sources(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each source, its first stratum, and the length from which on its documents are of its second one."""
+        first = np.zeros(len(self.documents.names), np.int64)
+        split = np.full(len(first), np.inf)
+        seen: set[int] = set()
         for number, stratum in enumerate(self.strata):
-            of_it = (source == stratum.source) & (lengths >= stratum.shortest) & (lengths <= stratum.longest)
-            totals[number] = inside[of_it].sum()
-        return totals
+            if stratum.source in seen:
+                split[stratum.source] = stratum.shortest
+            else:
+                first[stratum.source] = number
+            seen.add(stratum.source)
+        return first, split
 
 
 def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, seed: int, cache_dir: str) -> Order:
     """The order of a run, built where `cache_dir` lacks it. Many processes may call this together: one builds.
 
     Raises:
-        ConfigError: the data does not give what the mix asks; see `plan_mix` and `check_delivery`.
+        ConfigError: the data does not give what the mix asks; see `plan_mix`.
     """
     key = order_key(mix, documents, curriculum, seed)
     path = Path(cache_dir) / f"{key}.order"
@@ -322,28 +373,7 @@ def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, 
                 strata = plan_mix(mix, documents, curriculum.total_tokens)
                 with _written_atomically(path) as file:
                     build_order(documents, strata, curriculum, seed=seed, file=file)
-    order = Order(path, documents)
-    check_delivery(mix, order, curriculum)
-    return order
-
-
-def check_delivery(mix: MixConfig, order: Order, curriculum: Curriculum) -> None:
-    """Make sure that each stage gets the shares that the mix asks.
-
-    Raises:
-        ConfigError: a share is off by more than `share_tolerance`, which happens where documents are long beside their share.
-    """
-    asked = np.array([stratum.share for stratum in order.strata])
-    for stage, tokens in zip(curriculum.plan, order.delivered(curriculum), strict=True):
-        shares = tokens / (stage.end_token - stage.first_token)
-        worst = int(np.argmax(np.abs(shares - asked)))
-        if abs(shares[worst] - asked[worst]) > mix.share_tolerance:
-            mend = (
-                f"stage {stage.number} would get {shares[worst]:.3%} of its tokens from {order.strata[worst].name}, not the "
-                f"{asked[worst]:.3%} asked, as its documents are too long to meet it; set drop_longer, lengthen the stage, or "
-                "accept it with a larger tolerance"
-            )
-            raise ConfigError("data.mix.share_tolerance", mix.share_tolerance, mend)
+    return Order(path, documents, share_tolerance=mix.share_tolerance)
 
 
 def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:

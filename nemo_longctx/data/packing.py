@@ -67,16 +67,20 @@ class _FreeSpace:
         return taken
 
 
-def plan_bins(counts: np.ndarray, seq_length: int) -> BinPlan:
+def plan_bins(counts: np.ndarray, seq_length: int, begun: int = 0) -> BinPlan:
     """Best-fit-decreasing over a histogram.
 
     Args:
         counts: how many rests there are of each length, [S] (index = length; those of length 0 are ignored).
         seq_length: S, tokens of a bin.
+        begun: tokens that lie in bin 0 already; 0: no bin is there yet.
     """
     free = _FreeSpace(seq_length)
     placements: list[tuple[int, int, int, int]] = []
     n_bins = 0
+    if begun:
+        free.add(seq_length - begun, 0, 1)
+        n_bins = 1
     lengths = np.flatnonzero(counts[1:])[::-1] + 1
     for length, left in zip(lengths.tolist(), counts[lengths].tolist(), strict=True):
         while left:
@@ -131,10 +135,10 @@ def _by_falling_length(rests: np.ndarray) -> np.ndarray:
     return order if not high.any() else order[np.argsort(high[order].astype(np.uint16), kind="stable")]
 
 
-def count_windows(lengths: np.ndarray, seq_length: int) -> int:
-    """Windows that best-fit packing makes of documents of these lengths."""
+def count_windows(lengths: np.ndarray, seq_length: int, begun: int = 0) -> int:
+    """Windows that best-fit packing makes of documents of these lengths, the one of `begun` tokens included (`plan_bins`)."""
     rests = np.bincount(lengths % seq_length, minlength=seq_length)
-    return int((lengths // seq_length).sum()) + plan_bins(rests, seq_length).n_bins
+    return int((lengths // seq_length).sum()) + plan_bins(rests, seq_length, begun).n_bins
 
 
 def window_bound(lengths: np.ndarray, seq_length: int) -> int:

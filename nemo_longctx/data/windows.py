@@ -196,16 +196,17 @@ class StageWindows(Protocol):
 
 
 class Windows:
-    """The run's samples, numbered through across stages: what a dataset of any host wraps. `best_fit.open_windows` makes one.
+    """The run's samples, numbered through across stages: what a dataset of any host wraps. `best_fit.open_windows` makes it.
 
     Args:
         order: the document visits of the run.
         curriculum: the stages.
         stages: the windows of each.
+        delivered: tokens of each stratum that each stage reads, int64 [stages, strata]; padding is of none.
     """
 
-    def __init__(self, order: Order, curriculum: Curriculum, stages: Sequence[StageWindows]):
-        self.order, self.curriculum, self.stages = order, curriculum, tuple(stages)
+    def __init__(self, order: Order, curriculum: Curriculum, stages: Sequence[StageWindows], delivered: np.ndarray):
+        self.order, self.curriculum, self.stages, self.delivered = order, curriculum, tuple(stages), delivered
 
     def __len__(self) -> int:
         return self.curriculum.total_samples

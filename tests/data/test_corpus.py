@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, open_corpus
+from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
 from nemo_longctx.data.writer import CorpusWriter
 
 
@@ -84,6 +84,44 @@ def test_the_fingerprint_sees_a_changed_token_and_a_changed_length(tmp_path):
     seen = {name: IndexedCorpus(write(tmp_path / name, documents)).fingerprint() for name, documents in names.items()}
     assert seen["a"] == seen["same"]
     assert len({seen["a"], seen["token"], seen["length"]}) == 3
+
+
+def random_corpus(prefix, lengths):
+    rng = np.random.default_rng(0)
+    return write(prefix, [rng.integers(0, 60000, length) for length in lengths])
+
+
+def test_the_fingerprint_sees_every_token_of_a_corpus_of_ordinary_size(tmp_path):
+    prefix = random_corpus(tmp_path / "c", [1000] * 4000)
+    before, tokens = IndexedCorpus(prefix).fingerprint(), prefix.with_suffix(".bin")
+    raw = tokens.read_bytes()
+    for place in np.random.default_rng(1).integers(0, len(raw), 20).tolist():
+        edit(tokens, field(place, "<B", raw[place] ^ 1))
+        assert IndexedCorpus(prefix).fingerprint() != before
+        tokens.write_bytes(raw)
+    assert IndexedCorpus(prefix).fingerprint() == before  # the same contents, written at another time
+
+
+def test_the_fingerprint_sees_tokens_that_move_between_neighbours(tmp_path):
+    lengths = np.random.default_rng(1).integers(50, 150, 20000)
+    before = IndexedCorpus(random_corpus(tmp_path / "a", lengths)).fingerprint()
+    lengths[150:152] += [20, -20]
+    assert IndexedCorpus(random_corpus(tmp_path / "b", lengths)).fingerprint() != before
+
+
+def test_the_fingerprint_of_a_large_corpus_takes_its_index_and_samples(tmp_path):
+    prefix, whole_below = random_corpus(tmp_path / "c", [1000] * 2000), 1 << 20
+    before = IndexedCorpus(prefix).fingerprint(whole_below)
+    assert before != IndexedCorpus(prefix).fingerprint()
+    raw = prefix.with_suffix(".bin").read_bytes()
+    for begin in (0, len(raw) // 2, len(raw) - 2_000_000):  # wherever a large part of it is written over
+        changed = raw[:begin] + bytes(2_000_000) + raw[begin + 2_000_000 :]
+        prefix.with_suffix(".bin").write_bytes(changed)
+        assert IndexedCorpus(prefix).fingerprint(whole_below) != before
+    shards = [IndexedCorpus(random_corpus(tmp_path / name, [1000] * 300)) for name in "xy"]
+    whole, sampled = fingerprints(shards, 1_200_000), fingerprints(shards, 1_199_999)
+    assert whole == [shard.fingerprint() for shard in shards]
+    assert not set(whole) & set(sampled)
 
 
 def test_a_suffix_or_a_bare_prefix_mean_the_same(prefix):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import HEADER
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 
 
@@ -37,3 +38,12 @@ def test_what_cannot_be_evaluated_is_said(telling_corpora):
         EvaluationConfig(name="a/b", path=path, seq_length=7)
     with pytest.raises(ConfigError, match=r"data\.validation\.samples=0"):
         EvaluationConfig(name="a", path=path, seq_length=7, samples=0)
+
+
+def test_an_index_that_lies_is_refused(telling_corpora):
+    (path,) = telling_corpora([[40, 50, 60]])
+    with open(f"{path}.idx", "r+b") as file:  # document 1 takes 3 tokens of document 0
+        file.seek(HEADER.size)
+        file.write(np.array([37, 53, 60], np.int32).tobytes())
+    with pytest.raises(ConfigError, match="the pointer of sequence 1 is not the sum"):
+        EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=7), document_masking=False)

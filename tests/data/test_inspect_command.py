@@ -93,6 +93,26 @@ def test_a_mix_that_cannot_be_met_is_shown_and_fails(tmp_path, capsys):
     assert "share_tolerance" in captured.err
 
 
+def test_a_plan_counts_what_its_packing_reads(prefixes, capsys):
+    mix = "{sources: [{weight: 0.5}, {weight: 0.5}], share_tolerance: 0.02}"
+    arguments = [*prefixes, "--mix", mix, "--seq-length", "1024", "--no-figure"]
+    plans = [inspect(capsys, *arguments, *more)["plan"] for more in ([], ["--packing", "best_fit"])]
+    assert [plan["packing"] for plan in plans] == ["concatenate", "best_fit"]
+    assert plans[0]["padding"] == 0
+    assert plans[1]["padding"] > 0
+    for plan in plans:
+        assert sum(sum(stage["delivered"]) for stage in plan["stages"]) == plan["total_tokens"] - plan["padding"]
+        assert sum(row["delivered_share"] for row in plan["strata"]) == pytest.approx(1)
+    assert plans[0]["stages"] != plans[1]["stages"]
+
+
+def test_a_plan_of_whole_windows_tells_how_many_tokens_were_given(prefixes, capsys):
+    plan = inspect(capsys, *prefixes, "--total-tokens", "6500", "--seq-length", "4096", "--no-figure")["plan"]
+    assert (plan["total_tokens"], plan["total_tokens_given"]) == (4096, 6500)
+    assert main(["inspect", *prefixes, "--total-tokens", "6500", "--seq-length", "4096", "--no-figure"]) == 0
+    assert "plan: 4,096 tokens (whole windows of the 6,500 given)" in capsys.readouterr().out
+
+
 def test_shards_are_one_source(tmp_path, capsys):
     (tmp_path / "many").mkdir()
     for number in range(3):
@@ -143,7 +163,17 @@ def test_no_token_is_read_and_no_torch_imported(tmp_path):
         (["books", "--mix", "{a: ["], "not YAML"),
         (["books", "--mix", "{sources: [{path: web}, {path: b}]}"], "the mix has 2 sources"),
         (["books", "--mix", "{drop_shorter: 1000000}"], "no document of 1000000"),
+        (["books", "web", "--mix", "{sources: [books, web]}"], "data.mix.sources[0]='books': takes keys of its own"),
+        (["books", "--mix", "{sources: {weight: 1.0}}"], "data.mix.sources={'weight': 1.0}: must be a list"),
+        (["books", "--mix", "{sources: 5}"], "data.mix.sources=5: must be a list"),
+        (["books", "--mix", ""], "neither a file nor a YAML mapping"),
         (["books", "--seq-length", "0"], "at least one token"),
+        (["books", "--total-tokens", "0"], "total_tokens=0: a run has at least one window"),
+        (["books", "--total-tokens", "100", "--seq-length", "4096"], "100 tokens hold none of 4,096"),
+        (["books", "--seq-length", "100M"], "seq_length=100000000: a run has at least one window"),
+        (["books", "--seq-length", "64", "--seed", "-1"], "seed=-1: a whole number of at least 0"),
+        (["books", "--seed", "5"], "seed=5: it has no effect without a plan"),
+        (["books", "--packing", "best_fit"], "packing='best_fit': it has no effect without a plan"),
         (
             ["books", "--curriculum", "{stages: [{until: 0.5, seq_length: 4}], tokens_per_step: 4, total_tokens: 8}"],
             "end at 1.0",

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.best_fit import open_windows
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
-from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict, plan_mix
+from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig, mix_dict, plan_mix
 from nemo_longctx.data.order import open_order, order_key
 
 RNG = np.random.default_rng(0)
@@ -101,6 +102,12 @@ def test_a_cap_is_an_error_or_gives_to_the_others(prefixes):
         ({"balance": "sources"}, "one of source, all"),
         ({"on_cap": "stop"}, "one of error, renormalize"),
         ({"max_repeats": 0}, "above 0"),
+        ({"max_repeats": float("nan")}, "max_repeats=nan: a number above 0"),
+        ({"max_repeats": float("inf")}, "null lifts the cap"),
+        ({"on_cap": "renormalize"}, "no effect without max_repeats"),
+        ({"drop_shorter": -5}, r"data\.mix\.drop_shorter=-5: a length in tokens"),
+        ({"drop_longer": 0}, r"data\.mix\.drop_longer=0"),
+        ({"long_length": 0, "long_share": 0.5}, r"data\.mix\.long_length=0"),
         ({"drop_shortr": 3}, "did you mean 'drop_shorter'"),
         ({"share_tolerance": 0}, "share_tolerance"),
     ],
@@ -124,6 +131,11 @@ def test_a_mix_that_contradicts_itself(prefixes, rules, message):
 def test_rules_that_leave_nothing(prefixes, rules, message):
     with pytest.raises(ConfigError, match=message):
         strata_of(mix_of(prefixes, **rules))
+
+
+def test_a_source_has_lengths_of_at_least_one_token():
+    with pytest.raises(ConfigError, match=r"data\.mix\.sources\.drop_longer=-1"):
+        SourceConfig(path="a", drop_longer=-1)
 
 
 def test_two_sources_of_one_name(prefixes):
@@ -150,8 +162,9 @@ def test_shares_are_delivered_in_every_stage(prefixes, tmp_path):
 def test_documents_too_long_for_their_share_are_an_error_before_training(telling_corpora, tmp_path):
     mix = mix_of(telling_corpora([[900], [10] * 50]), (0.5, 0.5))
     curriculum = Curriculum.constant(seq_length=16, global_batch_size=2, total_steps=5)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="too long to meet it"):
-        open_order(mix, Documents.open(mix), curriculum, seed=3, cache_dir=str(tmp_path))
+        open_windows(order, curriculum, seed=3, document_masking=False)
 
 
 def test_the_key_of_an_order_follows_contents_not_places(prefixes, telling_corpora):

@@ -2,6 +2,7 @@
 
 import bisect
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.best_fit import open_windows
+from nemo_longctx.data.best_fit import open_windows, pack_stage
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.order import open_order
@@ -54,9 +55,11 @@ def runs(draw):
     return lengths, Curriculum(stages=stages, tokens_per_step=128, total_tokens=128 * ends[-1])
 
 
-def open_packed(prefixes, curriculum, cache_dir, *, document_masking=True, seed=1):
+def open_packed(prefixes, curriculum, cache_dir, *, document_masking=True, seed=1, weights=None):
     # Document 0 is left out for its length, so that 0 is the value of padding alone.
-    mix = MixConfig(sources=[SourceConfig(path=path) for path in prefixes], drop_longer=199, share_tolerance=0.999)
+    weighed = zip(prefixes, weights or [None] * len(prefixes), strict=True)
+    sources = [SourceConfig(path=path, weight=weight) for path, weight in weighed]
+    mix = MixConfig(sources=sources, drop_longer=199, share_tolerance=0.999)
     order = open_order(mix, Documents.open(mix), curriculum, seed=seed, cache_dir=str(cache_dir))
     return open_windows(order, curriculum, packing="best_fit", seed=seed, document_masking=document_masking)
 
@@ -122,3 +125,78 @@ def test_an_unknown_packing(telling_corpora, tmp_path):
     order = open_packed(telling_corpora([[200] + [10] * 9]), curriculum, tmp_path).order
     with pytest.raises(ConfigError, match=r"data\.packing='first_fit'"):
         open_windows(order, curriculum, packing="first_fit", seed=1, document_masking=False)
+
+
+@st.composite
+def many_sources(draw):
+    """Sources of which the small ones begin again and again."""
+    sizes = draw(st.lists(st.sampled_from([1, 3, 10, 60]), min_size=1, max_size=3))
+    sources = [draw(st.lists(st.integers(1, 150), min_size=size, max_size=size)) for size in sizes]
+    _, curriculum = draw(runs())
+    return sources, curriculum
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(run=many_sources(), seed=st.integers(0, 99))
+def test_no_source_begins_again_before_all_its_documents_have_come(telling_corpora, tmp_path_factory, run, seed):
+    sources, curriculum = run
+    prefixes = telling_corpora([[200, *sources[0]], *sources[1:]])
+    weights = [1 / len(sources)] * len(sources)
+    windows = open_packed(prefixes, curriculum, tmp_path_factory.mktemp("cache"), seed=seed, weights=weights)
+    source_of = np.repeat(np.arange(len(sources)), [len(lengths) for lengths in sources])
+    missing, epoch = [sum(lengths) for lengths in sources], [0] * len(sources)
+    times, delivered = Counter(), np.zeros((len(curriculum.plan), len(sources)), int)
+    for number in range(len(windows)):
+        stage = curriculum.stage_of_sample(number).number
+        for token in windows[number]["tokens"].tolist():
+            if token == 0:
+                continue
+            source = int(source_of[token // PER_DOCUMENT - 1])
+            assert times[token] == epoch[source], "it came again while others had not come"
+            times[token] += 1
+            delivered[stage, source] += 1
+            missing[source] -= 1
+            if missing[source] == 0:
+                epoch[source], missing[source] = epoch[source] + 1, sum(sources[source])
+    assert windows.delivered.tolist() == delivered.tolist()
+
+
+def test_a_small_source_that_begins_again_in_almost_every_window_costs_little_padding(telling_corpora, tmp_path):
+    rng = np.random.default_rng(0)
+    prefixes = telling_corpora([[200, *rng.integers(5, 60, 20)], rng.integers(5, 60, 3000).tolist()])
+    curriculum = Curriculum.constant(seq_length=512, global_batch_size=4, total_steps=40)
+    windows = open_packed(prefixes, curriculum, tmp_path, weights=[0.5, 0.5])
+    assert len(windows.order.facts["cuts"]) > 50
+    assert windows.stages[0].facts["padding"] < 0.02 * curriculum.total_tokens  # 0.15 with a new window at each beginning
+
+
+def test_a_document_beyond_32_bits_goes_on_in_the_next_stage_where_it_was_left():
+    total, skip = 5 * 2**30, 2**32 + 2**20
+    order = SimpleNamespace(
+        visits=np.zeros(1, np.uint32),
+        ends=np.array([total]),
+        facts={"cuts": []},
+        strata=(None,),
+        address_of_visit=lambda visit: 0,
+        documents=SimpleNamespace(lengths=lambda visits: np.full(len(visits), total)),
+        count_by_stratum=lambda visits, tokens: tokens.sum(keepdims=True),
+    )
+    curriculum = Curriculum.constant(seq_length=2**17, global_batch_size=1, total_steps=3)
+    arrays, facts = pack_stage(order, curriculum.plan[0], 0, skip)
+    assert arrays["long_starts"].tolist() == [skip]
+    assert facts["next"] == [0, skip + 3 * 2**17]
+
+
+def test_what_best_fit_delivers_is_what_the_tolerance_is_for(telling_corpora, tmp_path):
+    """Concatenated, every stage gets its shares to 0.1 %; packed, a stage leaves long documents to the next one."""
+    rng = np.random.default_rng(0)
+    sources = [[200, *rng.integers(1, 40, 600)], np.minimum(rng.lognormal(3.5, 1.2, 300).astype(int) + 1, 190).tolist()]
+    prefixes = telling_corpora(sources)
+    stages = [StageConfig(until=0.4, seq_length=32), StageConfig(until=1.0, seq_length=128)]
+    curriculum = Curriculum(stages=stages, tokens_per_step=512, total_tokens=512 * 30)
+    mix = MixConfig(sources=[SourceConfig(path=path, weight=0.5) for path in prefixes], drop_longer=199)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=1, cache_dir=str(tmp_path))
+    told = open_windows(order, curriculum, seed=1, document_masking=False).delivered
+    np.testing.assert_allclose(told / told.sum(axis=1, keepdims=True), 0.5, atol=0.001)
+    with pytest.raises(ConfigError, match=r"share_tolerance=0\.001: stage \d would get .* best_fit"):
+        open_windows(order, curriculum, packing="best_fit", seed=1, document_masking=False)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import shlex
+import shutil
 import sys
 from itertools import chain, islice
 from pathlib import Path
@@ -296,6 +297,33 @@ def test_a_checkpoint_holds_the_address_and_refuses_other_data(monkeypatch, corp
     other = {**CURRICULUM, "tokens_per_step": 1024, "total_tokens": 10240}
     with pytest.raises(ConfigError, match=r"curriculum\.tokens_per_step=1024"):
         restored(monkeypatch, corpus, tmp_path, state, curriculum=other, allow_change=True)
+
+
+def test_a_run_that_is_shorter_than_its_checkpoint_is_refused(monkeypatch, corpus, tmp_path):
+    state = state_of(corpus, tmp_path, 6)
+    shorter = {**CURRICULUM, "total_tokens": 4 * 256}
+    with pytest.raises(ConfigError, match=r"curriculum\.total_tokens=1024: the run is shorter than .* 1536 tokens"):
+        restored(monkeypatch, corpus, tmp_path, state, curriculum=shorter, allow_change=True)
+    just_done = {**CURRICULUM, "total_tokens": 6 * 256}
+    data = restored(monkeypatch, corpus, tmp_path, state, curriculum=just_done, allow_change=True)
+    assert data.data_sampler.start_token == 6 * 256
+
+
+def test_a_checkpoint_refuses_a_corpus_of_which_one_token_was_written_over(monkeypatch, corpus, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(corpus + suffix, tmp_path / f"text{suffix}")
+    state = state_of(corpus, tmp_path / "cache", 6)
+    restored(monkeypatch, str(tmp_path / "text"), tmp_path / "cache", state)  # a copy is the same data
+    with open(tmp_path / "text.bin", "r+b") as file:
+        file.seek(1234)
+        file.write(b"\xff")
+    with pytest.raises(ConfigError, match="data changed since the checkpoint at 1536 tokens"):
+        restored(monkeypatch, str(tmp_path / "text"), tmp_path / "cache", state)
+
+
+def test_a_seed_is_not_negative(corpus, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.seed=-1"):
+        module(corpus, tmp_path, seed=-1)
 
 
 def test_limits_count_steps_of_each_set(corpus, tmp_path):

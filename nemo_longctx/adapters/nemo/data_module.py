@@ -28,7 +28,7 @@ from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
-from nemo_longctx.data.order import Order, open_order
+from nemo_longctx.data.order import open_order
 from nemo_longctx.data.windows import Sample, Windows
 
 
@@ -75,6 +75,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         output_log: bool = True,
     ):
         super().__init__()
+        if seed < 0:
+            raise ConfigError("data.seed", seed, "a whole number of at least 0")
         self.mix = build(MixConfig, mix, where="data.mix")
         self.curriculum_values = dict(curriculum)
         self.evaluation = {"validation": _evaluation_sets(validation, "validation"), "test": _evaluation_sets(test, "test")}
@@ -127,7 +129,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self.windows = open_windows(
                 order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
             )
-            self._report(order)
+            self._report(self.windows)
         self._check_restored()
 
     def train_dataloader(self) -> WrappedDataLoader:
@@ -220,6 +222,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if token % self.curriculum.tokens_per_step:
             mend = f"the checkpoint stands at {token} tokens, which is no whole number of such steps; keep the old value"
             raise ConfigError("curriculum.tokens_per_step", self.curriculum.tokens_per_step, mend)
+        if token > self.curriculum.total_tokens:
+            mend = f"the run is shorter than what the checkpoint has behind it, {token} tokens; set at least that"
+            raise ConfigError("curriculum.total_tokens", self.curriculum.total_tokens, mend)
         self.data_sampler.resume_at(token)
 
     def _curriculum(self, *, max_steps: int | None) -> Curriculum:
@@ -266,22 +271,23 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             current.ready = current.completed = self.data_sampler.start_token // self.curriculum.tokens_per_step
             current.started = current.processed = current.completed
 
-    def _report(self, order: Order) -> None:
+    def _report(self, windows: Windows) -> None:
         """What the run will get, by source and stage, before its first step."""
-        for stage, tokens in zip(self.curriculum.plan, order.delivered(self.curriculum), strict=True):
+        strata = windows.order.strata
+        for stage, tokens in zip(self.curriculum.plan, windows.delivered, strict=True):
             shares = ", ".join(
-                f"{stratum.name} {count / (stage.end_token - stage.first_token):.2%} (asked {stratum.share:.2%})"
-                for stratum, count in zip(order.strata, tokens, strict=True)
+                f"{stratum.name} {count / tokens.sum():.2%} (asked {stratum.share:.2%})"
+                for stratum, count in zip(strata, tokens, strict=True)
             )
             rank_zero_info(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
-        for packed in self.windows.stages if self.windows else ():
+        for packed in windows.stages:
             if isinstance(packed, BestFitWindows):
                 share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
                 cut = f"{packed.facts['cut']} documents cut, all longer than a window"
                 rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
-        for stratum in order.strata:
-            repeats = stratum.repeats(self.curriculum.total_tokens)
-            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times each")
+        for stratum in strata:
+            repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
+            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
 
     def _evaluation_loader(self, mode: str) -> WrappedDataLoader | list[Any]:
         configs = self.evaluation[mode]
