@@ -84,6 +84,11 @@ def data(tmp_path_factory):
                 for row, group in zip(rows, ("American_actors", "American_actresses") * 2, strict=True)
             ]
         for split in ("train", "validation"):
+            if not kind:  # shots come from other documents than the sample's
+                rows = [
+                    row | {"id": f"{split}{n}", "input": f"{published(source)['input']} {split} {n}."}
+                    for n, row in enumerate(rows)
+                ]
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return root
 
@@ -218,6 +223,48 @@ def test_qmsum_runs_one_shot_through_the_model(tmp_path):
     assert 0 <= results["longctx_qmsum"]["rouge_geo"] < 0.5
     assert results["longctx_qmsum"]["not_scored"] == 0
     assert len(watched["longctx_qmsum/not_scored"]) == 4
+
+
+def scrolls_file(path, source, documents, questions):
+    """Rows of one local file: several questions about each document, every answer a word of its own."""
+    rows = []
+    for document in range(documents):
+        for number in range(questions):
+            made = published(source)
+            head, _, rest = made["input"].partition("?")
+            text = f"{head} {document}-{number}?{rest} Night {document}."
+            rows.append(made | {"id": f"{document}-{number}", "input": text, "output": f"answer-{document}-{number}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"data": str(path)}
+
+
+@pytest.mark.parametrize("source", ["qasper", "quality", "qmsum"])
+def test_shots_never_show_the_samples_own_document(source, tmp_path):
+    """One local file serves for the shots and for the samples."""
+    metadata = scrolls_file(tmp_path / "local.jsonl", source, documents=3, questions=4)
+    (one,) = load_tasks(HarnessTask(tasks=(f"longctx_{source}",), metadata=metadata))["tasks"].values()
+    shots = one.config.num_fewshot
+    assert len(one.eval_docs) == 12
+    for sample in one.eval_docs:
+        prompt = one.fewshot_context(sample, num_fewshot=shots)
+        assert sample["answers"][0] not in prompt
+        assert prompt.count("answer-") == shots
+        assert prompt.count(f"Night {sample['id'][0]}.") == 1
+
+
+def test_one_document_leaves_nothing_to_show(tmp_path):
+    metadata = scrolls_file(tmp_path / "local.jsonl", "qasper", documents=1, questions=4)
+    with pytest.raises(ConfigError, match="num_fewshot=2: the data has 0 rows of other documents"):
+        run_harness(HarnessTask(tasks=("longctx_qasper",), metadata=metadata), tiny_lm([STORY], 4096))
+
+
+def test_shots_of_another_split_are_of_that_split(data):
+    metadata = {"data": str(data / "scrolls")}
+    (one,) = load_tasks(HarnessTask(tasks=("longctx_qasper",), metadata=metadata))["tasks"].values()
+    prompt = one.fewshot_context(one.eval_docs[0], num_fewshot=2)
+    assert prompt.count("train") == 2
+    assert prompt.count("validation") == 1
+    assert {row["split"] for row in one.eval_docs} == {"validation"}
 
 
 ONE_BY_ONE = sorted(p.stem for p in Path(TASK_FOLDER).glob("*.yaml") if "group:" not in p.read_text(encoding="utf-8"))

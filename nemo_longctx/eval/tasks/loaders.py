@@ -211,7 +211,8 @@ def load(
     splits: str = "validation",
     **_: Any,
 ) -> Any:
-    """A task's data as lm-eval takes it (`custom_dataset`; the arguments are the task's `metadata`).
+    """A task's data as lm-eval takes it (`custom_dataset`; the arguments are the task's `metadata`): a data set for each split,
+    and `all` of them together, told apart by the column `split`.
 
     Args:
         source: a name of `SOURCES`.
@@ -234,9 +235,10 @@ def load(
         lines = _local_lines(source, data, split) if data else _hub_lines(source, split)
         rows = convert(source, lines)
         for made in rows:
+            made["split"] = split
             made["longctx"] = {"policy": policy, "max_prompt": max_prompt, "protect": made.pop("protect")}
         loaded[split] = datasets.Dataset.from_list(rows)
-    return datasets.DatasetDict(loaded)
+    return datasets.DatasetDict(loaded | {"all": datasets.concatenate_datasets(list(loaded.values()))})
 
 
 def convert(source: str, lines: list[Mapping[str, Any]]) -> list[Row]:
