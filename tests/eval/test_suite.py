@@ -125,6 +125,14 @@ def test_time_left_is_told_from_the_speed_seen_so_far(corpus, llama):
         ({"kind": "position", "corpus": "x", "seq_length": 4, "document": 3}, "did you mean 'documents'"),
         ({"kind": "probes", "text": "x", "probes": {"depth": [0]}}, "did you mean 'depths'"),
         ({"kind": "lm_eval", "tasks": []}, "list of lm-eval task names"),
+        ({"kind": "lm_eval", "tasks": ["a", None]}, "each is the name"),
+        ({"kind": "lm_eval", "tasks": ["a"], "limit": -1}, "eval.limit=-1"),
+        ({"kind": "lm_eval", "tasks": ["a"], "num_fewshot": -1}, "eval.num_fewshot=-1"),
+        ({"kind": "lm_eval", "tasks": ["a"], "metadata": 3}, "eval.metadata=3"),
+        ({"kind": "probes", "text": "x", "probes": 5}, r"eval\.tasks\[0\]\.probes=5: takes keys of its own"),
+        ({"kind": ["position"]}, "unknown kind"),
+        ("position", r"eval\.tasks\[0\]='position': give a block"),
+        (None, r"eval\.tasks\[0\]=None: give a block"),
     ],
 )
 def test_blocks_are_checked(block, message):
