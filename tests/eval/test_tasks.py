@@ -132,6 +132,21 @@ def test_wrong_data_is_named(data, tmp_path):
         loaders.scrolls_rows([SCROLLS], choices=True)
 
 
+@pytest.mark.parametrize(
+    ("source", "text", "said"),
+    [
+        ("qasper", "\n \n", r"local\.jsonl': holds no row of qasper"),
+        ("qasper", "[1]\n", r"local\.jsonl:1': is no JSON object"),
+        ("qasper", json.dumps(SCROLLS) + "\n{bad\n", r"local\.jsonl:2': is not JSON"),
+        ("zero_qasper", json.dumps(ZERO | {"output": None}) + "\n", "holds no row of zero_qasper with an answer"),
+    ],
+)
+def test_bad_local_rows_are_named_by_file_and_line(source, text, said, tmp_path):
+    (tmp_path / "local.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        loaders.load(source, data=str(tmp_path / "local.jsonl"))
+
+
 def test_unscored_replies_are_counted_and_left_out():
     doc = {"answers": ["under the mat"]}
     scored = functions.process_f1(doc, ["under the mat"])
