@@ -34,10 +34,12 @@ class OtherDocuments(ContextSampler):
         rows = self.fewshot_docs()
         pool = rows if eval_doc is None else [row for row in rows if not _same_document(row, eval_doc)]
         if len(pool) < n:
-            mend = f"the data has {len(pool)} rows of other documents than the sample's to show; add documents or ask fewer shots"
+            mend = (
+                f"the data has {len(pool)} rows of other documents than the sample's to show; add documents or ask fewer shots"
+            )
             raise ConfigError("num_fewshot", n, mend)
         return self.rnd.sample(pool, n)
 
 
 def _same_document(row: Mapping[str, Any], sample: Mapping[str, Any]) -> bool:
-    return row["id"] == sample["id"] or bool(row["context"]) and row["context"] == sample["context"]
+    return row["id"] == sample["id"] or (bool(row["context"]) and row["context"] == sample["context"])

@@ -190,7 +190,9 @@ def _harness_blocks(args: argparse.Namespace) -> list[dict]:
     others = [name for name in names if name not in ours]
     prompts = _numbers("--max-prompt", args.max_prompt)
     if prompts and others:
-        raise ConfigError("--max-prompt", args.max_prompt, f"has no effect on {', '.join(others)}; ask for them in another call")
+        raise ConfigError(
+            "--max-prompt", args.max_prompt, f"has no effect on {', '.join(others)}; ask for them in another call"
+        )
     if args.data and not ours:
         raise ConfigError("--data", args.data, f"has no effect on {', '.join(others)}; it is for our tasks")
     shared = {"kind": "lm_eval", "limit": args.limit, "apply_chat_template": args.chat}

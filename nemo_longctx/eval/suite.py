@@ -341,10 +341,18 @@ def read_texts(path: str | Path) -> list[str]:
     texts = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            row = json.loads(line)
-            if "text" not in row:
-                raise ValueError(f"{path.name} line {number} has no field 'text'; it has {', '.join(row)}")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name} line {number} is not JSON ({error})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+                raise ValueError(f"{path.name} line {number} has no text in a field 'text'; {has}")
             texts.append(row["text"])
+    if not texts:
+        raise ValueError(f"{path.name} holds no text; each line is an object with a field 'text'")
     return texts
 
 

@@ -167,8 +167,15 @@ def test_texts_of_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("plain", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"body": 1}\n', encoding="utf-8")
     assert read_texts(tmp_path / "a.txt") == ["plain"]
-    with pytest.raises(ValueError, match="line 1 has no field 'text'"):
-        read_texts(tmp_path / "b.jsonl")
+    for text, said in (
+        ('{"body": 1}\n', "line 1 has no text in a field 'text'; it has body"),
+        ('{"text": "a"}\n\n[1]\n', "line 3 has no text in a field 'text'; it is a list"),
+        ('{"text": "a"}\n{bad\n', "line 2 is not JSON"),
+        ("", "b.jsonl holds no text"),
+    ):
+        (tmp_path / "b.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            read_texts(tmp_path / "b.jsonl")
 
 
 def test_pages_escape_what_they_show(tmp_path):

@@ -330,7 +330,7 @@ def test_a_guard_with_nothing_to_watch_is_an_error(tmp_path):
     task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "a"}
     file.write_text(yaml.safe_dump(task))
     guarded = HarnessTask(tasks=("my_f1",), include_path=str(tmp_path), guard=True)
-    with pytest.raises(ConfigError, match="eval.guard='my_f1': no metric"):
+    with pytest.raises(ConfigError, match=r"eval\.guard='my_f1': no metric"):
         run_harness(guarded, tiny_lm([STORY], 4096))
     assert run_harness(replace(guarded, guard=False), tiny_lm([STORY], 4096)).watched == {}
 

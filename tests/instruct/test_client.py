@@ -106,7 +106,7 @@ def test_a_key_is_read_without_the_white_space_around_it():
 
 @pytest.mark.parametrize("value", ["", " \n", "sk-SECRET\nmore", "sk-SECRET\x00", "sk-SECRETé"])
 def test_a_key_that_no_header_can_hold_is_refused_without_telling_it(value):
-    with pytest.raises(ConfigError, match="MY_KEY.*the variable") as error:
+    with pytest.raises(ConfigError, match=r"MY_KEY.*the variable") as error:
         read_key("MY_KEY", {"MY_KEY": value})
     assert "SECRET" not in str(error.value)
 
