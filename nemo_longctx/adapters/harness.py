@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,22 @@ from lm_eval.tasks import TaskManager
 
 import nemo_longctx.eval.tasks
 from nemo_longctx.adapters.lm_eval import LongContextLM
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.eval.guard import LOWER
 from nemo_longctx.eval.suite import HarnessResult, HarnessTask
+from nemo_longctx.eval.tasks.loaders import load
+from nemo_longctx.eval.truncation import POLICIES, prompt_budget
 
 logger = logging.getLogger(__name__)
 TASK_FOLDER = str(Path(nemo_longctx.eval.tasks.__file__).parent)
 # `evaluate`'s own switch for running code; lm-eval's code tasks ask it when they are loaded.
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 # What lm-eval says of a task beside its metrics.
-NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "not_scored")
+# Metrics that keep parts of a score for each sample; the score of one sample is their aggregate over it alone.
+OF_ONE_SAMPLE = ("rouge_geo", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# What a user may tell our tasks' loader.
+OUR_METADATA = ("data", "max_prompt", "policy", "splits", "source")
 
 
 @functools.lru_cache(maxsize=8)
@@ -56,6 +65,7 @@ def load_tasks(task: HarnessTask) -> dict[str, Any]:
     unsafe = [name for name, one in loaded["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe and not task.allow_code_execution:
         raise ConfigError("eval.tasks", ", ".join(unsafe), mend)
+    _check_metadata(task, loaded["tasks"])
     for one in loaded["tasks"].values():
         if task.num_fewshot is not None:
             one.set_config("num_fewshot", task.num_fewshot)
@@ -63,14 +73,72 @@ def load_tasks(task: HarnessTask) -> dict[str, Any]:
     return dict(loaded)
 
 
+def _check_metadata(task: HarnessTask, loaded: Mapping[str, Any]) -> None:
+    """Refuse what no task of the block would read: ours read the arguments of `load`, others what their own loader names."""
+    readers = [one.config.custom_dataset for one in loaded.values()]
+    for key, value in task.metadata.items():
+        if any(reader is not None and _reads(reader, key) for reader in readers):
+            continue
+        if any(reader is load for reader in readers):
+            raise ConfigError(f"eval.metadata.{key}", value, f"unknown key, {did_you_mean(str(key), OUR_METADATA)}")
+        mend = f"has no effect on {', '.join(task.tasks)}, which is no task of ours; remove it"
+        raise ConfigError(f"eval.metadata.{key}", value, mend)
+    if task.metadata.get("policy", POLICIES[0]) not in POLICIES:
+        raise ConfigError("eval.metadata.policy", task.metadata["policy"], did_you_mean(str(task.metadata["policy"]), POLICIES))
+    most = task.metadata.get("max_prompt")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ConfigError("eval.metadata.max_prompt", most, "give a whole number of tokens, at least 1")
+
+
+def _reads(reader: Callable[..., Any], key: str) -> bool:
+    if reader is load:
+        return key in OUR_METADATA
+    parameters = inspect.signature(reader).parameters
+    return key in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def _bound(one: Any, max_length: int) -> dict[str, int]:
+    """The longest prompt that the model has room for, where that is less than the task asks for."""
+    most, new = (one.config.metadata or {}).get("max_prompt"), (one.config.generation_kwargs or {}).get("max_gen_toks", 0)
+    room = prompt_budget(max_length, new) if most and one.config.custom_dataset is load else 0
+    return {"prompt_limit": room} if most and 0 < room < most else {}
+
+
+def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """`task/metric` -> value of each sample, for the guard; `LOWER` is part of the name where a rise is a loss.
+
+    Of the metrics whose values are parts of a score (`OF_ONE_SAMPLE`) it is the score of the sample alone. A metric of the
+    whole set, say the gap between groups, has no value of one sample. How many were not scored is no score.
+    """
+    higher, aggregations = one.higher_is_better(), one.aggregation()
+    watched: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda s: s["doc_id"]):
+        rule = sample.get("filter", "none")
+        for metric in sample["metrics"]:
+            value = aggregations[metric]([sample[metric]]) if metric in OF_ONE_SAMPLE else sample[metric]
+            if metric in NOT_METRICS or not isinstance(value, int | float):
+                continue
+            parts = [name, metric, *([] if rule == "none" else [rule]), *([] if higher.get(metric, True) else [LOWER])]
+            watched.setdefault("/".join(parts), []).append(float(value))
+    return watched
+
+
 def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
     """Run the tasks of one block.
 
     `evaluate` is called rather than `simple_evaluate`, which would reseed every generator of the training run.
 
-    Beside the metrics of a task stand how many of its prompts were cut, and how many samples were not scored for it.
+    Beside the metrics of a task stand how many of its prompts were cut, how many samples were not scored for it, and as
+    `prompt_limit` the model's own limit where a prompt of the task's length does not fit it.
+
+    Raises:
+        ConfigError: as `load_tasks`; a `max_prompt` beyond what the model reads; a guard with nothing to watch.
     """
     loaded = load_tasks(task)
+    asked = task.metadata.get("max_prompt")
+    if asked is not None and asked > lm.max_length:
+        mend = f"the model reads {lm.max_length} tokens, so no prompt can have so many; give at most that"
+        raise ConfigError("eval.metadata.max_prompt", asked, mend)
     lm.truncations.clear()
     output = lm_eval.evaluate(
         lm=lm,
@@ -91,10 +159,13 @@ def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
             cut = [record for record in lm.truncations if record.task == name]
             lost = {record.doc_id for record in cut if record.lost}
             kept |= {"cut": len({record.doc_id for record in cut}), "not_scored": len(lost)}
+            kept |= _bound(loaded["tasks"][name], lm.max_length)
         if kept:
             results[name] = kept
-        for sample in sorted(output["samples"].get(name, []), key=lambda s: s["doc_id"]):
-            for metric in sample["metrics"]:
-                if isinstance(sample[metric], int | float):
-                    watched.setdefault(f"{name}/{metric}", []).append(float(sample[metric]))
+        if name in loaded["tasks"]:
+            found = _watched(name, loaded["tasks"][name], output["samples"].get(name, []))
+            if task.guard and not found:
+                mend = "no metric of this task has a value of each sample, so there is nothing to guard; set guard: false"
+                raise ConfigError("eval.guard", name, mend)
+            watched |= found
     return HarnessResult(tasks=results, watched=watched, truncations=list(lm.truncations))

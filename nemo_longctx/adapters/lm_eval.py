@@ -104,6 +104,7 @@ class LongContextLM(TemplateLM):
             raise ConfigError("identity", identity, "a results cache needs {'weights': digest} so that it never mixes models")
         self.results_cache = results_cache
         self._opened: ResultsCache | None = None
+        self._unreadable = False
         self.identity = {**(identity or {}), "tokenizer": tokenizer_digest(self.tokenizer)} if results_cache else {}
         self.truncations: list[TruncationRecord] = []
 
@@ -268,7 +269,7 @@ class LongContextLM(TemplateLM):
         Only the first rank opens the cache: ranks that hold parts of one model have to read the same requests.
         """
         keys = [_key(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
-        known: dict[str, Any] = from_first(lambda: self._cache().get(keys)) if self.results_cache else {}
+        known: dict[str, Any] = from_first(lambda: self._known(keys)) if self.results_cache else {}
         todo = [i for i, key in enumerate(keys) if key not in known]
         results = run_shared(self.scorer, [jobs[i] for i in todo], group=self.data_group, what=what, quiet=quiet)
         fresh = {keys[i]: _pack(result) for i, result in zip(todo, results, strict=True)}
@@ -279,10 +280,18 @@ class LongContextLM(TemplateLM):
                 logger.warning("results could not be kept in %s: %s", self.results_cache, error)
         return [_unpack((known | fresh)[key]) for key in keys]
 
-    def _cache(self) -> ResultsCache:
-        if self._opened is None:
-            self._opened = ResultsCache(str(self.results_cache))
-        return self._opened
+    def _known(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What the cache knows of `keys`; nothing where its file cannot be read, which must not cost the results."""
+        if self._unreadable:
+            return {}
+        try:
+            self._opened = self._opened or ResultsCache(str(self.results_cache))
+            return self._opened.get(keys)
+        except (sqlite3.Error, OSError, ValueError) as error:
+            mend = "every request is run; delete the file so that results are kept again"
+            logger.warning("the results cache %s cannot be read (%s): %s", self.results_cache, error, mend)
+            self._opened, self._unreadable = None, True
+            return {}
 
 
 def _pack(result: Score | list[int]) -> dict[str, Any]:
@@ -307,13 +316,19 @@ def _key(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> 
     return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """lm-eval's own command line, which finds our tasks where no other `--include_path` is given."""
     import sys
     from importlib.util import find_spec
 
     from lm_eval.__main__ import cli_evaluate
 
-    if "--include_path" not in sys.argv and sys.argv[1:2] != ["--help"]:
+    given = any(word.split("=")[0] == "--include_path" for word in sys.argv)
+    if not given and sys.argv[1:2] != ["--help"]:
         ours = find_spec("nemo_longctx.eval.tasks")
         sys.argv += ["--include_path", *(ours.submodule_search_locations or [] if ours else [])]
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    command_line()

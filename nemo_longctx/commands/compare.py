@@ -7,6 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from nemo_longctx.config import ConfigError
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Two files, and either a page to write or votes to count."""
@@ -25,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, or print the table."""
     from nemo_longctx.instruct import compare
 
+    if args.table is not None and args.votes is None:
+        raise ConfigError("--table", str(args.table), "has no effect without --votes; a page has no table yet")
+    if args.table is not None and args.table.suffix == ".png":
+        raise ConfigError("--table", str(args.table), "would be overwritten by its own picture; name it TABLE.json")
     comparison = compare.compare_files(args.a, args.b, seed=args.seed)
     if args.output is not None:
         args.output.write_text(compare.page_html(comparison), encoding="utf-8")

@@ -11,6 +11,9 @@ from nemo_longctx.config import ConfigError
 if TYPE_CHECKING:
     from nemo_longctx.eval.results import SuiteResult
 
+OURS = ("longctx_", "zeroscrolls", "leval")  # how the names of our tasks begin
+ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it is loaded
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
@@ -51,10 +54,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tensor-parallel", args.tensor_parallel, "give 1 or more processes")
     import os
 
-    from nemo_longctx.adapters.lm_eval import LongContextLM
     from nemo_longctx.eval.suite import Suite, parse_tasks
 
+    Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's")  # a mistake is told now
     first = os.environ.get("RANK", "0") == "0"
+    from nemo_longctx.adapters.lm_eval import LongContextLM
+
     results: list[SuiteResult] = []
     seen: dict[str, dict[str, Any]] = {}
     for checkpoint, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
@@ -116,35 +121,84 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
     """The suite file's tasks and those of the options.
 
     Raises:
-        ConfigError: nothing to measure, or a suite file without `tasks`.
+        ConfigError: nothing to measure, a suite file without `tasks`, or an option that would have no effect.
     """
+    _check_partners(args)
     blocks: list[dict] = []
     if args.suite:
-        import yaml
-
-        loaded = yaml.safe_load(args.suite.read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict) or not isinstance(loaded.get("tasks"), list):
-            raise ConfigError("--suite", str(args.suite), "needs a list `tasks` of blocks {kind: ...}")
-        blocks += loaded["tasks"]
+        blocks += read_suite(args.suite)
     if args.corpus:
         blocks.append({"kind": "position", "corpus": args.corpus, "seq_length": max_length - 1, "bins": 0})
     if args.probes:
         from nemo_longctx.eval.probes import PAPER_LENGTHS
 
-        lengths = [int(n) for n in args.lengths.split(",") if n] or [n for n in PAPER_LENGTHS if n < max_length - 64]
+        lengths = _numbers("--lengths", args.lengths) or [n for n in PAPER_LENGTHS if n < max_length - 64]
         kinds = ["first_sentence", "passkey", "needle"]
         blocks.append({"kind": "probes", "text": args.probes, "probes": {"kinds": kinds, "lengths": lengths}})
     if args.tasks:
-        metadata = {"data": args.data} if args.data else {}
-        tasks = [name for name in args.tasks.split(",") if name]
-        ours = all(name.startswith(("longctx_", "zeroscrolls", "leval")) for name in tasks)
-        more = not ours or bool({"longctx_short", "longctx_safety"} & set(tasks))
-        block = {"kind": "lm_eval", "tasks": tasks, "limit": args.limit, "metadata": metadata, "include_defaults": more}
-        block |= {"apply_chat_template": args.chat, "allow_code_execution": args.allow_code_execution}
-        prompts = [int(tokens) for tokens in args.max_prompt.split(",") if tokens]
-        blocks += [block | {"metadata": metadata | {"max_prompt": tokens}, "label": str(tokens)} for tokens in prompts] or [
-            block
-        ]
+        blocks += _harness_blocks(args)
     if not blocks:
         raise ConfigError("--suite", None, "nothing to measure; give --suite, --corpus, --probes or --tasks")
     return blocks
+
+
+def _check_partners(args: argparse.Namespace) -> None:
+    """Refuse options of a kind of task that is not asked for."""
+    for partner, names in (
+        ("tasks", ("data", "max_prompt", "limit", "chat", "allow_code_execution")),
+        ("probes", ("lengths",)),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value not in (None, False, "") and not getattr(args, partner):
+                mend = f"has no effect without --{partner}; give it too (in a suite file each block has keys of its own)"
+                raise ConfigError(f"--{name.replace('_', '-')}", value, mend)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of tokens, by comma."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isascii() or not part.isdigit() or int(part) < 1:
+            raise ConfigError(option, text, f"{part!r} is no whole number of tokens; write them out, by comma: 4096,8192")
+    return [int(part) for part in parts]
+
+
+def read_suite(path: Path) -> list[dict]:
+    """The blocks of a suite file.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or has no list `tasks`.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("--suite", str(path), f"cannot be read ({error.strerror}); give a YAML file of tasks") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("--suite", str(path), f"is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("tasks"), list) or not loaded["tasks"]:
+        raise ConfigError("--suite", str(path), "needs a list `tasks` of blocks {kind: ...}")
+    return loaded["tasks"]
+
+
+def _harness_blocks(args: argparse.Namespace) -> list[dict]:
+    """Blocks of lm-eval tasks: ours once for each prompt length; lm-eval's own, which read their data where they always do."""
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    ours = [name for name in names if name.startswith(OURS) and name != "longctx_short"]
+    others = [name for name in names if name not in ours]
+    prompts = _numbers("--max-prompt", args.max_prompt)
+    if prompts and others:
+        raise ConfigError(
+            "--max-prompt", args.max_prompt, f"has no effect on {', '.join(others)}; ask for them in another call"
+        )
+    if args.data and not ours:
+        raise ConfigError("--data", args.data, f"has no effect on {', '.join(others)}; it is for our tasks")
+    shared = {"kind": "lm_eval", "limit": args.limit, "apply_chat_template": args.chat}
+    shared["allow_code_execution"] = args.allow_code_execution
+    metadata = {"data": args.data} if args.data else {}
+    block = shared | {"tasks": ours, "metadata": metadata, "include_defaults": "longctx_safety" in ours}
+    blocks = [block | {"metadata": metadata | {"max_prompt": tokens}, "label": str(tokens)} for tokens in prompts]
+    blocks = (blocks or [block]) if ours else []
+    return blocks + ([shared | {"tasks": others, "metadata": {}, "include_defaults": True}] if others else [])

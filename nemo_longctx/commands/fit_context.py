@@ -11,9 +11,9 @@ from nemo_longctx.config import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Columns: loss, and context (or c, length, position, or start and end of a bin of positions); optional model, "
-        "'standard error', tokens, document. With a document column the bootstrap draws documents; else it uses the "
-        "standard errors; else the residuals."
+        "Columns: loss, and context (or context_length, c, length; or position, from 0; or start and end of a bin); "
+        "optional model, 'standard error', tokens, document. With a document column the bootstrap draws documents; else it "
+        "uses the standard errors; else the residuals."
     )
     parser.add_argument("csv", type=Path, help="table of losses, for instance the loss_by_position.csv of an evaluation")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png (default: beside the CSV, as NAME.fit)")

@@ -97,14 +97,14 @@ async def _generate(args: argparse.Namespace, config: GenerateConfig, prompts: P
 
 
 def _completer(args: argparse.Namespace) -> Completer:
-    from nemo_longctx.instruct.client import ChatClient, ClientConfig
+    from nemo_longctx.instruct.client import ChatClient, ClientConfig, read_key
 
     if args.checkpoint is not None:
         from nemo_longctx.instruct.local import LocalCheckpoint
 
         return LocalCheckpoint(args.checkpoint, template=args.template)
     config = build(ClientConfig, _settings(args, ClientConfig))
-    return ChatClient(config, api_key=os.environ.get(config.api_key_env))
+    return ChatClient(config, api_key=read_key(config.api_key_env, os.environ))
 
 
 def yield_table(report: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError, did_you_mean
 
 ACTIONS = ("warn", "stop")
+LOWER = "lower_is_better"  # part of the name of a score of which a rise is a loss of ability
 BLOCK = 1 << 22  # signs drawn at once
 
 
@@ -23,7 +24,7 @@ class GuardConfig:
 
     Args:
         loss: rise of the loss at the old length that is too much, nats per token.
-        score: fall of a task's score that is too much, as a share (0.02 is two points).
+        score: fall of a task's score that is too much, as a share (0.02 is two points); where lower is better, a rise.
         significance: p value below which a change is taken to be real.
         action: `warn` in the log, or `stop` the run.
     """
@@ -92,7 +93,8 @@ def judge(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[fl
 
     Args:
         before, after: measurement -> value of each document or sample. Names that begin with `loss` are losses, for which a
-            rise is bad; of all others a fall is. Names that `before` lacks are new and not judged.
+            rise is bad, as it is for names with `LOWER` in them; of all others a fall is. Names that `before` lacks are new and
+            not judged.
     """
     changes, alarms, unpaired = {}, [], {}
     for name in (n for n in after if n in before):
@@ -101,7 +103,8 @@ def judge(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[fl
         except ValueError as why:  # other samples than before, or none scored; the run that is watched goes on
             unpaired[name] = str(why)
             continue
-        limit, worse = (config.loss, change.mean) if name.startswith("loss") else (config.score, -change.mean)
+        limit = config.loss if name.startswith("loss") else config.score
+        worse = change.mean if name.startswith("loss") or LOWER in name else -change.mean
         if worse > limit and change.p_value < config.significance:
             alarms.append(
                 f"{name} changed by {change.mean:+.4f} ± {change.standard_error:.4f} since the start "

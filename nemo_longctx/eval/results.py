@@ -82,15 +82,34 @@ def _mean_loss(rows: Sequence[position.PositionRow]) -> float:
 
 
 def as_record(result: SuiteResult) -> dict[str, Any]:
-    """JSON form of a result."""
-    return json.loads(json.dumps(asdict(result), default=str))
+    """JSON form of a result; numbers that JSON has no word for (NaN: not scored, infinity) are null."""
+    return finite(json.loads(json.dumps(asdict(result), default=str)))
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in place of every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """The reverse of `finite` where every null was a number: NaN."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return math.nan if value is None else value
 
 
 def from_record(record: Mapping[str, Any]) -> SuiteResult:
     """A result from its JSON form."""
+    numbers = {name: _numbers(record[name]) for name in ("position", "documents", "probes", "tasks", "watched", "seconds")}
     made = {
-        "position": {name: [position.PositionRow(**row) for row in rows] for name, rows in record["position"].items()},
-        "probes": [probe_scores.ProbeRow(**row) for row in record["probes"]],
+        "position": {name: [position.PositionRow(**row) for row in rows] for name, rows in numbers["position"].items()},
+        "probes": [probe_scores.ProbeRow(**row) for row in numbers["probes"]],
         "truncations": [TruncationRecord(**{**cut, "lost": tuple(cut["lost"])}) for cut in record["truncations"]],
     }
-    return replace(blank_result(""), **{**record, **made})
+    return replace(blank_result(""), **{**record, **numbers, **made})

@@ -99,6 +99,14 @@ class HarnessTask:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks:
             raise ConfigError("eval.tasks", self.tasks, "give a list of lm-eval task names")
+        if any(not isinstance(name, str) for name in self.tasks):
+            raise ConfigError("eval.tasks", self.tasks, "each is the name of an lm-eval task")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError("eval.limit", self.limit, "give 1 or more samples, or none of it for all")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError("eval.num_fewshot", self.num_fewshot, "give 0 or more shots")
+        if not isinstance(self.metadata, Mapping):
+            raise ConfigError("eval.metadata", self.metadata, "give keys and values, say {data: folder}")
 
     @property
     def name(self) -> str:
@@ -120,14 +128,16 @@ def parse_tasks(blocks: Sequence[Mapping[str, Any] | Task]) -> list[Task]:
     """
     tasks = []
     for number, block in enumerate(blocks):
-        if not isinstance(block, Mapping):
+        if isinstance(block, Task):
             tasks.append(block)
             continue
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"eval.tasks[{number}]", block, f"give a block {{kind: {' | '.join(TASKS)}, ...}}")
         values: dict[str, Any] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in block.items()}
         kind = values.pop("kind", None)
-        if kind not in TASKS:
+        if not isinstance(kind, str) or kind not in TASKS:
             raise ConfigError(f"eval.tasks[{number}].kind", kind, f"unknown kind, {did_you_mean(str(kind), TASKS)}")
-        if "probes" in values:
+        if isinstance(values.get("probes"), Mapping):
             values["probes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["probes"].items()}
         tasks.append(build(TASKS[kind], values, where=f"eval.tasks[{number}]"))
     return tasks
@@ -331,10 +341,18 @@ def read_texts(path: str | Path) -> list[str]:
     texts = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            row = json.loads(line)
-            if "text" not in row:
-                raise ValueError(f"{path.name} line {number} has no field 'text'; it has {', '.join(row)}")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name} line {number} is not JSON ({error})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+                raise ValueError(f"{path.name} line {number} has no text in a field 'text'; {has}")
             texts.append(row["text"])
+    if not texts:
+        raise ValueError(f"{path.name} holds no text; each line is an object with a field 'text'")
     return texts
 
 

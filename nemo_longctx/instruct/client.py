@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.instruct.journal import Reply
@@ -72,10 +74,11 @@ class ClientConfig:
             raise ConfigError("endpoint", f"{url.scheme}://{url.hostname}", "holds a key; keys only come from the environment")
         if self.concurrency < 1:
             raise ConfigError("concurrency", self.concurrency, "must be at least 1")
-        if self.requests_per_minute < 0:
-            raise ConfigError("requests_per_minute", self.requests_per_minute, "must not be negative; 0 means no limit")
-        if self.timeout_s <= 0:
-            raise ConfigError("timeout_s", self.timeout_s, "must be more than 0 seconds")
+        if not 0 <= self.requests_per_minute < math.inf:
+            mend = "must be a number that is not negative; 0 means no limit"
+            raise ConfigError("requests_per_minute", self.requests_per_minute, mend)
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError("timeout_s", self.timeout_s, "must be a number of seconds, more than 0")
         if self.max_retries < 0:
             raise ConfigError("max_retries", self.max_retries, "must not be negative")
 
@@ -96,6 +99,23 @@ class Call:
         """SHA-256 over all that shapes the reply."""
         parts = [self.model, self.prompt, self.max_tokens, self.temperature, self.seed, self.attempt]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_key(variable: str, environment: Mapping[str, str]) -> str | None:
+    """The key in an environment variable, without the white space around it; None where the variable is unset.
+
+    Raises:
+        ConfigError: no key can look like that. The message names the variable and never the value.
+    """
+    if variable not in environment:
+        return None
+    key = environment[variable].strip()
+    if not key:
+        raise ConfigError("api_key_env", variable, "the variable is empty; put the key in it, or unset it to send none")
+    if not (key.isascii() and key.isprintable()):
+        mend = "the variable holds line ends, control characters or letters beyond ASCII, which no HTTP header can; set it anew"
+        raise ConfigError("api_key_env", variable, mend)
+    return key
 
 
 class Completer(Protocol):
@@ -216,8 +236,17 @@ class ChatClient:
 
     def _said(self, error: BaseException) -> str:
         """The error's own words on one line, without the key (servers like to quote it)."""
-        words = " ".join(str(error).split()) or type(error).__name__
-        return (words.replace(self._key, "[key]") if self._key else words)[:300]
+        words = _redact(str(error), self._key) if self._key else str(error)
+        return (" ".join(words.split()) or type(error).__name__)[:300]
+
+
+def _redact(words: str, key: str) -> str:
+    """`words` without the key in any form that a message may quote it: as it is, stripped, escaped, percent-encoded."""
+    forms = {form for whole in (key, key.strip()) for form in (whole, repr(whole)[1:-1], json.dumps(whole)[1:-1], quote(whole))}
+    forms |= {" ".join(key.split()), repr(key.encode())[2:-1]}
+    for form in sorted(filter(None, forms), key=len, reverse=True):
+        words = words.replace(form, "[key]")
+    return words
 
 
 class BrokenReplyError(ValueError):
@@ -225,15 +254,35 @@ class BrokenReplyError(ValueError):
 
 
 def _reply(completion: ChatCompletion) -> Reply:
-    if not getattr(completion, "choices", None) or completion.choices[0].message.content is None:
-        raise BrokenReplyError("the answer holds no message")
-    usage = completion.usage
+    """The reply in a server's answer, whose parts may have any type: the `openai` client checks none of them.
+
+    Raises:
+        BrokenReplyError: there is no text in it.
+    """
+    choices = getattr(completion, "choices", None)
+    first = choices[0] if isinstance(choices, list) and choices else None
+    usage, finish_reason = getattr(completion, "usage", None), getattr(first, "finish_reason", None)
     return Reply(
-        text=completion.choices[0].message.content,
-        finish_reason=completion.choices[0].finish_reason or "stop",
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        completion_tokens=usage.completion_tokens if usage else 0,
+        text=_text(getattr(getattr(first, "message", None), "content", None)),
+        finish_reason=finish_reason if isinstance(finish_reason, str) and finish_reason else "stop",
+        prompt_tokens=_count(getattr(usage, "prompt_tokens", None)),
+        completion_tokens=_count(getattr(usage, "completion_tokens", None)),
     )
+
+
+def _text(content: object) -> str:
+    """A message's text; some servers give it as a list of parts, of which those of type `text` count."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(part for part in parts if isinstance(part, str)) if parts else None
+    if not isinstance(content, str):
+        raise BrokenReplyError("the answer holds no message with text")
+    return content
+
+
+def _count(value: object) -> int:
+    """Tokens as the server counted them; 0 where it gave no number."""
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) and value >= 0 else 0
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

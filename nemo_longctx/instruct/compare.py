@@ -73,7 +73,8 @@ def _responses(path: Path) -> dict[str, tuple[str, str]]:
     rows: dict[str, tuple[str, str]] = {}
     for where, row in _json_lines(path):
         fields = [row.get(name) for name in ("prompt", "response")] if isinstance(row, dict) else [None]
-        if not isinstance(row, dict) or "id" not in row or not all(isinstance(field, str) for field in fields):
+        named = isinstance(row, dict) and isinstance(row.get("id"), str | int)
+        if not isinstance(row, dict) or not named or not all(isinstance(field, str) for field in fields):
             raise ConfigError("compare", where, 'is no row {"id": ..., "prompt": "...", "response": "..."}')
         if str(row["id"]) in rows:
             raise ConfigError("compare", where, f"gives a second answer to {row['id']!r}")
@@ -144,7 +145,7 @@ def read_votes(comparison: Comparison, paths: Sequence[Path]) -> dict[str, dict[
                 raise ConfigError("votes", where, "is no saved vote")
             if row["page"] != comparison.page:
                 raise ConfigError("votes", where, "is a vote on another page; give the files and the seed that made its page")
-            if row["id"] not in pairs or row["vote"] not in ("left", "tie", "right"):
+            if not isinstance(row["id"], str) or row["id"] not in pairs or row["vote"] not in ("left", "tie", "right"):
                 raise ConfigError("votes", where, "names no example of the page, or no vote of left, tie and right")
             swapped = pairs[row["id"]].swapped
             outcome = "tie" if row["vote"] == "tie" else "win" if (row["vote"] == "left") != swapped else "loss"

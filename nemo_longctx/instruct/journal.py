@@ -24,6 +24,11 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
 
+    def __post_init__(self) -> None:
+        for name, kind in (("text", str), ("finish_reason", str), ("prompt_tokens", int), ("completion_tokens", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} of a reply is {type(getattr(self, name)).__name__}, not {kind.__name__}")
+
 
 class Journal:
     """Append-only file of replies by call key, held by one process at a time. Use as a context manager.
@@ -58,8 +63,10 @@ class Journal:
             try:
                 row = json.loads(line)
                 key = row.pop("key")
+                # Version 0.1 kept a server's null counts as they came; the reply is paid for all the same.
+                row |= {name: 0 for name in ("prompt_tokens", "completion_tokens") if name in row and row[name] is None}
                 self._replies[key] = Reply(**row)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 mend = "damaged line; remove that line (its call will be made again)"
                 raise ConfigError("journal", f"{self.path}:{number}", mend) from None
             whole += len(line)

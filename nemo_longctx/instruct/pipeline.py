@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -87,10 +88,13 @@ class GenerateConfig:
                 raise ConfigError(name, getattr(self, name), "must not be negative")
         if self.chunk_tokens < 32:
             raise ConfigError("chunk_tokens", self.chunk_tokens, "must be at least 32; less holds nothing to ask about")
+        if self.chunk_tokens >= self.target_length:
+            mend = f"leaves no room for a document of target_length={self.target_length}; make chunks smaller than that"
+            raise ConfigError("chunk_tokens", self.chunk_tokens, mend)
         if not 0 < self.near_duplicate <= 1:
             raise ConfigError("near_duplicate", self.near_duplicate, "must be in (0, 1]; 1 drops only the same words")
-        if self.temperature < 0:
-            raise ConfigError("temperature", self.temperature, "must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError("temperature", self.temperature, "must be a number that is not negative")
         if not self.model:
             raise ConfigError("model", self.model, "name the model as the server knows it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,8 +31,8 @@ class Prices:
 
     def __post_init__(self):
         for name in ("input", "output"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"price_{name}", getattr(self, name), "must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"price_{name}", getattr(self, name), "must be a number that is not negative")
 
     def of(self, reply: Reply) -> float:
         """What `reply` cost."""

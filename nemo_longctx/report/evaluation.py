@@ -14,7 +14,7 @@ import numpy as np
 
 from nemo_longctx.eval import position, probe_scores
 from nemo_longctx.eval.guard import GuardConfig, judge
-from nemo_longctx.eval.results import SuiteResult, as_record, from_record
+from nemo_longctx.eval.results import SuiteResult, as_record, finite, from_record
 from nemo_longctx.eval.scaling import ContextLaw, fit_context_law_by_document
 from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.html import Section, write_page
@@ -50,25 +50,29 @@ def write_results(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / (RECORD + ".tmp")
+    earlier = _files_of(directory)
     record = {"provenance": dict(provenance), "results": [as_record(result) for result in results]}
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(directory / RECORD)
+    _write_record(directory, record | {"files": sorted(earlier)})
     sections = [_summary(results)]
+    files: set[str] = set()
     for name in dict.fromkeys(name for result in results for name in result.position):
         sections += _position_sections(directory, name, results, marks)
+        files.add(f"loss_by_{name}.csv")
     cells = [row for result in results for row in result.probes]
     if cells:
         sections.append(_probe_section(directory, cells))
+        files.add("probes.csv")
     tasks = _task_table(results)
     if len(tasks) > 1:
         _write_table(directory / "tasks.csv", tasks)
+        files.add("tasks.csv")
         note = "“cut” counts samples whose prompt was shortened (truncations.csv), “not_scored” those that lost what is asked."
         sections.append(Section(heading="Tasks", note=note, table=tasks))
     cuts = [[r.model, *astuple(cut)[:-1], " ".join(cut.lost)] for r in results for cut in r.truncations]
     if cuts:
         names: list[object] = [field.name for field in fields(TruncationRecord)]
         _write_table(directory / "truncations.csv", [["model", *names], *cuts])
+        files.add("truncations.csv")
     changes = _change_table(results)
     if len(changes) > 1:
         note = (
@@ -77,7 +81,26 @@ def write_results(
         )
         sections.append(Section(heading="Short-context guard", note=note, table=changes))
     sections.append(Section(heading="What made this", code=json.dumps(provenance, indent=1, default=str)))
+    files |= {Path(figure).name for section in sections for figure in section.figures}
+    for stale in earlier - files:  # of other tasks than these: beside the new ones they would pass for part of them
+        (directory / stale).unlink(missing_ok=True)
+    _write_record(directory, record | {"files": sorted(files)})
     return write_page(directory / "index.html", title, sections)
+
+
+def _write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    beside = directory / (RECORD + ".tmp")
+    beside.write_text(json.dumps(finite(json.loads(json.dumps(record, default=str))), indent=1) + "\n", encoding="utf-8")
+    beside.replace(directory / RECORD)
+
+
+def _files_of(directory: Path) -> set[str]:
+    """Names of the tables and figures that an earlier evaluation left in `directory`, by its own record."""
+    try:
+        files = json.loads((directory / RECORD).read_text(encoding="utf-8")).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        return set()
+    return {name for name in map(str, files) if Path(name).name == name and Path(name).suffix in (".csv", ".png")}
 
 
 def _summary(results: Sequence[SuiteResult]) -> Section:

@@ -46,6 +46,13 @@ def test_judge_knows_which_way_is_worse():
     assert judge({"loss_x": [2.0, 2.0]}, {"loss_x": [3.0, 3.0]}, config).alarms == []  # two documents prove nothing
 
 
+def test_a_rise_is_a_loss_where_lower_is_better():
+    start = {f"bold/negative/{guard.LOWER}": [0.0] * 20, f"lm/word_perplexity/{guard.LOWER}@4k": [9.0] * 20}
+    more = {name: [value + 1 for value in values] for name, values in start.items()}
+    assert judge(more, start, GuardConfig()).alarms == []
+    assert len(judge(start, more, GuardConfig()).alarms) == 2
+
+
 def test_what_cannot_be_compared_is_told_and_the_rest_judged():
     start = {"loss_a": [2.0] * 20, "loss_b": [2.0] * 3, "acc": [np.nan]}
     verdict = judge(start, {"loss_a": [3.0] * 20, "loss_b": [2.0] * 4, "acc": [1.0]}, GuardConfig())

@@ -1,6 +1,9 @@
 """The page of an evaluation: what it says, and that it never outgrows what can be read."""
 
 import csv
+import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +50,41 @@ def test_the_page_says_what_was_found(tmp_path):
         "lost": "question",
     }  # fmt: skip
     assert read_results(tmp_path) == [before, after]
+
+
+def test_files_of_an_earlier_evaluation_do_not_stay_beside_the_new(tmp_path):
+    before = evaluation("a", 1.5)
+    before.tasks["longctx_qmsum"] = {"rouge_geo": 0.25}
+    before.truncations.append(TruncationRecord(task="t", doc_id=3, policy="left", tokens=90, removed=40, lost=()))
+    write_results(tmp_path, [before], provenance={})
+    (tmp_path / "mine.csv").write_text("a user's own")
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"tasks.csv", "truncations.csv", "probes.csv", "probes_score.png", "loss_by_position_512.png"} <= made
+    after = blank_result("b")
+    after.tasks["longctx_qasper"] = {"f1": 0.5}
+    write_results(tmp_path, [after], provenance={})
+    assert {path.name for path in tmp_path.iterdir()} == {"tasks.csv", "mine.csv", "results.json", "index.html"}
+    write_results(tmp_path, [before], provenance={})
+    assert {path.name for path in tmp_path.iterdir()} == made
+
+
+def test_results_are_json_that_every_reader_knows(tmp_path):
+    result = evaluation("a", 1.5)
+    result.tasks["longctx_qasper"] = {"f1": math.nan}
+    result.watched["longctx_qasper/f1"] = [math.nan, 1.0]
+    result.probes.append(replace(result.probes[0], depth=0.5, score=math.nan))
+    result.truncations.append(TruncationRecord(task="t", doc_id=None, policy="left", tokens=90, removed=40, lost=()))
+    write_results(tmp_path, [result], provenance={"limit": math.inf})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    (back,) = read_results(tmp_path)
+    assert math.isnan(back.tasks["longctx_qasper"]["f1"])
+    assert math.isnan(back.probes[-1].score)
+    assert math.isnan(back.watched["longctx_qasper/f1"][0])
+    assert back.truncations == result.truncations
 
 
 def test_losses_that_follow_no_law_get_none(tmp_path):

@@ -37,6 +37,18 @@ def test_7b_with_one_percent_noise_lies_inside_its_intervals(known_errors):
     assert np.mean(inside) < 1.0, coverage
 
 
+@pytest.mark.parametrize("points", [8, 12])
+def test_intervals_of_small_tables_hold_the_truth_too(points):
+    context, inside = np.geomspace(2**8, 2**15, points), []
+    for seed in range(100):
+        noisy = paper_curve("7B", context) * (1 + 0.01 * np.random.default_rng(seed).standard_normal(points))
+        law = fit_context_law(context, noisy, replicates=200, seed=seed)
+        inside.append([law.intervals[n][0] <= v <= law.intervals[n][1] for n, v in zip(NAMES, PAPER["7B"], strict=True)])
+    coverage = np.mean(inside, axis=0)
+    assert np.mean(coverage) >= 0.92, coverage
+    assert (coverage >= 0.90).all(), coverage
+
+
 def test_document_bootstrap_holds_the_truth_and_shrinks_with_documents():
     rng, curve = np.random.default_rng(3), paper_curve("7B")
     counts = rng.integers(50, 200, (400, len(CONTEXTS)))
@@ -111,11 +123,29 @@ def test_a_document_column_asks_for_the_bootstrap_over_documents(tmp_path):
         (["start", "loss"], [1, 2], "needs a column 'loss' and one 'context'"),
         (["c", "loss"], [1, "two"], "line 2: could not convert"),
         (["c", "loss"], [1, 2], "model 't': three parameters need"),
+        (["c", "loss"], None, "t.csv holds no line below its head"),
     ],
 )
 def test_a_bad_table_is_one_sentence(tmp_path, capsys, header, line, message):
-    write(tmp_path / "t.csv", header, [line])
+    write(tmp_path / "t.csv", header, [line] if line else [])
     assert main(["fit-context", str(tmp_path / "t.csv")]) == 2
     assert message in capsys.readouterr().err
-    if "start" not in header and line[1] == 2:
+    if "start" not in header and line and line[1] == 2:
         assert set(read_curves(tmp_path / "t.csv")) == {"t"}
+
+
+@pytest.mark.parametrize(("column", "shift"), [("position", 1), ("context_length", 0), ("\ufeffcontext", 0)])
+def test_contexts_by_other_names(tmp_path, column, shift):
+    """A position counts from 0, so that its context is one more; spreadsheets put a mark before the first column."""
+    write(tmp_path / "t.csv", [column, "loss"], [(c - shift, y) for c, y in zip(CONTEXTS, paper_curve("7B"), strict=True)])
+    np.testing.assert_allclose(read_curves(tmp_path / "t.csv")["t"]["context"], CONTEXTS)
+
+
+def test_errors_of_zero_are_refused_and_missing_ones_told(tmp_path, capsys):
+    rows = [(c, y, 0.01) for c, y in zip(CONTEXTS, paper_curve("7B"), strict=True)]
+    write(tmp_path / "zero.csv", ["c", "loss", "se"], [(*rows[0][:2], 0), *rows[1:]])
+    assert main(["fit-context", str(tmp_path / "zero.csv"), "--bootstrap", "50"]) == 2
+    assert "every standard error must be a positive number, got 0.0" in capsys.readouterr().err
+    write(tmp_path / "blank.csv", ["c", "loss", "se"], [(*rows[0][:2], ""), *rows[1:]])
+    assert main(["fit-context", str(tmp_path / "blank.csv"), "--bootstrap", "50"]) == 0
+    assert f"residuals (1 of {len(rows)} points have no standard error)" in capsys.readouterr().out

@@ -125,6 +125,14 @@ def test_time_left_is_told_from_the_speed_seen_so_far(corpus, llama):
         ({"kind": "position", "corpus": "x", "seq_length": 4, "document": 3}, "did you mean 'documents'"),
         ({"kind": "probes", "text": "x", "probes": {"depth": [0]}}, "did you mean 'depths'"),
         ({"kind": "lm_eval", "tasks": []}, "list of lm-eval task names"),
+        ({"kind": "lm_eval", "tasks": ["a", None]}, "each is the name"),
+        ({"kind": "lm_eval", "tasks": ["a"], "limit": -1}, "eval.limit=-1"),
+        ({"kind": "lm_eval", "tasks": ["a"], "num_fewshot": -1}, "eval.num_fewshot=-1"),
+        ({"kind": "lm_eval", "tasks": ["a"], "metadata": 3}, "eval.metadata=3"),
+        ({"kind": "probes", "text": "x", "probes": 5}, r"eval\.tasks\[0\]\.probes=5: takes keys of its own"),
+        ({"kind": ["position"]}, "unknown kind"),
+        ("position", r"eval\.tasks\[0\]='position': give a block"),
+        (None, r"eval\.tasks\[0\]=None: give a block"),
     ],
 )
 def test_blocks_are_checked(block, message):
@@ -159,8 +167,15 @@ def test_texts_of_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("plain", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"body": 1}\n', encoding="utf-8")
     assert read_texts(tmp_path / "a.txt") == ["plain"]
-    with pytest.raises(ValueError, match="line 1 has no field 'text'"):
-        read_texts(tmp_path / "b.jsonl")
+    for text, said in (
+        ('{"body": 1}\n', "line 1 has no text in a field 'text'; it has body"),
+        ('{"text": "a"}\n\n[1]\n', "line 3 has no text in a field 'text'; it is a list"),
+        ('{"text": "a"}\n{bad\n', "line 2 is not JSON"),
+        ("", "b.jsonl holds no text"),
+    ):
+        (tmp_path / "b.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            read_texts(tmp_path / "b.jsonl")
 
 
 def test_pages_escape_what_they_show(tmp_path):

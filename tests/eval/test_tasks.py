@@ -18,6 +18,7 @@ from nemo_longctx.adapters.harness import TASK_FOLDER, load_tasks, run_harness
 from nemo_longctx.adapters.lm_eval import LongContextLM
 from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.guard import LOWER
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.suite import HarnessTask
 from nemo_longctx.eval.tasks import functions, loaders
@@ -84,6 +85,11 @@ def data(tmp_path_factory):
                 for row, group in zip(rows, ("American_actors", "American_actresses") * 2, strict=True)
             ]
         for split in ("train", "validation"):
+            if not kind:  # shots come from other documents than the sample's
+                rows = [
+                    row | {"id": f"{split}{n}", "input": f"{published(source)['input']} {split} {n}."}
+                    for n, row in enumerate(rows)
+                ]
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return root
 
@@ -124,6 +130,21 @@ def test_wrong_data_is_named(data, tmp_path):
         loaders.convert("qasper", [{"text": "x"}])
     with pytest.raises(ValueError, match=r"options \(A\) to \(D\)"):
         loaders.scrolls_rows([SCROLLS], choices=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "said"),
+    [
+        ("qasper", "\n \n", r"local\.jsonl': holds no row of qasper"),
+        ("qasper", "[1]\n", r"local\.jsonl:1': is no JSON object"),
+        ("qasper", json.dumps(SCROLLS) + "\n{bad\n", r"local\.jsonl:2': is not JSON"),
+        ("zero_qasper", json.dumps(ZERO | {"output": None}) + "\n", "holds no row of zero_qasper with an answer"),
+    ],
+)
+def test_bad_local_rows_are_named_by_file_and_line(source, text, said, tmp_path):
+    (tmp_path / "local.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        loaders.load(source, data=str(tmp_path / "local.jsonl"))
 
 
 def test_unscored_replies_are_counted_and_left_out():
@@ -217,7 +238,49 @@ def test_qmsum_runs_one_shot_through_the_model(tmp_path):
     results, watched = found.tasks, found.watched
     assert 0 <= results["longctx_qmsum"]["rouge_geo"] < 0.5
     assert results["longctx_qmsum"]["not_scored"] == 0
-    assert len(watched["longctx_qmsum/not_scored"]) == 4
+    assert len(watched["longctx_qmsum/rouge_geo"]) == 4
+
+
+def scrolls_file(path, source, documents, questions):
+    """Rows of one local file: several questions about each document, every answer a word of its own."""
+    rows = []
+    for document in range(documents):
+        for number in range(questions):
+            made = published(source)
+            head, _, rest = made["input"].partition("?")
+            text = f"{head} {document}-{number}?{rest} Night {document}."
+            rows.append(made | {"id": f"{document}-{number}", "input": text, "output": f"answer-{document}-{number}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"data": str(path)}
+
+
+@pytest.mark.parametrize("source", ["qasper", "quality", "qmsum"])
+def test_shots_never_show_the_samples_own_document(source, tmp_path):
+    """One local file serves for the shots and for the samples."""
+    metadata = scrolls_file(tmp_path / "local.jsonl", source, documents=3, questions=4)
+    (one,) = load_tasks(HarnessTask(tasks=(f"longctx_{source}",), metadata=metadata))["tasks"].values()
+    shots = one.config.num_fewshot
+    assert len(one.eval_docs) == 12
+    for sample in one.eval_docs:
+        prompt = one.fewshot_context(sample, num_fewshot=shots)
+        assert sample["answers"][0] not in prompt
+        assert prompt.count("answer-") == shots
+        assert prompt.count(f"Night {sample['id'][0]}.") == 1
+
+
+def test_one_document_leaves_nothing_to_show(tmp_path):
+    metadata = scrolls_file(tmp_path / "local.jsonl", "qasper", documents=1, questions=4)
+    with pytest.raises(ConfigError, match="num_fewshot=2: the data has 0 rows of other documents"):
+        run_harness(HarnessTask(tasks=("longctx_qasper",), metadata=metadata), tiny_lm([STORY], 4096))
+
+
+def test_shots_of_another_split_are_of_that_split(data):
+    metadata = {"data": str(data / "scrolls")}
+    (one,) = load_tasks(HarnessTask(tasks=("longctx_qasper",), metadata=metadata))["tasks"].values()
+    prompt = one.fewshot_context(one.eval_docs[0], num_fewshot=2)
+    assert prompt.count("train") == 2
+    assert prompt.count("validation") == 1
+    assert {row["split"] for row in one.eval_docs} == {"validation"}
 
 
 ONE_BY_ONE = sorted(p.stem for p in Path(TASK_FOLDER).glob("*.yaml") if "group:" not in p.read_text(encoding="utf-8"))
@@ -232,6 +295,77 @@ def test_every_task_file_is_there():
         text = (Path(TASK_FOLDER) / f"longctx_{name}.yaml").read_text(encoding="utf-8").replace("!function", "")
         shots[name] = yaml.safe_load(text)["num_fewshot"]
     assert shots == {"narrativeqa": 0, "qasper": 2, "quality": 2, "qmsum": 1}  # Xiong et al. 2023, section 4.1
+
+
+def own_task(folder, name, metrics):
+    """A task that a user wrote over a local file, with these metrics."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"Is {n} odd?", "a": n % 2}) + "\n" for n in range(4)), encoding="utf-8")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "metric_list": metrics,
+    }
+    return task, folder / f"{name}.yaml"
+
+
+def test_the_guard_watches_what_is_a_score_with_its_direction(data, tmp_path):
+    lm = tiny_lm([STORY], 4096)
+    metadata = {"data": str(data / "scrolls")}
+    watched = run_harness(HarnessTask(tasks=("longctx_qmsum",), limit=2, guard=True, metadata=metadata), lm).watched
+    assert set(watched) == {"longctx_qmsum/rouge_geo"}  # each sample's own, and no count of what was not scored
+    assert all(0 <= value <= 1 for value in watched["longctx_qmsum/rouge_geo"])
+    task, file = own_task(tmp_path, "my_rolling", [{"metric": "word_perplexity"}])
+    task |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
+    file.write_text(yaml.safe_dump(task))
+    watched = run_harness(HarnessTask(tasks=("my_rolling",), include_path=str(tmp_path), guard=True), lm).watched
+    assert set(watched) == {f"my_rolling/word_perplexity/{LOWER}"}
+    assert len(watched[f"my_rolling/word_perplexity/{LOWER}"]) == 4
+
+
+def test_a_guard_with_nothing_to_watch_is_an_error(tmp_path):
+    task, file = own_task(tmp_path, "my_f1", [{"metric": "f1"}])
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "a"}
+    file.write_text(yaml.safe_dump(task))
+    guarded = HarnessTask(tasks=("my_f1",), include_path=str(tmp_path), guard=True)
+    with pytest.raises(ConfigError, match=r"eval\.guard='my_f1': no metric"):
+        run_harness(guarded, tiny_lm([STORY], 4096))
+    assert run_harness(replace(guarded, guard=False), tiny_lm([STORY], 4096)).watched == {}
+
+
+def test_metadata_that_no_task_reads_is_an_error(data, tmp_path):
+    task, file = own_task(tmp_path, "my_mc", [{"metric": "acc"}])
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "a"}
+    file.write_text(yaml.safe_dump(task))
+    with pytest.raises(ConfigError, match=r"eval\.metadata\.max_prompt=50: has no effect on my_mc"):
+        load_tasks(HarnessTask(tasks=("my_mc",), include_path=str(tmp_path), metadata={"max_prompt": 50}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("max_promt", 300, "did you mean 'max_prompt'"),
+        ("polcy", "middle", "did you mean 'policy'"),
+        ("policy", "midle", "did you mean 'middle'"),
+        ("max_prompt", 0, "at least 1"),
+        ("max_prompt", "4k", "a whole number"),
+        ("max_prompt", 8192, "the model reads 4096 tokens"),
+    ],
+)
+def test_metadata_is_checked(data, key, value, said):
+    task = HarnessTask(tasks=("longctx_qasper",), limit=1, metadata={"data": str(data / "scrolls"), key: value})
+    with pytest.raises(ConfigError, match=rf"eval\.metadata\.{key}={value!r}: .*{said}"):
+        run_harness(task, tiny_lm([STORY], 4096))
+
+
+def test_the_models_own_limit_is_told_where_it_binds(data):
+    lm = tiny_lm([STORY], 4096)
+    task = HarnessTask(tasks=("longctx_qasper",), limit=1, metadata={"data": str(data / "scrolls")})
+    assert run_harness(task, lm).tasks["longctx_qasper"]["prompt_limit"] == 4096 - 128  # of the paper's 16,384
+    short = replace(task, metadata={**task.metadata, "max_prompt": 2048})
+    assert "prompt_limit" not in run_harness(short, lm).tasks["longctx_qasper"]
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)

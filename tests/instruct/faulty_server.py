@@ -30,6 +30,7 @@ class Behaviour:
     malformed_rate: float = 0.0  # first attempts answered out of form (paid for all the same)
     always: str | None = None  # every reply is this text
     status: int | None = None  # every reply is this error
+    odd: dict | None = None  # fields that stand in every completion in place of the usual ones
     accept_key: str | None = None
     delay_s: float = 0.0
     hang_s: float = 3.0
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             text, finish = MALFORMED[int(draw("malformation", key) * len(MALFORMED))]
         with how.lock:
             how.answered[key] += 1
-        self.send(200, self.completion(text, finish))
+        self.send(200, self.completion(text, finish) | (how.odd or {}))
 
     def completion(self, text: str, finish: str) -> dict:
         message = {"role": "assistant", "content": text}

@@ -8,7 +8,7 @@ from faulty_server import TRANSIENT, Behaviour, answer, serve
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.instruct import client as client_module
-from nemo_longctx.instruct.client import Call, CallError, ChatClient, ClientConfig, EndpointError
+from nemo_longctx.instruct.client import Call, CallError, ChatClient, ClientConfig, EndpointError, read_key
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,61 @@ def test_wrong_key_is_said_once_and_without_the_key():
         complete(ClientConfig(endpoint=url), call())
 
 
+@pytest.mark.parametrize("key", ["sk-SECRET123\n", "sk-SECRET\t123", "sk-SECRET123é", "sk-SECRET\\123\r\n", "sk-SECRET 123"])
+def test_the_key_is_redacted_in_every_form_that_an_error_may_quote(key):
+    with serve(Behaviour(accept_key="right")) as url, pytest.raises((EndpointError, UnicodeEncodeError)) as error:
+        complete(ClientConfig(endpoint=url, max_retries=0), call(), api_key=key)
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_key_is_read_without_the_white_space_around_it():
+    assert read_key("KEY", {"KEY": " sk-1\n"}) == "sk-1"
+    assert read_key("KEY", {}) is None
+
+
+@pytest.mark.parametrize("value", ["", " \n", "sk-SECRET\nmore", "sk-SECRET\x00", "sk-SECRETé"])
+def test_a_key_that_no_header_can_hold_is_refused_without_telling_it(value):
+    with pytest.raises(ConfigError, match=r"MY_KEY.*the variable") as error:
+        read_key("MY_KEY", {"MY_KEY": value})
+    assert "SECRET" not in str(error.value)
+
+
+def choice(content):
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}
+
+
+def test_counts_that_are_missing_are_zero():
+    with serve(Behaviour(odd={"usage": {"prompt_tokens": None, "completion_tokens": "many"}})) as url:
+        (reply,), faults = complete(ClientConfig(endpoint=url), call())
+    assert (reply.prompt_tokens, reply.completion_tokens) == (0, 0)
+    assert not faults
+
+
+def test_text_in_parts_is_joined():
+    parts = [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "<a>"}, {"type": "text", "text": "b"}]
+    with serve(Behaviour(odd=choice(parts))) as url:
+        (reply,), _ = complete(ClientConfig(endpoint=url), call())
+    assert reply.text == "<a>b"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        choice([{"type": "image"}]),
+        choice({"text": "b"}),
+        choice(None),
+        {"choices": [{"index": 0, "finish_reason": "stop"}]},
+        {"choices": ["b"]},
+        {"choices": {"message": "b"}},
+    ],
+)
+def test_an_answer_without_text_is_a_broken_reply(odd):
+    behaviour = Behaviour(odd=odd)
+    with serve(behaviour) as url, pytest.raises(EndpointError, match="holds no message with text"):
+        complete(ClientConfig(endpoint=url, max_retries=1), call())
+    assert len(behaviour.bodies) == 2
+
+
 @pytest.mark.parametrize(("status", "error"), [(400, CallError), (413, CallError), (404, EndpointError), (403, EndpointError)])
 def test_refusals_are_not_retried(status, error):
     behaviour = Behaviour(status=status)
@@ -114,7 +169,9 @@ def test_rate_limit_spaces_the_calls():
         ({"endpoint": "http://user:secret@host/v1"}, "environment"),
         ({"endpoint": "http://h", "concurrency": 0}, "at least 1"),
         ({"endpoint": "http://h", "timeout_s": 0}, "seconds"),
+        ({"endpoint": "http://h", "timeout_s": float("nan")}, "seconds"),
         ({"endpoint": "http://h", "max_retries": -1}, "negative"),
+        ({"endpoint": "http://h", "requests_per_minute": float("nan")}, "negative"),
         ({"endpoint": "http://h", "requests_per_minute": -1}, "negative"),
     ],
 )

@@ -131,11 +131,34 @@ def test_votes_on_another_page_are_refused(files, tmp_path):
         read_votes(comparison, [path])
 
 
+@pytest.mark.parametrize("name", [[1], None, 1, {"a": 1}])
+def test_a_vote_on_a_name_of_another_type_is_named(files, tmp_path, name):
+    comparison = compare_files(*files, seed=1)
+    row = {"page": comparison.page, "rater": "Ada", "id": name, "vote": "left"}
+    (tmp_path / "ada").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"ada:1.*names no example"):
+        read_votes(comparison, [tmp_path / "ada"])
+
+
+def test_a_table_that_could_not_be_is_refused(files, tmp_path, capsys):
+    comparison = compare_files(*files, seed=1234)
+    votes = write_votes(tmp_path / "ada", comparison, [("Ada", "0", "win"), ("Ada", "1", "tie")])
+    pair = [str(file) for file in files]
+    assert main(["compare", *pair, "--votes", str(votes), "--table", str(tmp_path / "t.png")]) == 2
+    assert "overwritten by its own picture" in capsys.readouterr().err
+    assert main(["compare", *pair, "--output", str(tmp_path / "p.html"), "--table", str(tmp_path / "t.json")]) == 2
+    assert "has no effect without --votes" in capsys.readouterr().err
+    assert not (tmp_path / "p.html").exists()
+
+
 def test_files_that_do_not_match_are_named(files, tmp_path):
     shorter = rows(tmp_path / "short.jsonl", "z", count=4)
     with pytest.raises(ConfigError, match=r"short\.jsonl.*lacks 2"):
         compare_files(files[0], shorter, seed=1)
     shorter.write_text('{"id": 1, "prompt": "a"}\n')
+    with pytest.raises(ConfigError, match=r"short\.jsonl:1"):
+        compare_files(files[0], shorter, seed=1)
+    shorter.write_text('{"id": null, "prompt": "a", "response": "b"}\n')
     with pytest.raises(ConfigError, match=r"short\.jsonl:1"):
         compare_files(files[0], shorter, seed=1)
     other = tmp_path / "other.jsonl"

@@ -328,3 +328,29 @@ def test_no_room_for_a_document(tokenizer_folder, tmp_path):
         status, _, err = command.run()
     assert status == 2
     assert "target_length=100: leaves no room" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"chunk_tokens": 600}, "chunk_tokens=600: leaves no room for a document of target_length=600"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan"),
+        ({"requests_per_minute": float("inf")}, "requests_per_minute=inf"),
+        ({"price_input": float("nan")}, "price_input=nan"),
+    ],
+)
+def test_settings_that_could_ask_or_count_nothing_are_refused(tokenizer_folder, tmp_path, settings, said):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 6)])
+    status, _, err = Command(documents, tokenizer_folder, tmp_path / "out", "http://127.0.0.1:9/v1", **settings).run()
+    assert status == 2
+    assert said in err
+
+
+def test_a_key_that_no_header_can_hold_is_not_told(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET\nmore")
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 6)])
+    status, out, err = Command(documents, tokenizer_folder, tmp_path / "out", "http://127.0.0.1:9/v1").run()
+    assert status == 2
+    assert "OPENAI_API_KEY" in err
+    assert "SECRET" not in out + err

@@ -45,6 +45,28 @@ def test_damage_in_the_middle_is_named(tmp_path):
         Journal(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"key": "a", "text": ["x"], "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}',
+        '{"key": "a", "text": "x", "finish_reason": "stop", "prompt_tokens": "1", "completion_tokens": 1}',
+        '["a"]',
+        '"a"',
+    ],
+)
+def test_a_row_of_another_type_is_named(tmp_path, line):
+    (tmp_path / "journal.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"journal\.jsonl:1"):
+        Journal(tmp_path / "journal.jsonl")
+
+
+def test_replies_that_an_earlier_version_kept_without_counts_are_not_paid_again(tmp_path):
+    line = '{"key": "a", "text": "one", "finish_reason": "stop", "prompt_tokens": null, "completion_tokens": 2}\n'
+    (tmp_path / "journal.jsonl").write_text(line)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert journal.get("a") == Reply(text="one", finish_reason="stop", prompt_tokens=0, completion_tokens=2)
+
+
 def test_two_runs_cannot_share_a_journal(tmp_path):
     with Journal(tmp_path / "journal.jsonl"), pytest.raises(ConfigError, match="another run"):
         Journal(tmp_path / "journal.jsonl")

@@ -1,5 +1,6 @@
 """`nemo-longctx eval` on Hugging Face checkpoints: from folder to page."""
 
+import argparse
 import csv
 import json
 
@@ -10,7 +11,7 @@ pytest.importorskip("lm_eval")
 from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.cli import main
-from nemo_longctx.commands.eval import labels
+from nemo_longctx.commands.eval import configure, labels, task_blocks
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
 
@@ -89,3 +90,59 @@ def test_users_mistakes_are_one_sentence(place, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("tasks:\n  - {kind: positon}\n")
     assert main(["eval", str(place / "before"), "--suite", str(tmp_path / "bad.yaml"), "--out", str(tmp_path)]) == 2
     assert "did you mean 'position'" in capsys.readouterr().err
+
+
+NOT_LOADED = "no such model"  # mistakes are told before a model is looked for
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--probes", "t", "--chat"], "--chat=True: has no effect without --tasks"),
+        (["--probes", "t", "--allow-code-execution"], "--allow-code-execution=True: has no effect without --tasks"),
+        (["--probes", "t", "--data", "d"], "--data='d': has no effect without --tasks"),
+        (["--probes", "t", "--limit", "2"], "--limit=2: has no effect without --tasks"),
+        (["--probes", "t", "--max-prompt", "4096"], "--max-prompt='4096': has no effect without --tasks"),
+        (["--corpus", "c", "--lengths", "256"], "--lengths='256': has no effect without --probes"),
+        (["--tasks", "hellaswag", "--max-prompt", "4096,8192"], "--max-prompt='4096,8192': has no effect on hellaswag"),
+        (["--tasks", "hellaswag", "--data", "d"], "--data='d': has no effect on hellaswag"),
+        (["--tasks", "longctx_qasper", "--max-prompt", "4k"], "'4k' is no whole number of tokens"),
+        (["--probes", "t", "--lengths", "256,abc"], "'abc' is no whole number of tokens"),
+        (["--tasks", "longctx_qasper", "--limit", "-1"], "eval.limit=-1: give 1 or more samples"),
+    ],
+)
+def test_options_without_effect_and_bad_numbers_are_refused(options, said, capsys):
+    assert main(["eval", NOT_LOADED, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tasks: [position]", "eval.tasks[0]='position': give a block"),
+        ("tasks: [null]", "eval.tasks[0]=None: give a block"),
+        ("tasks:\n  - {kind: probes, text: t, probes: 5}", "eval.tasks[0].probes=5: takes keys of its own"),
+        (" tasks: [", "is no YAML"),
+        ("tasks: []", "needs a list `tasks`"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_suite_is_one_sentence(text, said, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "suite.yaml").write_text(text)
+    assert main(["eval", NOT_LOADED, "--suite", str(tmp_path / "suite.yaml")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_our_tasks_and_lm_evals_own_are_blocks_apart():
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    args = parser.parse_args(["m", "--tasks", "longctx_qasper,hellaswag,leval", "--data", "d", "--limit", "2"])
+    ours, others = task_blocks(args, 100)
+    assert (ours["tasks"], ours["metadata"], ours["include_defaults"]) == (["longctx_qasper", "leval"], {"data": "d"}, False)
+    assert (others["tasks"], others["metadata"], others["include_defaults"]) == (["hellaswag"], {}, True)
+    args = parser.parse_args(["m", "--tasks", "longctx_qasper", "--max-prompt", "4096, 8192"])
+    assert [(block["label"], block["metadata"]) for block in task_blocks(args, 100)] == [
+        ("4096", {"max_prompt": 4096}),
+        ("8192", {"max_prompt": 8192}),
+    ]

@@ -1,6 +1,7 @@
 """Our `LM` against lm-eval's own Hugging Face backend: same weights, same tasks, every score equal."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from nemo_longctx.adapters.lm_eval import LongContextLM
+from nemo_longctx.adapters.lm_eval import LongContextLM, command_line
 from nemo_longctx.adapters.pretrained import load_checkpoint, tokenizer_digest
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
@@ -212,6 +213,17 @@ def test_cache_is_keyed_by_weights_and_requests(model, tokenizer, tmp_path):
     assert len(digests) == 2
 
 
+def test_a_damaged_cache_costs_no_results(model, tokenizer, tmp_path, caplog):
+    rows = instances("loglikelihood", [(TEXT[0], " quartz"), (TEXT[1], " wood")])
+    (tmp_path / "r.db").write_bytes(b"no database " * 100)
+    file = str(tmp_path / "r.db")
+    lm = LongContextLM(HFCausalModel(model), tokenizer=tokenizer, results_cache=file, identity={"weights": "a"})
+    want = LongContextLM(HFCausalModel(model), tokenizer=tokenizer).loglikelihood(rows)
+    assert lm.loglikelihood(rows) == want
+    assert lm.loglikelihood(rows) == want
+    assert caplog.text.count("cannot be read") == 1
+
+
 def test_users_mistakes_are_named(ours):
     with pytest.raises(ConfigError, match="max_gen_toks=600: leaves no prompt"):
         ours.generate_until(instances("generate_until", [(TEXT[0], {"until": [], "max_gen_toks": 600})]))
@@ -237,3 +249,17 @@ def test_stock_command_line_sees_the_model(model, tokenizer, tmp_path):
     rows = instances("loglikelihood", [(TEXT[0], " quartz")])
     want = LongContextLM(HFCausalModel(model), tokenizer=tokenizer).loglikelihood(rows)
     assert lm.loglikelihood(rows)[0] == pytest.approx(want[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("given", ["--include_path=DIR", "--include_path DIR", ""])
+def test_an_include_path_of_the_user_is_kept(given, monkeypatch, tmp_path):
+    """In both spellings of the option; without it our tasks are there."""
+    import lm_eval.__main__
+
+    seen = []
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *given.replace("DIR", str(tmp_path)).split()])
+    command_line()
+    paths = " ".join(seen[0]).replace("=", " ").split().count("--include_path")
+    assert paths == 1
+    assert (str(tmp_path) in " ".join(seen[0])) == bool(given)

@@ -27,6 +27,20 @@ def target(doc: Mapping[str, Any]) -> str:
     return " " + doc["answers"][0]
 
 
+def train_rows(dataset: Any) -> Any:
+    """The rows of all splits that may be shots."""
+    return _of_split(dataset, "train")
+
+
+def validation_rows(dataset: Any) -> Any:
+    """The rows of all splits that are asked."""
+    return _of_split(dataset, "validation")
+
+
+def _of_split(dataset: Any, split: str) -> Any:
+    return dataset.select([number for number, name in enumerate(dataset["split"]) if name == split])
+
+
 def _process(name: str, score: Callable[[str, Sequence[str]], Any], nothing: Any) -> Callable[..., dict[str, Any]]:
     """A `process_results`: the metric of the reply, or `nothing` and a count where truncation cut what it asks about."""
 

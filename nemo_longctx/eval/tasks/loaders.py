@@ -211,7 +211,8 @@ def load(
     splits: str = "validation",
     **_: Any,
 ) -> Any:
-    """A task's data as lm-eval takes it (`custom_dataset`; the arguments are the task's `metadata`).
+    """A task's data as lm-eval takes it (`custom_dataset`; the arguments are the task's `metadata`): a data set for each split,
+    and `all` of them together, told apart by the column `split`.
 
     Args:
         source: a name of `SOURCES`.
@@ -233,10 +234,13 @@ def load(
     for split in splits.split():
         lines = _local_lines(source, data, split) if data else _hub_lines(source, split)
         rows = convert(source, lines)
+        if not rows:
+            raise ConfigError("metadata.data", data, f"holds no row of {source} with an answer for {split}")
         for made in rows:
+            made["split"] = split
             made["longctx"] = {"policy": policy, "max_prompt": max_prompt, "protect": made.pop("protect")}
         loaded[split] = datasets.Dataset.from_list(rows)
-    return datasets.DatasetDict(loaded)
+    return datasets.DatasetDict(loaded | {"all": datasets.concatenate_datasets(list(loaded.values()))})
 
 
 def convert(source: str, lines: list[Mapping[str, Any]]) -> list[Row]:
@@ -258,16 +262,36 @@ def _local_lines(source: str, data: str, split: str) -> list[Mapping[str, Any]]:
     found = next((file for file in tried if file.is_file()), None)
     if found is None:
         raise ConfigError("metadata.data", data, f"holds none of {', '.join(file.name for file in tried)} for {source}")
-    return _parse(found.read_text(encoding="utf-8"), source)
+    return _parse(found.read_text(encoding="utf-8-sig"), source, str(found))
 
 
-def _parse(text: str, source: str) -> list[Mapping[str, Any]]:
-    """Lines of a JSONL file, or the rows of a BOLD file in its authors' layout, one JSON object of groups."""
+def _parse(text: str, source: str, where: str) -> list[Mapping[str, Any]]:
+    """Lines of a JSONL file, or the rows of a BOLD file in its authors' layout, one JSON object of groups.
+
+    Raises:
+        ConfigError: no row, or one that is no JSON object, by file and line.
+    """
     if source.startswith("bold_"):
         first = text.lstrip().splitlines()[0] if text.strip() else ""
-        if '"prompts"' not in first:
-            return bold_lines(source.removeprefix("bold_"), json.loads(text))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if first and '"prompts"' not in first:
+            try:
+                return bold_lines(source.removeprefix("bold_"), json.loads(text))
+            except (ValueError, AttributeError) as error:
+                mend = f"is neither JSONL nor one JSON object of groups ({error})"
+                raise ConfigError("metadata.data", where, mend) from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError("metadata.data", f"{where}:{number}", f"is not JSON ({error})") from None
+        if not isinstance(rows[-1], Mapping):
+            raise ConfigError("metadata.data", f"{where}:{number}", "is no JSON object with the published fields")
+    if not rows:
+        raise ConfigError("metadata.data", where, f"holds no row of {source}")
+    return rows
 
 
 def _hub_lines(source: str, split: str) -> list[Mapping[str, Any]]:
@@ -284,4 +308,4 @@ def _hub_lines(source: str, split: str) -> list[Mapping[str, Any]]:
     else:
         with zipfile.ZipFile(file) as archive, archive.open(member.format(split=split)) as inside:
             text = io.TextIOWrapper(inside, encoding="utf-8").read()
-    return _parse(text, source)
+    return _parse(text, source, f"{repository}/{name}")
