@@ -123,14 +123,14 @@ def model_of(recipe: RecipeConfig) -> tuple[str, ModelShape]:
     """
     config = recipe.model.get("config")
     if config is None:
-        path = Path(str(recipe.restore_from))
-        context = nemo_context(path)
-        if context is not None:
-            return path.name, model_from_nemo(context)
-        if path.name not in MODELS:
-            mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {', '.join(MODELS)}; give --model"
-            raise ConfigError("restore_from", recipe.restore_from, mend)
-        return path.name, model_by_name(path.name)
+        name, shape = _checkpoint_model(str(recipe.restore_from))
+        same = {"num_query_groups": shape.num_attention_heads, "kv_channels": shape.hidden_size // shape.num_attention_heads}
+        for key, value in sizes_of(recipe.model).items():
+            has = same.get(key) if getattr(shape, key) is None else getattr(shape, key)
+            if value != has and key not in ("seq_length", "sliding_window"):
+                mend = f"the checkpoint {recipe.restore_from} has {has}, and its weights have that shape"
+                raise ConfigError(f"model.{key}", value, mend)
+        return name, shape
     if recipe.model.get("num_moe_experts"):
         raise ConfigError("model.num_moe_experts", recipe.model["num_moe_experts"], "FLOPs of experts are not counted")
     given = sizes_of(recipe.model)
@@ -139,6 +139,17 @@ def model_of(recipe: RecipeConfig) -> tuple[str, ModelShape]:
         published = model_by_name(name)
         return name, build(ModelShape, {**asdict(published), **given}, where="model")
     return str(config), build(ModelShape, given, where="model")
+
+
+def _checkpoint_model(restore_from: str) -> tuple[str, ModelShape]:
+    path = Path(restore_from)
+    context = nemo_context(path)
+    if context is not None:
+        return path.name, model_from_nemo(context)
+    if path.name not in MODELS:
+        mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {', '.join(MODELS)}; give --model"
+        raise ConfigError("restore_from", restore_from, mend)
+    return path.name, model_by_name(path.name)
 
 
 def _layout(recipe: RecipeConfig) -> Layout:

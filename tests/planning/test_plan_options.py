@@ -154,3 +154,9 @@ def test_more_layers_than_there_are_cannot_be_recomputed(capsys):
     (stage,) = plan(capsys, "--model", "llama2_7b", "--gpus", "8", "--recompute", "block:100")["layout"]["stages"]
     assert stage["verdict"] == "cannot run"
     assert "block:100" in stage["reason"]
+
+
+def test_sizes_that_contradict_the_checkpoint_are_refused_as_the_run_refuses_them(capsys):
+    assert main(["plan", "--recipe", "llama2_7b", "model.num_layers=16"]) == 2
+    assert "model.num_layers=16: the checkpoint checkpoints/llama2_7b has 32" in capsys.readouterr().err
+    assert main(["plan", "--recipe", "llama2_7b", "model.num_layers=32", "model.num_query_groups=32"]) == 0
