@@ -175,7 +175,8 @@ def show(results: list[dict], args: argparse.Namespace) -> None:
     print(
         f"  so 10^12 tokens in 10^9 documents, each once: an order of {bytes_a_visit:.2f} GB, mapped once for all processes of "
         f"a node, beside 20 GB of mapped index; built once, in {times * ours['seconds'] / 60:.1f} minutes and "
-        f"{times * ours['peak_mib'] / 1024:.1f} GiB, mapped pages counted, if both grow with the documents; opening does not"
+        f"{times * ours['peak_mib'] / 1024:.1f} GiB, mapped pages counted, if both grow with the documents; opening it again "
+        "does not"
     )
 
 

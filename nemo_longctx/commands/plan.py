@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
@@ -89,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     plan = make_plan(_settings(args))
     if args.apply:
-        _write(Path(args.apply), plan["override"])
+        from nemo_longctx.files import write_text
+
+        write_text(args.apply, plan["override"])
     if args.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -97,14 +97,6 @@ def run(args: argparse.Namespace) -> int:
         if args.apply:
             print(f"\nwrote {args.apply}; train it with recipe={args.apply}")
     return 0
-
-
-def _write(file: Path, text: str) -> None:
-    """Write the whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _settings(args: argparse.Namespace) -> Any:

@@ -24,10 +24,11 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
-from nemo_longctx.data.order import GROUP, Order, locked
+from nemo_longctx.data.order import GROUP, Order
 from nemo_longctx.data.packing import assign_bins, count_windows, plan_bins
 from nemo_longctx.data.permutation import Permutation
 from nemo_longctx.data.windows import ConcatenatedWindows, Sample, Windows, finish_sample, read_documents
+from nemo_longctx.files import locked
 
 ARRAYS = ("long_documents", "long_starts", "long_ends", "pieces", "bin_ends")
 

@@ -15,6 +15,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import IndexedCorpus
 from nemo_longctx.data.shards import ShardJob, ShardReport
 from nemo_longctx.data.writer import sync, write_index
+from nemo_longctx.files import write_text
 
 
 def output_names(output: str, holdout: bool) -> dict[str, str]:
@@ -100,15 +101,10 @@ def _checked_names(output: str, made: dict[str, Any]) -> dict[str, str]:
 def _publish_notes(output: str, made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
     """OUTPUT.json, OUTPUT_holdout.json, and OUTPUT.rejected.tsv: each record left out, with its file, line and reason."""
     for name in output_names(output, made["settings"]["holdout"] > 0).values():
-        _write(f"{name}.json", json.dumps(made, indent=1) + "\n")
+        write_text(f"{name}.json", json.dumps(made, indent=1) + "\n")
     lines = [f"{path}\t{line}\t{reason}\n" for report in reports for path, line, reason in report.bad]
     lines += [f"{path}\t{line}\tempty\n" for report in reports for path, line in report.empty]
     if lines:
-        _write(f"{output}.rejected.tsv", "".join(lines))
+        write_text(f"{output}.rejected.tsv", "".join(lines))
     else:
         Path(f"{output}.rejected.tsv").unlink(missing_ok=True)
-
-
-def _write(path: str, text: str) -> None:
-    Path(f"{path}.part").write_text(text, "utf-8")
-    os.replace(f"{path}.part", path)

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -206,6 +207,15 @@ class Documents:
             lengths = self.shards[shard].lengths
             for start in range(0, len(lengths), CHUNK):
                 yield int(self.shard_offsets[shard]) + start, lengths[start : start + CHUNK]
+
+    def stamps(self) -> list[tuple[str, str, int, int, int]]:
+        """Source, file, bytes, and times of change (ns) of the contents and of the file, for every file of every shard."""
+        found = []
+        for source, shard in zip(self.source_of_shard.tolist(), self.shards, strict=True):
+            for path in (os.path.abspath(f"{shard.prefix}.{suffix}") for suffix in ("idx", "bin")):
+                stat = os.stat(path)
+                found.append((self.names[source], path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

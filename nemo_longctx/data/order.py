@@ -11,16 +11,13 @@ Cost: 4 bytes a visit (its document number) + 8 bytes every 64 visits (tokens up
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +27,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.mixture import CHUNK, ROUNDING, Documents, MixConfig, Stratum, mix_dict, plan_mix
+from nemo_longctx.files import locked, written_atomically
 
 GROUP = 64  # visits between two running ends
 MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
@@ -364,43 +362,36 @@ def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, 
     Raises:
         ConfigError: the data does not give what the mix asks; see `plan_mix`.
     """
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    _remember_fingerprint(documents, Path(cache_dir))
     key = order_key(mix, documents, curriculum, seed)
     path = Path(cache_dir) / f"{key}.order"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 strata = plan_mix(mix, documents, curriculum.total_tokens)
-                with _written_atomically(path) as file:
+                with written_atomically(path) as file:
                     build_order(documents, strata, curriculum, seed=seed, file=file)
     return Order(path, documents, share_tolerance=mix.share_tolerance)
+
+
+def _remember_fingerprint(documents: Documents, cache_dir: Path) -> None:
+    """Take the documents' fingerprint from `cache_dir` where no file of theirs was touched since it was read; else read it.
+
+    So one process reads the data once, and those beside it and later runs do not. A file was not touched where its size and
+    both of its times are the same; a copy is read anew, and gives the same fingerprint.
+    """
+    stamp = hashlib.sha256(json.dumps(documents.stamps()).encode()).hexdigest()[:32]
+    path = cache_dir / f"{stamp}.fingerprint"
+    with locked(path.with_suffix(".lock")):
+        if path.exists():
+            documents.fingerprint = path.read_text("utf-8")
+        else:
+            with written_atomically(path) as file:
+                file.write(documents.fingerprint.encode())
 
 
 def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:
     """Name of an order: a hash of all it depends on, the data included."""
     parts = [MAGIC.decode(), documents.fingerprint, mix_dict(mix), curriculum.as_dict(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process of all that share the directory in at a time."""
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole: a killed builder leaves nothing that another would open.
-
-    It is not forced to the disk, which can take as long as building it: cut short by a power failure, it is refused.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -19,6 +19,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.readers import Part, Record, lines_before, read_part
 from nemo_longctx.data.tokenization import encoder
 from nemo_longctx.data.writer import CorpusWriter, explain_full_disk
+from nemo_longctx.files import write_text
 
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 256  # what one call of the tokenizer gets: bounds memory, not the result
 
@@ -151,9 +152,7 @@ def bad_record(part: Part, record: Record) -> ConfigError:
 
 
 def _save_report(job: ShardJob, report: ShardReport) -> None:
-    partial = job.report_path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(report)), "utf-8")
-    os.replace(partial, job.report_path)
+    write_text(job.report_path, json.dumps(asdict(report)))
 
 
 def load_report(job: ShardJob) -> ShardReport | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.files import write_text
 
 # Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
 PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
@@ -128,10 +129,7 @@ def make_probes(
         for sample in range(config.samples)
     ]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps([asdict(probe) for probe in probes]), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps([asdict(probe) for probe in probes]))
     return probes
 
 

@@ -19,6 +19,7 @@ from nemo_longctx.eval.scaling import ContextLaw, fit_context_law_by_document
 from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.html import Section, write_page
 from nemo_longctx.report.plots import plot_context_law, plot_loss_by_position, plot_probes, tokens_label
+from nemo_longctx.report.training_log import write_json
 
 RECORD = "results.json"
 LINES, PANELS = 8, 4  # evaluations in one figure: as many as can be told apart; tables and CSV hold all
@@ -52,7 +53,7 @@ def write_results(
     directory.mkdir(parents=True, exist_ok=True)
     earlier = _files_of(directory)
     record = {"provenance": dict(provenance), "results": [as_record(result) for result in results]}
-    _write_record(directory, record | {"files": sorted(earlier)})
+    write_json(directory / RECORD, finite(record | {"files": sorted(earlier)}))
     sections = [_summary(results)]
     files: set[str] = set()
     for name in dict.fromkeys(name for result in results for name in result.position):
@@ -84,14 +85,8 @@ def write_results(
     files |= {Path(figure).name for section in sections for figure in section.figures}
     for stale in earlier - files:  # of other tasks than these: beside the new ones they would pass for part of them
         (directory / stale).unlink(missing_ok=True)
-    _write_record(directory, record | {"files": sorted(files)})
+    write_json(directory / RECORD, finite(record | {"files": sorted(files)}))
     return write_page(directory / "index.html", title, sections)
-
-
-def _write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    beside = directory / (RECORD + ".tmp")
-    beside.write_text(json.dumps(finite(json.loads(json.dumps(record, default=str))), indent=1) + "\n", encoding="utf-8")
-    beside.replace(directory / RECORD)
 
 
 def _files_of(directory: Path) -> set[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from nemo_longctx.files import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
 
@@ -40,7 +41,4 @@ def read_training_log(path: str | Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, record: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")

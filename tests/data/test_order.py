@@ -1,11 +1,14 @@
 """The order of document visits: sizes that no test corpus has, caps, and where a stratum begins again."""
 
+import os
+
 import numpy as np
 import pytest
 
 from nemo_longctx.config import build
 from nemo_longctx.data import order
 from nemo_longctx.data.best_fit import open_windows
+from nemo_longctx.data.corpus import IndexedCorpus
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.mixture import CHUNK, Documents, MixConfig
 
@@ -72,3 +75,27 @@ def test_a_run_that_reads_everything_once_reads_it_once(telling_corpora, tmp_pat
     tokens, times = times_read(windows)
     assert len(tokens) == curriculum.total_tokens
     assert times.max() == 1
+
+
+def test_data_is_read_once_for_its_fingerprint_until_a_file_is_touched(telling_corpora, tmp_path, monkeypatch):
+    (prefix,) = telling_corpora([[100] * 50])
+    curriculum = Curriculum.constant(seq_length=64, global_batch_size=4, total_steps=4)
+    read, whole = [], IndexedCorpus.fingerprint
+    monkeypatch.setattr(IndexedCorpus, "fingerprint", lambda self, *a: read.append(self.prefix) or whole(self, *a))
+
+    def opened():
+        order_ = windows_of([prefix], curriculum, tmp_path / "cache").order
+        return order_.path, order_.documents.fingerprint
+
+    first = opened()
+    assert opened() == first
+    assert len(read) == 1
+    os.utime(f"{prefix}.idx")
+    assert opened() == first  # touched, and the same
+    assert len(read) == 2
+    with open(f"{prefix}.bin", "r+b") as tokens:
+        tokens.write(b"\xff\x01")
+    stat = os.stat(f"{prefix}.bin")
+    os.utime(f"{prefix}.bin", ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))  # as a tool that keeps times would leave it
+    assert opened()[1] != first[1]
+    assert len(read) == 3

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from nemo_longctx.activations import recompute_name
 from nemo_longctx.adapters.nemo.attention import transformer_engine_installed
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
+from nemo_longctx.files import write_text
 from nemo_longctx.planning.flops import convention_by_name, token_flops, training_cost
 from nemo_longctx.planning.gpus import GIB, GPUS, Gpu
 from nemo_longctx.planning.layout import Layout
@@ -164,10 +164,7 @@ class ThroughputCallback(Callback):
                 for number, stage in sorted(self.stages.items())
             ],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(record, indent=1))
-        os.replace(beside, self.path)
+        write_text(self.path, json.dumps(record, indent=1))
 
 
 def shape_of(config: Any) -> ModelShape:

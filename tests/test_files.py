@@ -1,0 +1,27 @@
+"""Files that are there whole or not at all."""
+
+import os
+
+import pytest
+
+from nemo_longctx import files
+
+
+def test_a_writer_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "made" / "record.json"
+    files.write_text(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_builder_that_fails_leaves_nothing(tmp_path):
+    def build():
+        with files.written_atomically(tmp_path / "order") as file:
+            file.write(b"half")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        build()
+    assert not list(tmp_path.iterdir())
