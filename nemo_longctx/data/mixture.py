@@ -174,6 +174,11 @@ class Documents:
         """Tokens (int32, or int64 where a corpus has them so) of some documents."""
         if len(self.shards) == 1:
             return self.shards[0].lengths[documents]
+        if not len(documents):
+            return np.empty(0, np.int64)
+        first, last = self._shards_of(np.array([documents.min(), documents.max()])).tolist()
+        if first == last:
+            return self.shards[first].lengths[documents - self.shard_offsets[first]]
         shard = self._shards_of(documents)
         if len(documents) <= 8 * GATHER:  # a few windows' worth: one by one is quicker than by shard
             shards, offsets = self.shards, self.shard_offsets
