@@ -21,7 +21,8 @@ import os
 import resource
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,7 @@ CODE_OF_DTYPE = {np.dtype(kind): code for code, kind in DTYPE_OF_CODE.items()}
 WHOLE_BELOW = 1 << 30  # bytes of tokens that a fingerprint takes whole: about a second
 PIECE = 1 << 20  # bytes of a file read at once for its fingerprint
 RUN = 1 << 14  # bytes of each sample of a larger one
+THREADS, SINGLE = 4, 1 << 24  # that read for a fingerprint, and bytes that are not worth a second one
 CHECKED = 1 << 18  # entries of an index that `check` looks at together
 
 
@@ -351,12 +353,20 @@ def _allow_open_files(n: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _sums(file: BinaryIO, starts: Iterable[int], size: int) -> bytes:
-    """Checksums (CRC-32) of the `size` bytes from each of `starts` on.
+def _sums(file: BinaryIO, starts: Sequence[int], size: int) -> bytes:
+    """Checksums (CRC-32) of the `size` bytes from each of `starts` on, by a few threads where there is much to read.
 
     Read from the file: pages that are read through the map, and those around them, would count as this process's memory.
     """
-    return np.array([zlib.crc32(os.pread(file.fileno(), size, start)) for start in starts], np.uint32).tobytes()
+
+    def sums(some: Sequence[int]) -> list[int]:
+        return [zlib.crc32(os.pread(file.fileno(), size, start)) for start in some]
+
+    share = max(-(-len(starts) // THREADS), -(-SINGLE // size))
+    parts = [starts[at : at + share] for at in range(0, len(starts), share)]
+    with ThreadPoolExecutor(THREADS) as threads:  # reading and summing both leave the interpreter free
+        found = list(threads.map(sums, parts) if len(parts) > 1 else map(sums, parts))
+    return np.array([number for part in found for number in part], np.uint32).tobytes()
 
 
 def _without_suffix(prefix: str) -> str:
