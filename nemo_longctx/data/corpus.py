@@ -189,13 +189,18 @@ class IndexedCorpus:
         lengths, pointers, indices = self._sequence_lengths, self._sequence_pointers, self._document_indices
         position = 0
         for start in range(0, len(lengths), CHECKED):  # in pieces: the index of a huge corpus is larger than memory
-            piece = lengths[start : start + CHECKED].astype(np.int64)
+            piece = lengths[start : start + CHECKED]
             if piece.min() < 0:
                 raise self._broken(f"sequence {start + int(piece.argmin())} has a negative length")
-            expected = position + np.concatenate([[0], np.cumsum(piece)]) * self.dtype.itemsize
-            wrong = np.flatnonzero(pointers[start : start + CHECKED] != expected[:-1])
-            if wrong.size:
-                raise self._broken(f"the pointer of sequence {start + int(wrong[0])} is not the sum of the lengths before it")
+            expected = np.empty(len(piece) + 1, np.int64)
+            expected[0] = position
+            np.cumsum(piece, out=expected[1:])
+            expected[1:] *= self.dtype.itemsize
+            expected[1:] += position
+            wrong = pointers[start : start + CHECKED] != expected[:-1]
+            if wrong.any():
+                first = start + int(wrong.argmax())
+                raise self._broken(f"the pointer of sequence {first} is not the sum of the lengths before it")
             position = int(expected[-1])
             self._index.madvise(mmap.MADV_DONTNEED)  # pages that were read count as this process's memory until then
         for start in range(0, self.n_documents, CHECKED):

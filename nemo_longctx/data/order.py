@@ -209,7 +209,7 @@ class _Writer:
     """Writes visits as they come, and keeps the running ends and the digest for the end of the file."""
 
     def __init__(self, file: BinaryIO, documents: Documents):
-        self.file, self.documents, self.visits, self.tokens = file, documents, 0, 0
+        self.file, self.documents, self.visits = file, documents, 0
         self._sums: list[np.ndarray] = []
         self._rest = np.empty(0, np.int64)  # lengths of visits that do not fill a group yet
         self._digest = hashlib.blake2b(digest_size=16)
@@ -221,7 +221,6 @@ class _Writer:
             self.file.write(piece.data)
             self._digest.update(piece.data)
             lengths = self.documents.lengths(piece)
-            self.tokens += int(lengths.sum(dtype=np.int64))
             if len(self._rest):
                 lengths = np.concatenate([self._rest, lengths])
             whole = len(lengths) - len(lengths) % GROUP
@@ -229,6 +228,11 @@ class _Writer:
                 self._sums.append(lengths[:whole].reshape(-1, GROUP).sum(axis=1, dtype=np.int64))
             self._rest = lengths[whole:].copy()
         self.visits += len(visits)
+
+    @property
+    def tokens(self) -> int:
+        """Of all visits so far."""
+        return sum(int(sums.sum()) for sums in self._sums) + int(self._rest.sum(dtype=np.int64))
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         self._sums.append(self._rest.sum(dtype=np.int64, keepdims=True)[: len(self._rest)])
