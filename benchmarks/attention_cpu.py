@@ -45,7 +45,7 @@ def megatron(tokens: int):
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from nemo_longctx.adapters.nemo import cpu
+    from nemo_longctx.adapters.megatron import cpu
 
     measure.one_gloo_process()
     cpu.install()

@@ -64,8 +64,8 @@ def megatron_stack(shape: Shape, tokens: int, layers: int, recompute: bool, devi
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_longctx.activations import megatron_fields
-    from nemo_longctx.adapters.nemo import cpu
-    from nemo_longctx.adapters.nemo.attention import with_long_context_attention
+    from nemo_longctx.adapters.megatron import cpu
+    from nemo_longctx.adapters.megatron.attention import with_long_context_attention
 
     cpu.install()  # does nothing where there is a GPU
     measure.one_gloo_process()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 
 STEP_REPEATS, CALL_REPEATS = 20, 20_000
 

@@ -27,7 +27,7 @@ def loss_function(kind: str):
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-        from nemo_longctx.adapters.nemo import cpu
+        from nemo_longctx.adapters.megatron import cpu
 
         measure.one_gloo_process()
         cpu.install()

@@ -115,7 +115,7 @@ def transformer_config(**fields: Any) -> Any:
     """A Megatron-Core config without fusions and dropout, as a CPU needs it."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_longctx.adapters.nemo.cpu import CPU_MODEL_FIELDS
+    from nemo_longctx.adapters.megatron.cpu import CPU_MODEL_FIELDS
 
     known = {name: value for name, value in CPU_MODEL_FIELDS.items() if name in TransformerConfig.__dataclass_fields__}
     return TransformerConfig(**{"num_layers": 1, "attention_dropout": 0.0, "hidden_dropout": 0.0, **known, **fields})

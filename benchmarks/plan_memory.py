@@ -81,7 +81,7 @@ def worker(name: str) -> None:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    from nemo_longctx.adapters.nemo import cpu
+    from nemo_longctx.adapters.megatron import cpu
 
     cpu.install()
     shape, layout, seq_length = CONFIGS[name]
@@ -127,8 +127,8 @@ def build_model(shape: ModelShape, layout: Layout, seq_length: int):
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-    from nemo_longctx.adapters.nemo import cpu
-    from nemo_longctx.adapters.nemo.attention import with_long_context_attention
+    from nemo_longctx.adapters.megatron import cpu
+    from nemo_longctx.adapters.megatron.attention import with_long_context_attention
 
     recompute = {}
     if layout.recompute != "none":

@@ -31,9 +31,9 @@ def build(kind: str, tokens: int):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from nemo_longctx.activations import megatron_fields
-    from nemo_longctx.adapters.nemo import cpu
-    from nemo_longctx.adapters.nemo.attention import with_long_context_attention
-    from nemo_longctx.adapters.nemo.loss import use_chunked_loss
+    from nemo_longctx.adapters.megatron import cpu
+    from nemo_longctx.adapters.megatron.attention import with_long_context_attention
+    from nemo_longctx.adapters.megatron.loss import use_chunked_loss
 
     measure.one_gloo_process()
     cpu.install()

@@ -33,7 +33,7 @@ def main() -> int:
     for name, command in steps(args.output, args.data):
         if not run_step(args.output, name, command):
             return 1
-    from nemo_longctx.adapters.nemo.demo_report import write_report
+    from nemo_longctx.adapters.nemo.evaluation.demo_report import write_report
 
     return write_report(args.output, json.loads((args.output / "steps.json").read_text()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import numbers
 import types
 import typing
@@ -33,6 +34,14 @@ class ConfigError(ValueError):
 
     def __reduce__(self):  # exceptions cross process pools by pickle
         return (type(self), (self.key, self.value, self.mend))
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that a float can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

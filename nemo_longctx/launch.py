@@ -24,7 +24,7 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         from nemo_longctx.recipe import load_recipe
 
         recipe = load_recipe(compose(overrides))
-        from nemo_longctx.adapters.nemo.run import build_run
+        from nemo_longctx.adapters.nemo.launch.run import build_run
 
         build_run(recipe).fit()
     except (ConfigError, OSError) as error:

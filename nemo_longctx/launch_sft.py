@@ -18,7 +18,7 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
     try:
         values = compose(overrides, config_name="sft")
         # The host takes long to import: not before the overrides are known to compose.
-        from nemo_longctx.adapters.nemo.instruct_run import build_instruct_run, load_instruct_recipe
+        from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run, load_instruct_recipe
 
         build_instruct_run(load_instruct_recipe(values)).fit()
     except (ConfigError, OSError) as error:

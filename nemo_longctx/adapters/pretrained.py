@@ -46,7 +46,8 @@ def load_checkpoint(
         logger.warning("there is no %s on this machine: %s is read on the CPU", device, path)
         device = None
     if not _is_hugging_face(path):
-        from nemo_longctx.adapters.nemo.evaluation import data_group, load_nemo_checkpoint
+        from nemo_longctx.adapters.megatron.inference import data_group
+        from nemo_longctx.adapters.nemo.checkpoint.load import load_nemo_checkpoint
 
         model, weights, tokenizer = load_nemo_checkpoint(
             path,

@@ -52,8 +52,8 @@ def _self_test(args: argparse.Namespace) -> int:
     overrides = [f"recipe={args.model}", *([f"restore_from={args.checkpoint}"] if args.checkpoint else []), *args.overrides]
     recipe = load_recipe(compose(overrides))
     print("importing NeMo ...", file=sys.stderr)
-    from nemo_longctx.adapters.nemo.inference import build_for_test
-    from nemo_longctx.adapters.nemo.self_test import findings_text, self_test
+    from nemo_longctx.adapters.megatron.self_test import findings_text, self_test
+    from nemo_longctx.adapters.nemo.checkpoint.load import build_for_test
 
     model, config = build_for_test(recipe, load_weights=args.checkpoint is not None)
     masked = bool(recipe.data.get("document_masking", False))

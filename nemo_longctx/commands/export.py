@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant was written."""
-    from nemo_longctx.adapters.nemo.checkpoint import export_hf
+    from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 
     variant = export_hf(
         args.source,

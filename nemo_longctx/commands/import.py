@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant came along."""
-    from nemo_longctx.adapters.nemo.checkpoint import import_hf
+    from nemo_longctx.adapters.nemo.checkpoint.convert import import_hf
 
     variant = import_hf(args.source, args.target, verify=not args.no_verify, verify_tokens=args.verify_tokens)
     checked = "not verified" if args.no_verify else "verified by loading it again"

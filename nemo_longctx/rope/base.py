@@ -10,15 +10,15 @@ Frequencies are computed in float64 and rounded once to float32; the guard on th
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, is_finite
+from nemo_longctx.rope import hf
 
 Float64s = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
@@ -34,18 +34,13 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ConfigError(f"rope.{name}", value, f"must be at least {at_least:g}")
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a number is one that a float can hold."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        return False
-
-
 def check_length(name: str, value: object) -> None:
     """A whole number of tokens, or a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"rope.{name}", value, "must be a whole number of tokens, 1 or more")
+
+
+_BY_NAME: dict[str, type[RopeVariant]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +56,11 @@ class RopeVariant:
     depends_on_length: ClassVar[bool] = False
 
     base: float = 10_000.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "variant" in vars(cls):
+            _BY_NAME[cls.variant] = cls
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -92,6 +92,10 @@ class RopeVariant:
             raise ConfigError("rope", dataclasses.asdict(self), mend)
         return inv_freq
 
+    def plain_base(self, rotary_dim: int) -> float:
+        """The base that a config must have where it cannot say the stretch: `base`, or what NTK-aware makes of it."""
+        return float(self.base)
+
     @property
     def attention_scaling(self) -> float:
         """The attention factor: what the rotated dimensions of both q and k are multiplied by."""
@@ -116,8 +120,6 @@ class RopeVariant:
         Raises:
             ConfigError: transformers cannot say this variant (xPos), an unknown version, or an argument out of its range.
         """
-        from nemo_longctx.rope import hf  # there, because transformers' keys change for reasons of their own
-
         return hf.write(
             self,
             rotary_dim=rotary_dim,
@@ -137,9 +139,10 @@ class RopeVariant:
             ConfigError: a `rope_type` with no variant here, one set of parameters a layer type, a key that is missing or holds
                 no usable value, or another variant than the one that was asked for.
         """
-        from nemo_longctx.rope import hf
-
-        return hf.read(config, cls)
+        if "variant" in vars(cls):
+            return cls(**hf.read_as(config, cls.variant))
+        name, fields = hf.read(config)
+        return cast("Self", _BY_NAME[name](**fields))
 
 
 def powers(base: float, rotary_dim: int) -> Float64s:

@@ -1,49 +1,36 @@
-"""RoPE variants to and from a transformers `config.json`: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`)."""
+"""RoPE variants to and from a transformers `config.json`: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
+
+Variants are known here by name and fields alone (`RopeVariant` imports this module, not the other way round).
+"""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.rope.base import RopeVariant, is_finite
-from nemo_longctx.rope.variants import (
-    AbfRope,
-    DynamicNtkRope,
-    Llama3Rope,
-    LongRope,
-    NtkByPartsRope,
-    NtkRope,
-    PiRope,
-    Rope,
-    XposRope,
-    YarnRope,
-    ntk_base,
-)
+from nemo_longctx.config import ConfigError, did_you_mean, is_finite
 
 Keys = dict[str, Any]
-V = TypeVar("V", bound=RopeVariant)
+Found = tuple[str, Keys]  # a variant's name and its fields
 
 ORIGINAL = "original_max_position_embeddings"
 NO_XPOS = "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo"
 
 
-def write(
-    variant: RopeVariant, *, rotary_dim: int, max_position_embeddings: int, version: int, partial_rotary_factor: float
-) -> Keys:
+def write(variant: Any, *, rotary_dim: int, max_position_embeddings: int, version: int, partial_rotary_factor: float) -> Keys:
     """`RopeVariant.to_hf`."""
     if version not in (4, 5):
         raise ConfigError("transformers", version, "only configs of major versions 4 and 5 are known")
-    if isinstance(variant, XposRope):
+    if variant.variant == "xpos":
         raise ConfigError("rope.variant", variant.variant, NO_XPOS)
     max_position_embeddings = _length("max_position_embeddings", max_position_embeddings)
     if not 0 < _number("partial_rotary_factor", partial_rotary_factor) <= 1:
         raise ConfigError("partial_rotary_factor", partial_rotary_factor, "a share of a head's dimensions: above 0, up to 1")
     variant.inv_freq(rotary_dim)  # refuses a size that this variant has no frequencies for, as transformers would only later
-    theta = ntk_base(variant.base, variant.factor, rotary_dim) if isinstance(variant, NtkRope) else float(variant.base)
-    scaling = _TO_HF[type(variant)](variant) if type(variant) in _TO_HF else {}
-    if isinstance(variant, DynamicNtkRope):
+    theta = variant.plain_base(rotary_dim)
+    scaling = _TO_HF[variant.variant](variant) if variant.variant in _TO_HF else {}
+    if variant.variant == "dynamic_ntk":
         max_position_embeddings = variant.original_max_position_embeddings
     partial = {} if partial_rotary_factor == 1.0 else {"partial_rotary_factor": partial_rotary_factor}
     keys: Keys = {"max_position_embeddings": max_position_embeddings}
@@ -51,14 +38,14 @@ def write(
         keys["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **scaling, **partial}
         return keys
     keys |= {"rope_theta": theta, "rope_scaling": scaling or None, **partial}
-    if isinstance(variant, LongRope):
+    if variant.variant == "longrope":
         # transformers 4 reads LongRoPE's trained length from the top of the config alone.
         keys["original_max_position_embeddings"] = variant.original_max_position_embeddings
     return keys
 
 
-def read(config: Mapping[str, Any], cls: type[V]) -> V:
-    """`RopeVariant.from_hf`: the variant that `config` asks for, as a `cls`."""
+def read(config: Mapping[str, Any]) -> Found:
+    """Name and fields of the variant that `config` asks for (`RopeVariant.from_hf`)."""
     if not isinstance(config, Mapping):
         raise ConfigError("config", config, "must be a mapping, as a config.json holds or PretrainedConfig.to_dict() gives")
     params = _parameters(config)
@@ -67,16 +54,22 @@ def read(config: Mapping[str, Any], cls: type[V]) -> V:
     base = params.get("rope_theta", config.get("rope_theta")) if _is_v5(config) else config.get("rope_theta")
     params["base"] = 10_000.0 if base is None else _number("rope_theta", base)
     try:
-        found = _FROM_HF[rope_type](params, config)
+        return _FROM_HF[rope_type](params, config)
     except KeyError as error:
         raise ConfigError(f"rope_scaling.{error.args[0]}", None, f"missing; rope_type {rope_type!r} needs it") from error
-    if isinstance(found, cls):
-        return found
-    if (type(found), cls) in _ALSO:
-        return _ALSO[type(found), cls](found)
-    if cls is XposRope:
+
+
+def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
+    """Fields of the variant named `wanted`, which `config` must be able to mean (`YarnRope.from_hf` and its like)."""
+    name, fields = read(config)
+    if name == wanted:
+        return fields
+    if (name, wanted) in _ALSO:
+        return {ours: fields[theirs] for ours, theirs in _ALSO[name, wanted].items()}
+    rope_type = _rope_type(_parameters(config), config)
+    if wanted == "xpos":
         raise ConfigError("rope_type", rope_type, NO_XPOS)
-    raise ConfigError("rope_type", rope_type, f"says {found.variant!r}, not {cls.variant!r}; read it with RopeVariant.from_hf")
+    raise ConfigError("rope_type", rope_type, f"says {name!r}, not {wanted!r}; read it with RopeVariant.from_hf")
 
 
 def _is_v5(config: Mapping[str, Any]) -> bool:
@@ -131,18 +124,18 @@ def _places(params: Keys, config: Mapping[str, Any]) -> tuple[Mapping[str, Any],
     return (config, params) if _is_v5(config) else (params,)
 
 
-def _linear_to_hf(variant: PiRope) -> Keys:
+def _linear_to_hf(variant: Any) -> Keys:
     return {"rope_type": "linear", "factor": float(variant.factor)}
 
 
-def _dynamic_to_hf(variant: DynamicNtkRope) -> Keys:
+def _dynamic_to_hf(variant: Any) -> Keys:
     return {"rope_type": "dynamic", "factor": float(variant.factor)}  # its trained length is max_position_embeddings
 
 
-def _by_parts_to_hf(variant: NtkByPartsRope | Llama3Rope) -> Keys:
+def _by_parts_to_hf(variant: Any) -> Keys:
     """NTK-by-parts is the formula that transformers knows as llama3, its beta_slow and beta_fast the two freq factors."""
-    low = variant.low_freq_factor if isinstance(variant, Llama3Rope) else variant.beta_slow
-    high = variant.high_freq_factor if isinstance(variant, Llama3Rope) else variant.beta_fast
+    low = variant.low_freq_factor if variant.variant == "llama3" else variant.beta_slow
+    high = variant.high_freq_factor if variant.variant == "llama3" else variant.beta_fast
     return {
         "rope_type": "llama3",
         "factor": float(variant.factor),
@@ -152,7 +145,7 @@ def _by_parts_to_hf(variant: NtkByPartsRope | Llama3Rope) -> Keys:
     }
 
 
-def _yarn_to_hf(variant: YarnRope) -> Keys:
+def _yarn_to_hf(variant: Any) -> Keys:
     keys: Keys = {
         "rope_type": "yarn",
         "factor": float(variant.factor),
@@ -168,7 +161,7 @@ def _yarn_to_hf(variant: YarnRope) -> Keys:
     return keys
 
 
-def _longrope_to_hf(variant: LongRope) -> Keys:
+def _longrope_to_hf(variant: Any) -> Keys:
     return {
         "rope_type": "longrope",
         "factor": float(variant.factor),
@@ -179,60 +172,60 @@ def _longrope_to_hf(variant: LongRope) -> Keys:
     }
 
 
-_TO_HF: dict[type[RopeVariant], Callable[[Any], Keys]] = {
-    PiRope: _linear_to_hf,
-    DynamicNtkRope: _dynamic_to_hf,
-    NtkByPartsRope: _by_parts_to_hf,
-    Llama3Rope: _by_parts_to_hf,
-    YarnRope: _yarn_to_hf,
-    LongRope: _longrope_to_hf,
+_TO_HF: dict[str, Callable[[Any], Keys]] = {
+    "pi": _linear_to_hf,
+    "dynamic_ntk": _dynamic_to_hf,
+    "ntk_by_parts": _by_parts_to_hf,
+    "llama3": _by_parts_to_hf,
+    "yarn": _yarn_to_hf,
+    "longrope": _longrope_to_hf,
 }
 
 
-def _default_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
-    return Rope(base=params["base"])
+def _default_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
+    return "rope", {"base": params["base"]}
 
 
-def _linear_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
-    return PiRope(base=params["base"], factor=params["factor"])
+def _linear_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
+    return "pi", {"base": params["base"], "factor": params["factor"]}
 
 
-def _dynamic_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
+def _dynamic_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
     # Not rope_scaling's own original length: transformers starts to stretch at max_position_embeddings.
     trained = config["max_position_embeddings"]
-    return DynamicNtkRope(base=params["base"], factor=params["factor"], original_max_position_embeddings=trained)
+    return "dynamic_ntk", {"base": params["base"], "factor": params["factor"], "original_max_position_embeddings": trained}
 
 
-def _llama3_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
+def _llama3_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
     if not _is_v5(config) and ORIGINAL not in params:  # only 5 falls back on the whole length
         raise KeyError(ORIGINAL)
-    return Llama3Rope(
-        base=params["base"],
-        factor=params["factor"],
-        low_freq_factor=params["low_freq_factor"],
-        high_freq_factor=params["high_freq_factor"],
-        original_max_position_embeddings=_trained_length(config, *_places(params, config)),
-    )
+    return "llama3", {
+        "base": params["base"],
+        "factor": params["factor"],
+        "low_freq_factor": params["low_freq_factor"],
+        "high_freq_factor": params["high_freq_factor"],
+        "original_max_position_embeddings": _trained_length(config, *_places(params, config)),
+    }
 
 
-def _yarn_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
+def _yarn_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
     mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
     if not (mscale and all_dim):
         mscale, all_dim = 1.0, 0.0  # transformers reads the two together or not at all
-    return YarnRope(
-        base=params["base"],
-        factor=params["factor"],
-        original_max_position_embeddings=_trained_length(config, *_places(params, config)),
-        beta_fast=params.get("beta_fast") or 32.0,
-        beta_slow=params.get("beta_slow") or 1.0,
-        mscale=mscale,
-        mscale_all_dim=all_dim,
-        truncate=params.get("truncate", True),
-        attention_factor=params.get("attention_factor"),
-    )
+    return "yarn", {
+        "base": params["base"],
+        "factor": params["factor"],
+        "original_max_position_embeddings": _trained_length(config, *_places(params, config)),
+        "beta_fast": params.get("beta_fast") or 32.0,
+        "beta_slow": params.get("beta_slow") or 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": all_dim,
+        "truncate": params.get("truncate", True),
+        "attention_factor": params.get("attention_factor"),
+    }
 
 
-def _longrope_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
+def _longrope_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
     """transformers 4 looks for the trained length at the top of the config alone; where it is there, `factor` gives way to the
     ratio of the two lengths. 5 looks in `rope_parameters` too, and takes the ratio only where there is no `factor`."""
     longest = _length("max_position_embeddings", config["max_position_embeddings"])
@@ -244,17 +237,17 @@ def _longrope_from_hf(params: Keys, config: Mapping[str, Any]) -> RopeVariant:
     if factor is None:
         mend = f"missing; without it transformers 4 needs {ORIGINAL} at the top of the config, or attention_factor"
         raise ConfigError("rope_scaling.factor", None, mend)
-    return LongRope(
-        base=params["base"],
-        factor=max(_number("factor", factor), 1.0),
-        short_factor=params["short_factor"],
-        long_factor=params["long_factor"],
-        original_max_position_embeddings=trained,
-        attention_factor=attention_factor,
-    )
+    return "longrope", {
+        "base": params["base"],
+        "factor": max(_number("factor", factor), 1.0),
+        "short_factor": params["short_factor"],
+        "long_factor": params["long_factor"],
+        "original_max_position_embeddings": trained,
+        "attention_factor": attention_factor,
+    }
 
 
-_FROM_HF: dict[str, Callable[[Keys, Mapping[str, Any]], RopeVariant]] = {
+_FROM_HF: dict[str, Callable[[Keys, Mapping[str, Any]], Found]] = {
     "default": _default_from_hf,
     "linear": _linear_from_hf,
     "dynamic": _dynamic_from_hf,
@@ -264,14 +257,14 @@ _FROM_HF: dict[str, Callable[[Keys, Mapping[str, Any]], RopeVariant]] = {
     "su": _longrope_from_hf,  # LongRoPE's name in the first Phi-3 releases
 }
 
-# What one config says may be either of two variants here: (read, asked for) -> the second.
-_ALSO: dict[tuple[type[RopeVariant], type[RopeVariant]], Callable[[Any], Any]] = {
-    (Rope, AbfRope): lambda rope: AbfRope(base=rope.base),
-    (Llama3Rope, NtkByPartsRope): lambda rope: NtkByPartsRope(
-        base=rope.base,
-        factor=rope.factor,
-        original_max_position_embeddings=rope.original_max_position_embeddings,
-        beta_slow=rope.low_freq_factor,
-        beta_fast=rope.high_freq_factor,
-    ),
+# What one config says may be either of two variants here: (read, asked for) -> the second's fields from the first's.
+_ALSO: dict[tuple[str, str], dict[str, str]] = {
+    ("rope", "abf"): {"base": "base"},
+    ("llama3", "ntk_by_parts"): {
+        "base": "base",
+        "factor": "factor",
+        "original_max_position_embeddings": "original_max_position_embeddings",
+        "beta_slow": "low_freq_factor",
+        "beta_fast": "high_freq_factor",
+    },
 }

@@ -60,8 +60,11 @@ class NtkRope(_Stretched):
 
     variant: ClassVar[str] = "ntk"
 
+    def plain_base(self, rotary_dim: int) -> float:
+        return ntk_base(self.base, self.factor, rotary_dim)
+
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
-        return powers(ntk_base(self.base, self.factor, rotary_dim), rotary_dim)
+        return powers(self.plain_base(rotary_dim), rotary_dim)
 
 
 def ntk_base(base: float, stretch: float, rotary_dim: int) -> float:

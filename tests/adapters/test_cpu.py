@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="replaces what CUDA itself provides")
 

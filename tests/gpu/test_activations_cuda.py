@@ -23,7 +23,7 @@ def model():
 
 def step(model):
     """Losses, gradients, and the bytes that lie on the GPU between forward and backward."""
-    from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss
+    from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 96, (1, TOKENS), generator=generator).cuda()
@@ -38,7 +38,7 @@ def step(model):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_offload_frees_gpu_memory_and_changes_nothing(model, recompute):
-    from nemo_longctx.adapters.nemo.activations import set_activation_policy
+    from nemo_longctx.adapters.megatron.activations import set_activation_policy
 
     set_activation_policy([model], recompute=recompute, offload="none")
     plain = step(model)

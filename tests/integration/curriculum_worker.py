@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 
 cpu.install()
 
@@ -21,8 +21,8 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # noqa: E402
 
-from nemo_longctx.adapters.nemo.data_module import LongContextDataModule  # noqa: E402
-from nemo_longctx.adapters.nemo.model import fresh_model, prepare_model  # noqa: E402
+from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule  # noqa: E402
+from nemo_longctx.adapters.nemo.model.config import fresh_model, prepare_model  # noqa: E402
 
 
 class Witness(pl.Callback):

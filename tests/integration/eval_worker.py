@@ -10,14 +10,14 @@ import torch
 def main():
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    from nemo_longctx.adapters.nemo.model import mcore_modules
-    from nemo_longctx.adapters.nemo.run import build_run
+    from nemo_longctx.adapters.nemo.launch.run import build_run
+    from nemo_longctx.adapters.nemo.model.config import mcore_modules
     from nemo_longctx.eval.results_cache import weights_digest
     from nemo_longctx.recipe import load_recipe
 
     run = build_run(load_recipe(settings["recipe"]))
     if settings["eval"]:
-        from nemo_longctx.adapters.nemo.eval_callback import LongContextEvalCallback
+        from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 
         run.trainer.callbacks.append(LongContextEvalCallback(**settings["eval"]))
     run.fit()

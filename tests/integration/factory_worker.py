@@ -18,7 +18,7 @@ class ReplaceRope(pl.Callback):
     """What a tool or a checkpoint may do to a live model behind a config's back."""
 
     def on_train_start(self, trainer, pl_module):
-        from nemo_longctx.adapters.nemo.model import mcore_modules
+        from nemo_longctx.adapters.nemo.model.config import mcore_modules
 
         for module in mcore_modules(trainer.strategy.megatron_parallel):
             module.rotary_pos_emb.inv_freq = torch.mul(module.rotary_pos_emb.inv_freq, 2)
@@ -44,7 +44,7 @@ def stock(run, recipes, corpus, output, name, asked):
 
 
 def main(corpus, output, name, overrides, *more):
-    from nemo_longctx.adapters.nemo import cpu
+    from nemo_longctx.adapters.megatron import cpu
 
     cpu.install()
 

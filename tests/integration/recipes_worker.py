@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 
 cpu.install()
 
@@ -17,8 +17,8 @@ import nemo_run as run  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer  # noqa: E402
 
+from nemo_longctx.adapters.megatron.attention import attention_summary  # noqa: E402
 from nemo_longctx.adapters.nemo import recipes  # noqa: E402
-from nemo_longctx.adapters.nemo.attention import attention_summary  # noqa: E402
 from nemo_longctx.compose import compose  # noqa: E402
 
 LAYERS = 2

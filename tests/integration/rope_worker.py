@@ -10,10 +10,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.attention import packed_documents, with_long_context_attention
-from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
-from nemo_longctx.adapters.nemo.rope_module import transform_rope
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.attention import packed_documents, with_long_context_attention
+from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
+from nemo_longctx.adapters.megatron.rope_module import transform_rope
 from nemo_longctx.attention.context_parallel import slice_zigzag
 from nemo_longctx.rope.variants import parse
 

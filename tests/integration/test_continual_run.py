@@ -81,7 +81,7 @@ def trained(text, tmp_path_factory):
 
 
 def build(arguments: list[str]):
-    from nemo_longctx.adapters.nemo.run import build_run
+    from nemo_longctx.adapters.nemo.launch.run import build_run
 
     return build_run(load_recipe(compose(arguments)))
 
@@ -110,7 +110,7 @@ def test_checkpoints_load_with_stock_nemo(trained):
     """The context, tokenizer included, without any function of ours in it."""
     from nemo.lightning import io
 
-    from nemo_longctx.adapters.nemo.model import checkpoint_directory
+    from nemo_longctx.adapters.nemo.model.config import checkpoint_directory
 
     output, _ = trained
     directory = checkpoint_directory(output / "tiny_cpu_long")
@@ -181,7 +181,7 @@ def test_text_without_a_window_is_refused(text, tmp_path):
 
 
 def test_a_disk_too_full_to_save_is_said_before_training(trained, monkeypatch):
-    from nemo_longctx.adapters.nemo.callbacks import check_disk
+    from nemo_longctx.adapters.nemo.launch.callbacks import check_disk
 
     output, _ = trained
     usage = shutil.disk_usage(output)
@@ -219,7 +219,7 @@ def test_five_kills_change_no_bit(text, tmp_path):
 STOCK_EXPORT = """
 import sys
 from nemo.collections import llm
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 
 cpu.install()
 with cpu.stock_configs():
@@ -228,7 +228,7 @@ with cpu.stock_configs():
 
 
 def checkpoint_of(run: Path) -> Path:
-    from nemo_longctx.adapters.nemo.model import checkpoint_directory
+    from nemo_longctx.adapters.nemo.model.config import checkpoint_directory
 
     return checkpoint_directory(run)
 

@@ -36,8 +36,8 @@ def train(rank, size, tp, cp, packed, one_rank_masked, steps):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from nemo_longctx.adapters.nemo.attention import packed_documents
-    from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss, use_chunked_loss
+    from nemo_longctx.adapters.megatron.attention import packed_documents
+    from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss, use_chunked_loss
 
     with small_gpt.model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp):
         settings = small_gpt.config(

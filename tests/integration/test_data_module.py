@@ -28,9 +28,9 @@ import nemo_run as run
 from nemo.lightning.io import load, reinit
 from omegaconf import OmegaConf
 
-from nemo_longctx.adapters.nemo import sampler
-from nemo_longctx.adapters.nemo.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
-from nemo_longctx.adapters.nemo.sampler import (
+from nemo_longctx.adapters.nemo.data import sampler
+from nemo_longctx.adapters.nemo.data.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
+from nemo_longctx.adapters.nemo.data.sampler import (
     CurriculumBatchSampler,
     EvaluationBatchSampler,
     EvaluationSet,
@@ -247,7 +247,7 @@ def test_what_nemo_asks_of_a_data_module(corpus, tmp_path):
 
 def test_a_target_in_yaml_and_a_nemo_run_config_make_the_module(corpus, tmp_path):
     """As Hydra and nemo_run build NeMo's parts; and what NeMo writes beside a checkpoint builds it again."""
-    target = "nemo_longctx.adapters.nemo.data_module.LongContextDataModule"
+    target = "nemo_longctx.adapters.nemo.data.data_module.LongContextDataModule"
     validation = [{"name": "held_out", "path": corpus, "seq_length": 16}]
     values = {"mix": {"sources": [{"path": corpus}]}, "curriculum": CURRICULUM, "validation": validation}
     built = [

@@ -150,8 +150,8 @@ def test_lora_trains_adapters_alone_and_exports_merged(adapted):
     from nemo.lightning import io
     from transformers import AutoModelForCausalLM
 
-    from nemo_longctx.adapters.nemo.inference import load_model
-    from nemo_longctx.adapters.nemo.model import checkpoint_directory
+    from nemo_longctx.adapters.nemo.checkpoint.load import load_model
+    from nemo_longctx.adapters.nemo.model.config import checkpoint_directory
 
     losses = [float(loss) for _, loss, _, _ in curve(adapted, "lora")]
     assert len(losses) == 8

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nemo_longctx.adapters.nemo import position
+from nemo_longctx.adapters.megatron import position
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.writer import CorpusWriter
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nemo_longctx.adapters.nemo.throughput import ThroughputCallback, shape_of
+from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback, shape_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.planning.flops import CONVENTIONS, token_flops

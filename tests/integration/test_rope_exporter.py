@@ -8,8 +8,9 @@ from nemo.lightning.io.pl import TrainerContext
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from nemo_longctx.adapters.nemo import cpu, exporter
-from nemo_longctx.adapters.nemo.model import prepare_model
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.nemo.checkpoint import exporter
+from nemo_longctx.adapters.nemo.model.config import prepare_model
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import parse
 

@@ -13,13 +13,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.collections import llm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_longctx.adapters.nemo import checkpoint as checkpoint_module
-from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.checkpoint import export_hf, hf_model, import_hf
-from nemo_longctx.adapters.nemo.hf_verify import verify_export
-from nemo_longctx.adapters.nemo.hf_weights import family_of_hf, family_of_nemo, to_hugging_face
-from nemo_longctx.adapters.nemo.inference import load_model
-from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of
+from nemo_longctx.adapters.nemo.checkpoint import convert as checkpoint_module
+from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf, hf_model, import_hf
+from nemo_longctx.adapters.nemo.checkpoint.hf_verify import verify_export
+from nemo_longctx.adapters.nemo.checkpoint.hf_weights import family_of_hf, family_of_nemo, to_hugging_face
+from nemo_longctx.adapters.nemo.checkpoint.load import load_model
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import VARIANTS, Rope, RopeVariant, parse
 

@@ -13,10 +13,10 @@ from megatron.core.transformer.attention import SelfAttention
 from nemo.collections import llm
 from nemo.lightning import io
 
-from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.rope import RopeTransform, place_rope, variant_of
-from nemo_longctx.adapters.nemo.rope_guard import LiveRopeError, verify_live_rope
-from nemo_longctx.adapters.nemo.rope_module import rotary_dim_of, transform_rope
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.rope_guard import LiveRopeError, verify_live_rope
+from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of, transform_rope
+from nemo_longctx.adapters.nemo.model.rope import RopeTransform, place_rope, variant_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.variants import VARIANTS, parse, to_dict
 

@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.rope_module import self_attentions
-from nemo_longctx.adapters.nemo.rope_scale import ScoreScale, packed_positions
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.rope_module import self_attentions
+from nemo_longctx.adapters.megatron.rope_scale import ScoreScale, packed_positions
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.rotation import rotate
 from nemo_longctx.rope.variants import parse

@@ -11,8 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_longctx.adapters.nemo import cpu
-from nemo_longctx.adapters.nemo.attention import with_long_context_attention
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.attention import with_long_context_attention
 
 VOCABULARY = 96
 

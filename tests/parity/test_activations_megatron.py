@@ -5,10 +5,10 @@ import small_gpt
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from nemo_longctx.adapters.nemo import activations
-from nemo_longctx.adapters.nemo.activations import set_activation_policy
-from nemo_longctx.adapters.nemo.attention import packed_documents
-from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss
+from nemo_longctx.adapters.megatron import activations
+from nemo_longctx.adapters.megatron.activations import set_activation_policy
+from nemo_longctx.adapters.megatron.attention import packed_documents
+from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
 from nemo_longctx.config import ConfigError
 
 LENGTH = 96

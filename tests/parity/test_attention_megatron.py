@@ -7,7 +7,7 @@ import small_gpt
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from nemo_longctx.adapters.nemo.attention import (
+from nemo_longctx.adapters.megatron.attention import (
     LongContextAttention,
     attention_summary,
     check_attention_config,

@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import gloo
 import small_gpt
 
-from nemo_longctx.adapters.nemo.evaluation import (
+from nemo_longctx.adapters.megatron.inference import (
     MCoreCausalModel,
     data_group,
     evaluating,
     model_digest,
     vocab_parallel_log_probs,
 )
-from nemo_longctx.adapters.nemo.rope_module import transform_rope
+from nemo_longctx.adapters.megatron.rope_module import transform_rope
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval.requests import Continuation, Generation, share_work
 from nemo_longctx.eval.scoring import Chunks, Scorer

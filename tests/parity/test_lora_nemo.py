@@ -9,8 +9,8 @@ from nemo.collections import llm
 from nemo.collections.llm import fn
 from nemo.collections.llm.peft.lora import LoRALinear
 
-from nemo_longctx.adapters.nemo.lora import LongContextLoRA, as_long_context, merge_adapters
-from nemo_longctx.adapters.nemo.rope_guard import verify_live_rope
+from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
+from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA, as_long_context, merge_adapters
 from nemo_longctx.capability import has_module
 from nemo_longctx.rope.variants import YarnRope, to_dict
 

@@ -4,8 +4,8 @@ import pytest
 import small_gpt
 import torch
 
-from nemo_longctx.adapters.nemo.attention import packed_documents
-from nemo_longctx.adapters.nemo.loss import forward_with_chunked_loss, use_chunked_loss
+from nemo_longctx.adapters.megatron.attention import packed_documents
+from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss, use_chunked_loss
 from nemo_longctx.attention import loss as core
 from nemo_longctx.config import ConfigError
 

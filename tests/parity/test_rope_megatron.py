@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor,
 )
 
-from nemo_longctx.adapters.nemo import cpu
+from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.rope.rotation import rotate
 from nemo_longctx.rope.variants import AbfRope, Llama3Rope, PiRope, Rope, YarnRope
 

@@ -6,9 +6,9 @@ import pytest
 import small_gpt
 import torch
 
-from nemo_longctx.adapters.nemo import attention, memory_trial, self_test
-from nemo_longctx.adapters.nemo.loss import use_chunked_loss
-from nemo_longctx.adapters.nemo.self_test_parallel import context_parallel_error
+from nemo_longctx.adapters.megatron import attention, memory_trial, self_test
+from nemo_longctx.adapters.megatron.loss import use_chunked_loss
+from nemo_longctx.adapters.megatron.self_test_parallel import context_parallel_error
 from nemo_longctx.attention import context_parallel
 
 

@@ -20,12 +20,12 @@ import nemo_run as run
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 
-from nemo_longctx.adapters.nemo import (
+from nemo_longctx.adapters.nemo.launch import (
     executors,  # noqa: F401  registers them with nemo_run
     parts,
 )
-from nemo_longctx.adapters.nemo.callbacks import RunStart
-from nemo_longctx.adapters.nemo.model import (
+from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
+from nemo_longctx.adapters.nemo.model.config import (
     SHAPE_FIELDS,
     checkpoint_model,
     fresh_model,
@@ -33,7 +33,7 @@ from nemo_longctx.adapters.nemo.model import (
     model_class,
     prepare_model,
 )
-from nemo_longctx.adapters.nemo.rope import variant_of
+from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.recipe import RecipeConfig, load_recipe
@@ -87,7 +87,7 @@ def train(recipe: str, overrides: str = "") -> None:
         recipe: its name, such as `llama2_7b`.
         overrides: Hydra overrides separated by spaces.
     """
-    from nemo_longctx.adapters.nemo.run import build_run
+    from nemo_longctx.adapters.nemo.launch.run import build_run
 
     build_run(load_recipe(compose([f"recipe={recipe}", *overrides.split()]))).fit()
 

@@ -1,0 +1,116 @@
+"""A RoPE variant on a built Megatron-Core GPTModel of any layer spec: its frequencies, and the scaling of q and k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+from nemo_longctx.adapters.megatron.rope_scale import ScoreScale, refuse_other_inference
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.base import RopeVariant
+
+# Megatron-Core's YaRN attributes -> YarnRope's.
+YARN_FIELDS = {
+    "yarn_rotary_scaling_factor": "factor",
+    "yarn_original_max_position_embeddings": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+    "yarn_correction_range_round_to_int": "truncate",
+}
+
+
+def rotary_dim_of(config: Any) -> int:
+    """Rotated dimensions of a head of a NeMo GPT config, as Megatron-Core counts them."""
+    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    percent = getattr(config, "rotary_percent", 1.0)
+    return head_dim if percent >= 1.0 else int(head_dim * percent)
+
+
+def check_supported(config: Any) -> None:
+    """Raise ConfigError for models whose RoPE is not one table for all layers."""
+    kind = getattr(config, "position_embedding_type", "rope")
+    if kind not in ("rope", "yarn"):
+        raise ConfigError("position_embedding_type", kind, "only RoPE models can be extended")
+    if config.multi_latent_attention:
+        raise ConfigError(
+            "multi_latent_attention", True, "latent attention keeps a RoPE of its own in each layer; not supported"
+        )
+    if isinstance(getattr(config, "rotary_base", 0), (tuple, list)):
+        raise ConfigError("rotary_base", config.rotary_base, "models that mix local and global RoPE are not supported")
+
+
+class TableRotaryEmbedding(RotaryEmbedding):
+    """Megatron-Core's rotary embedding with a variant's own frequencies, which may follow the length of the input.
+
+    Args:
+        variant: gives the frequencies.
+        like: the host's embedding that this one takes the place of.
+        rotary_dim: rotated dimensions of a head.
+    """
+
+    def __init__(self, variant: RopeVariant, like: RotaryEmbedding, rotary_dim: int):
+        torch.nn.Module.__init__(self)  # not the host's: it would compute a table from a base
+        self.variant, self.rotary_dim = variant, rotary_dim
+        self.rotary_interleaved, self.cp_group = like.rotary_interleaved, like.cp_group
+        self.seq_len_interpolation_factor = None
+        self.inv_freq = self.table(2).to(like.inv_freq.device)
+
+    def table(self, max_seq_len: int) -> torch.Tensor:
+        """float32 [rotary_dim / 2] for an input of `max_seq_len` tokens."""
+        if hasattr(self, "inv_freq") and not self.variant.depends_on_length:
+            return self.inv_freq
+        table = torch.from_numpy(self.variant.inv_freq(self.rotary_dim, max_seq_len))
+        return table.to(self.inv_freq.device) if hasattr(self, "inv_freq") else table
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Angles float32 [max_seq_len, rotary_dim / 2]."""
+        positions = torch.arange(max_seq_len, device=self.inv_freq.device, dtype=torch.float32) + offset
+        return torch.outer(positions, self.table(max_seq_len))
+
+
+def transform_rope(model: Any, variant: RopeVariant) -> None:
+    """Place `variant` on one built Megatron-Core GPTModel: its frequency table, and the scaling of q and k.
+
+    Args:
+        model: `megatron.core.models.gpt.GPTModel`, whatever its layer spec.
+
+    Raises:
+        ConfigError: a model whose rotary embedding is not the host's plain one or YaRN.
+    """
+    check_supported(model.config)
+    like = model.rotary_pos_emb
+    if type(like) not in (RotaryEmbedding, YarnRotaryEmbedding, TableRotaryEmbedding):
+        raise ConfigError(
+            "rotary_pos_emb", type(like).__name__, "a rotary embedding of its own, which would be lost; not supported"
+        )
+    for handle in getattr(model, "_rope_hooks", ()):
+        handle.remove()
+    rotary_dim = model.rotary_pos_emb.rotary_dim if isinstance(like, TableRotaryEmbedding) else 2 * len(like.inv_freq)
+    model.rotary_pos_emb = TableRotaryEmbedding(variant, like, rotary_dim)
+    model.position_embedding_type = "rope"
+    model._rope_hooks = ()
+    if variant.attention_scaling == 1.0 and variant.xpos_zeta(rotary_dim) is None:
+        return
+    scale = score_scale(variant, model, rotary_dim)
+    handles = []
+    for attention in self_attentions(model):
+        handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
+    model._rope_hooks = tuple(handles)
+
+
+def score_scale(variant: RopeVariant, model: Any, rotary_dim: int) -> ScoreScale:
+    """The scaling of q and k that `variant` asks of `model`."""
+    group = model.rotary_pos_emb.cp_group or parallel_state.get_context_parallel_group()
+    return ScoreScale(variant, rotary_dim=rotary_dim, interleaved=model.config.rotary_interleaved, cp_group=group)
+
+
+def self_attentions(model: Any) -> list[Any]:
+    """The self-attention of each layer on this rank, in order (multi-token-prediction layers included)."""
+    return [m for m in model.modules() if hasattr(m, "core_attention") and hasattr(m, "get_query_key_value_tensors")]

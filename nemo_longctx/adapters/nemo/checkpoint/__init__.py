@@ -1,0 +1,11 @@
+"""Checkpoints in and out: Hugging Face directories, the live model of a checkpoint, the host's own exporters."""
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """What 0.1 had in a module of this folder's name, for the imports of that time."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(importlib.import_module("nemo_longctx.adapters.nemo.checkpoint.convert"), name)

@@ -1,0 +1,390 @@
+"""`LongContextDataModule`: the token-addressed stream in NeMo's place for data; nothing else of a recipe has to change.
+
+recipe.data = run.Config(LongContextDataModule, mix={"sources": [{"path": "my_corpus"}]},
+                         curriculum={"stages": [...], "tokens_per_step": 4194304})
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from nemo.lightning.data import WrappedDataLoader
+from nemo.lightning.io.mixin import IOMixin
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler, EvaluationSet, command_with
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
+from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
+from nemo_longctx.data.order import open_order
+from nemo_longctx.data.windows import Sample, Windows
+
+
+class LongContextDataModule(pl.LightningDataModule, IOMixin):
+    """Training on a mix under a curriculum, validation and test on named sets at fixed lengths.
+
+    All arguments are plain values, so that NeMo can write them beside a checkpoint.
+
+    Args:
+        mix: fields of `MixConfig`.
+        curriculum: fields of `Curriculum`; without `total_tokens` the run is as long as the trainer's `max_steps`.
+        validation, test: fields of `EvaluationConfig`, one mapping a set.
+        packing: `concatenate` cuts windows from the stream of documents (the paper); `best_fit` cuts no document that fits.
+        document_masking: keep documents apart (`cu_seqlens`, positions that restart); off: causal over the window (the paper).
+        seed: of all random choices.
+        cache_dir: where the order of documents is kept, for all processes; None: `order_cache` beside the first source.
+        allow_change: go on from a checkpoint whose data or config differ, instead of stopping.
+        num_workers: data loader processes of each rank.
+        pin_memory: page-locked batches; None: where there is CUDA.
+        persistent_workers: keep the processes of a loader when it is done.
+        tokenizer: handed on to the model; the data are tokens already.
+        output_log: log consumed tokens, sequence length and global batch.
+
+    Raises:
+        ConfigError: settings that contradict each other; data that cannot give what the mix asks (in `setup`).
+    """
+
+    def __init__(
+        self,
+        mix: Mapping[str, Any],
+        curriculum: Mapping[str, Any],
+        *,
+        validation: Sequence[Mapping[str, Any]] = (),
+        test: Sequence[Mapping[str, Any]] = (),
+        packing: Packing = "concatenate",
+        document_masking: bool = False,
+        seed: int = 1234,
+        cache_dir: str | None = None,
+        allow_change: bool = False,
+        num_workers: int = 2,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = False,
+        tokenizer: Any = None,
+        output_log: bool = True,
+    ):
+        super().__init__()
+        if seed < 0:
+            raise ConfigError("data.seed", seed, "a whole number of at least 0")
+        self.mix = build(MixConfig, mix, where="data.mix")
+        self.curriculum_values = dict(curriculum)
+        self.evaluation = {"validation": _evaluation_sets(validation, "validation"), "test": _evaluation_sets(test, "test")}
+        self.packing, self.document_masking, self.seed, self.allow_change = packing, document_masking, seed, allow_change
+        self.cache_dir = cache_dir or str(Path(_first_path(self.mix)).parent / "order_cache")
+        self.num_workers, self.persistent_workers = num_workers, persistent_workers and num_workers > 0
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.tokenizer = tokenizer
+        # Until the trainer tells the length, each stage has at least one step: enough for batch sizes and lengths.
+        self.curriculum = self._curriculum(max_steps=None)
+        self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=document_masking, output_log=output_log)
+        self.windows: Windows | None = None
+        self.history: list[dict[str, Any]] = []  # changes of data or config that a user allowed
+        self._restored: dict[str, Any] | None = None
+
+    def io_transform_args(self, init_fn: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """NeMo's hook: what it writes beside a checkpoint. Hydra hands over containers of its own, which NeMo cannot write."""
+        captured = super().io_transform_args(init_fn, *args, **kwargs)
+        return {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in captured.items()
+        }
+
+    # What NeMo reads from a data module
+
+    @property
+    def seq_length(self) -> int:
+        """The longest sequence of the run, which the model must hold."""
+        return max(stage.seq_length for stage in self.curriculum.plan)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Of the first stage."""
+        return self.curriculum.plan[0].micro_batch_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Of the first stage."""
+        return self.curriculum.plan[0].global_batch_size
+
+    def setup(self, stage: str = "") -> None:
+        """Fix the run's length, open the data, and build or find their order."""
+        if self.trainer is not None and stage in ("", "fit"):
+            self.curriculum = self._curriculum(max_steps=self.trainer.max_steps)
+            self._agree_on_length()
+            self.data_sampler.curriculum = self.curriculum
+            documents = Documents.open(self.mix)
+            self._check_window(documents)
+            order = open_order(self.mix, documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir)
+            self.windows = open_windows(
+                order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
+            )
+            self._report(self.windows)
+        self._check_restored()
+
+    def train_dataloader(self) -> WrappedDataLoader:
+        """One loader for all stages, from the address where the run stands."""
+        stage = self.curriculum.stage_at_token(self.data_sampler.start_token)
+        missing = self.data_sampler.missing_sizes(stage)
+        if missing:
+            what = f"stage {stage.number} begins here and needs other parallel sizes; start it with {command_with(missing)}"
+            raise ConfigError("curriculum.stages", stage.config.parallel_sizes, what)
+        if self.windows is None:
+            raise RuntimeError("setup('fit') comes first: it opens the data")
+        self._align_trainer()
+        return self._loader(WindowDataset(self.windows), "train")
+
+    def val_dataloader(self) -> WrappedDataLoader | list[Any]:
+        """All validation sets, one after the other; [] without any."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> WrappedDataLoader | list[Any]:
+        """All test sets, one after the other; [] without any."""
+        return self._evaluation_loader("test")
+
+    def reconfigure_limit_batches(self) -> None:
+        """NeMo's hook: limits count steps of each set here, where Lightning would count micro batches of the loader."""
+        trainer, sampler = self.trainer, self.data_sampler
+        if trainer.limit_train_batches != 1.0:
+            mend = "the curriculum is the length of the run; set trainer.max_steps or curriculum.total_tokens instead"
+            raise ConfigError("trainer.limit_train_batches", trainer.limit_train_batches, mend)
+        for mode, name in (("validation", "limit_val_batches"), ("test", "limit_test_batches")):
+            limit = getattr(trainer, name)
+            if isinstance(limit, float) and limit not in (0.0, 1.0):
+                raise ConfigError(f"trainer.{name}", limit, "steps of each set (a whole number), 1.0 for all, or 0 for none")
+            sampler.evaluation_limits[mode] = None if isinstance(limit, float) else limit
+            if limit:
+                setattr(trainer, name, 1.0)
+        trainer.num_sanity_val_steps *= sampler.evaluation_microbatches
+
+    # The checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, and of what data and config the stream is made."""
+        token = self.trainer.global_step * self.curriculum.tokens_per_step
+        return {
+            "token_address": token,
+            "consumed_samples": self.curriculum.samples_at_token(token),
+            "made_of": self.made_of,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the checkpoint's token address.
+
+        Raises:
+            ConfigError: the stream is made of other data or another config, and `allow_change` is not set.
+        """
+        self._restored = state_dict
+        self._check_restored()
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Hashes of all that the stream depends on, each by the name that a user knows it by."""
+        if self.windows is None:
+            return {}
+        order = self.windows.order
+        parts = {
+            "data": order.documents.fingerprint,
+            "data.mix": mix_dict(self.mix),
+            "curriculum": self.curriculum.as_dict(),
+            "data.seed": self.seed,
+            "data.packing": self.packing,
+            "data.document_masking": self.document_masking,
+            "order": order.digest,
+        }
+        return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
+
+    def _check_restored(self) -> None:
+        """Compare a loaded state with what was set up, once both are there."""
+        if self._restored is None or self.windows is None:
+            return
+        state, self._restored = self._restored, None
+        now, token = self.made_of, state["token_address"]
+        changed = sorted(name for name in now if state["made_of"].get(name) != now[name])
+        self.history = list(state["history"])
+        if changed:
+            what = f"{', '.join(changed)} changed since the checkpoint at {token} tokens"
+            if not self.allow_change:
+                raise ConfigError("data.allow_change", False, f"{what}; restore them, or set it to true to go on from there")
+            self.history.append({"token_address": token, "changed": changed, "made_of": now})
+            rank_zero_info(f"{what}; going on at this address of the new stream, as data.allow_change says")
+        if token % self.curriculum.tokens_per_step:
+            mend = f"the checkpoint stands at {token} tokens, which is no whole number of such steps; keep the old value"
+            raise ConfigError("curriculum.tokens_per_step", self.curriculum.tokens_per_step, mend)
+        if token > self.curriculum.total_tokens:
+            mend = f"the run is shorter than what the checkpoint has behind it, {token} tokens; set at least that"
+            raise ConfigError("curriculum.total_tokens", self.curriculum.total_tokens, mend)
+        self.data_sampler.resume_at(token)
+
+    def _curriculum(self, *, max_steps: int | None) -> Curriculum:
+        """The curriculum for a trainer that makes `max_steps` (None: not known yet)."""
+        values = dict(self.curriculum_values)
+        if values.get("total_tokens") is None:
+            per_step = values.get("tokens_per_step") or 0
+            if max_steps is not None and max_steps < 1:
+                raise ConfigError(
+                    "curriculum.total_tokens", None, "set it, or trainer.max_steps: the stages are shares of the run"
+                )
+            values["total_tokens"] = per_step * (max_steps or 1_000_000)
+        return build(Curriculum, values, where="curriculum")
+
+    def _agree_on_length(self) -> None:
+        """Make trainer and curriculum end at the same step, so that whatever counts steps counts tokens."""
+        steps, total = self.trainer.max_steps, self.curriculum.total_steps
+        if steps == -1:
+            self.trainer.fit_loop.epoch_loop.max_steps = total
+        elif steps > total:
+            mend = f"the curriculum ends after {total} steps ({self.curriculum.total_tokens} tokens); set it to {total}"
+            raise ConfigError("trainer.max_steps", steps, mend)
+        elif steps < total:
+            rank_zero_info(f"trainer.max_steps={steps} ends this run before its curriculum, which has {total} steps")
+        if self.trainer.accumulate_grad_batches != 1:
+            mend = "micro batches are accumulated by the host already; set it to 1"
+            raise ConfigError("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, mend)
+
+    def _check_window(self, documents: Documents) -> None:
+        """A window that holds the whole corpus would only repeat it."""
+        tokens = sum(shard.n_tokens for shard in documents.shards)
+        if tokens <= self.seq_length:
+            mend = f"the corpus has only {tokens:,} tokens; take a shorter window or more text"
+            raise ConfigError("curriculum.stages.seq_length", self.seq_length, mend)
+
+    def _align_trainer(self) -> None:
+        """Let the trainer count the batches of a resumed run by its tokens.
+
+        Lightning counts a batch as done only after the hook that saved the checkpoint: every restart would begin one batch
+        earlier in its count, and validate and end that much later than a run that was never stopped.
+        """
+        if self.trainer is not None and self.data_sampler.start_token:
+            current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            current.ready = current.completed = self.data_sampler.start_token // self.curriculum.tokens_per_step
+            current.started = current.processed = current.completed
+
+    def _report(self, windows: Windows) -> None:
+        """What the run will get, by source and stage, before its first step."""
+        strata = windows.order.strata
+        for stage, tokens in zip(self.curriculum.plan, windows.delivered, strict=True):
+            shares = ", ".join(
+                f"{stratum.name} {count / tokens.sum():.2%} (asked {stratum.share:.2%})"
+                for stratum, count in zip(strata, tokens, strict=True)
+            )
+            rank_zero_info(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
+        for packed in windows.stages:
+            if isinstance(packed, BestFitWindows):
+                share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
+                cut = f"{packed.facts['cut']} documents cut, all longer than a window"
+                rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
+        for stratum in strata:
+            repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
+            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
+
+    def _evaluation_loader(self, mode: str) -> WrappedDataLoader | list[Any]:
+        configs = self.evaluation[mode]
+        if not configs:
+            return []
+        return self._loader(EvaluationDataset(configs, document_masking=self.document_masking), mode)
+
+    def _loader(self, dataset: Dataset, mode: str) -> WrappedDataLoader:
+        return WrappedDataLoader(
+            mode=mode,
+            dataset=dataset,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.persistent_workers,
+            collate_fn=collate,
+        )
+
+
+class WindowDataset(Dataset):
+    """`Windows` for torch: item n is sample n of the run, whatever stage it falls in."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.windows[number]
+
+
+class EvaluationDataset(Dataset):
+    """Several `EvaluationWindows`, numbered through.
+
+    Attributes:
+        sets: where each one's samples lie.
+    """
+
+    def __init__(self, configs: Sequence[EvaluationConfig], *, document_masking: bool):
+        self.windows = [EvaluationWindows(config, document_masking=document_masking) for config in configs]
+        self.firsts = np.concatenate([[0], np.cumsum([len(windows) for windows in self.windows])]).tolist()
+        self.sets = [
+            EvaluationSet(
+                name=config.name,
+                seq_length=config.seq_length,
+                micro_batch_size=config.micro_batch_size,
+                first_sample=first,
+                samples=len(windows),
+            )
+            for config, first, windows in zip(configs, self.firsts, self.windows, strict=False)
+        ]
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def __getitem__(self, number: int) -> Sample:
+        which = bisect.bisect_right(self.firsts, number) - 1
+        return self.windows[which][number - self.firsts[which]]
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """A micro batch of windows of one length.
+
+    Returns:
+        `tokens`, `labels`, `position_ids` int64 and `loss_mask` float32, each [b, s]. With document masking also `cu_seqlens`
+        int32 [1, n], the boundaries of all windows laid end to end, `cu_seqlens_argmin` int32 [1, 1], which is n, and
+        `max_seqlen` int32 [1, 1], the longest document: the names and shapes of NeMo's packed sequences.
+    """
+    batch = {key: torch.from_numpy(_rows(samples, key)) for key in ("tokens", "labels", "loss_mask", "position_ids")}
+    if "cu_seqlens" in samples[0]:
+        length = len(samples[0]["tokens"])
+        edges = [np.zeros(1, np.int32), *(sample["cu_seqlens"][1:] + i * length for i, sample in enumerate(samples))]
+        boundaries = np.concatenate(edges, dtype=np.int32)
+        batch["cu_seqlens"] = torch.from_numpy(boundaries[None])
+        batch["cu_seqlens_argmin"] = torch.from_numpy(np.array([[len(boundaries)]], np.int32))
+        batch["max_seqlen"] = torch.from_numpy(np.diff(boundaries).max().reshape(1, 1))
+    return batch
+
+
+def _rows(samples: Sequence[Sample], key: str) -> np.ndarray:
+    """[b, s]; one sample's own array is handed on as it is, which at 32k saves most of a batch's time."""
+    if len(samples) > 1:
+        return np.stack([sample[key] for sample in samples])  # type: ignore[literal-required]
+    array: np.ndarray = samples[0][key]  # type: ignore[literal-required]
+    shared = key == "labels" or not array.flags.writeable  # labels lie in the memory of the tokens
+    return (array.copy() if shared else array)[None]
+
+
+def _evaluation_sets(values: Sequence[Mapping[str, Any]], mode: str) -> list[EvaluationConfig]:
+    configs = [build(EvaluationConfig, value, where=f"data.{mode}[{number}]") for number, value in enumerate(values)]
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"data.{mode}.name", twice[0], "two sets have this name; give each its own")
+    return configs
+
+
+def _first_path(mix: MixConfig) -> str:
+    path = mix.sources[0].path
+    return path if isinstance(path, str) else path[0]

@@ -1,0 +1,11 @@
+"""Evaluation inside the training run."""
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """What 0.1 had in a module of this folder's name, for the imports of that time."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(importlib.import_module("nemo_longctx.adapters.megatron.inference"), name)

@@ -1,0 +1,161 @@
+"""Evaluation inside a training run, which goes on as if it had not been there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, data_group, evaluating, model_digest
+from nemo_longctx.adapters.nemo.model.config import mcore_modules
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.eval.guard import GuardConfig, judge
+from nemo_longctx.eval.results import SuiteResult
+from nemo_longctx.eval.sharing import everywhere
+from nemo_longctx.eval.suite import HarnessTask, PositionTask, Suite, longest_input, parse_tasks
+from nemo_longctx.report.evaluation import read_results, write_results
+
+logger = logging.getLogger(__name__)
+
+
+class LongContextEvalCallback(Callback):
+    """Measures the live model at the start, every so many steps, and at the end.
+
+    The run is left untouched: losses after an evaluation are to the bit those without it. Results go to the logger, and as
+    JSON, CSV, figures and one page to `directory`, where a resumed run finds what was measured before.
+
+    Args:
+        tasks: blocks {kind: position | probes | lm_eval, ...} (`nemo_longctx.eval.suite`).
+        directory: where results go.
+        every: optimizer steps between evaluations; 0 for none in the middle.
+        at_start, at_end: before the first and after the last step.
+        time_budget: seconds of one evaluation; tasks not expected to end within it are skipped and reported.
+        guard: `GuardConfig`'s fields, or None. Tasks with `guard: true` are compared with the first evaluation.
+        tokenizer: Hugging Face tokenizer, its path, or None for the model's own.
+        max_length: tokens the model may be asked to read; default, the longest of the tasks and the model's own length.
+        results_cache: file of lm-eval results to reuse, keyed by weights, step and requests.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[Mapping[str, Any]],
+        directory: str,
+        every: int = 0,
+        at_start: bool = True,
+        at_end: bool = True,
+        time_budget: float | None = None,
+        guard: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        results_cache: str | None = None,
+    ):
+        if every < 0:
+            raise ConfigError("eval.every", every, "give a number of steps, or 0 for no evaluation in the middle")
+        if time_budget is not None and time_budget <= 0:
+            raise ConfigError("eval.time_budget", time_budget, "give seconds, or leave it out for no limit")
+        self.tasks, self.directory, self.every = parse_tasks(tasks), Path(directory), every
+        self.at_start, self.at_end, self.time_budget = at_start, at_end, time_budget
+        self.guard = None if guard is None else build(GuardConfig, guard, where="eval.guard")
+        if self.guard and not any(getattr(task, "guard", False) for task in self.tasks):
+            raise ConfigError("eval.guard", dict(guard or {}), "no task is watched: set guard: true in at least one")
+        self.tokenizer, self.max_length, self.results_cache = tokenizer, max_length, results_cache
+        self.results: list[SuiteResult] = []
+        self._suite: Suite | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.results = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
+        self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
+        if self.at_start and trainer.global_step == 0:
+            self.evaluate(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.every and trainer.global_step % self.every == 0:
+            self.evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.at_end:
+            self.evaluate(trainer, pl_module)
+
+    def evaluate(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the model now, unless this step was measured before."""
+        name = f"step {trainer.global_step}"
+        if any(result.model == name for result in self.results):
+            return
+        modules = mcore_modules(trainer.strategy.megatron_parallel)
+        if len(modules) != 1:
+            raise ConfigError("virtual_pipeline_model_parallel_size", len(modules), "evaluation inside a run needs it unset")
+        suite = self._suite = self._suite or self._build(pl_module)  # asked for outside a training run
+        length = self.max_length or max(longest_input(self.tasks), pl_module.config.seq_length)
+        with evaluating(modules[0]):
+            model = MCoreCausalModel(modules[0], vocab_size=pl_module.config.vocab_size, max_length=length)
+            asked = self.results_cache and any(isinstance(task, HarnessTask) for task in self.tasks)
+            identity = {"weights": model_digest(modules[0]), "step": trainer.global_step} if asked else {}
+            result = suite.run(
+                model,
+                name=name,
+                harness=lambda task: self._harness(task, model, suite.tokenizer, identity),
+                group=data_group(),
+                quiet=not trainer.is_global_zero,
+                time_budget=self.time_budget,
+            )
+            model.release()
+        self.results.append(result)
+        self._report(trainer, result)
+        self._watch(trainer, result)
+
+    def _build(self, pl_module: Any) -> Suite:
+        tokenizer = self.tokenizer or getattr(pl_module, "tokenizer", None)
+        if tokenizer is not None:
+            from nemo_longctx.adapters.pretrained import hf_tokenizer
+
+            tokenizer = hf_tokenizer(tokenizer)
+        return Suite(self.tasks, tokenizer=tokenizer)
+
+    def _harness(self, task: HarnessTask, model: MCoreCausalModel, tokenizer: Any, identity: Mapping[str, Any]) -> Any:
+        from nemo_longctx.adapters.harness import run_harness
+        from nemo_longctx.adapters.lm_eval import LongContextLM
+
+        lm = LongContextLM(
+            model, tokenizer=tokenizer, results_cache=self.results_cache, identity=identity, data_group=data_group()
+        )
+        return run_harness(task, lm)
+
+    def _report(self, trainer: Any, result: SuiteResult) -> None:
+        if not trainer.is_global_zero:
+            return
+        for task, why in result.errors.items():
+            logger.warning("evaluation of %s failed at %s, training goes on: %s", task, result.model, why)
+        for task in result.skipped:
+            logger.warning("evaluation of %s skipped at %s: it would not end within %s s", task, result.model, self.time_budget)
+        for each in trainer.loggers:
+            each.log_metrics({f"eval/{key}": value for key, value in result.scalars().items()}, step=trainer.global_step)
+        packages = {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit")}
+        old = [(t.seq_length, "watched length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
+        provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
+        try:
+            page = write_results(self.directory, self.results, provenance=provenance, marks=old)
+            logger.info("evaluation at %s: %s", result.model, page)
+        except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
+            logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
+
+    def _watch(self, trainer: Any, result: SuiteResult) -> None:
+        """Compare with the first evaluation; every rank holds the same results, so every rank decides the same."""
+        if self.guard is None or len(self.results) < 2:
+            return
+        verdict = judge(self.results[0].watched, result.watched, self.guard)
+        if trainer.is_global_zero:
+            for name, why in verdict.unpaired.items():
+                logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)
+            for name, change in verdict.changes.items():
+                logger.info("guard: %s %+.4f ± %.4f, p = %.3f", name, change.mean, change.standard_error, change.p_value)
+            for each in trainer.loggers:
+                each.log_metrics({f"guard/{n}": c.mean for n, c in verdict.changes.items()}, step=trainer.global_step)
+            for alarm in verdict.alarms:
+                logger.warning("short-context guard at %s: %s", result.model, alarm)
+        if verdict.alarms and self.guard.action == "stop":
+            trainer.should_stop = True

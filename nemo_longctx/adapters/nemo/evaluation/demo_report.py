@@ -1,0 +1,144 @@
+"""The end of the demo: both models side by side, the export checked, figures with their data, and one summary."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_longctx.adapters.megatron.position import loss_by_position
+from nemo_longctx.adapters.nemo.checkpoint.load import load_model
+from nemo_longctx.adapters.nemo.launch.callbacks import versions
+from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.eval.position import PositionRow, by_model, write_csv
+from nemo_longctx.report.plots import plot_loss_by_position, plot_training_curve
+from nemo_longctx.report.training_log import read_training_log, training_columns, write_json
+
+BASE, LONG = "tiny_cpu_base", "tiny_cpu_long"
+SHORT_LENGTH, LONG_LENGTH, BIN = 256, 2048, 64
+MAX_WINDOWS = 160
+LOGIT_TOLERANCE = 1e-3
+NEAR, FAR = (128, 256), (1024, 2048)  # where a model is at home, and where only an extended one is
+
+
+def write_report(output: Path, steps: dict[str, Any]) -> int:
+    """Write everything that the demo promises under `output`; exit status 1 where a promise does not hold."""
+    began = time.monotonic()
+    rows, check = _compare(output)
+    write_csv(output / "loss_by_position.csv", rows)
+    names = {BASE: "trained at 256, base 10,000", LONG: "extended to 2,048, base 500,000"}
+    figure = {names[model]: model_rows for model, model_rows in by_model(rows).items()}
+    plot_loss_by_position(figure, output / "loss_by_position.png", marks=[(SHORT_LENGTH, "trained length")])
+    curve, switch = _training_rows(output)
+    _write_rows(output / "training.csv", curve)
+    plot_training_curve(curve, output / "training.png", switches=[(switch, "256 -> 2,048 tokens, ABF")])
+    losses = {model: {"128-255": _mean(rows, model, *NEAR), "1024-2047": _mean(rows, model, *FAR)} for model in (BASE, LONG)}
+    checks = {
+        "base is at least 0.5 nat worse beyond its length": losses[BASE]["1024-2047"] - losses[BASE]["128-255"] >= 0.5,
+        "extended is within 0.1 nat of its own near loss": losses[LONG]["1024-2047"] - losses[LONG]["128-255"] <= 0.1,
+        "export gives the NeMo model's logits": check["max_abs_logit_difference"] < LOGIT_TOLERANCE,
+    }
+    seconds = {name: step["seconds"] for name, step in steps.items()} | {"report": round(time.monotonic() - began, 1)}
+    summary = {
+        "commands": {name: step["command"] for name, step in steps.items()},
+        "seconds": seconds,
+        "tokens_per_second": {model: _median_speed(output, model) for model in (BASE, LONG)},
+        "losses": losses,
+        "checks": checks,
+        "export": check,
+        "settings": {model: _settings(output, model) for model in (BASE, LONG)},
+        "data": _data(output),
+        "versions": versions(),
+    }
+    write_json(output / "summary.json", summary)
+    (output / "summary.md").write_text(_markdown(summary), encoding="utf-8")
+    print(_markdown(summary), flush=True)
+    return 0 if all(checks.values()) else 1
+
+
+def _compare(output: Path) -> tuple[list[PositionRow], dict[str, Any]]:
+    corpus = open_corpus(str(output / "data" / "corpus_holdout"))
+    edges = np.arange(0, LONG_LENGTH + 1, BIN)
+    rows: list[PositionRow] = []
+    for name in (BASE, LONG):
+        model, _, _ = load_model(output / name, seq_length=LONG_LENGTH)
+        rows += loss_by_position(model, corpus, edges=edges, max_windows=MAX_WINDOWS, name=name).rows(name)
+    return rows, _check_export(output / "hf", model, corpus)
+
+
+def _check_export(directory: Path, model: torch.nn.Module, corpus: Any) -> dict[str, Any]:
+    """Compare the exported model in transformers with the live one, on real text, at every position of the long window."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    document = int(np.argmax(np.asarray(corpus.lengths) >= LONG_LENGTH))
+    tokens = torch.from_numpy(corpus.tokens(document, 0, LONG_LENGTH).astype(np.int64))[None]
+    with torch.no_grad():
+        theirs = exported(tokens).logits
+        ours = model(tokens, torch.arange(LONG_LENGTH)[None], None).float()
+    return {
+        "directory": str(directory),
+        "rope_theta": exported.config.rope_theta,
+        "max_position_embeddings": exported.config.max_position_embeddings,
+        "vocab_size": exported.config.vocab_size,
+        "tokenizer": type(tokenizer).__name__,
+        "positions_compared": LONG_LENGTH,
+        "max_abs_logit_difference": float((theirs - ours).abs().max()),
+    }
+
+
+def _training_rows(output: Path) -> tuple[list[dict[str, Any]], int]:
+    """Both runs' rows on one clock, the long run's tokens after the base run's; and where it begins."""
+    base, long = (read_training_log(output / name / "results" / "training.csv") for name in (BASE, LONG))
+    switch = max(row["tokens"] for row in base)
+    after = [{**row, "tokens": row["tokens"] + switch} for row in long]
+    return [{"run": BASE, **row} for row in base] + [{"run": LONG, **row} for row in after], switch
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(["run", *training_columns(rows)]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _mean(rows: list[PositionRow], model: str, start: int, end: int) -> float:
+    inside = [row for row in rows if row.model == model and start <= row.start and row.end <= end]
+    return sum(row.loss * row.tokens for row in inside) / sum(row.tokens for row in inside)
+
+
+def _median_speed(output: Path, model: str) -> float:
+    rows = read_training_log(output / model / "results" / "training.csv")
+    return float(np.median([row["tokens_per_second"] for row in rows if "tokens_per_second" in row]))
+
+
+def _settings(output: Path, model: str) -> Any:
+    import json
+
+    return json.loads((output / model / "results" / "settings.json").read_text())["settings"]
+
+
+def _data(output: Path) -> dict[str, Any]:
+    corpus = open_corpus(str(output / "data" / "corpus"))
+    keys = ("documents", "tokens", "tokenizer", "seed")
+    return {"fingerprint": corpus.fingerprint(), **{key: corpus.provenance[key] for key in keys if key in corpus.provenance}}
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    losses, export = summary["losses"], summary["export"]
+    lines = ["# From 256 to 2,048 tokens", "", "| model | loss at 128-255 | loss at 1,024-2,047 |", "| --- | --- | --- |"]
+    lines += [f"| {model} | {loss['128-255']:.3f} | {loss['1024-2047']:.3f} |" for model, loss in losses.items()]
+    lines += ["", *(f"- {'yes' if held else 'NO'}: {promise}" for promise, held in summary["checks"].items())]
+    difference, last = export["max_abs_logit_difference"], export["positions_compared"] - 1
+    lines += ["", f"Export: rope_theta {export['rope_theta']:,}, longest input {export['max_position_embeddings']:,} tokens; "
+              f"its logits differ from the NeMo model's by {difference:.1e} at most, at positions to {last:,}."]  # fmt: skip
+    lines += ["", "| part | seconds |", "| --- | --- |"]
+    lines += [f"| {part} | {seconds} |" for part, seconds in summary["seconds"].items()]
+    lines += ["", "Pictures: loss_by_position.png, training.png. Loss by position and probes before, during and after the run,",
+              f"on one page: {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
+    return "\n".join([*lines, *summary["commands"].values(), "```", ""])

@@ -1,0 +1,209 @@
+"""Lightning callbacks of a long-context run: its settings in the open, its training curve as a file that survives a kill."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import os
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from nemo.lightning.pytorch.callbacks import PEFT
+
+from nemo_longctx.adapters.megatron.attention import attention_summary
+from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
+from nemo_longctx.adapters.nemo.model.config import SettingChange, mcore_modules, settings_table
+from nemo_longctx.config import ConfigError
+from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
+from nemo_longctx.rope.base import RopeVariant
+
+# Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Config, tokenizer and metadata beside them: the host only logs that it could not write those, and trains on.
+CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """What a model was given before it was built; whoever prepares a model leaves it there as `long_context_start`.
+
+    Attributes:
+        changes: long-context settings of checkpoint and run.
+        source: what the left column of their table is ("checkpoint", or the config class).
+        variant: the position encoding that the live model must have.
+    """
+
+    changes: list[SettingChange]
+    source: str
+    variant: RopeVariant
+
+
+class LongContextSettingsCallback(Callback):
+    """Prints checkpoint value -> run value, checks the live model against the run's settings, and stores both.
+
+    Before the first step, on every rank: the live RoPE frequencies of each layer must be those of the config, and the disk must
+    hold a checkpoint. A difference ends the run with both values. What the model must be is its `long_context_start`.
+
+    Args:
+        directory: where `settings.json` is written, on rank 0.
+        recipe: the recipe as a mapping, stored beside the settings.
+    """
+
+    def __init__(self, *, directory: str, recipe: dict[str, Any]):
+        self.directory, self.recipe = Path(directory), recipe
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        start: RunStart | None = getattr(pl_module, "long_context_start", None)
+        if start is None:
+            mend = (
+                "was not made by a longctx recipe, so nothing says which RoPE it must have; leave the recipe's model in place"
+            )
+            raise ConfigError("model", type(pl_module).__name__, mend)
+        # The host's own callbacks come later, at the start of the epoch; a PEFT one then does far more than to transform.
+        peft = next((callback for callback in trainer.callbacks if isinstance(callback, PEFT)), None)
+        place = pl_module.model_transform if peft is None else getattr(peft, "place_rope", None)
+        if place is not None:
+            place(trainer.strategy.megatron_parallel)
+        modules = mcore_modules(trainer.strategy.megatron_parallel)
+        seen = [verify_live_rope(module, start.variant) for module in modules]
+        if not trainer.is_global_zero:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        weights = parameters * CHECKPOINT_BYTES_PER_PARAMETER * model_parallel_size(trainer.strategy)
+        self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
+        check_disk(self.directory, 2 * self.checkpoint_bytes)
+        kernel = attention_summary(modules[0])
+        print(settings_table(start.changes, source=start.source), *seen, kernel, sep="\n", flush=True)
+        record = {
+            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
+            "source": start.source,
+            "verified": seen,
+            "attention": kernel,
+            "parameters": parameters,
+            "recipe": self.recipe,
+            "versions": versions(),
+        }
+        write_json(self.directory / "settings.json", record)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it
+            check_disk(self.directory, self.checkpoint_bytes)
+
+
+class TrainingLogCallback(Callback):
+    """Appends one row an optimizer step to `training.csv`; a resumed run drops the rows after its checkpoint and goes on.
+
+    At the end the curve is drawn beside it, with the changes of length marked.
+
+    Args:
+        path: the CSV; columns `TRAINING_COLUMNS` and the loss of each validation set by its name, losses with all digits.
+        curriculum: gives tokens and sequence length of a step.
+        every: steps between two rows.
+    """
+
+    def __init__(self, *, path: str, curriculum: Any, every: int = 1):
+        self.path, self.curriculum, self.every = Path(path), curriculum, every
+        self._last: tuple[int, float] | None = None
+        self._columns = list(TRAINING_COLUMNS)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = [row for row in read_training_log(self.path) if row["step"] <= trainer.global_step]
+        sets = getattr(trainer.datamodule, "evaluation", {}).get("validation", ())
+        self._columns = training_columns(rows, [each.name for each in sets])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+        self._last = (trainer.global_step, time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or (step % self.every and step != self.curriculum.total_steps):
+            return
+        before, began = self._last or (step - 1, time.perf_counter())
+        now = time.perf_counter()
+        tokens = self.curriculum.tokens_per_step
+        self._append(
+            step=step,
+            tokens=step * tokens,
+            seq_length=self.curriculum.stage_at_step(step - 1).seq_length,
+            loss=_number(trainer.callback_metrics.get("reduced_train_loss")),
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            grad_norm=_number(trainer.callback_metrics.get("grad_norm")),
+            tokens_per_second=round((step - before) * tokens / max(now - began, 1e-9), 1),
+        )
+        self._last = (step, now)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or "val_loss" not in trainer.callback_metrics:
+            return
+        step = trainer.global_step
+        seq_length = self.curriculum.stage_at_step(max(step - 1, 0)).seq_length
+        tokens = step * self.curriculum.tokens_per_step
+        metrics = trainer.callback_metrics
+        losses = {  # `validation_loss`, and that of each set by its name
+            column: _number(metrics[metric])
+            for column in self._columns
+            if column.startswith("validation_loss") and (metric := column.replace("validation_loss", "val_loss", 1)) in metrics
+        }
+        self._append(step=step, tokens=tokens, seq_length=seq_length, **losses)
+        self._last = (step, time.perf_counter())  # validation is no training time
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        from nemo_longctx.report.plots import plot_training_curve
+
+        stages = self.curriculum.plan
+        switches = [
+            (float(after.first_token), f"{before.seq_length:,} -> {after.seq_length:,} tokens")
+            for before, after in itertools.pairwise(stages)
+        ]
+        plot_training_curve(read_training_log(self.path), self.path.with_suffix(".png"), switches=switches)
+
+    def _append(self, **row: Any) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("nemo-longctx", "nemo_toolkit", "megatron-core", "lightning", "torch", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def model_parallel_size(strategy: Any) -> int:
+    """Ranks that hold one copy of the weights together."""
+    return strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size
+
+
+def check_disk(directory: Path, needed: float) -> None:
+    """Raise ConfigError where the disk that holds `directory` has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        what = f"the disk has {free / 2**20:,.0f} MiB free, and saving takes {needed / 2**20:,.0f} MiB"
+        mend = "free some space, or choose another directory, and start the same command again: earlier checkpoints are whole"
+        raise ConfigError("output_dir", str(directory), f"{what}; {mend}")
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    return value.item() if isinstance(value, torch.Tensor) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

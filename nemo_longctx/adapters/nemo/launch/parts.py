@@ -1,0 +1,227 @@
+"""A recipe as NeMo's own parts, each a `run.Config`: one description for the example scripts, nemo_run's factories and Python.
+
+nemo_run carries the configs to another machine or changes them from its command line; `made` builds one here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import nemo.lightning as nl
+import nemo_run as run
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+
+from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
+from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
+from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, TrainingLogCallback
+from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.recipe import RecipeConfig
+
+
+def made(config: run.Config) -> Any:
+    """The part that a config describes. A `ConfigError` comes out as one sentence, without fiddle's path to the part."""
+    try:
+        return fdl.build(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.value, error.mend) from None
+
+
+def data_config(values: Mapping[str, Any], curriculum: Curriculum, **more: Any) -> run.Config:
+    """`LongContextDataModule` with these values of `data`, the curriculum, and `more` of its arguments.
+
+    `data.tokenizer` is the model's, which carries it.
+
+    Raises:
+        ConfigError: an unknown key of `data`, or no mix.
+    """
+    known = set(inspect.signature(LongContextDataModule).parameters) - {"curriculum", "seed"}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"data.{key}", value, f"unknown key, {did_you_mean(key, known)}")
+    if "mix" not in values:
+        raise ConfigError("data.mix", None, "missing; name at least one corpus: data.mix.sources=[{path: PREFIX}]")
+    given = {key: plain(value) for key, value in values.items() if key != "tokenizer"}
+    return run.Config(LongContextDataModule, **given, curriculum=curriculum_values(curriculum), **more)
+
+
+def trainer_config(recipe: RecipeConfig, *, callbacks: list[run.Config], validates: bool | None = None) -> run.Config:
+    """NeMo's trainer and Megatron strategy.
+
+    Args:
+        callbacks: `recipe_callbacks`, and any other.
+        validates: whether there is a validation set; None: whether `data.validation` names one.
+    """
+    trainer, steps = recipe.trainer, recipe.curriculum.total_steps
+    if validates is None:
+        validates = bool(recipe.data.get("validation"))
+    strategy = run.Config(
+        nl.MegatronStrategy,
+        tensor_model_parallel_size=trainer.tensor_model_parallel_size,
+        pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=trainer.virtual_pipeline_model_parallel_size,
+        context_parallel_size=trainer.context_parallel_size,
+        sequence_parallel=trainer.sequence_parallel,
+        pipeline_dtype=torch.float32 if trainer.precision == "32" else torch.bfloat16,
+        gradient_as_bucket_view=True,
+        ckpt_async_save=trainer.accelerator == "gpu",
+        # Over gloo, ranks that load more shards than were saved by as many close each other's connections.
+        ckpt_parallel_load=trainer.accelerator == "gpu",
+        # NeMo's own replacement prints from rank 0 alone, and gathers timers from all ranks for it: with two processes the
+        # others never answer, and the next save waits for good.
+        replace_progress_bar=False,
+        ddp=run.Config(
+            DistributedDataParallelConfig,
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=recipe.optimizer.distributed,
+            overlap_param_gather=recipe.optimizer.distributed,
+            use_distributed_optimizer=recipe.optimizer.distributed,
+        ),
+    )
+    # Without validation NeMo would save no checkpoint at a stop on one of its steps.
+    val_every = (recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps) if validates else steps
+    return run.Config(
+        nl.Trainer,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        plugins=run.Config(nl.MegatronMixedPrecision, precision=trainer.precision),
+        max_steps=steps,
+        val_check_interval=val_every,
+        limit_val_batches=trainer.limit_val_batches if validates else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_every_n_steps,
+        use_distributed_sampler=False,
+        logger=False,
+        callbacks=callbacks,
+    )
+
+
+def callback_configs(
+    curriculum: Curriculum,
+    *,
+    results: Path,
+    record: Mapping[str, Any],
+    every: int = 10,
+    evaluation: Mapping[str, Any] | None = None,
+) -> list[run.Config]:
+    """The guard of settings and RoPE, training log, throughput and, where there are tasks, evaluation.
+
+    Args:
+        results: where they write.
+        record: what `settings.json` keeps of the run's settings.
+        every: steps between rows of the training log.
+        evaluation: arguments of `LongContextEvalCallback`.
+
+    Raises:
+        ConfigError: an unknown key of `evaluation`.
+    """
+    stages = run.Config(curriculum_of, values=curriculum_values(curriculum))
+    callbacks = [
+        run.Config(LongContextSettingsCallback, directory=str(results), recipe=plain(record)),
+        run.Config(TrainingLogCallback, path=str(results / "training.csv"), curriculum=stages, every=every),
+        run.Config(ThroughputCallback, curriculum=stages, path=str(results / "throughput.json"), every=max(10, every)),
+    ]
+    if evaluation and evaluation.get("tasks"):
+        known = set(inspect.signature(LongContextEvalCallback).parameters) - {"directory"}
+        for key, value in evaluation.items():
+            if key not in known:
+                raise ConfigError(f"eval.{key}", value, f"unknown key, {did_you_mean(key, known)}")
+        callbacks.append(run.Config(LongContextEvalCallback, **evaluation, directory=str(results / "eval")))
+    return callbacks
+
+
+def recipe_callbacks(recipe: RecipeConfig, *, results: Path, record: Any = None) -> list[run.Config]:
+    """`callback_configs` of a recipe; `record` where `settings.json` keeps more than that."""
+    return callback_configs(
+        recipe.curriculum,
+        results=results,
+        record=dataclasses.asdict(recipe if record is None else record),
+        every=recipe.trainer.log_every_n_steps,
+        evaluation=recipe.eval,
+    )
+
+
+def optimizer_config(recipe: RecipeConfig) -> run.Config:
+    """AdamW with warm-up and cosine (or constant) schedule, counted in steps of constant tokens."""
+    o = recipe.optimizer
+    config = run.Config(
+        OptimizerConfig,
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.epsilon,
+        clip_grad=o.clip_grad,
+        bf16=recipe.trainer.precision == "bf16-mixed",
+        fp16=recipe.trainer.precision == "16-mixed",
+        use_distributed_optimizer=o.distributed,
+    )
+    schedule = run.Config(
+        CosineAnnealingScheduler,
+        max_steps=recipe.curriculum.total_steps,
+        warmup_steps=recipe.steps("optimizer.warmup_tokens", o.warmup_tokens),
+        constant_steps=0,
+        # A constant rate is a cosine that never comes down: from the peak to the peak.
+        min_lr=o.min_lr if o.schedule == "cosine" else o.lr,
+    )
+    return run.Config(MegatronOptimizerModule, config=config, lr_scheduler=schedule)
+
+
+def logger_config(recipe: RecipeConfig, *, directory: str, name: str) -> run.Config:
+    """NeMo's logger and its checkpoints: the newest always, and the best `checkpoint.keep` by validation loss."""
+    every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
+    keep = recipe.checkpoint.keep
+    checkpoint = run.Config(
+        nl.ModelCheckpoint,
+        monitor="val_loss" if keep else None,
+        save_last=True,
+        save_top_k=keep,
+        every_n_train_steps=every,
+        filename="{step}-{val_loss:.4f}" if keep else "{step}",
+        save_optim_on_train_end=True,
+    )
+    return run.Config(nl.NeMoLogger, log_dir=directory, name=name, use_datetime_version=False, ckpt=checkpoint)
+
+
+def restore_config(path: str | None) -> run.Config | None:
+    """The weights of the checkpoint that a run begins with; None for none."""
+    if not path:
+        return None
+    return run.Config(nl.RestoreConfig, path=path, load_model_state=True, load_optim_state=False, load_artifacts=False)
+
+
+def resume_config(restore: run.Config | None) -> run.Config:
+    """Go on from the run's newest checkpoint, or else begin with `restore`."""
+    return run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)
+
+
+def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
+    """A `Curriculum` from plain values, which nemo_run can carry to another machine."""
+    return build(Curriculum, values, where="curriculum")
+
+
+def curriculum_values(curriculum: Curriculum) -> dict[str, Any]:
+    """The plain values of `curriculum_of`, without what is not set."""
+    stages = [{key: value for key, value in vars(stage).items() if value is not None} for stage in curriculum.stages]
+    return {"stages": stages, "tokens_per_step": curriculum.tokens_per_step, "total_tokens": curriculum.total_tokens}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dictionaries, all the way down: what nemo_run can carry to another machine."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,136 @@
+"""A recipe -> NeMo's own parts, and `llm.train` over them. Hydra, nemo_run and Python all come through here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import nemo.lightning as nl
+import torch
+from nemo.collections import llm
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
+from nemo_longctx.adapters.nemo.launch import parts
+from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
+from nemo_longctx.adapters.nemo.launch.parts import made
+from nemo_longctx.adapters.nemo.model.config import (
+    SettingChange,
+    checkpoint_directory,
+    checkpoint_model,
+    fresh_model,
+    load_tokenizer,
+    prepare_model,
+)
+from nemo_longctx.adapters.nemo.model.rope import variant_of
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.recipe import RecipeConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `llm.train` takes, built and checked, with nothing trained or written yet."""
+
+    recipe: RecipeConfig
+    model: llm.GPTModel
+    data: LongContextDataModule
+    trainer: nl.Trainer
+    log: nl.NeMoLogger
+    resume: nl.AutoResume
+    optim: MegatronOptimizerModule
+    changes: list[SettingChange]
+    peft: llm.peft.LoRA | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where checkpoints, logs and results of the run are."""
+        return run_directory(self.recipe)
+
+    def fit(self) -> Path:
+        """Train to the end, going on from the newest finished checkpoint of this run, if there is one."""
+        if self.trainer.global_rank == 0:  # NeMo refuses to resume where its only checkpoint was cut short
+            nl.ModelCheckpoint._remove_unfinished_checkpoints(self.directory / "checkpoints")
+        llm.train(
+            model=self.model,
+            data=self.data,
+            trainer=self.trainer,
+            log=self.log,
+            resume=self.resume,
+            optim=self.optim,
+            model_transform=self.peft,
+        )
+        return self.directory
+
+
+def run_directory(recipe: RecipeConfig) -> Path:
+    """`output_dir/name`."""
+    return Path(recipe.output_dir).absolute() / recipe.name
+
+
+def build_run(recipe: RecipeConfig) -> Run:
+    """Build all parts of a run; every setting is checked before any work is done.
+
+    Raises:
+        ConfigError: a setting that this machine, checkpoint or corpus contradicts.
+    """
+    prepare_device(recipe)
+    pl.seed_everything(recipe.seed, verbose=False)
+    if recipe.restore_from:
+        model, source = checkpoint_model(recipe.restore_from, recipe.model), "checkpoint"
+    else:
+        tokenizer = load_tokenizer(recipe.data.get("tokenizer"))
+        model, source = fresh_model(recipe.model, tokenizer=tokenizer), str(recipe.model["config"])
+    recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
+    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
+    model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
+    data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
+    _check_vocabulary(data, model.config)
+    callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
+    return Run(
+        recipe=recipe,
+        model=model,
+        data=data,
+        trainer=made(parts.trainer_config(recipe, callbacks=callbacks)),
+        changes=changes,
+        **run_parts(recipe),
+    )
+
+
+def run_parts(recipe: RecipeConfig) -> dict[str, Any]:
+    """`log`, `resume` and `optim` of a run on this machine."""
+    directory = run_directory(recipe)
+    # PEFT notes the checkpoint's path down, to be found from anywhere.
+    restore = str(checkpoint_directory(recipe.restore_from).absolute()) if recipe.restore_from else None
+    return {
+        "log": made(parts.logger_config(recipe, directory=str(directory.parent), name=recipe.name)),
+        "resume": made(parts.resume_config(parts.restore_config(restore))),
+        "optim": made(parts.optimizer_config(recipe)),
+    }
+
+
+def prepare_device(recipe: RecipeConfig) -> None:
+    """Make the host run on the accelerator that the recipe names, or say why it cannot."""
+    if recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        mend = (
+            "this machine has no CUDA device; set trainer.accelerator=cpu trainer.precision=32 (nemo-longctx doctor tells more)"
+        )
+        raise ConfigError("trainer.accelerator", "gpu", mend)
+    if recipe.trainer.accelerator == "cpu":
+        if torch.cuda.is_available():
+            mend = "NeMo moves models to a GPU where there is one; set gpu, or hide it with CUDA_VISIBLE_DEVICES="
+            raise ConfigError("trainer.accelerator", "cpu", mend)
+        cpu.install()
+
+
+def _check_vocabulary(data: LongContextDataModule, config: llm.GPTConfig) -> None:
+    """Compare what each corpus says of itself with the model, before a token out of range ends the run far from its cause."""
+    paths = [source.path for source in data.mix.sources] + [each.path for each in data.evaluation["validation"]]
+    for path in paths:
+        vocab_size = open_corpus(path).provenance.get("tokenizer", {}).get("vocab_size", 0)
+        if vocab_size > config.vocab_size:
+            mend = f"the corpus {path} was made with a tokenizer of {vocab_size} tokens; prepare it with the model's own"
+            raise ConfigError("model.vocab_size", config.vocab_size, mend)

@@ -1,0 +1,243 @@
+"""A stock NeMo GPT model with long-context settings: from a config class or a checkpoint, the differences in the open.
+
+Only the host's own fields are set (`seq_length`, `rotary_base`, `transformer_layer_spec`, `forward_step_fn`, ...), so that
+checkpoints, exporters and tools of the host see what the run did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning import io
+from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
+
+from nemo_longctx.activations import megatron_fields, recompute_name
+from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.attention import long_context_layer_spec
+from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
+from nemo_longctx.adapters.nemo.model.rope import place_rope, set_config_field, variant_of
+from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
+from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.rope.base import RopeVariant
+
+# A checkpoint's weights fix these: another value in the recipe cannot be loaded into them.
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+    "share_embeddings_and_output_weights", "normalization", "gated_linear_unit", "add_bias_linear", "add_qkv_bias",
+    "qk_layernorm", "num_moe_experts",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingChange:
+    """One line of the table that a run prints before it begins: what the checkpoint (or class) has, what the run uses."""
+
+    setting: str
+    before: Any
+    run: Any
+
+    @property
+    def changed(self) -> bool:
+        return self.before != self.run
+
+
+def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
+    """A model with random weights from a config class of `nemo.collections.llm`.
+
+    Args:
+        model: `config`, the class's name (`Llama2Config7B`), and overrides of its fields.
+        tokenizer: what checkpoints and exports of the model carry.
+
+    Raises:
+        ConfigError: no such class, no such field, or values that the class itself refuses.
+    """
+    fields = {key: value for key, value in model.items() if key != "config"}
+    config_class = _config_class(model["config"])
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    for key, value in fields.items():
+        if key not in known:
+            raise ConfigError(f"model.{key}", value, f"{config_class.__name__} has no such field, {did_you_mean(key, known)}")
+    with cpu.stock_configs():
+        try:
+            config = config_class(**fields)
+        except (ValueError, AssertionError) as error:
+            raise ConfigError("model", dict(model), f"{config_class.__name__} refuses these sizes: {error}") from error
+    _check_config(config)
+    return model_class(config_class)(config, tokenizer=tokenizer)
+
+
+def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters: bool = False) -> GPTModel:
+    """The model that a NeMo checkpoint describes (config and tokenizer; weights are loaded by the strategy).
+
+    Args:
+        path: a NeMo 2 distributed checkpoint: a directory with `weights/` and `context/`.
+        overrides: fields of its config to change; one that the weights fix must agree with them. `config` names a class that
+            the checkpoint must have the shape of.
+        adapters: take a checkpoint of LoRA adapters too; a run that is to begin from one would find no weights in it.
+
+    Raises:
+        ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
+    """
+    directory = checkpoint_directory(path)
+    if not adapters and (directory / "weights" / ADAPTER_META_FILENAME).exists():
+        mend = "holds LoRA adapters alone; merge them by `nemo-longctx export`, and begin from what `nemo-longctx import` makes"
+        raise ConfigError("restore_from", str(directory), mend)
+    with cpu.stock_configs():
+        model = io.load_context(directory / "context", subpath="model")
+    fields = dict(overrides)
+    if "config" in fields:
+        named = fresh_model(fields).config
+        fields = {name: getattr(named, name) for name in SHAPE_FIELDS if hasattr(named, name)} | fields
+        del fields["config"]
+    known = {field.name for field in dataclasses.fields(model.config)}
+    for key, value in fields.items():
+        if key not in known:
+            raise ConfigError(f"model.{key}", value, f"no such field in the checkpoint's config, {did_you_mean(key, known)}")
+        was = getattr(model.config, key)
+        if key in SHAPE_FIELDS and was != value:
+            mend = f"the checkpoint {directory} has {was!r}, and its weights have that shape; take that or another checkpoint"
+            raise ConfigError(f"model.{key}", value, mend)
+        set_config_field(model, key, value)
+    return model
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer that checkpoints and exports carry, by Hugging Face's name or directory; training reads tokens without it.
+
+    Raises:
+        ConfigError: none can be loaded from there.
+    """
+    if name is None:
+        return None
+    from nemo.collections.common.tokenizers.huggingface import AutoTokenizer
+
+    check_hub_name("data.tokenizer", str(name))
+    try:
+        return AutoTokenizer(pretrained_model_name=str(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError("data.tokenizer", name, f"no Hugging Face tokenizer can be loaded from there: {error}") from error
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """The checkpoint at `path`, or the newest finished one in a run's directory (its `checkpoints/`).
+
+    Raises:
+        ConfigError: nothing there, or no finished NeMo checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError("restore_from", str(path), "no such directory; give a NeMo checkpoint (a directory with weights/)")
+    if (path / "weights").is_dir() and (path / "context").is_dir():
+        if Path(f"{path}-unfinished").exists():
+            raise ConfigError("restore_from", str(path), "this checkpoint was not written to its end; give another one")
+        return path
+    inside = sorted(path.glob("checkpoints/*-last"), key=lambda found: found.stat().st_mtime)
+    finished = [found for found in inside if not Path(f"{found}-unfinished").exists()]
+    if not finished:
+        mend = "no NeMo checkpoint: it has neither weights/ and context/ nor finished checkpoints/*-last"
+        raise ConfigError("restore_from", str(path), mend)
+    return checkpoint_directory(finished[-1])
+
+
+def prepare_model(
+    model: GPTModel, *, seq_length: int, variant: RopeVariant | None = None, recompute: str | None = None
+) -> list[SettingChange]:
+    """Give a model (not built yet) the long-context settings of a run, in place, and say what changed.
+
+    What describes the model (`seq_length`, RoPE) goes into the context that its checkpoints carry. What only says how this
+    run computes (layer spec, step functions) does not: checkpoints load where this package is not installed.
+
+    Args:
+        model: `nemo.collections.llm.GPTModel`.
+        seq_length: the run's longest window, tokens.
+        variant: position encoding; None keeps the model's.
+        recompute: what is computed again in the backward pass (`nemo_longctx.activations`); None keeps the model's.
+
+    Returns:
+        one entry for each long-context setting, changed or not.
+    """
+    before = long_context_settings(model)
+    set_config_field(model, "seq_length", seq_length)
+    if hasattr(model.config, "max_position_embeddings"):  # Qwen3's, which its exporter writes
+        set_config_field(model, "max_position_embeddings", seq_length)
+    if variant is not None:
+        place_rope(model, variant)
+    for name, value in cpu.machine_fields(model.config).items():
+        set_config_field(model, name, value)
+    for name, value in ({} if recompute is None else megatron_fields(recompute)).items():
+        setattr(model.config, name, value)
+    model.config.transformer_layer_spec = long_context_layer_spec
+    model.config.forward_step_fn = longctx_forward_step
+    model.config.data_step_fn = longctx_data_step
+    # One mean over all tokens of a step: otherwise each rank divides by its own count, which masks make unequal.
+    model.config.calculate_per_token_loss = True
+    run = long_context_settings(model)
+    names = list(dict.fromkeys([*run, *before]))
+    return [SettingChange(setting=name, before=before.get(name), run=run.get(name)) for name in names]
+
+
+def long_context_settings(model: GPTModel) -> dict[str, Any]:
+    """What says how far and how a model sees: the config's fields, and the RoPE variant that they (or a transform) make."""
+    names = ("seq_length", "max_position_embeddings", "position_embedding_type", "rotary_base", "rotary_percent",
+             "rotary_interleaved", "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
+    fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    return {**fields, "recompute": recompute_name(vars(model.config)), **rope_settings(variant_of(model))}
+
+
+def settings_table(changes: list[SettingChange], *, source: str) -> str:
+    """The table checkpoint value -> run value, as text; a changed line is marked."""
+    rows = [("setting", source, "run")]
+    rows += [(change.setting + (" *" if change.changed else ""), _show(change.before), _show(change.run)) for change in changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def mcore_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The Megatron-Core GPT models under NeMo's, DDP's and precision's wrappers, one a pipeline chunk of this rank."""
+    from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+
+    return [module for module in model.modules() if isinstance(module, MCoreGPTModel)]
+
+
+def model_class(config_class: type) -> type[GPTModel]:
+    """NeMo's model class for a config class: the one in the same module whose constructor takes that config."""
+    for base in config_class.__mro__:
+        module = inspect.getmodule(base)
+        for candidate in vars(module).values() if module else ():
+            if inspect.isclass(candidate) and issubclass(candidate, GPTModel) and candidate.__module__ == base.__module__:
+                return candidate
+    raise ConfigError("model.config", config_class.__name__, "no model class of nemo.collections.llm takes this config")
+
+
+def _config_class(name: str) -> type[GPTConfig]:
+    found = getattr(llm, str(name), None)
+    if not (inspect.isclass(found) and issubclass(found, GPTConfig)):
+        known = [key for key, value in vars(llm).items() if inspect.isclass(value) and issubclass(value, GPTConfig)]
+        raise ConfigError(
+            "model.config", name, f"no GPT config class of nemo.collections.llm, {did_you_mean(str(name), known)}"
+        )
+    return found
+
+
+def _check_config(config: GPTConfig) -> None:
+    if config.position_embedding_type not in ("rope", "yarn"):
+        raise ConfigError("model.position_embedding_type", config.position_embedding_type, "only RoPE models can be extended")
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size", None, "set it, so that no tokenizer changes the model's shape in silence")
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if groups and heads % groups:
+        mend = f"must divide the {heads} of model.num_attention_heads; a class's own value stays where only one of them is set"
+        raise ConfigError("model.num_query_groups", groups, mend)
+
+
+def _show(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(getattr(value, "name", value))
