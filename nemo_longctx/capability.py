@@ -49,6 +49,23 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
+# Top-level modules that an extra of this package brings -> the extra. What the core dependencies bring is not here.
+EXTRAS = {
+    **dict.fromkeys(("nemo", "megatron", "lightning", "nemo_run", "fiddle", "sentencepiece", "tiktoken", "ray"), "nemo"),
+    **dict.fromkeys(("lm_eval", "rouge_score", "datasets"), "eval"),
+    **dict.fromkeys(("openai",), "instruct"),
+    **dict.fromkeys(("vaderSentiment",), "safety"),
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install, in a sentence, where `error` is about a module that an extra of this package brings; else None."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        return None
+    return f"this needs {module}, which is not installed: pip install 'nemo-longctx[{EXTRAS[module]}]'"
+
+
 def capabilities() -> list[Capability]:
     """Everything that `doctor` reports, in its order."""
     gpus, cuda_build = cuda_devices(), _torch_cuda_build()

@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nemo_longctx.capability import missing_extra, package_versions
 from nemo_longctx.config import did_you_mean
 
 # name -> what `--help` says of it. The module is nemo_longctx.commands.NAME and has
 # configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
 COMMANDS = {
+    "train": "continual pretraining at a longer context: compose a recipe, check it, run it through NeMo's trainer",
+    "sft": "instruction tuning of an extended model on short conversations and generated long ones",
     "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",
     "inspect": "documents, tokens, lengths, what windows cut and what a mix will deliver, from the index alone",
     "export": "a NeMo checkpoint -> a Hugging Face directory, RoPE variant and tokenizer included, verified by reloading",
@@ -27,15 +30,25 @@ COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    """Finds the versions only when asked, since that reads the metadata of every installed package."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        found = package_versions()
+        print(f"nemo-longctx {found.pop('nemo-longctx') or 'not installed'}")
+        print("  ".join(f"{name} {version or 'not installed'}" for name, version in found.items()))
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake (ValueError, a missing file, a full disk) ends in one sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = next((a for a in argv if not a.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that a result depends on, and exit")
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, line in COMMANDS.items():
-        line = line.replace("%", "%%")  # argparse formats it
-        command_parser = sub.add_parser(command, help=line, description=line)
+        command_parser = sub.add_parser(command, help=line.replace("%", "%%"), description=line)  # argparse formats help alone
         if command == name:
             module = importlib.import_module(f"nemo_longctx.commands.{command.replace('-', '_')}")
             module.configure(command_parser)
@@ -47,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing is left to say, also not at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        if os.environ.get("NEMO_LONGCTX_DEBUG") or (sentence := missing_extra(error)) is None:
+            raise
+        print(f"nemo-longctx {args.command}: error: {sentence}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("NEMO_LONGCTX_DEBUG"):
             raise

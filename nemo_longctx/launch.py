@@ -71,3 +71,7 @@ def _default(field: object) -> str:
 
     default = field.default  # type: ignore[attr-defined]
     return "" if default is dataclasses.MISSING else f"={default}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], description=__doc__))

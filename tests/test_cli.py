@@ -47,3 +47,63 @@ def test_a_users_mistake_is_one_sentence_and_status_2(tmp_path, capsys):
     assert error.startswith("nemo-longctx inspect: error: ")
     assert "Traceback" not in error
     assert error.count("\n") == 1
+
+
+def test_versions_are_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    first, others = capsys.readouterr().out.splitlines()
+    assert first.startswith("nemo-longctx 0.")
+    assert "megatron-core" in others
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_training_is_a_command(command, capsys):
+    """The example scripts are not in the wheel."""
+    assert main([command, "recipe=no_such_recipe" if command == "train" else "sft=no_such_row"]) == 2
+    assert "no such choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["nemo_longctx", "nemo_longctx.launch"])
+def test_modules_under_python_m_do_not_end_in_silence(module):
+    """`python -m nemo_longctx.launch recipe=x` did nothing, with status 0."""
+    words = ["train", "recipe=x"] if module == "nemo_longctx" else ["recipe=x"]
+    result = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "no such choice" in result.stderr
+
+
+def test_help_of_a_command_shows_one_percent_sign(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert "95 % intervals" in " ".join(out.split())
+    assert "%%" not in out
+
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"nemo", "megatron", "lightning", "lm_eval", "datasets", "openai", "nemo_run"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+from nemo_longctx.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["export", "nowhere", "out"], "nemo"),
+        (["eval", "no_such_model", "--tasks", "longctx_qmsum"], "eval"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_command_without_its_extra_says_what_to_install(arguments, extra):
+    result = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert f"pip install 'nemo-longctx[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr

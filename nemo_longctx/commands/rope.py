@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.rope.analysis import advise, candidates, describe, first_negative, fitted_base, smallest_base
+from nemo_longctx.rope.analysis import (
+    PRACTICE,
+    advise,
+    candidates,
+    describe,
+    first_negative,
+    fitted_base,
+    practised_base,
+    smallest_base,
+)
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import VARIANTS, Rope, parse, to_dict
 
@@ -45,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     advice.add_argument("--from", dest="trained", type=int, required=True, metavar="TOKENS", help="trained length")
     advice.add_argument("--to", dest="target", type=int, required=True, metavar="TOKENS", help="target length")
     advice.add_argument("--base", type=float, default=10_000.0, help="base of the trained model (10000)")
-    advice.add_argument("--new-base", type=float, help="base of abf and xpos (from --base up, the smallest that reaches)")
+    advice.add_argument("--new-base", type=float, help="base of abf and xpos (the practised one and that of the bound)")
     advice.add_argument("--bases", type=float, nargs="+", default=PAPER_BASES, help="bases to judge")
     advice.add_argument("--json", action="store_true", help="print JSON")
     advice.add_argument("--png", type=Path, metavar="FILE", help="also draw the comparison")
@@ -178,21 +187,23 @@ def _advise(args: argparse.Namespace) -> None:
     least = smallest_base(args.target, args.head_dim)
     # Being above the smallest base that reaches the target does not make the trained one reach it.
     reaching = least if least >= args.base else smallest_base(args.target, args.head_dim, at_least=args.base)
-    new_base = args.new_base if args.new_base is not None else reaching
-    variants = candidates(args.trained, args.target, args.base, new_base)
+    practised = practised_base(args.target, args.base)
+    new_bases = [args.new_base] if args.new_base is not None else sorted({*filter(None, [practised]), reaching})
+    variants = candidates(args.trained, args.target, args.base, *new_bases)
     rows = advise(variants, trained=args.trained, target=args.target, base=args.base, head_dim=args.head_dim)
-    bases = [_judge(base, args) for base in sorted({*args.bases, args.base, new_base})]
+    bases = [_judge(base, args) for base in sorted({*args.bases, args.base, *new_bases})]
     if args.json:
         facts = {"from": args.trained, "to": args.target, "head_dim": args.head_dim, "smallest_base": least}
         facts |= {
             "smallest_base_from_trained": reaching,
             "fitted_base": fitted_base(args.target),
+            "practised_base": practised,
             "bases": bases,
             "variants": [dataclasses.asdict(row) for row in rows],
         }
         print(json.dumps(facts, indent=1, allow_nan=False))
     else:
-        _print_advice(args, rows, bases, least, reaching)
+        _print_advice(args, rows, bases, least, reaching, practised)
     if args.png is not None:
         from nemo_longctx.rope.figures import plot_advice
 
@@ -202,11 +213,17 @@ def _advise(args: argparse.Namespace) -> None:
 def _judge(base: float, args: argparse.Namespace) -> dict[str, Any]:
     """Each base by its own sums: being above the smallest that reaches the target does not make one reach it too."""
     reaches = first_negative(Rope(base=base).theta(args.head_dim), args.target + 1)
-    return {"base": base, "too_small": reaches is not None, "reaches": reaches}
+    trained = [f"{name} at {longest:,}" for practised, longest, name in PRACTICE if practised == base]
+    return {"base": base, "within_bound": reaches is None, "reaches": reaches, "trained_by": trained}
 
 
 def _print_advice(
-    args: argparse.Namespace, rows: list[Any], bases: list[dict[str, Any]], least: float, reaching: float
+    args: argparse.Namespace,
+    rows: list[Any],
+    bases: list[dict[str, Any]],
+    least: float,
+    reaching: float,
+    practised: float | None,
 ) -> None:
     print(f"From {args.trained} to {args.target} tokens, head size {args.head_dim}, trained base {args.base:g}\n")
     header = ("variant", "base", "granularity", "att. factor", "reaches", "unseen pairs", "score at target")
@@ -219,9 +236,19 @@ def _print_advice(
         )
     print("\nreaches: first distance where a key like the query scores below a random one (Men et al. 2024)")
     print("unseen pairs: pairs that meet angles at the target which training never showed them")
-    print(f"\nSmallest base for {args.target} tokens: {least:.3g} (fit 0.0424 L^1.628: {fitted_base(args.target):.3g})")
+    print(f"\nPractice: what was trained and seen to work at {args.target} tokens or more, from base {args.base:g}")
+    if practised is None:
+        print("  no published base above it in this tool's list; see the bound")
+    else:
+        names = [name for base, longest, name in PRACTICE if base == practised and longest >= args.target]
+        print(f"  {practised:g}: {', '.join(names)}")
+    print(
+        "\nBound: of the untrained score of a key like the query, summed over all pairs (Men et al. 2024). A trained model need"
+    )
+    print("not keep it: Llama 2 Long at 500,000 finds first sentences to 30k, where this sum turns negative at 18,438")
+    print(f"  smallest base for {args.target} tokens: {least:.3g} (their fit 0.0424 L^1.628: {fitted_base(args.target):.3g})")
     if reaching != least:
-        print(f"Smallest from the trained base {args.base:g} up: {reaching:.3g} (a larger base may reach less far)")
+        print(f"  smallest from the trained base {args.base:g} up: {reaching:.3g} (a larger base may reach less far)")
     for entry in bases:
-        verdict = f"too small: reaches {entry['reaches']}" if entry["too_small"] else "large enough"
-        print(f"  {entry['base']:>12g}  {verdict}")
+        verdict = "within the bound" if entry["within_bound"] else f"outside the bound from {entry['reaches']} on"
+        print(f"  {entry['base']:>12g}  {verdict:<34}{'; '.join(entry['trained_by'])}".rstrip())

@@ -132,6 +132,22 @@ def first_negative(theta: Float64s, length: int) -> int | None:
     return None
 
 
+# Bases that models were trained with, and the longest window of that training: what was seen to work, no bound of anything.
+# Xiong et al. 2023, section 4.1; Roziere et al. 2023, section 2.4; Dubey et al. 2024, section 3; Qwen2.5's released config.
+PRACTICE: tuple[tuple[float, int, str], ...] = (
+    (500_000.0, 32_768, "Llama 2 Long (Xiong et al. 2023)"),
+    (1_000_000.0, 16_384, "Code Llama (Roziere et al. 2023)"),
+    (500_000.0, 8_192, "Llama 3 (Dubey et al. 2024)"),
+    (1_000_000.0, 32_768, "Qwen2.5 (its config.json)"),
+)
+
+
+def practised_base(length: int, base: float) -> float | None:
+    """The smallest base above `base` that a published model was trained with at `length` tokens or more; None for none."""
+    found = [trained for trained, longest, _ in PRACTICE if longest >= length and trained > base]
+    return min(found, default=None)
+
+
 def fitted_base(length: int) -> float:
     """Men et al. 2024's fit of the smallest base for a length: 0.0424 L^1.628 (d = 128)."""
     return 0.0424 * length**1.628
@@ -206,14 +222,14 @@ def describe(variant: RopeVariant, *, head_dim: int, rotary_dim: int, spread: fl
     return facts
 
 
-def candidates(trained: int, target: int, base: float, new_base: float) -> list[RopeVariant]:
+def candidates(trained: int, target: int, base: float, *new_bases: float) -> list[RopeVariant]:
     """Each variant that can be set up from the two lengths alone, to take `trained` tokens at `base` to `target`."""
     stretch = target / trained
     parts: dict[str, Any] = {"base": base, "factor": stretch, "original_max_position_embeddings": trained}
     return [
         Rope(base=base),
-        AbfRope(base=new_base),
-        XposRope(base=new_base),
+        *(AbfRope(base=new) for new in new_bases),
+        *(XposRope(base=new) for new in new_bases),
         PiRope(base=base, factor=stretch),
         NtkRope(base=base, factor=stretch),
         NtkByPartsRope(**parts),

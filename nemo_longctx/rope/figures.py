@@ -87,6 +87,13 @@ def plot_helices(
     return [save(figure, folder / "helices.png"), _write_csv(folder / "helices.csv", columns)]
 
 
+def _label(row: Advice, rows: Sequence[Advice]) -> str:
+    """The variant's name, with its base where another row has the name too."""
+    name = row.variant["variant"]
+    twice = sum(other.variant["variant"] == name for other in rows) > 1
+    return f"{name} {row.variant['base']:,.0f}" if twice else name
+
+
 def plot_advice(rows: Sequence[Advice], path: Path, *, target: int) -> Path:
     """One line a variant: how far its score stays above a random key's, and how finely it tells neighbours apart."""
     figure, axes = new_figure(width=7.6, height=1.2 + 0.34 * len(rows))
@@ -103,7 +110,7 @@ def plot_advice(rows: Sequence[Advice], path: Path, *, target: int) -> Path:
         panel.grid(True, axis="x", color=FAINT, linewidth=0.6)
         panel.set_axisbelow(True)
         panel.tick_params(labelsize=8.5)
-    reach_axes.set_yticks(range(len(rows)), [row.variant["variant"] for row in rows])
+    reach_axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     reach_axes.invert_yaxis()
     reach_axes.axvline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     reach_axes.set_xscale("log", base=2)

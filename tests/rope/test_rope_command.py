@@ -110,15 +110,31 @@ def test_plot_writes_pictures_and_their_data(tmp_path, capsys):
     assert [float(x) for x in rows[1]] == [0.0, 4.0, 4.0]
 
 
-def test_advise_names_the_bases_that_are_too_small(tmp_path, capsys):
+def test_advise_says_which_bases_keep_the_bound(tmp_path, capsys):
     argv = ["rope", "advise", "--from", "1024", "--to", "8192", "--bases", "10000", "500000"]
     assert main([*argv, "--json", "--png", str(tmp_path / "a.png")]) == 0
     facts = json.loads(capsys.readouterr().out)
-    judged = {entry["base"]: entry["too_small"] for entry in facts["bases"]}
-    assert judged == {10_000.0: True, 500_000.0: False, facts["smallest_base"]: False}
+    judged = {entry["base"]: entry["within_bound"] for entry in facts["bases"]}
+    assert judged == {10_000.0: False, 500_000.0: True, facts["smallest_base"]: True}
     assert (tmp_path / "a.png").exists()
     assert main(argv) == 0
-    assert "too small" in capsys.readouterr().out
+    assert "outside the bound from" in capsys.readouterr().out
+
+
+def test_advise_gives_the_paper_s_practice_beside_the_bound(capsys):
+    """The paper trained 500,000 at 32,768, where Men et al.'s bound asks for more: neither is called wrong by the other."""
+    argv = ["rope", "advise", "--from", "4096", "--to", "32768"]
+    assert main([*argv, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["practised_base"] == 500_000.0
+    abf = [row["variant"]["base"] for row in facts["variants"] if row["variant"]["variant"] == "abf"]
+    assert abf == [500_000.0, facts["smallest_base"]]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "500000: Llama 2 Long (Xiong et al. 2023)" in out
+    assert "too small" not in out
+    assert main([*argv[:-1], "131072"]) == 0
+    assert "no published base above it" in capsys.readouterr().out
 
 
 def test_advise_takes_a_base_that_reaches_where_the_trained_one_does_not(capsys):
@@ -127,14 +143,14 @@ def test_advise_takes_a_base_that_reaches_where_the_trained_one_does_not(capsys)
     assert main([*argv, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     judged = {entry["base"]: entry["reaches"] for entry in facts["bases"]}
-    abf = next(row for row in facts["variants"] if row["variant"]["variant"] == "abf")
+    abf = [row for row in facts["variants"] if row["variant"]["variant"] == "abf"][-1]
     chosen = abf["variant"]["base"]
     assert facts["smallest_base"] < 1e6 < chosen == facts["smallest_base_from_trained"]
     assert judged[1e6] == 27_115
     assert judged[chosen] is None
     assert abf["reaches"] is None
     assert main(argv) == 0
-    assert "Smallest from the trained base 1e+06 up" in capsys.readouterr().out
+    assert "smallest from the trained base 1e+06 up" in capsys.readouterr().out
 
 
 def test_analysis_needs_no_torch():
