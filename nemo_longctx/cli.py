@@ -14,6 +14,7 @@ from nemo_longctx.config import did_you_mean
 # name -> what `--help` says of it. The module is nemo_longctx.commands.NAME and has
 # configure(parser: ArgumentParser) -> None and run(args: Namespace) -> int (the exit status).
 COMMANDS = {
+    "init": "a commented recipe of your own from a checkpoint, a target length, data and a machine, and the next commands",
     "train": "continual pretraining at a longer context: compose a recipe, check it, run it through NeMo's trainer",
     "sft": "instruction tuning of an extended model on short conversations and generated long ones",
     "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",

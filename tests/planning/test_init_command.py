@@ -1,0 +1,101 @@
+"""`nemo-longctx init`: the recipe that it writes composes, says what was decided, and a wrong flag is one sentence."""
+
+import json
+
+import pytest
+
+from nemo_longctx.cli import main
+from nemo_longctx.compose import compose
+from nemo_longctx.planning.starter import learning_rate
+from nemo_longctx.recipe import load_recipe
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "rope_theta": 10_000.0,
+}  # fmt: skip
+SEVEN_B = LLAMA | {
+    "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, config in (("tiny_hf", LLAMA), ("seven_hf", SEVEN_B)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("a book")
+    return tmp_path
+
+
+def recipe_of(file, *overrides):
+    return load_recipe(compose([f"recipe={file}", *overrides]))
+
+
+def test_a_laptop_s_recipe_is_whole(folder, capsys):
+    assert main(["init", "--checkpoint", "tiny_hf", "--target", "1024", "--data", "books"]) == 0
+    recipe = recipe_of("tiny_hf_1024.yaml")
+    assert recipe.name == "tiny_hf_1024"
+    assert recipe.seq_length == 1024
+    assert recipe.rope_variant.base == 500_000.0
+    assert recipe.restore_from == "checkpoints/tiny_hf"
+    assert 0 < recipe.optimizer.warmup_tokens < recipe.curriculum.total_tokens
+    assert [each["seq_length"] for each in recipe.data["validation"]] == [1024, 256]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said[said.index("next:") + 1 :]] == ["import", "prepare", "train"]
+
+
+def test_a_cluster_s_recipe_has_the_planner_s_layout(folder, capsys):
+    argv = ["init", "--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", "64", "--name", "run7"]
+    assert main(argv) == 0
+    recipe = recipe_of("run7.yaml")
+    assert (recipe.trainer.world_size, recipe.trainer.precision, recipe.optimizer.distributed) == (64, "bf16-mixed", True)
+    assert recipe.curriculum.tokens_per_step == 4_194_304
+    assert recipe.optimizer.lr == pytest.approx(2e-5, rel=0.05)
+    assert "GiB a GPU" in capsys.readouterr().out
+
+
+def test_a_corpus_that_is_there_is_not_prepared_again(folder, capsys):
+    (folder / "all.idx").touch()
+    assert main(["init", "--checkpoint", "tiny_hf", "--target", "512", "--data", "all"]) == 0
+    assert "prepare" not in capsys.readouterr().out
+    recipe = recipe_of("tiny_hf_512.yaml")
+    assert recipe.data["mix"]["sources"] == [{"path": "all"}]
+    assert recipe.data["validation"] == []  # no all_holdout.idx beside it
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--checkpoint", "tiny_hf", "--target", "256", "--data", "books"], "--target=256: the checkpoint is trained at 256"),
+        (["--checkpoint", "nowhere", "--target", "512", "--data", "books"], "--checkpoint='nowhere': no checkpoint"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "nowhere"], "--data='nowhere': neither text nor"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "all.bin"], "--data='all.bin': give the prefix"),
+        (["--checkpoint", "tiny_hf", "--target", "512"], "--data=None: missing"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpu", "a100"], "--gpu='a100': has no effect"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpus", "0"], "--gpus=0: must be 1 or more"),
+        (["--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", "1"], "--gpus=1: no layout"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--output", "a.txt"], "--output='a.txt'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_flag_is_one_sentence(folder, argv, message, capsys):
+    assert main(["init", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(folder.glob("*.yaml"))
+
+
+def test_a_recipe_is_not_overwritten_unasked(folder, capsys):
+    argv = ["init", "--checkpoint", "tiny_hf", "--target", "512", "--data", "books"]
+    assert main(argv) == 0
+    assert main(argv) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*argv, "--force"]) == 0
+
+
+def test_learning_rates_are_the_paper_s_where_it_has_one():
+    assert learning_rate(7_000_000_000) == 2e-5
+    assert learning_rate(70_000_000_000) == 1e-5
+    assert learning_rate(100_000) == 1e-3
