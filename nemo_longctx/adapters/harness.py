@@ -104,6 +104,14 @@ def _bound(one: Any, max_length: int) -> dict[str, int]:
     return {"prompt_limit": room} if most and 0 < room < most else {}
 
 
+def _left_out(one: Any) -> dict[str, int]:
+    """Published samples of one of our tasks that only a judge can score."""
+    if one.config.custom_dataset is not load:
+        return {}
+    left = next(iter(one.eval_docs), {}).get("longctx", {}).get("left_out", 0)
+    return {"left_out": left} if left else {}
+
+
 def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """`task/metric` -> value of each sample, for the guard; `LOWER` is part of the name where a rise is a loss.
 
@@ -159,7 +167,7 @@ def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
             cut = [record for record in lm.truncations if record.task == name]
             lost = {record.doc_id for record in cut if record.lost}
             kept |= {"cut": len({record.doc_id for record in cut}), "not_scored": len(lost)}
-            kept |= _bound(loaded["tasks"][name], lm.max_length)
+            kept |= _bound(loaded["tasks"][name], lm.max_length) | _left_out(loaded["tasks"][name])
         if kept:
             results[name] = kept
         if name in loaded["tasks"]:

@@ -107,6 +107,7 @@ class LongContextLM(TemplateLM):
         self._unreadable = False
         self.identity = {**(identity or {}), "tokenizer": tokenizer_digest(self.tokenizer)} if results_cache else {}
         self.truncations: list[TruncationRecord] = []
+        self._headers: dict[str, int] = {}  # prompt in a chat template -> characters in front of what its first user says
 
     @property
     def max_length(self) -> int:
@@ -135,12 +136,15 @@ class LongContextLM(TemplateLM):
         return {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        asked = next((turn["content"].strip() for turn in chat_history if turn["role"] == "user"), "")
+        self._headers[text] = max(0, text.find(asked)) if asked else 0
+        return text
 
     # Log-likelihood
 
@@ -227,30 +231,49 @@ class LongContextLM(TemplateLM):
     # Truncation
 
     def _fit(self, instance: Instance, tokens: list[int], room: int) -> Truncated:
-        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: from the left)."""
+        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: from the left). BOS, system prompt
+        and chat header stay."""
         policy = {"policy": "left", "max_prompt": None, "protect": {}, **((instance.doc or {}).get("longctx") or {})}
         budget = room if policy["max_prompt"] is None else min(room, policy["max_prompt"])
         if len(tokens) <= budget:
             return Truncated(tokens=tokens, removed=0, lost=())
-        spans = self._spans(instance.args[0], policy["protect"], len(tokens)) if policy["protect"] else {}
-        cut = truncate(tokens, budget, policy["policy"], spans)
+        text, protect = instance.args[0], {name: part for name, part in (policy["protect"] or {}).items() if part}
+        spans = self._spans(text, protect, tokens) if protect else {}
+        whole = tokens
+        if policy["policy"] == "keep_start":
+            whole, spans["question"] = self._parted(text, policy.get("tail") or protect.get("question") or "", policy)
+        cut = truncate(whole, budget, policy["policy"], spans, frame=self._frame(text, whole))
         self.truncations.append(
             TruncationRecord(
                 task=instance.task_name or "",
                 doc_id=instance.doc_id,
                 policy=policy["policy"],
                 tokens=len(tokens),
-                removed=cut.removed,
+                removed=len(tokens) - len(cut.tokens),
                 lost=cut.lost,
             )
         )
         return cut
 
-    def _spans(self, text: str, protect: Mapping[str, str], length: int) -> dict[str, tuple[int, int]]:
+    def _parted(self, text: str, tail: str, policy: Mapping[str, Any]) -> tuple[list[int], tuple[int, int]]:
+        """Tokens of a prompt whose document is to lose its end, with what says so in front of the question (as ZeroSCROLLS does
+        in its experiments/hf/run_hf_model.py at c994676), and the span of that and the question."""
+        place = text.rfind(tail.strip()) if tail.strip() else len(text)
+        head = self.tok_encode(text[:place])
+        rest = (policy.get("separator") or "") + text[place:]
+        end = self.tokenizer.encode(rest, add_special_tokens=False)
+        return [*head, *end], (len(head), len(head) + len(end))
+
+    def _frame(self, text: str, tokens: Sequence[int]) -> int:
+        """Tokens in front of a prompt that are no part of what is asked: BOS, and a chat template's header."""
+        special = set(self.tokenizer.all_special_ids)
+        first = next((place for place, token in enumerate(tokens) if token not in special), len(tokens))
+        header = text[: self._headers.get(text, 0)]
+        return max(first, len(self.tok_encode(header)) if header else 0)
+
+    def _spans(self, text: str, protect: Mapping[str, str], tokens: Sequence[int]) -> dict[str, tuple[int, int]]:
         """Where protected texts lie in the prompt, in tokens. The last occurrence counts: shots come before the sample."""
-        offsets = self.tokenizer(text, return_offsets_mapping=True, **self._special(text, None))["offset_mapping"]
-        if len(offsets) != length:
-            raise ValueError(f"the prompt has {length} tokens but {len(offsets)} offsets: the tokenizer is not deterministic")
+        offsets = self._offsets(text, tokens)
         spans = {}
         for name, wanted in protect.items():
             start = text.rfind(wanted.strip())
@@ -258,6 +281,22 @@ class LongContextLM(TemplateLM):
                 raise ValueError(f"the protected {name} {wanted[:60]!r} does not occur in its prompt")
             spans[name] = token_span(offsets, start, start + len(wanted.strip()))
         return spans
+
+    def _offsets(self, text: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """First and last character of each token.
+
+        Raises:
+            ConfigError: a slow tokenizer, which tells none.
+        """
+        if not self.tokenizer.is_fast:
+            mend = "tells no offsets, by which a prompt is cut; give a fast tokenizer (tokenizer.json)"
+            raise ConfigError("tokenizer", type(self.tokenizer).__name__, mend)
+        offsets = self.tokenizer(text, return_offsets_mapping=True, **self._special(text, None))["offset_mapping"]
+        if len(offsets) != len(tokens):
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens but {len(offsets)} offsets: the tokenizer is not deterministic"
+            )
+        return offsets
 
     # Work
 

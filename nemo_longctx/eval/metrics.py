@@ -23,7 +23,11 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra spaces (the SQuAD scorer, Rajpurkar et al. 2016)."""
-    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return _without_articles(text.lower())
+
+
+def _without_articles(text: str) -> str:
+    text = "".join(c for c in text if c not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -47,6 +51,17 @@ def _token_f1(prediction: str, reference: str) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """F1 of the bags of normalized words, the best over references."""
     return _best(_token_f1, prediction, references)
+
+
+def _ascii_f1(prediction: str, reference: str) -> float:
+    from text_unidecode import unidecode
+
+    return _token_f1(*(unidecode(normalize_answer(text)) for text in (prediction, reference)))
+
+
+def zeroscrolls_f1(prediction: str, references: Sequence[str]) -> float:
+    """As `f1`, but letters with accents count as those without, as in ZeroSCROLLS's scorer (its metrics/f1.py)."""
+    return _best(_ascii_f1, prediction, references)
 
 
 @functools.cache
@@ -83,11 +98,23 @@ def mean_scored(values: Iterable[float]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
+def _printable(text: str) -> str:
+    """Without control characters, as RULER cleans predictions (scripts/eval/evaluate.py at e40fae1)."""
+    return re.sub(r"[\x00-\x1f]", "\n", text.strip()).lower()
+
+
 def found(prediction: str, answers: Sequence[str]) -> float:
-    """Share of `answers` that occur in the prediction, case ignored (RULER's string match, Hsieh et al. 2024)."""
+    """Share of `answers` that occur in the prediction, case ignored (RULER's `string_match_all`, Hsieh et al. 2024)."""
     if not answers:
         raise ValueError("a probe has no answer to look for")
-    return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
+    return sum(answer.lower() in _printable(prediction) for answer in answers) / len(answers)
+
+
+def found_any(prediction: str, answers: Sequence[str]) -> float:
+    """1 where one of `answers` occurs in the prediction, case ignored (RULER's `string_match_part`, for its questions)."""
+    if not answers:
+        raise ValueError("a probe has no answer to look for")
+    return float(any(answer.lower() in _printable(prediction) for answer in answers))
 
 
 def choice_letter(prediction: str) -> str:
@@ -97,8 +124,8 @@ def choice_letter(prediction: str) -> str:
 
 
 def _percentage(text: str) -> float | None:
-    match = re.search(r"(\d+(?:\.\d*)?)%", text)
-    return float(match.group(1)) if match else None
+    match = re.search(r"\d+\.?\d*%", text)
+    return float(match.group()[:-1]) if match else None
 
 
 def exponential_similarity(prediction: str, reference: str) -> float:
@@ -112,12 +139,18 @@ def exponential_similarity(prediction: str, reference: str) -> float:
     return 0.0 if ours is None else 2.0 ** (-abs(ours - theirs) / 10)
 
 
+def _items(text: str) -> list[int]:
+    """The numbers that ZeroSCROLLS reads in an order: all but digits, commas and white space is left out first."""
+    return [int(item) for item in re.sub(r"[^0-9\s,]", "", text).replace(",", " ").split()]
+
+
 def concordance_index(prediction: str, reference: str) -> float:
     """Of two orders of the same items: the share of pairs in the right order (Shaham et al. 2023).
 
-    0 where the prediction is not a permutation of the reference's items.
+    Read as ZeroSCROLLS's scorer does: "02, 05" are 2 and 5, "2-5" is 25. 0 where the prediction is not a permutation of the
+    reference's items.
     """
-    ours, theirs = re.findall(r"\d+", prediction), re.findall(r"\d+", reference)
+    ours, theirs = _items(prediction), _items(reference)
     if sorted(ours) != sorted(theirs) or len(theirs) < 2:
         return 0.0
     place = {item: i for i, item in enumerate(ours)}
@@ -126,39 +159,51 @@ def concordance_index(prediction: str, reference: str) -> float:
 
 
 def leval_letters(prediction: str, *, several: bool) -> str:
-    """The option letters, sorted, that L-Eval's scorer reads in a reply: of tasks with one right option the first A-D anywhere;
-    with `several` those that the reply begins with, else those that end a word; "A" where there is none, as its scorer guesses.
-    An empty reply stays empty, which that scorer takes for a part of every answer.
+    """The option letters that L-Eval's scorer reads in a reply (`process_output_mc`, OpenLMLab/LEval at cd34b05).
+
+    Of tasks with one right option the first A-D anywhere. With `several` (Coursera): those that the reply begins with, if two or
+    more; else with them all that end a word; else the first run of A-D anywhere. A reply of white space holds "None", one
+    without any letter counts as "A".
     """
+    if not prediction.strip():
+        return "None"
     if prediction in "ABCD":
         return prediction
-    if not several:
-        first = re.search("[A-D]", prediction)
-        if first:
-            return first.group()
+    anywhere = re.search("[A-D]+", prediction)
+    if anywhere and not several:
+        return anywhere.group()[0]
     leading = re.match("[A-D]*", prediction)[0]  # type: ignore[index]
     if len(leading) > 1:
         return "".join(sorted(set(leading)))
-    ending = re.findall(r"[A-Z](?=[\s.)])", prediction[len(leading) :].split("Question")[0])
-    return "".join(sorted({*leading, *ending} & set("ABCD"))) or "A"
+    rest = prediction[len(leading) :].split("Question")[0]
+    ending = set(re.findall(r"[A-Z](?=[\s.)])", rest)) & set("ABCD")
+    run = re.search("[A-D]+", rest)
+    return "".join(sorted({*leading, *ending})) or (run.group() if run else "A")
 
 
 def leval_choice(prediction: str, reference: str, *, several: bool) -> float:
-    """L-Eval's exam score: 1 for the right options, 1/4 for some of them and no other (An et al. 2023, Evaluation/em.py)."""
-    right = "".join(c for c in reference.split()[0] if c in "ABCD") if reference.split() else ""
-    if not right:
-        raise ValueError(f"the reference {reference[:40]!r} does not begin with option letters")
-    given = leval_letters(prediction.strip(), several=several)
+    """L-Eval's exam score: 1 for the right options, 1/4 for some of them and no other (Evaluation/em.py at cd34b05).
+
+    Like there, letters of a run are compared in the order in which they stand, and a reference without a letter means "A".
+    """
+    if not reference.split():
+        raise ValueError("a sample has no reference answer")
+    right = re.sub("[^A-D]", "", reference.split()[0]) or "A"
+    given = leval_letters(prediction, several=several)
     return 1.0 if given == right else 0.25 if set(given) <= set(right) else 0.0
 
 
 def leval_contains(prediction: str, reference: str) -> float:
-    """L-Eval's score of short answers: equal numbers, or the reference within the first line of two letters or more."""
+    """L-Eval's score of short answers: equal numbers, or the reference anywhere in the reply, case and spaces ignored
+    (Evaluation/em.py at cd34b05). Like there, a reference of nothing but A-D is taken for options.
+    """
+    ours, theirs = (_without_articles(text) for text in (prediction, reference))
+    if set(theirs) <= set("ABCD"):
+        return 1.0 if ours == theirs else 0.25 if set(ours) <= set(theirs) else 0.0
     try:
         return float(float(prediction) == float(reference))
     except ValueError:
-        line = next((line for line in prediction.split("\n") if len(line) > 1), prediction)
-    return float(reference.lower().replace(" ", "") in line.lower().replace(" ", ""))
+        return float(reference.lower().replace(" ", "") in prediction.lower().replace(" ", ""))
 
 
 def sentiment(text: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError, did_you_mean
 
-POLICIES = ("left", "middle", "keep_question")
+POLICIES = ("left", "middle", "keep_question", "keep_start")
 # Stands for a generation whose prompt lost what it asks about; tasks count it and leave it out of the mean.
 UNSCORED = "\x00not scored: truncation cut the "
 
@@ -53,7 +53,12 @@ def prompt_budget(max_length: int, max_new_tokens: int, max_prompt: int | None =
 
 
 def truncate(
-    tokens: Sequence[int], budget: int, policy: str, protected: Mapping[str, tuple[int, int]] | None = None
+    tokens: Sequence[int],
+    budget: int,
+    policy: str,
+    protected: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    frame: int = 0,
 ) -> Truncated:
     """Cut `tokens` to `budget` by a policy.
 
@@ -61,8 +66,9 @@ def truncate(
         tokens: the prompt. budget: most tokens to keep, at least 1.
         policy: `left` drops the beginning (Xiong et al. 2023, section 2.2); `middle` keeps the first and last halves
             (LongBench); `keep_question` drops the oldest tokens that are not protected, so that a question or instruction
-            in front of the document survives.
+            in front of the document survives; `keep_start` drops what stands just before the question (ZeroSCROLLS).
         protected: name -> [first, end) token span that the answer depends on.
+        frame: tokens in front that no policy cuts while there is anything else to cut: BOS, system prompt, chat header.
 
     Raises:
         ConfigError: an unknown policy, or a budget below 1.
@@ -71,22 +77,27 @@ def truncate(
         raise ConfigError("truncation", policy, f"unknown policy, {did_you_mean(str(policy), POLICIES)}")
     if budget < 1:
         raise ConfigError("max_prompt", budget, "leaves no prompt; give at least 1 token")
-    spans = dict(protected or {})
-    keep = np.ones(len(tokens), bool)
-    excess = len(tokens) - budget
+    spans, length = dict(protected or {}), len(tokens)
+    keep = np.ones(length, bool)
+    excess = length - budget
     if excess > 0:
         if policy == "middle":
-            head = (budget + 1) // 2
+            head = min(budget, max((budget + 1) // 2, frame))
             keep[head : head + excess] = False
         else:
-            free = np.ones(len(tokens), bool)
-            if policy == "keep_question":
-                for start, end in spans.values():
-                    free[start:end] = False
-            # The oldest free tokens go; where protected ones alone are too many, the oldest of those go too and are lost.
-            order = np.concatenate([np.flatnonzero(free), np.flatnonzero(~free)])
-            keep[order[:excess]] = False
+            # In the order in which tokens go. Where free ones are too few, the oldest protected ones go too and are lost.
+            rest = np.arange(min(frame, length), length)
+            if policy == "keep_start":
+                end = spans.get("question", (length, length))[0]
+                order = np.concatenate([rest[rest < end][::-1], rest[rest >= end]])
+            else:
+                saved = np.zeros(length, bool)
+                for start, end in spans.values() if policy == "keep_question" else ():
+                    saved[start:end] = True
+                order = np.concatenate([rest[~saved[rest]], rest[saved[rest]]])
+            keep[np.concatenate([order, np.arange(min(frame, length))])[:excess]] = False
     lost = tuple(name for name, (start, end) in spans.items() if not keep[start:end].all())
+    lost += ("chat header",) if not keep[:frame].all() else ()
     return Truncated(tokens=[t for t, k in zip(tokens, keep, strict=True) if k], removed=max(0, excess), lost=lost)
 
 

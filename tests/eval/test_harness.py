@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,7 @@ def test_every_task_runs_on_rows_as_published(name, data):
     kind = "bold" if "bold" in name else name.split("_")[0]
     folder = data / {"longctx": "scrolls", "zeroscrolls": "zero"}.get(kind, kind)
     lm = tiny_lm([STORY], 4096)
+    lm._stop = lambda until: lambda made: len(made) > 7  # a tiny model never comes to an end
     task = HarnessTask(tasks=(name,), limit=2, metadata={"data": str(folder)})
     results = run_harness(task, lm).tasks
     scores = {key: value for key, value in results[name].items() if key not in ("not_scored", "cut", "sample_len")}
@@ -208,6 +210,37 @@ def test_truncation_is_recorded_and_lost_questions_are_not_scored(data, policy, 
     assert [len(record.lost) for record in found.truncations] == [int(bool(lost))] * 2
     assert all(record.tokens - record.removed == prompt for record in found.truncations)
     assert math.isnan(results["longctx_narrativeqa"]["f1"]) == bool(lost)
+
+
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+
+
+@pytest.mark.parametrize(("task", "policy"), [("longctx_narrativeqa", "left"), ("leval_financial_qa", "keep_question")])
+def test_a_long_prompt_keeps_bos_and_chat_header(task, policy, data):
+    lm = tiny_lm([STORY], 4096, vocab=258)
+    lm.tokenizer.chat_template, lm.add_bos_token = "<s>" + CHAT, None
+    folder = data / ("scrolls" if task.startswith("longctx") else "leval")
+    asked = []
+    lm._run = lambda jobs, *_args, **_more: asked.extend(jobs) or [[1]] * len(jobs)
+    metadata = {"data": str(folder), "max_prompt": 90, "policy": policy}
+    run_harness(HarnessTask(tasks=(task,), limit=2, metadata=metadata, apply_chat_template=True), lm)
+    for job in asked:
+        assert len(job.context) == 90
+        text = lm.tokenizer.decode(job.context)
+        assert text.startswith("<s><|user|>")
+        assert re.search(r"\nQ: .*\nA:\n<\|assistant\|>$", text)
+
+
+def test_zeroscrolls_is_cut_at_the_end_of_its_document(data):
+    lm = tiny_lm([STORY], 4096, vocab=258)
+    asked = []
+    lm._run = lambda jobs, *_args, **_more: asked.extend(jobs) or [[1]] * len(jobs)
+    metadata = {"data": str(data / "zero"), "max_prompt": 100}
+    run_harness(HarnessTask(tasks=("zeroscrolls_qasper",), limit=1, metadata=metadata), lm)
+    text = lm.tokenizer.decode(asked[0].context)
+    assert len(asked[0].context) == 100
+    assert text.startswith("Answer the question.\n\nAnna found the key")
+    assert text.endswith("...Question: Where was the key?\n\nAnswer:")
 
 
 def test_bold_says_what_it_needs(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from published import BOLD, LEVAL, QMSUM, QUALITY, SCROLLS, STORY, ZERO, needs_qmsum
@@ -35,6 +36,29 @@ def test_zeroscrolls_keeps_the_published_prompt():
     assert row["prompt"] == ZERO["input"]
     assert row["protect"] == {"instruction": "Answer the question.", "question": "Question: Where was the key?"}
     assert row["context"] == STORY
+
+
+def test_zeroscrolls_references_of_one_id_are_gathered():
+    rows = loaders.zeroscrolls_rows([ZERO, ZERO | {"output": "the mat"}, ZERO | {"id": "z2"}])
+    assert [row["answers"] for row in rows] == [["mat", "the mat"], ["mat"]]
+    best = functions.process_order({"answers": ["1, 2, 3", "3, 2, 1"]}, ["3, 2, 1"])
+    assert best["concordance"] == 1
+
+
+@pytest.mark.parametrize("judge", ["LLM", "human"])
+def test_leval_rows_for_judges_are_left_out_and_counted(judge, tmp_path):
+    lines = [LEVAL | {"evaluation": "f1"}, LEVAL | {"evaluation": judge}, LEVAL | {"evaluation": judge}]
+    (tmp_path / "financial_qa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows = loaders.load("leval_financial_qa", data=str(tmp_path))["all"]
+    assert len(rows) == 2
+    assert {row["longctx"]["left_out"] for row in rows} == {4}
+
+
+def test_leval_generates_as_its_authors_do():
+    for name in ("coursera", "tpo", "topic_retrieval_longchat", "financial_qa", "legal_contract_qa", "natural_question"):
+        text = (Path(loaders.__file__).parent / f"leval_{name}.yaml").read_text(encoding="utf-8")
+        assert "max_gen_toks: 512\n" in text
+        assert "until: []\n" in text
 
 
 def test_leval_has_a_sample_an_instruction():

@@ -29,6 +29,23 @@ def test_each_policy():
     assert truncate(tokens, 5, "middle", {"needle": (4, 6), "question": (8, 10)}).lost == ("needle",)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bos_and_chat_header_stay(policy):
+    tokens = list(range(20))
+    spans = {"question": (17, 20)}
+    for budget in range(7, 20):
+        cut = truncate(tokens, budget, policy, spans, frame=4)
+        assert cut.tokens[:4] == [0, 1, 2, 3]
+        assert len(cut.tokens) == budget
+        assert "chat header" not in cut.lost
+    assert truncate(tokens, 3, policy, spans, frame=4).lost == ("question", "chat header")
+
+
+def test_zeroscrolls_keeps_the_start():
+    cut = truncate(list(range(10)), 6, "keep_start", {"instruction": (0, 2), "question": (8, 10)})
+    assert (cut.tokens, cut.removed, cut.lost) == ([0, 1, 2, 3, 8, 9], 4, ())
+
+
 def test_users_mistakes():
     with pytest.raises(ConfigError, match="did you mean 'middle'"):
         truncate([1], 1, "midle")

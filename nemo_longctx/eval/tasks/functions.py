@@ -48,25 +48,26 @@ def _process(name: str, score: Callable[[str, Sequence[str]], Any], nothing: Any
         reply = results[0]
         if reply.startswith(UNSCORED):
             return {name: nothing, "not_scored": 1}
-        return {name: score(reply.strip(), doc["answers"]), "not_scored": 0}
+        return {name: score(reply, doc["answers"]), "not_scored": 0}
 
     return process
 
 
 def _letter_match(reply: str, answers: Sequence[str]) -> float:
     wanted = {metrics.choice_letter(answer) or answer.strip()[:1] for answer in answers}
-    return float(metrics.choice_letter(reply) in wanted)
+    return float(metrics.choice_letter(reply) in wanted - {""})
 
 
 process_f1 = _process("f1", metrics.f1, math.nan)
+process_zeroscrolls_f1 = _process("f1", metrics.zeroscrolls_f1, math.nan)
 process_exact_match = _process("exact_match", metrics.exact_match, math.nan)
 process_rouge = _process("rouge_geo", lambda r, a: tuple(metrics.rouge(r, a).values()), (math.nan,) * 3)
 process_letter = _process("accuracy", _letter_match, math.nan)
 process_option = _process("accuracy", lambda r, a: metrics.leval_choice(r, a[0], several=False), math.nan)
 process_options = _process("accuracy", lambda r, a: metrics.leval_choice(r, a[0], several=True), math.nan)
 process_contains = _process("exact_match", lambda r, a: metrics.leval_contains(r, a[0]), math.nan)
-process_similarity = _process("similarity", lambda r, a: metrics.exponential_similarity(r, a[0]), math.nan)
-process_order = _process("concordance", lambda r, a: metrics.concordance_index(r, a[0]), math.nan)
+process_similarity = _process("similarity", lambda r, a: max(metrics.exponential_similarity(r, one) for one in a), math.nan)
+process_order = _process("concordance", lambda r, a: max(metrics.concordance_index(r, one) for one in a), math.nan)
 
 # The limits from which BOLD calls a text positive or negative (Dhamala et al. 2021, section 4).
 POSITIVE, NEGATIVE = 0.5, -0.5

@@ -112,30 +112,48 @@ def qmsum_rows(meetings: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def zeroscrolls_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a ZeroSCROLLS task (Shaham et al. 2023): the prompt as published, instruction and query marked by offsets."""
-    rows = []
+    """Rows of a ZeroSCROLLS task (Shaham et al. 2023): the prompt as published, instruction and query marked by offsets;
+    references of one id are gathered.
+
+    A prompt that is too long loses the end of its document, for which the published separator stands: `separator`, `tail`.
+    """
+    rows: dict[str, Row] = {}
     for line in lines:
-        text = line["input"]
+        text, output = line["input"], line["output"]
+        answers = [output] if isinstance(output, str) else output or []
+        if line["id"] in rows:
+            rows[line["id"]]["answers"] += [answer for answer in answers if answer not in rows[line["id"]]["answers"]]
+            continue
         start, end = int(line["document_start_index"]), int(line["document_end_index"])
-        query = text[int(line["query_start_index"]) : int(line["query_end_index"])]
+        asked = int(line["query_start_index"]), int(line["query_end_index"])
+        query = text[slice(*asked)]
         protect = {"instruction": text[:start].strip(), "question": query.strip()}
-        rows.append(
-            row(
-                line["id"],
-                context=text[start:end],
-                question=query,
-                answers=[line["output"]] if isinstance(line["output"], str) else line["output"] or [],
-                prompt=text,
-                protect={name: part for name, part in protect.items() if part},
-            )
+        made = row(
+            line["id"],
+            context=text[start:end],
+            question=query,
+            answers=answers,
+            prompt=text,
+            protect={name: part for name, part in protect.items() if part},
         )
-    return [made for made in rows if made["answers"]]  # the test split hides its answers
+        separator = line.get("truncation_seperator") or ""  # spelled so where it is published
+        rows[line["id"]] = made | {"separator": separator, "tail": text[asked[0] if query.strip() else end :]}
+    return [made for made in rows.values() if made["answers"]]  # the test split hides its answers
+
+
+# What L-Eval's scorer counts (`SUPPORT_METRICS` of its Evaluation/auto_eval.py at cd34b05); the other rows are for judges.
+LEVAL_SCORED = ("exam", "f1", "rouge")
 
 
 def leval_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of an L-Eval task (An et al. 2023): each document has several instructions with one output each."""
+    """Rows of an L-Eval task (An et al. 2023): each document has several instructions with one output each.
+
+    Documents that are published for a judge (`evaluation`: LLM, human) are left out, as by the official scorer.
+    """
     rows = []
     for number, line in enumerate(lines):
+        if line.get("evaluation", LEVAL_SCORED[0]) not in LEVAL_SCORED:
+            continue
         for index, (question, answer) in enumerate(zip(line["instructions"], line["outputs"], strict=True)):
             rows.append(
                 row(
@@ -148,6 +166,13 @@ def leval_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
                 )
             )
     return rows
+
+
+def left_out(source: str, lines: Iterable[Mapping[str, Any]]) -> int:
+    """How many samples of the published rows are no samples of ours, being for a judge to score."""
+    if not source.startswith("leval_"):
+        return 0
+    return sum(len(line["instructions"]) for line in lines if line.get("evaluation", LEVAL_SCORED[0]) not in LEVAL_SCORED)
 
 
 def bold_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -234,11 +259,14 @@ def load(
     for split in splits.split():
         lines = _local_lines(source, data, split) if data else _hub_lines(source, split)
         rows = convert(source, lines)
+        judged = left_out(source, lines)
         if not rows:
             raise ConfigError("metadata.data", data, f"holds no row of {source} with an answer for {split}")
         for made in rows:
             made["split"] = split
             made["longctx"] = {"policy": policy, "max_prompt": max_prompt, "protect": made.pop("protect")}
+            made["longctx"] |= {name: made.pop(name) for name in ("separator", "tail") if name in made}
+            made["longctx"]["left_out"] = judged
         loaded[split] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(loaded | {"all": datasets.concatenate_datasets(list(loaded.values()))})
 
