@@ -113,24 +113,45 @@ def probe_rows(
     return rows
 
 
-def effective_length(rows: Sequence[ProbeRow], *, share: float = 0.9) -> dict[tuple[str, str], int]:
-    """(model, kind) -> the longest length up to which every length keeps `share` of the score at the shortest one.
+FLOOR = 0.5  # a model that scores less at the shortest length cannot do the task, so no length says anything of it
 
-    Depths are averaged. 0 where the shortest length scores nothing, or was not scored.
-    """
+
+def _by_length(rows: Sequence[ProbeRow]) -> dict[tuple[str, str], dict[int, float]]:
+    """(model, kind) -> length -> score, depths averaged."""
     lengths: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         lengths.setdefault((row.model, row.kind), {}).setdefault(row.length, []).append(row.score)
+    return {key: {n: sum(found[n]) / len(found[n]) for n in sorted(found)} for key, found in lengths.items()}
+
+
+def effective_length(rows: Sequence[ProbeRow], *, share: float = 0.9, floor: float = FLOOR) -> dict[tuple[str, str], int]:
+    """(model, kind) -> the longest length up to which every length keeps `share` of the score at the shortest one, and `floor`.
+
+    Depths are averaged. 0 where the shortest length scores less than `floor`, or was not scored: `too_weak` says which.
+    """
     effective = {}
-    for key, by_length in lengths.items():
+    for key, scores in _by_length(rows).items():
         effective[key] = 0
-        short = sum(by_length[min(by_length)]) / len(by_length[min(by_length)])
-        for length in sorted(by_length):
-            score = sum(by_length[length]) / len(by_length[length])
-            if not (short > 0 and score >= share * short):  # NaN, not scored, ends it too
+        short = scores[min(scores)]
+        for length, score in scores.items():
+            if not score >= max(share * short, floor):  # NaN, not scored, ends it too
                 break
             effective[key] = length
     return effective
+
+
+def too_weak(rows: Sequence[ProbeRow], *, floor: float = FLOOR) -> dict[tuple[str, str], float]:
+    """(model, kind) -> score at the shortest length, of those that score less than `floor` there: of them no length tells
+    anything, since they cannot do the task at any."""
+    short = {key: scores[min(scores)] for key, scores in _by_length(rows).items()}
+    return {key: score for key, score in short.items() if score < floor}
+
+
+def told_length(key: tuple[str, str], effective: dict[tuple[str, str], int], weak: dict[tuple[str, str], float]) -> str | int:
+    """What a table says of one model and kind."""
+    if key in weak:
+        return f"too weak to tell ({weak[key]:.2f} at the shortest)"
+    return effective.get(key, "–") or "not scored"
 
 
 def write_csv(path: str | Path, rows: Iterable[ProbeRow]) -> None:

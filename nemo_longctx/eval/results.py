@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nemo_longctx.eval import position, probe_scores, probes
+from nemo_longctx.eval import context, position, probe_scores, probes
 from nemo_longctx.eval.truncation import TruncationRecord
 
 
@@ -20,6 +20,7 @@ class SuiteResult:
         model: label of the model, say "step 200".
         position: rows by task name. documents: by task name the same losses of each document, {"edges": [bins + 1], "sums" and
             "counts": [documents][bins]}, for a bootstrap over documents.
+        context: by task name the losses on fixed targets against the context before them.
         probes: cells. tasks: lm-eval's `results` by task.
         truncations: every prompt that was cut.
         watched: measurement -> value of each document or sample, for the guard.
@@ -30,6 +31,7 @@ class SuiteResult:
     model: str
     position: dict[str, list[position.PositionRow]]
     documents: dict[str, dict[str, list]]
+    context: dict[str, context.ContextScores]
     probes: list[probe_scores.ProbeRow]
     tasks: dict[str, dict[str, Any]]
     truncations: list[TruncationRecord]
@@ -42,6 +44,7 @@ class SuiteResult:
         """Take in what one task found."""
         self.position.update(found.position)
         self.documents.update(found.documents)
+        self.context.update(found.context)
         self.probes.extend(found.probes)
         self.tasks.update(found.tasks)
         self.truncations.extend(found.truncations)
@@ -50,12 +53,18 @@ class SuiteResult:
     def scalars(self) -> dict[str, float]:
         """One number a measurement, for a logger."""
         found = {f"{name}/loss": _mean_loss(rows) for name, rows in self.position.items()}
+        for name, scores in self.context.items():
+            for line in context.rows(scores, self.model):
+                found[f"{name}/loss_at_{line.context}"] = line.loss
+            found[f"{name}/gain"] = context.gain(scores).mean
         for row in self.probes:
             if row.samples:
                 cell = f"{row.kind}/{row.length}" + ("" if row.kind in probes.WITHOUT_DEPTH else f"/{row.depth:.2f}")
                 found |= {f"{cell}/score": row.score, f"{cell}/answer_loss": row.answer_loss}
-        for (_, kind), length in probe_scores.effective_length(self.probes).items():
-            found[f"{kind}/effective_length"] = length
+        weak = probe_scores.too_weak(self.probes)
+        for key, length in probe_scores.effective_length(self.probes).items():
+            if key not in weak:  # a 0 would pass for a length
+                found[f"{key[1]}/effective_length"] = length
         for task, values in self.tasks.items():
             found |= {f"{task}/{key}": v for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return {key: float(value) for key, value in found.items()}
@@ -66,6 +75,7 @@ def blank_result(model: str) -> SuiteResult:
         model=model,
         position={},
         documents={},
+        context={},
         probes=[],
         tasks={},
         truncations=[],
@@ -109,6 +119,7 @@ def from_record(record: Mapping[str, Any]) -> SuiteResult:
     numbers = {name: _numbers(record[name]) for name in ("position", "documents", "probes", "tasks", "watched", "seconds")}
     made = {
         "position": {name: [position.PositionRow(**row) for row in rows] for name, rows in numbers["position"].items()},
+        "context": {name: context.ContextScores(**one) for name, one in record.get("context", {}).items()},
         "probes": [probe_scores.ProbeRow(**row) for row in numbers["probes"]],
         "truncations": [TruncationRecord(**{**cut, "lost": tuple(cut["lost"])}) for cut in record["truncations"]],
     }

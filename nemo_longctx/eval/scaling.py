@@ -206,6 +206,12 @@ def _solve(c_N: Array, y_RN: Array, w_RN: Array) -> Array:
     return np.stack([alpha, np.where(A > 0, beta, np.nan), np.where(A > 0, gamma, np.nan)], axis=1)
 
 
+def fit_many(context: ArrayLike, losses_RN: ArrayLike) -> Array:
+    """alpha, beta, gamma [R, 3] of many curves at the same contexts, unweighted; NaN where a curve does not fall."""
+    losses_RN = np.asarray(losses_RN, np.float64)
+    return _solve(np.asarray(context, np.float64), losses_RN, np.ones_like(losses_RN))
+
+
 def _project(log_c: Array, beta_RK: Array, y_RN: Array, w_RN: Array) -> tuple[Array, Array, Array]:
     """Cost, A >= 0 and gamma >= 0, each [R, K], of the best A c^-beta + gamma at every trial beta."""
     x_RKN = np.exp(-beta_RK[..., None] * log_c)

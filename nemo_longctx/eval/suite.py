@@ -1,4 +1,4 @@
-"""What is measured of one model at one moment: loss by position, probes, and tasks, each a block of YAML.
+"""What is measured of one model at one moment: loss by position and by context, probes, and tasks, each a block of YAML.
 
 A suite runs the same way on a live model in the middle of a run and on a checkpoint. Ranks that hold the same model share the
 work; a task that fails on any rank is reported on all and the next one runs.
@@ -18,7 +18,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.data.corpus import open_corpus
-from nemo_longctx.eval import position, probe_scores, probes
+from nemo_longctx.eval import context, position, probe_scores, probes
 from nemo_longctx.eval.requests import Continuation
 from nemo_longctx.eval.results import SuiteResult, blank_result
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
@@ -57,6 +57,57 @@ class PositionTask:
     @property
     def name(self) -> str:
         return "_".join(["position", *([self.label] if self.label else []), str(self.seq_length)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextTask:
+    """Loss on fixed targets against the context before them (`nemo_longctx.eval.context`).
+
+    Args:
+        corpus: prefix of a `.bin/.idx` pair of held-out documents.
+        contexts: tokens before the targets; documents shorter than the longest and the targets are not read.
+        targets: tokens predicted at each context, the last ones of a block.
+        documents: how many, evenly spaced among those long enough.
+        blocks: at most so many blocks of targets a document, side by side; the document stays the unit of intervals.
+        short: the context that gains are counted from, the old length's; default, the shortest.
+        key_threshold: fall of a token's loss from `short` to the longest context that makes it a key token, nats.
+        label: tells tasks of one longest context apart.
+    """
+
+    corpus: str
+    contexts: tuple[int, ...]
+    targets: int = 64
+    documents: int = 64
+    blocks: int = 1
+    short: int | None = None
+    key_threshold: float = 2.0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "documents", "blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"eval.{name}", getattr(self, name), "give a positive number")
+        if len(self.contexts) < 2 or min(self.contexts) < 1 or list(self.contexts) != sorted(set(self.contexts)):
+            raise ConfigError(
+                "eval.contexts", self.contexts, "give at least two rising numbers of tokens: [192, 448, 960, 1984]"
+            )
+        if self.short is None:
+            object.__setattr__(self, "short", self.contexts[0])
+        if self.short not in self.contexts or self.short == self.contexts[-1]:
+            raise ConfigError(
+                "eval.short", self.short, f"name one of the contexts below the longest: {list(self.contexts[:-1])}"
+            )
+        if not self.key_threshold > 0:
+            raise ConfigError("eval.key_threshold", self.key_threshold, "give a fall of the loss above 0, in nats")
+
+    @property
+    def needed(self) -> int:
+        """Tokens of the longest input and the targets."""
+        return self.contexts[-1] + self.targets
+
+    @property
+    def name(self) -> str:
+        return "_".join(["context", *([self.label] if self.label else []), str(self.contexts[-1])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +167,17 @@ class HarnessTask:
         return f"{name}@{self.label}" if self.label else name
 
 
-Task = PositionTask | ProbeTask | HarnessTask
-TASKS: dict[str, type[Task]] = {"position": PositionTask, "probes": ProbeTask, "lm_eval": HarnessTask}
+Task = PositionTask | ContextTask | ProbeTask | HarnessTask
+TASKS: dict[str, type[Task]] = {
+    "position": PositionTask,
+    "context": ContextTask,
+    "probes": ProbeTask,
+    "lm_eval": HarnessTask,
+}
 
 
 def parse_tasks(blocks: Sequence[Mapping[str, Any] | Task]) -> list[Task]:
-    """Tasks from YAML blocks, each {kind: position | probes | lm_eval, ...}.
+    """Tasks from YAML blocks, each {kind: position | context | probes | lm_eval, ...}.
 
     Raises:
         ConfigError: an unknown kind or key.
@@ -144,8 +200,9 @@ def parse_tasks(blocks: Sequence[Mapping[str, Any] | Task]) -> list[Task]:
 
 
 def longest_input(tasks: Sequence[Task]) -> int:
-    """Tokens of the longest sequence that position and probe tasks read; 0 without them."""
+    """Tokens of the longest sequence that position, context and probe tasks read; 0 without them."""
     needs = [task.seq_length + 1 for task in tasks if isinstance(task, PositionTask)]
+    needs += [task.needed for task in tasks if isinstance(task, ContextTask)]
     for task in tasks:
         if isinstance(task, ProbeTask):
             needs.append(max(task.probes.lengths) + max(task.probes.max_new_tokens, 128))
@@ -183,7 +240,7 @@ class Suite:
             raise ConfigError(
                 "eval.tasks", twice, "two tasks of this name; give each a `label` (probes: put them in one block)"
             )
-        if tokenizer is None and any(not isinstance(task, PositionTask) for task in self.tasks):
+        if tokenizer is None and any(not isinstance(task, PositionTask | ContextTask) for task in self.tasks):
             raise ConfigError("eval.tokenizer", None, "probes and lm-eval tasks need the model's Hugging Face tokenizer")
         self.rate = 0.0  # tokens a second, from what was run before
         self.took: dict[str, float] = {}  # seconds of each task, from the last time
@@ -249,6 +306,8 @@ class Suite:
             result.documents[task.name] = {"edges": totals.edges.tolist(), "sums": sums.tolist(), "counts": counts.tolist()}
             if task.guard:
                 result.watched[f"loss_{task.name}"] = (sums.sum(1) / counts.sum(1)).tolist()
+        elif isinstance(task, ContextTask):
+            result.context[task.name] = self._context(task, model, group, quiet)
         elif isinstance(task, ProbeTask):
             result.probes.extend(self._probes(task, model, result.model, group, quiet))
         elif harness is None:
@@ -273,6 +332,22 @@ class Suite:
         for score in self._run(requests, model, group, "loss by position", quiet):
             totals.add(-score.token_log_probs[None])
         return totals
+
+    def _context(self, task: ContextTask, model: CausalModel, group: Any, quiet: bool) -> context.ContextScores:
+        corpus = open_corpus(task.corpus)
+        chosen = context.choose_blocks(corpus.lengths, needed=task.needed, documents=task.documents, blocks=task.blocks)
+        requests = []
+        for document, ends in chosen:
+            for end in ends:
+                tokens = corpus.tokens(document, end - task.needed, end).tolist()
+                requests += context.block_requests(tokens, task.contexts, task.targets)
+        found = iter(self._run(requests, model, group, "loss on fixed targets", quiet))
+        losses = [
+            [[-next(found).token_log_probs for _ in task.contexts] for _ in ends]  # [W, C, K] of each document
+            for _, ends in chosen
+        ]
+        documents = [document for document, _ in chosen]
+        return context.scores(losses, documents=documents, contexts=task.contexts, short=task.short or task.contexts[0])
 
     def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probe_scores.ProbeRow]:
         bos = self.tokenizer.bos_token_id
@@ -305,6 +380,8 @@ def _tokens_of(task: Task) -> int:
     """About how many tokens a task reads; 0 for lm-eval tasks, whose data is not loaded yet."""
     if isinstance(task, PositionTask):
         return task.documents * task.seq_length
+    if isinstance(task, ContextTask):
+        return task.documents * task.blocks * sum(c + task.targets for c in task.contexts)
     if isinstance(task, HarnessTask):
         return 0
     asked = task.probes

@@ -12,18 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from nemo_longctx.eval import position, probe_scores
+from nemo_longctx.eval import context, position, probe_scores
 from nemo_longctx.eval.guard import GuardConfig, judge
 from nemo_longctx.eval.results import SuiteResult, as_record, finite, from_record
-from nemo_longctx.eval.scaling import ContextLaw, fit_context_law_by_document
 from nemo_longctx.eval.truncation import TruncationRecord
+from nemo_longctx.report.context import LAW_COLUMNS, LAW_NOTE, LINES, context_sections, spread, with_interval
 from nemo_longctx.report.html import Section, write_page
 from nemo_longctx.report.plots import plot_context_law, plot_loss_by_position, plot_probes, tokens_label
 from nemo_longctx.report.training_log import write_json
 
 RECORD = "results.json"
-LINES, PANELS = 8, 4  # evaluations in one figure: as many as can be told apart; tables and CSV hold all
+PANELS = 4  # evaluations in one figure of probes
 REPLICATES = 300  # of the bootstrap over documents; every evaluation draws the page anew
+
+
+POSITION_SHOWS = (
+    "How the loss runs through a long window. Each position holds other text, so a fall may be the text's and not the context's: "
+    "compare models at one position here, and contexts on fixed targets."
+)
 
 
 def read_results(directory: str | Path) -> list[SuiteResult]:
@@ -59,6 +65,9 @@ def write_results(
     for name in dict.fromkeys(name for result in results for name in result.position):
         sections += _position_sections(directory, name, results, marks)
         files.add(f"loss_by_{name}.csv")
+    for name in dict.fromkeys(name for result in results for name in result.context):
+        sections += context_sections(directory, name, results, marks)
+        files |= {f"loss_by_{name}.csv", f"gain_by_{name}.csv"}
     cells = [row for result in results for row in result.probes]
     if cells:
         sections.append(_probe_section(directory, cells))
@@ -103,16 +112,22 @@ def _summary(results: Sequence[SuiteResult]) -> Section:
     names = list(dict.fromkeys(name for result in results for name in result.position))
     kinds = list(dict.fromkeys(row.kind for result in results for row in result.probes))
     head: list[object] = ["model", *(f"loss, {tokens_label(int(n.rpartition('_')[2]))} tokens" for n in names)]
+    fixed = list(dict.fromkeys(name for result in results for name in result.context))
+    head += [f"gain of {tokens_label(int(n.rpartition('_')[2]))} tokens on fixed targets" for n in fixed]
     head += [f"{_title(kind)}: effective length" for kind in kinds]
     rows: list[list[object]] = [[*head, "seconds", "not measured"]]
     for result in results:
-        effective = probe_scores.effective_length(result.probes)
+        effective, weak = probe_scores.effective_length(result.probes), probe_scores.too_weak(result.probes)
         missing = [f"{task}: {why}" for task, why in result.errors.items()]
         missing += [f"{task}: no time" for task in result.skipped]
         losses: list[object] = [_loss(result.position.get(name, ())) for name in names]
-        lengths: list[object] = [effective.get((result.model, kind), math.nan) for kind in kinds]
-        rows.append([result.model, *losses, *lengths, f"{sum(result.seconds.values()):.1f}", "; ".join(missing) or "–"])
-    note = "Loss in nats per token. Effective length: the longest that keeps 90 % of the score at the shortest length; 0: none."
+        lengths: list[object] = [probe_scores.told_length((result.model, kind), effective, weak) for kind in kinds]
+        gains: list[object] = [str(context.gain(result.context[n])) if n in result.context else "–" for n in fixed]
+        rows.append([result.model, *losses, *gains, *lengths, f"{sum(result.seconds.values()):.1f}", "; ".join(missing) or "–"])
+    note = (
+        "Loss in nats per token. Effective length: the longest up to which each length keeps 90 % of the score at the shortest "
+        f"one, and {probe_scores.FLOOR} at least; a model that scores less at the shortest is too weak to tell."
+    )
     return Section(heading="In one glance", note=note, table=rows)
 
 
@@ -134,50 +149,39 @@ def _position_sections(
     figure = plot_loss_by_position(
         {model: by_model[model] for model in drawn}, directory / f"loss_by_{name}.png", marks=marks, title=title
     )
-    sections = [Section(heading=title, note=_bands(len(drawn), len(by_model)), figures=[figure])]
-    laws, curves, table = {}, {}, [["model", "alpha (tokens)", "beta", "gamma (nats)", "documents"]]
+    note = POSITION_SHOWS + " " + _bands(len(drawn), len(by_model))
+    laws, curves, table, refused = {}, {}, [[*LAW_COLUMNS]], []
     for result in (result for result in results if result.model in drawn and name in result.documents):
-        law, curve, documents = _law(result.documents[name])
-        if law is None:
-            table.append([result.model, "no fit: the loss does not fall as the law does", "", "", str(documents)])
+        contexts, losses = _by_document(result.documents[name])
+        test = context.judge_law(contexts, losses, replicates=REPLICATES)
+        if test.law is None:
+            table.append([result.model, f"not drawn: {test.why}", "", "", str(len(losses))])
+            refused.append(f"{result.model}: {test.why}")
             continue
-        laws[result.model], curves[result.model] = law, curve
-        table.append([result.model, *(_with_interval(law, key) for key in ("alpha", "beta", "gamma")), str(documents)])
+        laws[result.model], curves[result.model] = test.law, {"context": contexts, "loss": losses.mean(0)}
+        table.append([result.model, *(with_interval(test.law, key) for key in ("alpha", "beta", "gamma")), str(len(losses))])
+    if refused and not laws:
+        note += f" No law L(c) is drawn: {'; '.join(refused)}."
+    sections = [Section(heading=title, note=note, figures=[figure])]
     if laws:
         title = f"Context scaling law, to {length} tokens"
         figure = plot_context_law(curves, laws, directory / f"context_law_{name}.png", title=title)
-        note = "L(c) = (alpha / c)^beta + gamma, with 95 % intervals by a bootstrap over documents."
-        sections.append(Section(heading=title, note=note, figures=[figure], table=table))
+        sections.append(Section(heading=title, note=LAW_NOTE, figures=[figure], table=table))
     return sections
-
-
-def spread(names: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the names, evenly spaced, the first and the last among them."""
-    if len(names) <= most:
-        return list(names)
-    return [names[round(place)] for place in np.linspace(0, len(names) - 1, most)]
 
 
 def _bands(drawn: int, known: int) -> str:
     return "Bands: 95 % over documents." + (f" {drawn} of {known} evaluations; the CSV has all." if drawn < known else "")
 
 
-def _law(documents: Mapping[str, Any]) -> tuple[ContextLaw | None, dict[str, np.ndarray], int]:
-    """The fit of one evaluation's documents, its curve, and how many documents there were; None where there is no fit."""
+def _by_document(documents: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts [N] and mean losses [D, N] of the bins and the documents that hold them all."""
     losses = position.PositionLosses(documents["edges"])
     losses.add_sums(documents["sums"], documents["counts"])
     sums, counts = losses.by_document()
     reached = counts.sum(0) > 0
-    curve = {"context": losses.context[reached], "loss": sums.sum(0)[reached] / counts.sum(0)[reached]}
-    try:
-        return fit_context_law_by_document(losses.context, sums, counts, replicates=REPLICATES), curve, len(sums)
-    except ValueError:  # too few documents or bins, or a loss that rises or jumps: the table says that there is none
-        return None, curve, len(sums)
-
-
-def _with_interval(law: ContextLaw, key: str) -> str:
-    low, high = law.intervals.get(key, (math.nan, math.nan))
-    return f"{getattr(law, key):.3g} ({low:.3g} to {high:.3g})"
+    whole = (counts[:, reached] > 0).all(1)
+    return losses.context[reached], sums[whole][:, reached] / counts[whole][:, reached]
 
 
 def _title(kind: str) -> str:
@@ -195,7 +199,9 @@ def _probe_section(directory: Path, cells: Sequence[probe_scores.ProbeRow]) -> S
         plot_probes(drawn, directory / "probes_answer_loss.png", value="answer_loss", title=loss),
     ]
     table: list[list[object]] = [["probe", "model", "effective length (tokens)", "samples", "did not fit, not scored"]]
-    for (model, kind), length in probe_scores.effective_length(cells).items():
+    effective, weak = probe_scores.effective_length(cells), probe_scores.too_weak(cells)
+    for model, kind in effective:
+        length = probe_scores.told_length((model, kind), effective, weak)
         mine = [row for row in cells if (row.model, row.kind) == (model, kind)]
         table.append([_title(kind), model, length, sum(r.samples for r in mine), sum(r.skipped for r in mine)])
     note = (

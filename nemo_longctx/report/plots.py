@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from nemo_longctx.eval.context import ContextRow
     from nemo_longctx.eval.position import PositionRow
     from nemo_longctx.eval.probe_scores import ProbeRow
     from nemo_longctx.eval.scaling import ContextLaw
@@ -130,6 +131,37 @@ def plot_loss_by_position(
     _format_tokens(axes, log=False)
     _mark(axes, marks)
     _dress(axes, title=title, x="position in the sequence (tokens)", y="loss (nats per token)")
+    if any(rows_by_model):
+        axes.legend(fontsize=8.5, frameon=False)
+    return save(figure, path)
+
+
+def plot_loss_by_context(
+    rows_by_model: Mapping[str, Sequence[ContextRow]],
+    path: str | Path,
+    *,
+    marks: Sequence[tuple[float, str]] = (),
+    title: str = "Loss on the same tokens, after more and more context",
+) -> Path:
+    """Mean loss on fixed targets against the tokens that the model reads, one line a model, with 95 % bands over documents.
+
+    Args:
+        rows_by_model: model name -> its rows (`nemo_longctx.eval.context`); names become the legend.
+        path: PNG to write.
+        marks: (tokens read, name) verticals, say the length that a model was trained at.
+    """
+    figure, axes = new_figure()
+    for colour, (model, rows) in zip(_cycle(len(rows_by_model)), rows_by_model.items(), strict=True):
+        read, loss = [row.read for row in rows], [row.loss for row in rows]
+        axes.plot(read, loss, "o-", color=colour, linewidth=1.8, markersize=4.5, label=model, zorder=3)
+        half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
+        if any(half):
+            lower = [a - h for a, h in zip(loss, half, strict=True)]
+            upper = [a + h for a, h in zip(loss, half, strict=True)]
+            axes.fill_between(read, lower, upper, color=colour, alpha=0.14, linewidth=0, zorder=2)
+    _format_tokens(axes, log=True)
+    _mark(axes, marks)
+    _dress(axes, title=title, x="tokens that the model reads", y="loss on the last tokens (nats)")
     if any(rows_by_model):
         axes.legend(fontsize=8.5, frameon=False)
     return save(figure, path)
