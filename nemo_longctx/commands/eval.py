@@ -12,18 +12,27 @@ if TYPE_CHECKING:
     from nemo_longctx.eval.results import SuiteResult
 
 OURS = ("longctx_", "zeroscrolls", "leval")  # how the names of our tasks begin
+TARGETS = 64  # tokens predicted at each context
 ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it is loaded
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "A suite file holds a list `tasks` of blocks {kind: position | probes | lm_eval, ...}; the options below add to it. "
-        "Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, whatever it was "
-        "trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
+        "A suite file holds a list `tasks` of blocks {kind: position | context | probes | lm_eval, ...}; the options below add "
+        "to it. Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, whatever it "
+        "was trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
     )
     parser.add_argument("checkpoints", nargs="+", help="NeMo 2 checkpoints or runs, or Hugging Face models (folder or name)")
     parser.add_argument("--suite", type=Path, help="YAML file of tasks")
-    parser.add_argument("--corpus", help="prefix of a held-out .bin/.idx: loss by position, and the fit of L(c)")
+    parser.add_argument(
+        "--corpus", help="prefix of a held-out .bin/.idx: loss by position, loss on fixed targets against context, and L(c)"
+    )
+    parser.add_argument(
+        "--contexts",
+        default="",
+        help="tokens before the fixed targets, by comma; gains are counted from the first, so begin with the old length "
+        "(default: halves of what the model and the documents allow)",
+    )
     parser.add_argument("--probes", metavar="TEXT", help="JSONL or text file: first-sentence, passkey and needle probes in it")
     parser.add_argument("--tasks", default="", help="lm-eval tasks, by comma: longctx_research, zeroscrolls, leval, ...")
     parser.add_argument("--data", help="folder or file of the tasks' published data (default: the hub)")
@@ -129,6 +138,8 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
         blocks += read_suite(args.suite)
     if args.corpus:
         blocks.append({"kind": "position", "corpus": args.corpus, "seq_length": max_length - 1, "bins": 0})
+        if contexts := _numbers("--contexts", args.contexts) or _default_contexts(args.corpus, max_length):
+            blocks.append({"kind": "context", "corpus": args.corpus, "contexts": contexts, "targets": TARGETS})
     if args.probes:
         from nemo_longctx.eval.probes import PAPER_LENGTHS
 
@@ -142,11 +153,25 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
     return blocks
 
 
+def _default_contexts(corpus: str, max_length: int) -> list[int]:
+    """Halves of the longest read that the model and at least some documents allow; none where no document is long enough."""
+    from nemo_longctx.data.corpus import open_corpus
+    from nemo_longctx.eval.context import halves, length_of_many
+
+    try:
+        lengths = open_corpus(corpus).lengths
+    except (OSError, ValueError):  # loss by position, which is measured first, says what is wrong with it
+        return []
+    contexts = halves(length_of_many(lengths, max_length), TARGETS)
+    return contexts if len(contexts) > 1 else []
+
+
 def _check_partners(args: argparse.Namespace) -> None:
     """Refuse options of a kind of task that is not asked for."""
     for partner, names in (
         ("tasks", ("data", "max_prompt", "limit", "chat", "allow_code_execution")),
         ("probes", ("lengths",)),
+        ("corpus", ("contexts",)),
     ):
         for name in names:
             value = getattr(args, name)

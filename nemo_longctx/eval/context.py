@@ -39,6 +39,7 @@ class ContextScores:
         documents: [D] numbers of the documents read.
         losses: [D][C] mean over a document's targets.
         short_tokens, long_tokens: [D][W * K] loss of each target at `short` and at the longest context.
+        key_threshold: fall of a target's loss from `short` to the longest context that makes it key, nats.
     """
 
     contexts: list[int]
@@ -48,6 +49,7 @@ class ContextScores:
     losses: list[list[float]]
     short_tokens: list[list[float]]
     long_tokens: list[list[float]]
+    key_threshold: float = 2.0
 
     def same_targets(self, other: ContextScores) -> bool:
         """Whether both are of the same tokens, so that they can be compared token by token."""
@@ -109,6 +111,20 @@ def choose_blocks(lengths: ArrayLike, *, needed: int, documents: int, blocks: in
     return chosen
 
 
+def halves(length: int, targets: int) -> list[int]:
+    """Contexts such that the model reads `length` tokens, half of them, a quarter and so on, down to twice the targets."""
+    read = [length]
+    while read[-1] // 2 >= 2 * targets:
+        read.append(read[-1] // 2)
+    return [tokens - targets for tokens in reversed(read) if tokens > targets]
+
+
+def length_of_many(lengths: ArrayLike, most: int, documents: int = 8) -> int:
+    """The most tokens, up to `most`, that `documents` documents have (or all of them, where there are fewer)."""
+    longest = np.sort(np.asarray(lengths))[::-1][:documents]
+    return min(most, int(longest[-1])) if len(longest) else 0
+
+
 def block_requests(tokens: Sequence[int], contexts: Sequence[int], targets: int) -> list[Continuation]:
     """One request a context length: the last `targets` of `tokens` after the c tokens before them."""
     body = list(tokens)
@@ -116,7 +132,14 @@ def block_requests(tokens: Sequence[int], contexts: Sequence[int], targets: int)
     return [Continuation(context=body[first - c : first], continuation=body[first:]) for c in contexts]
 
 
-def scores(losses_DWCK: Sequence[ArrayLike], *, documents: Sequence[int], contexts: Sequence[int], short: int) -> ContextScores:
+def scores(
+    losses_DWCK: Sequence[ArrayLike],
+    *,
+    documents: Sequence[int],
+    contexts: Sequence[int],
+    short: int,
+    key_threshold: float = 2.0,
+) -> ContextScores:
     """Put together what a model lost.
 
     Args:
@@ -138,6 +161,7 @@ def scores(losses_DWCK: Sequence[ArrayLike], *, documents: Sequence[int], contex
         losses=[array.mean(axis=(0, 2)).tolist() for array in arrays],
         short_tokens=[array[:, at].round(5).ravel().tolist() for array in arrays],
         long_tokens=[array[:, -1].round(5).ravel().tolist() for array in arrays],
+        key_threshold=key_threshold,
     )
 
 
@@ -196,15 +220,15 @@ def gain(found: ContextScores, context: int | None = None) -> Gain:
     return paired(losses[:, found.contexts.index(found.short)] - losses[:, at])
 
 
-def key_tokens(judge: ContextScores, threshold: float) -> list[NDArray[np.bool_]]:
-    """Of each document, which targets are key: the judge's loss falls by more than `threshold` from short to long context,
+def key_tokens(judge: ContextScores) -> list[NDArray[np.bool_]]:
+    """Of each document, which targets are key: the judge's loss falls by more than its threshold from short to long context,
     to below `KEY_LOSS`.
 
     One judge chooses for every model that is compared. Its own loss on tokens so chosen is a little too low (they were chosen
     for being low); differences between two other models on them are fair.
     """
     return [
-        (np.array(short) - np.array(long) > threshold) & (np.array(long) < KEY_LOSS)
+        (np.array(short) - np.array(long) > judge.key_threshold) & (np.array(long) < KEY_LOSS)
         for short, long in zip(judge.short_tokens, judge.long_tokens, strict=True)
     ]
 
@@ -236,10 +260,10 @@ def judge_law(
 ) -> LawTest:
     """Fit L(c) = (alpha / c)^beta + gamma and say whether it describes the losses better than a constant does.
 
-    The test: were the loss the same at every context, those of a document could be dealt to the contexts in any order. The share
-    of such deals in which the law takes off as much of the squared error as in truth is the p value (Fisher 1935). The law is
-    also refused where the loss rises again after its lowest point by an interval above 0, where many replicates have no fit,
-    and where an interval ends at a limit of the search: then the data did not set that end.
+    The test: were the loss the same at every context, those of a document could be dealt to the contexts in any order. The
+    share of such deals in which the law takes off as much of the squared error as in truth is the p value (Fisher 1935). The
+    law is also refused where the loss rises again after its lowest point by an interval above 0, where many replicates have no
+    fit, and where an interval ends at a limit of the search: then the data did not set that end.
 
     Args:
         contexts: [C] tokens. losses_DC: of the same targets, one row a document.

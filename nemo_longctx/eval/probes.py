@@ -1,4 +1,4 @@
-"""Probes of long-context ability: first-sentence retrieval, passkey, needle grids and variable tracking.
+"""Probes of long-context ability: first-sentence retrieval, passkey, records, needle grids and variable tracking.
 
 Made offline from any text, from a seed. A probe is a list of tokens of exactly the asked length, so no tokenizer detail can
 make it longer or move its needle; what it hides and where is on record beside it. `probe_scores` asks and scores them.
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.data.retrieval_text import RECORDS, draw_number
 from nemo_longctx.files import write_text
 
 # Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
 PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
-KINDS = ("first_sentence", "passkey", "needle", "needle_multi_key", "needle_multi_value", "variable_tracking")
+KINDS = ("first_sentence", "passkey", "record", "needle", "needle_multi_key", "needle_multi_value", "variable_tracking")
 WITHOUT_DEPTH = ("first_sentence", "variable_tracking")
 WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
@@ -114,7 +115,7 @@ def make_probes(
         ConfigError: a length too short for what it must hold.
         ValueError: no text, or none with a sentence of 5 to 40 words.
     """
-    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 1}
+    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 2}
     every_letter = "".join(chr(c) for c in range(32, 127)) + GRASS + " ".join(WORDS) + "".join(t[:2000] for t in texts[:8])
     made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
     path = Path(cache) / f"probes-{_digest(json.dumps(made_from))}.json" if cache else None
@@ -160,6 +161,8 @@ class _Maker:
             parts, answers = self._variables(rng, length)
         elif kind == "passkey":
             parts, answers = self._passkey(rng, length, depth)
+        elif kind == "record":
+            parts, answers = self._record(rng, length, depth)
         else:
             parts, answers = self._needles(rng, kind, length, depth)
         new = self.config.max_new_tokens
@@ -227,7 +230,7 @@ class _Maker:
         return self.prefix + body + question, [sentence]
 
     def _passkey(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
-        key = str(rng.randrange(10000, 100000))
+        key = draw_number(rng, 5, held_out=True)
         head = self.encode(
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
             "the important information there.\n"
@@ -238,14 +241,23 @@ class _Maker:
         filler = self._filler(0, room, GRASS * 40)
         return self.prefix + head + self._spread(filler, [(depth, needle)]) + question, [key]
 
+    def _record(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
+        """A record as `nemo-longctx synth` writes them, of a key and a number that it never tells."""
+        key, number = rng.choice(WORDS), draw_number(rng, 5, held_out=True)
+        told, _, _ = RECORDS[0].partition("{value}")
+        record, question = (self.encode("\n" + text.format(key=key, value=number)) for text in (RECORDS[0], told.rstrip()))
+        room = self._room("record", length, record, question)
+        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
+        return self.prefix + self._spread(filler, [(depth, record)]) + question, [number]
+
     def _needles(self, rng: random.Random, kind: str, length: int, depth: float) -> tuple[list[int], list[str]]:
         """One key among others (multi-key), or one key with several values (multi-value); RULER's sentences."""
         key, *others = rng.sample(WORDS, 4)
         values = 4 if kind == "needle_multi_value" else 1
-        numbers = [str(rng.randrange(1000000, 10000000)) for _ in range(values)]
+        numbers = [draw_number(rng, 7, held_out=True) for _ in range(values)]
         hidden = [(depth if n == 0 else rng.random(), self._needle(key, number)) for n, number in enumerate(numbers)]
         if kind == "needle_multi_key":
-            hidden += [(rng.random(), self._needle(other, str(rng.randrange(1000000, 10000000)))) for other in others]
+            hidden += [(rng.random(), self._needle(other, draw_number(rng, 7, held_out=True))) for other in others]
         plural = "What are all the special magic numbers" if values > 1 else "What is the special magic number"
         verb = "The special magic numbers" if values > 1 else "The special magic number"
         question = self.encode(f"\n\n{plural} for {key} mentioned in the text? {verb} for {key}: ".rstrip())
@@ -262,7 +274,7 @@ class _Maker:
         chains = []
         for _ in range(2):
             names = ["".join(rng.choices(string.ascii_uppercase, k=5)) for _ in range(5)]
-            value = str(rng.randrange(10000, 100000))
+            value = draw_number(rng, 5, held_out=True)
             lines = [f" VAR {names[0]} = {value}."] + [
                 f" VAR {after} = VAR {before}." for before, after in itertools.pairwise(names)
             ]

@@ -346,8 +346,13 @@ class Suite:
             [[-next(found).token_log_probs for _ in task.contexts] for _ in ends]  # [W, C, K] of each document
             for _, ends in chosen
         ]
-        documents = [document for document, _ in chosen]
-        return context.scores(losses, documents=documents, contexts=task.contexts, short=task.short or task.contexts[0])
+        return context.scores(
+            losses,
+            documents=[document for document, _ in chosen],
+            contexts=task.contexts,
+            short=task.short or task.contexts[0],
+            key_threshold=task.key_threshold,
+        )
 
     def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probe_scores.ProbeRow]:
         bos = self.tokenizer.bos_token_id

@@ -16,15 +16,14 @@ from nemo_longctx.report.html import Section
 from nemo_longctx.report.plots import plot_context_law, plot_loss_by_context, tokens_label
 
 LINES = 8  # evaluations in one figure: as many as can be told apart; tables and CSV hold all
-KEY_THRESHOLD = 2.0  # nats: Fang et al. 2024
 LAW_COLUMNS = ("model", "alpha (tokens)", "beta", "gamma (nats)", "documents")
 LAW_NOTE = (
-    "L(c) = (alpha / c)^beta + gamma, with 95 % intervals by a bootstrap over documents. Drawn only where it does better than a "
-    "constant and no interval ends at a limit of the search."
+    "L(c) = (alpha / c)^beta + gamma, with 95 % intervals by a bootstrap over documents. Drawn only where it does better than "
+    "a constant and no interval ends at a limit of the search."
 )
 SHOWS = (
-    "The same tokens are predicted at every context, so the fall is what the model makes of the text before them, and a rise is "
-    "harm done by text beyond what it can read. It says nothing of tokens in other places of a document."
+    "The same tokens are predicted at every context, so the fall is what the model makes of the text before them, and a rise "
+    "is harm done by text beyond what it can read. It says nothing of tokens in other places of a document."
 )
 
 
@@ -77,7 +76,7 @@ def _mean_context(scores: context.ContextScores) -> np.ndarray:
 def _gain_table(found: dict[str, context.ContextScores]) -> tuple[list[list[object]], str]:
     """One line a model; and a sentence about which tokens are key."""
     judge, judged = list(found.items())[-1]
-    keys = context.key_tokens(judged, KEY_THRESHOLD)
+    keys = context.key_tokens(judged)
     count, of = sum(int(key.sum()) for key in keys), sum(map(len, keys))
     short, long = (f"{c:,}" for c in (judged.short, judged.contexts[-1]))
     head = ["model", f"loss after {short}", f"loss after {long}", "gain (nats)", "loss on key tokens", "LongPPL", "documents"]
@@ -90,8 +89,8 @@ def _gain_table(found: dict[str, context.ContextScores]) -> tuple[list[list[obje
         ends = [f"{rows[scores.short]:.4f}", f"{rows[scores.contexts[-1]]:.4f}"]
         table.append([model, *ends, str(context.gain(scores)), *told, len(scores.documents)])
     sentence = (
-        f"Gain: what the longest context takes off the loss after {short} tokens. Key tokens ({count:,} of {of:,}): those whose "
-        f"loss falls by more than {KEY_THRESHOLD:g} nats under long context for “{judge}”."
+        f"Gain: what the longest context takes off the loss after {short} tokens. Key tokens ({count:,} of {of:,}): those "
+        f"whose loss falls by more than {judged.key_threshold:g} nats under long context for “{judge}” (LongPPL)."
     )
     return table, sentence
 

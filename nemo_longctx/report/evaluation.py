@@ -27,8 +27,8 @@ REPLICATES = 300  # of the bootstrap over documents; every evaluation draws the 
 
 
 POSITION_SHOWS = (
-    "How the loss runs through a long window. Each position holds other text, so a fall may be the text's and not the context's: "
-    "compare models at one position here, and contexts on fixed targets."
+    "How the loss runs through a long window. Each position holds other text, so a fall may be the text's and not the "
+    "context's: compare models at one position here, and contexts on fixed targets."
 )
 
 

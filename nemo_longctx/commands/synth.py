@@ -1,0 +1,122 @@
+"""`nemo-longctx synth`: training documents that can only be predicted by looking back, as JSONL that `prepare` takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+
+EPILOG = """\
+examples:
+  nemo-longctx synth books.jsonl.zst --output data/retrieval.jsonl --tokenizer /ckpt/llama2_7b_hf --length 32768 --tokens 100M
+  nemo-longctx prepare data/retrieval.jsonl --output data/retrieval --tokenizer /ckpt/llama2_7b_hf
+  ... 'data.mix.sources=[{path: data/long, weight: 0.97}, {path: data/retrieval, weight: 0.03}]'
+
+Each document has exactly LENGTH tokens, its end included: with data.packing=best_fit it fills a window of that length. Numbers
+and names are none that the probes of `nemo-longctx eval` ask for. OUTPUT.made says what was made, in which shares.
+"""
+TEXT = 64 * 2**20  # characters of input kept to hide things in
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from nemo_longctx.commands.prepare import size
+    from nemo_longctx.data.retrieval_text import KINDS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text as prepare takes it: files or directories")
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="documents, one {text, kind, facts} a line")
+    parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="the tokenizer that lengths are counted in")
+    parser.add_argument("--length", type=int, required=True, help="tokens of each document, the end-of-document token included")
+    parser.add_argument("--tokens", type=size, required=True, metavar="SIZE", help="tokens of all documents: 100M, 4Mi")
+    parser.add_argument(
+        "--kinds",
+        default="",
+        help=f"kind=share by comma, e.g. passkey=0.5,records=0.5 (default: equal shares of {', '.join(KINDS)})",
+    )
+    parser.add_argument("--facts", type=int, default=3, help="most facts of a document of records (default: %(default)s)")
+    parser.add_argument(
+        "--filler", type=float, default=0.5, help="how much ordinary text lies between facts, 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument("--keys", default="text", help="texts of a JSONL or Parquet record, by comma (default: %(default)s)")
+    parser.add_argument("--glob", dest="globs", action="append", default=[], help="which files of directories; may be repeated")
+    parser.add_argument(
+        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="prepare will add it (default: yes)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of everything drawn (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from nemo_longctx.data.retrieval_text import Maker, RetrievalConfig, report
+    from nemo_longctx.data.tokenization import load_tokenizer
+    from nemo_longctx.files import write_text, written_atomically
+
+    config = RetrievalConfig(
+        length=args.length, tokens=args.tokens, shares=_shares(args.kinds), facts=args.facts, filler=args.filler, seed=args.seed
+    )
+    output = Path(args.output)
+    if output.suffix != ".jsonl":
+        raise ConfigError("--output", args.output, "name a file that ends in .jsonl, which prepare reads")
+    texts = _texts(args, os.path.abspath(output))
+    tokenizer = load_tokenizer(args.tokenizer)
+    from tokenizers import Tokenizer
+
+    engine = Tokenizer.from_str(tokenizer.definition)
+    engine.encode_special_tokens = True
+    engine.no_truncation()
+    ends = 1 if args.append_eod and tokenizer.eod_id is not None else 0
+    maker = Maker(config, texts, lambda text: engine.encode(text, add_special_tokens=False).ids, ends=ends)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    made: dict[str, int] = {}
+    with written_atomically(output) as file:
+        for number, kind in enumerate(tqdm(config.kinds(), total=config.documents, desc="retrieval text", unit="doc")):
+            document = maker.make(number, kind)
+            line = {"text": document.text, "kind": document.kind, "facts": document.facts}
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            made[document.kind] = made.get(document.kind, 0) + 1
+    found: dict[str, Any] = report(config, made)
+    settings = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256, "seed": args.seed}
+    settings |= {"facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
+    write_text(output.with_name(output.name + ".made"), json.dumps(found | settings, indent=1) + "\n")
+    print(f"{args.output}: {found['documents']:,} documents of {config.length:,} tokens, {found['tokens']:,} in all")
+    for kind, values in found["kinds"].items():
+        print(f"  {kind:<15}{values['documents']:>9,} documents{values['tokens']:>15,} tokens{values['share']:>8.1%}")
+    return 0
+
+
+def _shares(text: str) -> dict[str, float]:
+    """`passkey=0.5,records=0.5` -> shares; names alone share equally."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    shares: dict[str, float] = {}
+    for part in parts:
+        kind, equals, share = part.partition("=")
+        try:
+            shares[kind] = float(share) if equals else 1 / len(parts)
+        except ValueError:
+            raise ConfigError("--kinds", text, f"{share!r} is no share; write kind=share, by comma") from None
+    return shares
+
+
+def _texts(args: argparse.Namespace, output: str) -> list[str]:
+    """Documents of the inputs, in their order, up to `TEXT` characters; bad records are passed over."""
+    from nemo_longctx.data.readers import find_files, format_of, read_part, split_file
+
+    texts, have = [], 0
+    for path in find_files(args.inputs, args.globs, exclude={output}):
+        for part in split_file(path, format_of(path), 1 << 30):
+            for record in read_part(part, args.keys.split(",")):
+                if not record.error and record.text.strip():
+                    texts.append(record.text)
+                    have += len(record.text)
+            if have >= TEXT:
+                return texts
+    if not texts:
+        raise ConfigError("inputs", args.inputs, "no text was read from them; are the files and --keys right?")
+    return texts
