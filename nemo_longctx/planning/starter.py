@@ -206,7 +206,7 @@ def starter_yaml(starter: Starter) -> str:
     def block(values: dict[str, Any]) -> str:
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
 
-    parts = [
+    parts: list[str | None] = [
         "# @package _global_",
         f"# Written by `nemo-longctx init`: {s.source.path} from {s.source.model.seq_length:,} to {s.target:,} tokens.",
         "# Change what you like; `nemo-longctx train recipe=THIS_FILE --dry-run` checks all of it before anything is loaded.",

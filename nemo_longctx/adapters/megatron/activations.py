@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from nemo_longctx.activations import megatron_fields, offloaded_layers, recompute_name, recomputed_layers
+from nemo_longctx.adapters.megatron.host import captures_graphs
 from nemo_longctx.config import ConfigError
 
 # Smaller tensors stay: a transfer of so little costs more than it frees.
@@ -74,7 +75,7 @@ def _check_offload(block: TransformerBlock, offload: str) -> None:
         raise ConfigError("offload", offload, mend)
     if config.cpu_offloading:
         raise ConfigError("offload", offload, "beside the host's own cpu_offloading=True; set one of the two")
-    if config.enable_cuda_graph or config.cuda_graph_impl != "none":
+    if captures_graphs(config):
         raise ConfigError("offload", offload, "cannot be captured in a CUDA graph; set cuda_graph_impl=none or offload=none")
     again = recomputed_layers(recompute_name(vars(config)).partition(" ")[0], layers)
     if config.gradient_accumulation_fusion and offloaded_layers(offload, layers) > again:

@@ -106,6 +106,7 @@ class LongContextAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        model_comm_pgs: Any = None,  # its name before Megatron-Core 0.15
     ):
         super().__init__(config=config)
         if attention_type != "self":
@@ -116,7 +117,8 @@ class LongContextAttention(MegatronModule):
             raise ValueError(str(error)) from error
         self.layer_number = layer_number
         self.scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        groups = model_comm_pgs if pg_collection is None else pg_collection
+        self.cp_group = parallel_state.get_context_parallel_group() if groups is None else groups.cp
 
     def forward(
         self,

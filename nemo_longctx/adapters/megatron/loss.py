@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_size
 
+from nemo_longctx.adapters.megatron.host import groups_of
 from nemo_longctx.attention.loss import chunked_cross_entropy
 from nemo_longctx.config import ConfigError
 
@@ -72,12 +73,13 @@ class _ChunkedLossModel:
         model: Any = self
         b, s = labels.shape
         mask = None if model._loss_mask is None else model._loss_mask.t().reshape(-1)
+        tensor_group = groups_of(model).tp
         losses = chunked_cross_entropy(
             logits.hidden.flatten(0, 1),
             logits.weight,
             labels.t().reshape(-1),
             weights_N=mask,
-            group=model.pg_collection.tp if get_pg_size(model.pg_collection.tp) > 1 else None,
+            group=tensor_group if get_pg_size(tensor_group) > 1 else None,
         )
         return losses.view(s, b).t().contiguous()
 

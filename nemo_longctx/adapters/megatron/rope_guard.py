@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
+from nemo_longctx.adapters.megatron.host import fuses_qkv_rope, groups_of, yarn_rounds_always
 from nemo_longctx.adapters.megatron.rope_module import (
     YARN_FIELDS,
     TableRotaryEmbedding,
@@ -112,6 +113,8 @@ def _host_reference(model: Any, variant: RopeVariant, rotary_dim: int) -> Rotary
         scaling = {
             _YARN_ARGUMENTS.get(host, host.removeprefix("yarn_")): getattr(variant, v) for host, v in YARN_FIELDS.items()
         }
+        if yarn_rounds_always():
+            scaling.pop("correction_range_round_to_int")
         return YarnRotaryEmbedding(**common, rotary_base=variant.base, **scaling)
     base = ntk_base(variant.base, variant.factor, rotary_dim) if isinstance(variant, NtkRope) else variant.base
     factor = variant.factor if isinstance(variant, PiRope) else None
@@ -168,14 +171,18 @@ def _ones_for(attention: Any, query: torch.Tensor, key: torch.Tensor) -> Iterato
         raise _ArrivedError(args[0], args[1])
 
     handle = attention.core_attention.register_forward_pre_hook(stop, with_kwargs=True)
-    was_training, was_fused = attention.training, attention.config.fused_single_qkv_rope
+    config, was_training, fused = attention.config, attention.training, fuses_qkv_rope(attention.config)
     attention.get_query_key_value_tensors = lambda *args, **kwargs: (query, key, key)
-    attention.training = attention.config.fused_single_qkv_rope = False  # no recomputation around the core attention
+    attention.training = False  # no recomputation around the core attention
+    if fused:
+        config.fused_single_qkv_rope = False
     try:
         yield
     finally:
         del attention.get_query_key_value_tensors
-        attention.training, attention.config.fused_single_qkv_rope = was_training, was_fused
+        attention.training = was_training
+        if fused:
+            config.fused_single_qkv_rope = True
         handle.remove()
 
 
@@ -197,7 +204,7 @@ def _verify_layer(model: Any, attention: Any, variant: RopeVariant, rotary_dim: 
     mscale = variant.attention_scaling if type(rotary) is YarnRotaryEmbedding else 1.0
     expected = [query, key]
     if not unrotated:
-        group = attention.pg_collection.cp
+        group = groups_of(attention).cp
         expected = [apply_rotary_pos_emb(x, angles, config=config, mscale=mscale, cp_group=group) for x in expected]
     needs_scale = mscale == 1.0 and (variant.attention_scaling != 1.0 or variant.xpos_zeta(rotary_dim) is not None)
     if needs_scale:

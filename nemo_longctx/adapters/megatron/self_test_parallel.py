@@ -151,9 +151,8 @@ def _loss_of(losses: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _batches() -> list[dict[str, Any]]:
     """This rank's share of two micro batches: a packed window, and one whose first rank of two has no token that counts."""
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
     from nemo_longctx.adapters.megatron.attention import packed_documents
+    from nemo_longctx.adapters.megatron.host import share_of_context_parallel_rank
 
     drawn = torch.randint(0, VOCABULARY, (2, 1, WINDOW + 1), generator=torch.Generator().manual_seed(1))
     batches = []
@@ -162,6 +161,6 @@ def _batches() -> list[dict[str, Any]]:
         if index:
             mask[:, : WINDOW // 4] = mask[:, -WINDOW // 4 :] = 0
         tokens = {"tokens": row[:, :-1], "labels": row[:, 1:], "position_ids": torch.arange(WINDOW)[None], "loss_mask": mask}
-        share = get_batch_on_this_cp_rank({key: value.contiguous() for key, value in tokens.items()})
+        share = share_of_context_parallel_rank({key: value.contiguous() for key, value in tokens.items()})
         batches.append({**share, "packed_seq_params": packed_documents(DOCUMENTS)})
     return batches

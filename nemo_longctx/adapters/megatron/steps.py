@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nemo_longctx.adapters.megatron.attention import packed_documents
+from nemo_longctx.adapters.megatron.host import share_of_context_parallel_rank
 from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
 
 ON_FIRST_STAGE = ("tokens", "position_ids")
@@ -37,7 +37,7 @@ def longctx_data_step(dataloader_iter: Any) -> dict[str, Any]:
     fields = (*ON_FIRST_STAGE, *ON_LAST_STAGE)
     seq_length = batch["tokens"].shape[1]
     share = {key: batch[key].cuda(non_blocking=True) if key in needed else None for key in fields}
-    share = get_batch_on_this_cp_rank(share)
+    share = share_of_context_parallel_rank(share)
     boundaries = batch.get("cu_seqlens")
     share["packed_seq_params"] = None
     if boundaries is not None:

@@ -1,0 +1,39 @@
+"""What differs between the versions of Megatron-Core that we run on, found by capability and not by version number.
+
+Seen: 0.13 and 0.14 (NeMo 2.4, 2.5) against 0.15 (NeMo 2.7), which the rest of this room is written in the words of.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+
+def groups_of(module: Any) -> Any:
+    """The process groups that a module of Megatron-Core was built with: `pg_collection`, before 0.15 `model_comm_pgs`."""
+    return module.pg_collection if hasattr(module, "pg_collection") else module.model_comm_pgs
+
+
+def fuses_qkv_rope(config: Any) -> bool:
+    """Whether the query, key and value projection rotates in one kernel (`fused_single_qkv_rope`, from 0.15)."""
+    return bool(getattr(config, "fused_single_qkv_rope", False))
+
+
+def captures_graphs(config: Any) -> bool:
+    """Whether layers run as CUDA graphs: `enable_cuda_graph`, from 0.15 `cuda_graph_impl` too."""
+    return bool(getattr(config, "enable_cuda_graph", False)) or getattr(config, "cuda_graph_impl", "none") != "none"
+
+
+def yarn_rounds_always() -> bool:
+    """Whether the host's YaRN has no choice but to round the ends of its ramp to whole pairs (before 0.15)."""
+    return "correction_range_round_to_int" not in inspect.signature(YarnRotaryEmbedding.__init__).parameters
+
+
+def share_of_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's two chunks of each sequence of a batch, as the host cuts them; 0.19 wants to hear of hybrid layouts."""
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+    return get_batch_on_this_cp_rank(batch)
