@@ -161,8 +161,8 @@ def concordance_index(prediction: str, reference: str) -> float:
 def leval_letters(prediction: str, *, several: bool) -> str:
     """The option letters that L-Eval's scorer reads in a reply (`process_output_mc`, OpenLMLab/LEval at cd34b05).
 
-    Of tasks with one right option the first A-D anywhere. With `several` (Coursera): those that the reply begins with, if two or
-    more; else with them all that end a word; else the first run of A-D anywhere. A reply of white space holds "None", one
+    Of tasks with one right option the first A-D anywhere. With `several` (Coursera): those that the reply begins with, if two
+    or more; else with them all that end a word; else the first run of A-D anywhere. A reply of white space holds "None", one
     without any letter counts as "A".
     """
     if not prediction.strip():
