@@ -108,7 +108,8 @@ def _left_out(one: Any) -> dict[str, int]:
     """Published samples of one of our tasks that only a judge can score."""
     if one.config.custom_dataset is not load:
         return {}
-    left = next(iter(one.eval_docs), {}).get("longctx", {}).get("left_out", 0)
+    first: dict[str, Any] = next(iter(one.eval_docs), {})
+    left = first.get("longctx", {}).get("left_out", 0)
     return {"left_out": left} if left else {}
 
 
