@@ -22,8 +22,10 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         return 0
     try:
         from nemo_longctx.recipe import load_recipe
+        from nemo_longctx.resume import check_resumed
 
         recipe = load_recipe(compose(overrides))
+        check_resumed(recipe, recipe.directory)
         from nemo_longctx.adapters.nemo.launch.run import build_run
 
         build_run(recipe).fit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_longctx.activations import offloaded_layers, recomputed_layers
@@ -77,7 +78,7 @@ class TrainerConfig:
         offload: layers whose activations wait in host memory: "none", "block:N" or "full"; needs a GPU. A stage of the
             curriculum may name others (`nemo_longctx.activations`).
         val_every_tokens: tokens between validations; 0 validates only at the end.
-        limit_val_batches: micro batches of one validation.
+        limit_val_batches: micro batches of each validation set, spread over it; the same windows in every layout.
         log_every_n_steps: optimizer steps between two lines of the training log.
     """
 
@@ -209,6 +210,11 @@ class RecipeConfig:
     def rope_variant(self) -> variants.RopeVariant | None:
         """The position encoding asked for, or None where the checkpoint's or the config's own stays."""
         return None if self.rope is None else variants.parse(self.rope)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is: `output_dir/name`."""
+        return Path(self.output_dir).absolute() / self.name
 
     @property
     def seq_length(self) -> int:

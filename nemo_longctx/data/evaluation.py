@@ -1,8 +1,13 @@
-"""Held-out text in windows of a fixed length: documents in their own order, once, nothing random."""
+"""Held-out text in windows of a fixed length: documents in their own order, once, nothing random.
+
+Which windows are read depends on the set alone, never on how many ranks read them: a last step that is not full is filled up
+with blank windows, which count for nothing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +26,7 @@ class EvaluationConfig:
         path: prefix of a `.bin/.idx` pair, a directory of shards, or a list of either.
         seq_length: tokens in a window, whatever the stage of training.
         micro_batch_size: windows in one forward pass on one data-parallel rank.
-        samples: use the first so many windows; None: all.
+        samples: use so many windows, spread evenly over the corpus; None: all.
     """
 
     name: str
@@ -40,6 +45,13 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.validation.{name}", value, "at least 1")
+
+
+def spread(count: int, of: int) -> Sequence[int]:
+    """`count` numbers in [0, of), ascending, each from the middle of its share; all of them where there are no more."""
+    if count >= of:
+        return range(of)
+    return [(2 * number + 1) * of // (2 * count) for number in range(count)]
 
 
 class EvaluationWindows:
@@ -63,7 +75,10 @@ class EvaluationWindows:
             mend = f"{config.name} has {self.ends[-1]} tokens, a window and its last label need {config.seq_length + 1}"
             raise ConfigError("data.validation.seq_length", config.seq_length, mend)
         if config.samples is not None:
-            self.windows = min(self.windows, config.samples)
+            self.places = spread(config.samples, self.windows)
+            self.windows = len(self.places)
+        else:
+            self.places = range(self.windows)
 
     def __len__(self) -> int:
         return self.windows
@@ -72,9 +87,8 @@ class EvaluationWindows:
         """Window `number` of the set."""
         if not 0 <= number < self.windows:
             raise IndexError(f"window {number} of {self.windows}")
-        return read_window(
-            self, number * self.config.seq_length, self.config.seq_length, document_masking=self.document_masking
-        )
+        length = self.config.seq_length
+        return read_window(self, int(self.places[number]) * length, length, document_masking=self.document_masking)
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `Order.span`."""
@@ -82,3 +96,59 @@ class EvaluationWindows:
         visits = np.arange(low, high)
         ends = self.ends[low:high]
         return visits, self.documents.lengths(visits), ends
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """A named set of windows in an evaluation loader: its samples follow those of the sets before it."""
+
+    name: str
+    seq_length: int
+    micro_batch_size: int
+    first_sample: int
+    samples: int
+
+
+class EvaluationBatchSampler:
+    """The micro batches of one data-parallel rank over several evaluation sets, one set after the other.
+
+    All ranks together read the same windows whatever their number. The last step of a set may have too few of them: the places
+    that are left get `~number`, which stands for window `number` with nothing in it that counts (`blank`).
+
+    Args:
+        sets: what to go through.
+        multiple: micro batches of a set on each rank are a multiple of this.
+        limit: micro batches of each set over all ranks together, spread over the set; None: all.
+        rank, world_size: data-parallel rank, and how many there are.
+    """
+
+    def __init__(self, sets: Sequence[EvaluationSet], *, multiple: int, limit: int | None, rank: int, world_size: int):
+        self.sets, self.rank, self.world_size, self.multiple = tuple(sets), rank, world_size, multiple
+        limits = [each.samples if limit is None else limit * each.micro_batch_size for each in sets]
+        self.chosen = [spread(most, each.samples) for most, each in zip(limits, sets, strict=True)]
+        in_step = [each.micro_batch_size * world_size * multiple for each in sets]
+        self.steps = [-(-len(chosen) // size) for chosen, size in zip(self.chosen, in_step, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(self.steps) * self.multiple
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for each, chosen, steps in zip(self.sets, self.chosen, self.steps, strict=True):
+            size = each.micro_batch_size
+            for batch in range(steps * self.multiple):
+                first = (batch * self.world_size + self.rank) * size
+                numbers = [each.first_sample + int(place) for place in chosen[first : first + size]]
+                yield numbers + [~(each.first_sample + int(chosen[-1]))] * (size - len(numbers))
+
+    def set_of_step(self, step: int) -> EvaluationSet:
+        """The set that step number `step` of an evaluation belongs to."""
+        for each, steps in zip(self.sets, self.steps, strict=True):
+            if step < steps:
+                return each
+            step -= steps
+        return self.sets[-1]
+
+
+def blank(sample: Sample) -> Sample:
+    """`sample` with no label that counts."""
+    return {**sample, "loss_mask": np.zeros_like(sample["loss_mask"])}

@@ -12,6 +12,7 @@ from nemo_longctx.files import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
 
+WHOLE_COLUMNS = frozenset(TRAINING_COLUMNS[:3])
 SET_LOSS = "validation_loss_"  # and the name of a validation set: columns after the others
 
 
@@ -34,9 +35,13 @@ def read_training_log(path: str | Path) -> list[dict[str, Any]]:
         text = file.read()
     for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
         if row.get("step"):
-            numbers = {key: float(value) for key, value in row.items() if key and value}
-            rows.append({**numbers, "step": int(numbers["step"]), "tokens": int(numbers["tokens"])})
+            rows.append({key: _number(key, value) for key, value in row.items() if key and value})
     return rows
+
+
+def _number(column: str, text: str) -> int | float:
+    """What counts stays a whole number, so that a resumed run writes `4096` again and not `4096.0`."""
+    return int(float(text)) if column in WHOLE_COLUMNS else float(text)
 
 
 def write_json(path: Path, record: Any) -> None:

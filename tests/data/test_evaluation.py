@@ -5,7 +5,7 @@ import pytest
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import HEADER
-from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
+from nemo_longctx.data.evaluation import EvaluationBatchSampler, EvaluationConfig, EvaluationSet, EvaluationWindows
 
 
 @pytest.mark.parametrize("shards", [[[5, 9, 3, 30, 1]], [[5, 9], [3, 30, 1]]])
@@ -25,9 +25,41 @@ def test_windows_go_through_the_text_once(telling_corpora, shards, masking):
         windows[len(windows)]
 
 
-def test_the_first_samples_alone(telling_corpora):
-    (path,) = telling_corpora([[50]])
-    assert len(EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=7, samples=3), document_masking=False)) == 3
+def test_a_part_of_the_samples_is_spread_over_the_whole_text(telling_corpora):
+    (path,) = telling_corpora([[20] * 63])
+    windows = EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=10, samples=16), document_masking=False)
+    seen = [set((windows[number]["tokens"] // 1000).tolist()) for number in range(len(windows))]
+    first = [min(documents) for documents in seen]
+    assert len(windows) == 16
+    assert first == sorted(first)
+    assert max(np.diff([0, *first, 62])) <= 63 / 16 + 1
+    more = EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=10, samples=1000), document_masking=False)
+    assert len(more) == 125
+
+
+@pytest.mark.parametrize(("samples", "micro_batch_size"), [(15, 1), (15, 2), (1, 4), (16, 2)])
+def test_any_number_of_ranks_reads_the_same_windows(samples, micro_batch_size):
+    sets = [
+        EvaluationSet(name="a", seq_length=16, micro_batch_size=micro_batch_size, first_sample=0, samples=samples),
+        EvaluationSet(name="b", seq_length=64, micro_batch_size=1, first_sample=samples, samples=5),
+    ]
+    for limit in (None, 3):
+        whole = None
+        for world_size, multiple in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 4)):
+            layout = {"multiple": multiple, "limit": limit, "world_size": world_size}
+            samplers = [EvaluationBatchSampler(sets, rank=rank, **layout) for rank in range(world_size)]
+            batches = [list(sampler) for sampler in samplers]
+            assert len({len(each) for each in batches}) == 1
+            assert len(batches[0]) == len(samplers[0]) == sum(samplers[0].steps) * multiple
+            read = sorted(number for each in batches for batch in each for number in batch if number >= 0)
+            whole = whole or read
+            assert read == whole
+            assert len(set(read)) == len(read) == min(samples, (limit or samples) * micro_batch_size) + min(5, limit or 5)
+            for each in batches:  # a step is of one set, and each of its batches has that set's size
+                for number, batch in enumerate(each):
+                    of = samplers[0].set_of_step(number // multiple)
+                    assert len(batch) == of.micro_batch_size
+                    assert {(n if n >= 0 else ~n) < samples for n in batch} == {of.name == "a"}
 
 
 def test_what_cannot_be_evaluated_is_said(telling_corpora):

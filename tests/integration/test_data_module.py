@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.evaluation import EvaluationConfig
 from nemo_longctx.data.writer import CorpusWriter
 
 pytest.importorskip("nemo.lightning")
@@ -30,12 +31,7 @@ from omegaconf import OmegaConf
 
 from nemo_longctx.adapters.nemo.data import sampler
 from nemo_longctx.adapters.nemo.data.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
-from nemo_longctx.adapters.nemo.data.sampler import (
-    CurriculumBatchSampler,
-    EvaluationBatchSampler,
-    EvaluationSet,
-    command_with,
-)
+from nemo_longctx.adapters.nemo.data.sampler import CurriculumBatchSampler, command_with
 
 CURRICULUM = {
     "stages": [{"until": 0.5, "seq_length": 16, "micro_batch_size": 2}, {"until": 1.0, "seq_length": 64}],
@@ -173,19 +169,13 @@ def test_the_stream_is_the_same_for_any_ranks_workers_micro_batches_and_kills(
     assert seen == expected
 
 
-def test_evaluation_sets_follow_each_other_in_whole_steps():
-    sets = [
-        EvaluationSet(name="a", seq_length=16, micro_batch_size=2, first_sample=0, samples=11),
-        EvaluationSet(name="b", seq_length=64, micro_batch_size=1, first_sample=11, samples=5),
-    ]
-    dealt = [list(EvaluationBatchSampler(sets, multiple=1, limit=None, rank=rank, world_size=2)) for rank in range(2)]
-    assert dealt == [[[0, 1], [4, 5], [11], [13]], [[2, 3], [6, 7], [12], [14]]]
-    limited = EvaluationBatchSampler(sets, multiple=1, limit=1, rank=0, world_size=2)
-    assert list(limited) == [[0, 1], [11]]
-    assert [limited.set_of_step(step).name for step in range(2)] == ["a", "b"]
-    assert len(EvaluationBatchSampler(sets, multiple=2, limit=None, rank=0, world_size=2)) == 4
-    with pytest.raises(ConfigError, match=r"data\.validation\.name='a'.*a step takes 16"):
-        EvaluationBatchSampler(sets, multiple=4, limit=None, rank=0, world_size=2)
+def test_a_blank_place_of_an_evaluation_gives_a_window_that_counts_for_nothing(corpus):
+    config = EvaluationConfig(name="a", path=corpus, seq_length=16)
+    dataset = EvaluationDataset([config], document_masking=True)
+    batch, blank = collate([dataset[2], dataset[~2]]), collate([dataset[~2]])
+    assert batch["tokens"][0].equal(batch["tokens"][1])
+    assert batch["loss_mask"][0].sum() > 0
+    assert blank["loss_mask"].sum() == 0
 
 
 @pytest.mark.parametrize("masking", [False, True])

@@ -22,11 +22,11 @@ from nemo.lightning.io.mixin import IOMixin
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler, EvaluationSet, command_with
+from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler, command_with
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
+from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationSet, EvaluationWindows, blank
 from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
 from nemo_longctx.data.order import open_order
 from nemo_longctx.data.windows import Sample, Windows
@@ -153,7 +153,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         return self._evaluation_loader("test")
 
     def reconfigure_limit_batches(self) -> None:
-        """NeMo's hook: limits count steps of each set here, where Lightning would count micro batches of the loader."""
+        """NeMo's hook: limits count micro batches of each set over all ranks, where Lightning would count those of a loader."""
         trainer, sampler = self.trainer, self.data_sampler
         if trainer.limit_train_batches != 1.0:
             mend = "the curriculum is the length of the run; set trainer.max_steps or curriculum.total_tokens instead"
@@ -161,7 +161,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         for mode, name in (("validation", "limit_val_batches"), ("test", "limit_test_batches")):
             limit = getattr(trainer, name)
             if isinstance(limit, float) and limit not in (0.0, 1.0):
-                raise ConfigError(f"trainer.{name}", limit, "steps of each set (a whole number), 1.0 for all, or 0 for none")
+                raise ConfigError(
+                    f"trainer.{name}", limit, "micro batches of each set (a whole number), 1.0 for all, or 0 for none"
+                )
             sampler.evaluation_limits[mode] = None if isinstance(limit, float) else limit
             if limit:
                 setattr(trainer, name, 1.0)
@@ -344,6 +346,9 @@ class EvaluationDataset(Dataset):
         return self.firsts[-1]
 
     def __getitem__(self, number: int) -> Sample:
+        """Sample `number`; a negative one is sample `~number` without a label that counts."""
+        if number < 0:
+            return blank(self[~number])
         which = bisect.bisect_right(self.firsts, number) - 1
         return self.windows[which][number - self.firsts[which]]
 

@@ -25,8 +25,10 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
 from nemo_longctx.adapters.megatron.activations import set_activation_policy
+from nemo_longctx.adapters.nemo.data.evaluation_loss import EvaluationLossCallback
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
+from nemo_longctx.data.evaluation import EvaluationBatchSampler, EvaluationSet
 
 
 class CurriculumBatchSampler:
@@ -55,61 +57,6 @@ class CurriculumBatchSampler:
                 yield list(range(first, first + size))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
-    """A named set of windows in an evaluation loader: its samples follow those of the sets before it."""
-
-    name: str
-    seq_length: int
-    micro_batch_size: int
-    first_sample: int
-    samples: int
-
-
-class EvaluationBatchSampler:
-    """The micro batches of one data-parallel rank over several evaluation sets, one set after the other.
-
-    Args:
-        sets: what to go through.
-        multiple: micro batches of a set on each rank are a multiple of this; the rest of a set is left out.
-        limit: steps of each set; None: all.
-        rank, world_size: data-parallel rank, and how many there are.
-
-    Raises:
-        ConfigError: a set that is too small for one step.
-    """
-
-    def __init__(self, sets: Sequence[EvaluationSet], *, multiple: int, limit: int | None, rank: int, world_size: int):
-        self.sets, self.rank, self.world_size = tuple(sets), rank, world_size
-        self.steps = []
-        self.multiple = multiple
-        for each in sets:
-            in_step = each.micro_batch_size * world_size * multiple
-            steps = each.samples // in_step
-            if not steps:
-                mend = f"it has {each.samples} windows of {each.seq_length} tokens, a step takes {in_step}; give it more text"
-                raise ConfigError("data.validation.name", each.name, mend)
-            self.steps.append(steps if limit is None else min(steps, limit))
-
-    def __len__(self) -> int:
-        return sum(self.steps) * self.multiple
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for each, steps in zip(self.sets, self.steps, strict=True):
-            size = each.micro_batch_size
-            for batch in range(steps * self.multiple):
-                first = each.first_sample + (batch * self.world_size + self.rank) * size
-                yield list(range(first, first + size))
-
-    def set_of_step(self, step: int) -> EvaluationSet:
-        """The set that step number `step` of an evaluation belongs to."""
-        for each, steps in zip(self.sets, self.steps, strict=True):
-            if step < steps:
-                return each
-            step -= steps
-        return self.sets[-1]
-
-
 class CurriculumDataSampler(MegatronDataSampler):
     """NeMo's data sampler under a curriculum. Consumed tokens are `trainer.global_step * tokens_per_step`, always.
 
@@ -131,6 +78,7 @@ class CurriculumDataSampler(MegatronDataSampler):
         self.start_token = 0  # consumed tokens at the start or the restart
         self.evaluation: dict[str, EvaluationBatchSampler] = {}
         self.evaluation_limits: dict[str, int | None] = {}
+        self.evaluation_losses = EvaluationLossCallback()
         self.global_rank = 0
         self._stage: Stage | None = None
         self._activations: tuple[str | None, str | None] = (None, None)
@@ -147,6 +95,12 @@ class CurriculumDataSampler(MegatronDataSampler):
         for stage in self.curriculum.plan:
             stage.num_microbatches(self.data_parallel_size)
         self._enter(self.curriculum.stage_at_token(self.start_token))
+
+    def connect(self, trainer: Any) -> None:
+        """The host's hook: the losses of evaluation sets are of the trainer's own hooks."""
+        super().connect(trainer)
+        if self.evaluation_losses not in trainer.callbacks:
+            trainer.callbacks.append(self.evaluation_losses)
 
     def resume_at(self, token: int) -> None:
         """Go on after `token` consumed tokens: before the loaders are made, and before the first step."""
@@ -231,11 +185,10 @@ class CurriculumDataSampler(MegatronDataSampler):
     def on_megatron_microbatches_start(self, step: MegatronStep) -> None:
         """Nothing: a change of the global batch is no end of a run here."""
 
-    def on_megatron_step_end(self, step: MegatronStep, reduced: torch.Tensor | None = None) -> None:
-        """Log the clock or the set's loss; stop before a stage that this run cannot hold."""
+    def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: Sequence[Any] = ()) -> None:
+        """Log the clock or note the set's losses; stop before a stage that this run cannot hold."""
         if not step.trainer.training:
-            if not step.trainer.sanity_checking:
-                self._log_evaluation(step, reduced)
+            self.evaluation_losses.add(self._evaluated(step).name, microbatch_outputs)
             return
         done = step.step_i + 1
         stage = self.curriculum.stage_at_step(step.step_i)
@@ -285,16 +238,6 @@ class CurriculumDataSampler(MegatronDataSampler):
             mode = "validation"
             loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
         return self.evaluation[mode].set_of_step(loop.batch_progress.current.ready - 1)
-
-    def _log_evaluation(self, step: MegatronStep, reduced: torch.Tensor | None) -> None:
-        """`val_loss_NAME` or `test_loss_NAME`, the mean over the set's steps."""
-        if reduced is None:
-            return
-        prefix, size = "test" if step.trainer.testing else "val", parallel_state.get_pipeline_model_parallel_world_size()
-        # Only the last pipeline stage has the loss, the others 0: the mean over them times their number, as in NeMo's strategy.
-        group = {"sync_dist": True, "sync_dist_group": parallel_state.get_pipeline_model_parallel_group()} if size > 1 else {}
-        name = f"{prefix}_loss_{self._evaluated(step).name}"
-        step.pl_module.log(name, reduced * size, on_step=False, on_epoch=True, batch_size=1, **group)
 
     def _log(self, step: MegatronStep, name: str, value: int, *, prog_bar: bool = False) -> None:
         # float64: float32 counts to 16 million. Pinned, so that the copy to the device does not wait for it.

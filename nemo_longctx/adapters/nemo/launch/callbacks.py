@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -19,9 +20,11 @@ from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo_longctx.adapters.megatron.attention import attention_summary
 from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
-from nemo_longctx.adapters.nemo.model.config import SettingChange, mcore_modules, settings_table
+from nemo_longctx.adapters.nemo.launch.optimizer_settings import apply_optimizer_settings, optimizer_settings
+from nemo_longctx.adapters.nemo.model.config import SettingChange, mcore_modules, settings_table, shape_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
+from nemo_longctx.resume import applied, changes, check_live, live_settings, plain, read_record, refuse
 from nemo_longctx.rope.base import RopeVariant
 
 # Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
@@ -51,6 +54,9 @@ class LongContextSettingsCallback(Callback):
     Before the first step, on every rank: the live RoPE frequencies of each layer must be those of the config, and the disk must
     hold a checkpoint. A difference ends the run with both values. What the model must be is its `long_context_start`.
 
+    A run that goes on from a checkpoint of its own is compared with what that checkpoint was made by (`nemo_longctx.resume`):
+    what must be equal is, and what may change takes effect and is noted in `history`.
+
     Args:
         directory: where `settings.json` is written, on rank 0.
         recipe: the recipe as a mapping, stored beside the settings.
@@ -58,6 +64,19 @@ class LongContextSettingsCallback(Callback):
 
     def __init__(self, *, directory: str, recipe: dict[str, Any]):
         self.directory, self.recipe = Path(directory), recipe
+        self._asked: dict[str, list[Any]] = {}
+        self._record: dict[str, Any] = {}  # of this start; checkpoints keep it
+        self._restored: dict[str, Any] | None = None  # of the checkpoint that was loaded
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, as JSON: plain text in any checkpoint."""
+        return {"record": json.dumps(self._record)} if self._record else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = json.loads(state_dict["record"])
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._asked = optimizer_settings(trainer)  # the checkpoint is loaded after this
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         start: RunStart | None = getattr(pl_module, "long_context_start", None)
@@ -73,6 +92,13 @@ class LongContextSettingsCallback(Callback):
             place(trainer.strategy.megatron_parallel)
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         seen = [verify_live_rope(module, start.variant) for module in modules]
+        resumed, history = self._go_on(trainer, pl_module, start)
+        self._record = {
+            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
+            "model": shape_of(pl_module.config),
+            "recipe": plain(self.recipe),
+            "history": history,
+        }
         if not trainer.is_global_zero:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -81,17 +107,34 @@ class LongContextSettingsCallback(Callback):
         self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
-        print(settings_table(start.changes, source=start.source), *seen, kernel, sep="\n", flush=True)
-        record = {
-            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
-            "source": start.source,
-            "verified": seen,
-            "attention": kernel,
-            "parameters": parameters,
-            "recipe": self.recipe,
-            "versions": versions(),
-        }
-        write_json(self.directory / "settings.json", record)
+        print(settings_table(start.changes, source=start.source, resumed=resumed), *seen, kernel, sep="\n", flush=True)
+        for change in history[-1:] if history and history[-1]["step"] == trainer.global_step else []:
+            for key, values in change["changed"].items():
+                print(f"{key}: {values['before']} -> {values['run']} from step {change['step']} on", flush=True)
+        more = {"source": start.source, "verified": seen, "attention": kernel, "parameters": parameters}
+        write_json(self.directory / "settings.json", self._record | more | {"versions": versions()})
+
+    def _go_on(self, trainer: Any, pl_module: Any, start: RunStart) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Compare with the checkpoint that was loaded, and let what may change take effect.
+
+        Returns:
+            the long-context settings that the checkpoint was made by, None for a fresh run; the run's history.
+        """
+        if not trainer.ckpt_path:
+            return None, []
+        apply_optimizer_settings(trainer, self._asked)
+        before = self._restored or read_record(self.directory / "settings.json")  # checkpoints of 0.1 keep no record
+        if before is None:
+            return {}, []
+        where, step = f"the checkpoint at step {trainer.global_step}", trainer.global_step
+        found = changes(plain(before["recipe"]), plain(self.recipe))
+        refuse(found, where=where, allow_change=bool((plain(self.recipe).get("data") or {}).get("allow_change")))
+        live = {change.setting: _plain(change.run) for change in start.changes} | shape_of(pl_module.config)
+        check_live(live_settings(before), live, where=where)
+        history = list(before.get("history", []))
+        if found:
+            history.append({"step": step, "changed": applied(found)})
+        return {key: value["run"] for key, value in before["settings"].items()}, history
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it

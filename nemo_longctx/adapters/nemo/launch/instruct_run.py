@@ -15,11 +15,12 @@ from nemo_longctx.adapters.nemo.data.instruct_data_module import LongInstructDat
 from nemo_longctx.adapters.nemo.launch import run as pretraining
 from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
 from nemo_longctx.adapters.nemo.launch.parts import made, recipe_callbacks, trainer_config
-from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, prepare_model
+from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, prepare_model, shape_of
 from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform, variant_of
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.resume import check_resumed, check_resumed_live
 from nemo_longctx.rope.variants import to_dict
 
 
@@ -119,6 +120,7 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
         ConfigError: a setting that this machine, checkpoint or data contradicts.
     """
     recipe = instruct.run
+    check_resumed(instruct, recipe.directory)
     pretraining.prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     model = checkpoint_model(recipe.restore_from, recipe.model)  # type: ignore[arg-type]
@@ -128,6 +130,7 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     model.config.calculate_per_token_loss = True
     model.long_context_start = RunStart(changes=changes, source="checkpoint", variant=recipe.rope_variant or variant_of(model))
     directory = pretraining.run_directory(recipe)
+    check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), directory)
     values = {"cache_dir": str(directory / "instances")} | dict(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
     _check_tokenizer(data, model.config)

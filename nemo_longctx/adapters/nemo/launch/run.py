@@ -24,11 +24,13 @@ from nemo_longctx.adapters.nemo.model.config import (
     fresh_model,
     load_tokenizer,
     prepare_model,
+    shape_of,
 )
 from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.resume import check_resumed, check_resumed_live
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Run:
 
 def run_directory(recipe: RecipeConfig) -> Path:
     """`output_dir/name`."""
-    return Path(recipe.output_dir).absolute() / recipe.name
+    return recipe.directory
 
 
 def build_run(recipe: RecipeConfig) -> Run:
@@ -77,6 +79,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     Raises:
         ConfigError: a setting that this machine, checkpoint or corpus contradicts.
     """
+    check_resumed(recipe, run_directory(recipe))
     prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     if recipe.restore_from:
@@ -87,6 +90,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
+    check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
     _check_vocabulary(data, model.config)
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")

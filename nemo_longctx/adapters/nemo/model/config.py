@@ -192,13 +192,24 @@ def long_context_settings(model: GPTModel) -> dict[str, Any]:
     return {**fields, "recompute": recompute_name(vars(model.config)), **rope_settings(variant_of(model))}
 
 
-def settings_table(changes: list[SettingChange], *, source: str) -> str:
-    """The table checkpoint value -> run value, as text; a changed line is marked."""
-    rows = [("setting", source, "run")]
-    rows += [(change.setting + (" *" if change.changed else ""), _show(change.before), _show(change.run)) for change in changes]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+def settings_table(changes: list[SettingChange], *, source: str, resumed: Mapping[str, Any] | None = None) -> str:
+    """The table of settings as text: `source` -> run, and between them the checkpoint that a run goes on from.
+
+    A line is marked where the run is not what it was made from.
+    """
+    rows = [("setting", source, *(() if resumed is None else ("resumed",)), "run")]
+    for change in changes:
+        between = () if resumed is None else (_show(resumed.get(change.setting, "?")),)
+        rows.append((change.setting + (" *" if change.changed else ""), _show(change.before), *between, _show(change.run)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def shape_of(config: GPTConfig) -> dict[str, Any]:
+    """What the weights of a config's model fix (`SHAPE_FIELDS`), those that are plain values."""
+    values = {name: getattr(config, name, None) for name in SHAPE_FIELDS}
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
 
 
 def mcore_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -1,0 +1,266 @@
+"""What a restart may do with each setting: one table, and the comparison of a run's record with what it is asked to do now.
+
+A resumed run is the run it was. Every setting has one rule:
+
+- equal: it made what the run has learned or read; another value is refused, with both values.
+- applied: another value takes effect from the checkpoint's step on, and is noted in the run's history.
+- free: it says where and how the run computes, and changes no number but by rounding.
+
+The record is `results/settings.json`, which each start writes, so that most mistakes are found before the host is imported;
+what the checkpoint itself keeps (a callback's state) is compared once more where it is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_longctx.config import ConfigError
+
+Rule = Literal["equal", "applied", "free"]
+ALLOW = "data.allow_change"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Rule of the keys that `pattern` matches (`*` stands for anything); `[]` is any place in a list.
+
+    Attributes:
+        pattern: dotted key. Of several that match, the one with the most letters beside `*` counts.
+        rule: see the module.
+        why: for the docs.
+        opened: whether `data.allow_change=true` makes an equal setting an applied one.
+    """
+
+    pattern: str
+    rule: Rule
+    why: str
+    opened: bool = False
+
+
+TABLE = (
+    Row("name", "free", "with output_dir, where the run is: another name is another run"),
+    Row("output_dir", "free", "a run's directory may be moved"),
+    Row("restore_from", "equal", "a resumed run has its own weights; a base that was moved may be named where it is now"),
+    Row("seed", "equal", "all random choices"),
+    Row("model.*", "equal", "the weights have that shape"),
+    Row("model.*fusion", "free", "which kernels compute"),
+    Row("model.attention_backend", "free", "which kernels compute"),
+    Row("model.*dropout", "applied", "from the checkpoint's step on"),
+    Row("rope*", "equal", "the weights have learned these positions"),
+    Row("data.*", "equal", "the stream of tokens is made of it", opened=True),
+    Row("data.mix.sources[].path", "free", "contents are compared, by their hash: a corpus may be moved"),
+    Row("data.mix.share_tolerance", "free", "a check, no choice"),
+    Row("data.allow_change", "free", "opens a change of the stream"),
+    Row("data.validation*", "applied", "what is measured from now on"),
+    Row("data.test*", "applied", "what is measured from now on"),
+    Row("data.tokenizer", "free", "training reads tokens; what the corpora say of theirs is compared with it"),
+    Row("data.cache_dir", "free", "where the order of documents is kept"),
+    Row("data.num_workers", "free", "data loader processes"),
+    Row("data.pin_memory", "free", "data loader processes"),
+    Row("data.persistent_workers", "free", "data loader processes"),
+    Row("data.output_log", "applied", "logging"),
+    Row("curriculum.tokens_per_step", "equal", "steps count tokens"),
+    Row("curriculum.total_tokens", "equal", "the stream and the schedule end there", opened=True),
+    Row("curriculum.stages*", "equal", "lengths and ranges of the stream", opened=True),
+    Row("curriculum.stages[].micro_batch_size", "free", "layout"),
+    Row("curriculum.stages[].recompute", "free", "memory against time"),
+    Row("curriculum.stages[].offload", "free", "memory against time"),
+    Row("curriculum.stages[].*_parallel_size", "free", "layout"),
+    Row("eval*", "applied", "what is measured from now on"),
+    Row("optimizer.*", "applied", "from the checkpoint's step on, as if the schedule had always been this one"),
+    Row("optimizer.distributed", "equal", "how the optimizer's state is kept in checkpoints"),
+    Row("trainer.*", "free", "where the run computes, and its layout"),
+    Row("trainer.precision", "equal", "what the optimizer's state holds"),
+    Row("trainer.val_every_tokens", "applied", "validation"),
+    Row("trainer.limit_val_batches", "applied", "validation"),
+    Row("trainer.log_every_n_steps", "applied", "logging"),
+    Row("checkpoint.*", "applied", "what is kept from now on"),
+    Row("resume.*", "free", "how a start finds its checkpoint"),
+    Row("lora*", "equal", "the adapters have that shape"),
+    Row("lora.dropout", "applied", "from the checkpoint's step on"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting that is not what the run's record has."""
+
+    key: str
+    row: Row
+    before: Any
+    run: Any
+
+
+def rule_of(key: str) -> Row | None:
+    """The row of the table that a dotted key (`curriculum.stages[1].seq_length`) falls under; None: it has no rule."""
+    name = re.sub(r"\[\d+\]", "[]", key)
+    rows = [row for row in TABLE if fnmatch.fnmatchcase(name, row.pattern.replace("[", "[[]"))]
+    return max(rows, key=lambda row: len(row.pattern.replace("*", "")), default=None)
+
+
+def flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys; what is None is left out."""
+    if isinstance(values, Mapping):
+        inner = {f"{key}.{name}" if key else str(name): value for name, value in values.items()}
+    elif isinstance(values, (list, tuple)) and any(isinstance(value, Mapping) for value in values):
+        inner = {f"{key}[{place}]": value for place, value in enumerate(values)}
+    else:
+        return {} if values is None else {key: values}
+    return {name: value for inside, part in inner.items() for name, value in flat(part, inside).items()}
+
+
+def plain(recipe: Any) -> dict[str, Any]:
+    """A recipe (or a mapping) as JSON keeps it. An instruction recipe's run comes before its adapters."""
+    values = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
+    values = json.loads(json.dumps(values, default=str))
+    return {**values.pop("run"), **values} if isinstance(values.get("run"), dict) else values
+
+
+def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
+    """What differs between two plain recipes, by key, free settings left out.
+
+    A key that only one of them sets is a change where it is applied; where it must be equal, what it comes to is not known
+    here, and compared when it is (`check_live`, the data module). Of lists of other lengths the whole is named.
+    """
+    old, new = flat(before), flat(run)
+    found = [_change(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+    for key in _lists_of_other_lengths(before, run):
+        found = [change for change in found if change is None or not change.key.startswith(f"{key}[")]
+        found.append(_change(key, _part(before, key), _part(run, key)))
+    return [change for change in found if change is not None]
+
+
+def _change(key: str, before: Any, run: Any) -> Change | None:
+    row = rule_of(key)
+    if row is None or row.rule == "free" or before == run or (row.pattern == "restore_from" and _moved(before, run)):
+        return None
+    if row.rule == "equal" and (before is None or run is None) and key != "restore_from":
+        return None
+    return Change(key, row, before, run)
+
+
+def _moved(before: Any, run: Any) -> bool:
+    """Whether two paths mean one checkpoint: the same place, or the old place has nothing any more."""
+    if not (isinstance(before, str) and isinstance(run, str)):
+        return False
+    return Path(before).resolve() == Path(run).resolve() or not Path(before).exists()
+
+
+def _part(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _lists_of_other_lengths(before: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
+    for key in ("curriculum.stages", "data.mix.sources"):
+        lists = _part(before, key), _part(run, key)
+        if all(isinstance(each, list) for each in lists) and len(lists[0]) != len(lists[1]):
+            yield key
+
+
+def refuse(found: Iterable[Change], *, where: str, allow_change: bool) -> None:
+    """Raise for the first change of a setting that must be equal.
+
+    Args:
+        found: `changes`.
+        where: what has the value before, such as "the checkpoint at 40960 tokens".
+        allow_change: `data.allow_change`.
+
+    Raises:
+        ConfigError: the key, both values, and the mend.
+    """
+    for change in found:
+        if change.row.rule != "equal" or (change.row.opened and allow_change):
+            continue
+        mend = f"{where} has {change.before!r}, and a resumed run keeps it; set that again, or another `name` for another run"
+        if change.row.opened:
+            mend += f", or {ALLOW}=true to go on with the new value"
+        raise ConfigError(change.key, change.run, mend)
+
+
+def applied(found: Iterable[Change]) -> dict[str, dict[str, Any]]:
+    """What takes effect from the checkpoint on, for the history: key -> {before, run}."""
+    return {change.key: {"before": change.before, "run": change.run} for change in found}
+
+
+def check_live(before: Mapping[str, Any], run: Mapping[str, Any], *, where: str) -> None:
+    """Compare what the settings came to: RoPE and shape of the live model, which no YAML needs to say.
+
+    Raises:
+        ConfigError: one that differs, with both values.
+    """
+    for key in before:
+        row = rule_of(key if key.startswith("rope") else f"model.{key}")
+        if key in run and row is not None and row.rule == "equal" and before[key] != run[key]:
+            mend = f"{where} was trained with {before[key]!r}; set that again, or another `name` for another run"
+            raise ConfigError(key, run[key], mend)
+
+
+# What a run may change in its model without being another: its longest window, and how it computes.
+NOT_COMPARED = ("seq_length", "max_position_embeddings", "recompute", "attention_backend")
+
+
+def live_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record says that its model had."""
+    settings = {key: value["run"] for key, value in record.get("settings", {}).items()} | record.get("model", {})
+    return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A run's `settings.json`; None where there is none that can be read."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("recipe"), dict) else None
+
+
+def run_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a run that has a finished checkpoint to go on from; None where either is missing."""
+    found = [path for path in directory.glob("checkpoints/*last") if path.is_dir()]
+    if all(Path(f"{checkpoint}-unfinished").exists() for checkpoint in found):
+        return None
+    return read_record(directory / "results" / "settings.json")
+
+
+def check_resumed(recipe: Any, directory: Path) -> None:
+    """Compare a recipe with the record of the run in `directory`, if that has a checkpoint to go on from; without the host.
+
+    Raises:
+        ConfigError: a setting that must be equal and is not.
+    """
+    record = run_record(directory)
+    if record is None:
+        return
+    now, where = plain(recipe), f"the run in {directory}"
+    allow_change = bool((now.get("data") or {}).get("allow_change"))
+    refuse(changes(plain(record["recipe"]), now), where=where, allow_change=allow_change)
+    asked = {f"rope.{key}": value for key, value in (now.get("rope") or {}).items()}
+    check_live(live_settings(record), asked, where=where)
+
+
+def check_resumed_live(live: Mapping[str, Any], directory: Path) -> None:
+    """`check_live` with the record of the run in `directory`, if that has a checkpoint to go on from.
+
+    Args:
+        live: settings and shape of the model that is about to be trained.
+    """
+    record = run_record(directory)
+    if record is not None:
+        check_live(live_settings(record), live, where=f"the run in {directory}")
+
+
+def table_markdown() -> str:
+    """The table as the docs show it."""
+    lines = ["| setting | rule | why |", "| --- | --- | --- |"]
+    for row in TABLE:
+        rule = f"{row.rule}; applied with `{ALLOW}=true`" if row.opened else row.rule
+        lines.append(f"| `{row.pattern}` | {rule} | {row.why} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,153 @@
+"""What a restart may do with each setting: the table knows them all, and most is compared before the host is imported."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from nemo_longctx import launch
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.curriculum import StageConfig
+from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.resume import applied, changes, check_live, check_resumed, plain, refuse, rule_of, table_markdown
+
+DOCS = Path(__file__).parent.parent / "docs" / "resume.md"
+RUN = ["recipe=tiny_cpu_base", "name=run"]
+
+
+def recipe(*overrides: str, output="runs"):
+    return load_recipe(compose([*RUN, f"output_dir={output}", *overrides]))
+
+
+def found(*overrides: str):
+    return changes(plain(recipe()), plain(recipe(*overrides)))
+
+
+def schema_keys():
+    """Every key of the schema that has a type of its own."""
+    hints = typing.get_type_hints(RecipeConfig)
+    for field in dataclasses.fields(RecipeConfig):
+        inner = hints[field.name]
+        names = [f.name for f in dataclasses.fields(inner) if f.init] if dataclasses.is_dataclass(inner) else []
+        yield from (f"{field.name}.{name}" for name in names)
+        if not names:
+            yield field.name if rule_of(field.name) else f"{field.name}.any"
+    yield from (f"curriculum.stages[0].{field.name}" for field in dataclasses.fields(StageConfig))
+
+
+def test_every_setting_has_a_rule():
+    assert [key for key in schema_keys() if rule_of(key) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [("optimizer.lr", "applied"), ("optimizer.distributed", "equal"), ("rope.base", "equal"), ("model.num_layers", "equal"),
+     ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "equal"),
+     ("data.mix.sources[3].path", "free"), ("data.validation[0].samples", "applied"), ("data.num_workers", "free"),
+     ("curriculum.stages[0].micro_batch_size", "free"), ("curriculum.stages[0].context_parallel_size", "free"),
+     ("curriculum.stages[1].seq_length", "equal"), ("trainer.devices", "free"), ("trainer.precision", "equal"),
+     ("eval.tasks", "applied"), ("checkpoint.keep", "applied")],
+)  # fmt: skip
+def test_the_rule_of(key, rule):
+    assert rule_of(key).rule == rule
+
+
+def test_the_docs_show_the_table():
+    assert table_markdown() in DOCS.read_text()
+
+
+def test_rates_and_decay_are_applied_and_noted():
+    change = found("optimizer.lr=1e-3", "optimizer.weight_decay=0.5", "optimizer.min_lr=1e-4", "trainer.devices=2",
+                   "trainer.tensor_model_parallel_size=2", "data.num_workers=7")  # fmt: skip
+    refuse(change, where="the run", allow_change=False)
+    assert applied(change) == {
+        "optimizer.lr": {"before": 4e-3, "run": 1e-3},
+        "optimizer.weight_decay": {"before": 0.1, "run": 0.5},
+        "optimizer.min_lr": {"before": 4e-4, "run": 1e-4},
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "before"),
+    [
+        (["rope=abf", "rope.base=2.0e6"], "rope.variant", "'rope'"),
+        (["rope.base=2.0e6"], "rope.base", "10000"),
+        (["seed=5"], "seed", "1234"),
+        (["model.hidden_size=64"], "model.hidden_size", "128"),
+        (["restore_from=somewhere"], "restore_from", "None"),
+        (["trainer.precision=bf16-mixed"], "trainer.precision", "'32'"),
+        (["optimizer.distributed=true"], "optimizer.distributed", "False"),
+        (["curriculum.tokens_per_step=16384", "optimizer.warmup_tokens=0"], "curriculum.tokens_per_step", "2048"),
+    ],
+)
+def test_what_made_the_run_is_refused_with_both_values(overrides, key, before):
+    change = found(*overrides)
+    with pytest.raises(ConfigError) as error:
+        refuse(change, where="the checkpoint", allow_change=True)
+    assert error.value.key == key
+    assert f"the checkpoint has {before}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["curriculum.total_tokens=4063232"], "curriculum.total_tokens"),
+        (["curriculum.stages=[{until: 0.5, seq_length: 128}, {until: 1.0, seq_length: 256}]"], "curriculum.stages"),
+    ],
+)
+def test_the_stream_changes_where_that_is_allowed_and_is_noted(overrides, key):
+    change = found(*overrides)
+    with pytest.raises(ConfigError, match=r"data\.allow_change=true to go on") as error:
+        refuse(change, where="the run", allow_change=False)
+    assert error.value.key == key
+    refuse(change, where="the run", allow_change=True)
+    assert key in applied(change)
+
+
+def test_a_base_that_was_moved_is_the_same_base(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    before = plain(recipe(f"restore_from={here}"))
+    assert changes(before, plain(recipe(f"restore_from={there}"))) == []
+    here.mkdir()
+    assert [change.key for change in changes(before, plain(recipe(f"restore_from={there}")))] == ["restore_from"]
+
+
+def test_what_no_yaml_says_is_compared_with_the_live_model():
+    live = {"rope.base": 500000.0, "rotary_base": 500000, "num_layers": 2, "seq_length": 64}
+    check_live(live, live | {"rope.base": 500000, "new": 1}, where="the run")
+    with pytest.raises(ConfigError, match=r"rope.base=10000.0: the run was trained with 500000.0"):
+        check_live(live, live | {"rope.base": 10000.0}, where="the run")
+    with pytest.raises(ConfigError, match="num_layers=3"):
+        check_live(live, live | {"num_layers": 3}, where="the run")
+
+
+@pytest.fixture
+def run_directory(tmp_path):
+    """A run as 0.1 left it: a finished checkpoint, and the record of its start."""
+    results = tmp_path / "run" / "results"
+    results.mkdir(parents=True)
+    record = {"recipe": dataclasses.asdict(recipe()), "settings": {"rope.base": {"before": 10000.0, "run": 500000.0}}}
+    record["recipe"]["rope"] = {"variant": "abf"}
+    (results / "settings.json").write_text(json.dumps(record, default=str))
+    return tmp_path
+
+
+def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_directory, capsys):
+    asked = ["rope=abf", "rope.base=1.0e6"]
+    check_resumed(recipe(*asked), run_directory / "run")  # no checkpoint: the next start is the first one
+    checkpoint = run_directory / "run" / "checkpoints" / "step=3-last"
+    checkpoint.mkdir(parents=True)
+    Path(f"{checkpoint}-unfinished").touch()
+    check_resumed(recipe(*asked), run_directory / "run")
+    Path(f"{checkpoint}-unfinished").unlink()
+    assert launch.main([*RUN, f"output_dir={run_directory}", *asked], description=None) == 2
+    printed = capsys.readouterr().err
+    assert "rope.base=1000000.0" in printed
+    assert "trained with 500000.0" in printed
+    check_resumed(recipe("rope=abf", "optimizer.lr=1e-2"), run_directory / "run")
+    (run_directory / "run" / "results" / "settings.json").write_text("{")  # unreadable: the checkpoint itself will tell
+    check_resumed(recipe(*asked), run_directory / "run")
