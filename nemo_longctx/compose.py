@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.trust import check_targets
 
 CONF_DIR = Path(__file__).parent / "conf"
 
@@ -38,9 +39,11 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
         try:
             config = hydra_compose(config_name, overrides=[_override(item, known) for item in overrides])
-            return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+            values = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from error
+    check_targets(values)
+    return values  # type: ignore[return-value]
 
 
 def recipe_file(value: str) -> Path | None:

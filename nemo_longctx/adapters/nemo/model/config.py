@@ -27,6 +27,7 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.trust import check_checkpoint
 
 # A checkpoint's weights fix these: another value in the recipe cannot be loaded into them.
 SHAPE_FIELDS = (
@@ -90,6 +91,7 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
     if not adapters and (directory / "weights" / ADAPTER_META_FILENAME).exists():
         mend = "holds LoRA adapters alone; merge them by `nemo-longctx export`, and begin from what `nemo-longctx import` makes"
         raise ConfigError("restore_from", str(directory), mend)
+    check_checkpoint(directory)
     with cpu.stock_configs():
         model = io.load_context(directory / "context", subpath="model")
     fields = dict(overrides)
