@@ -28,8 +28,13 @@ class ConfigError(ValueError):
         mend: what is wrong and what to change, without a final full stop.
     """
 
-    def __init__(self, key: str, value: object, mend: str):
-        super().__init__(f"{key}={value!r}: {mend}")
+    def __init__(self, key: str, value: object = None, mend: str | None = None):
+        if mend is None:  # torch makes an error of a data loader's worker anew, from the text of its traceback alone
+            told = key.strip().rpartition("\n")[2].removeprefix(f"{__name__}.ConfigError: ")
+            super().__init__(told)
+            key, _, mend = told.partition(": ")
+        else:
+            super().__init__(f"{key}={value!r}: {mend}")
         self.key, self.value, self.mend = key, value, mend
 
     def __reduce__(self):  # exceptions cross process pools by pickle

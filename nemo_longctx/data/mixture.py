@@ -145,7 +145,10 @@ class Documents:
         shards: the opened `.bin/.idx` pairs of all sources.
         shard_offsets: int64 [shards + 1], first number of each shard, then how many documents there are.
         source_of_shard: int64 [shards].
+        vocab_size: ids that are read must be below it; None: no window is looked at.
     """
+
+    vocab_size: int | None = None
 
     def __init__(self, names: Sequence[str], corpora: Sequence[Corpus]):
         self.names, self.corpora = tuple(names), tuple(corpora)

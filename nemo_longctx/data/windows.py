@@ -18,6 +18,7 @@ from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.data.mixture import Documents
 from nemo_longctx.data.order import Order
 from nemo_longctx.data.permutation import Permutation
+from nemo_longctx.data.vocabulary import bad_token
 
 
 class Sample(TypedDict):
@@ -112,6 +113,9 @@ def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], s
         visits: document numbers, [n].
         edges: where each document ends in the result, [n].
         starts: the token of each document to begin with, at least [n].
+
+    Raises:
+        ConfigError: an id that is not below `documents.vocab_size`.
     """
     out = np.empty(edges[-1], np.int64)
     begin = 0
@@ -119,6 +123,9 @@ def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], s
         first += start
         out[begin:end] = corpus.read(first, first + end - begin)
         begin = end
+    limit = documents.vocab_size
+    if limit is not None and out.view(np.uint64).max() >= limit:  # a negative id is beyond all as well
+        raise bad_token(documents.shards, documents.shard_offsets, visits, edges, out, limit)
     return out
 
 

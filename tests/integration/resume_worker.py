@@ -1,6 +1,7 @@
 """Starts of one run, each in a process of its own that has the host imported already: `resume_worker.py STARTS.json`.
 
 STARTS is a list of `{"overrides": [...], "stop": step or null, "log": path}`; a start ends after `stop` as a kill would.
+`remove` names a file that is gone by then.
 """
 
 import json
@@ -37,6 +38,8 @@ def main() -> None:
     import nemo_longctx.adapters.nemo.launch.run  # noqa: F401  once for all
 
     for each in json.loads(Path(sys.argv[1]).read_text()):
+        if each.get("remove"):
+            os.remove(each["remove"])
         child = os.fork()
         if not child:
             with open(each["log"], "w") as log:

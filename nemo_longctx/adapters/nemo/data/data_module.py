@@ -124,6 +124,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self._agree_on_length()
             self.data_sampler.curriculum = self.curriculum
             documents = Documents.open(self.mix)
+            documents.vocab_size = self._vocab_size
             self._check_window(documents)
             order = open_order(self.mix, documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir)
             self.windows = open_windows(
@@ -291,11 +292,20 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
             rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
 
+    @property
+    def _vocab_size(self) -> int | None:
+        """Of the model that is trained, where it says so."""
+        model = getattr(self.trainer, "lightning_module", None)
+        return getattr(getattr(model, "config", None), "vocab_size", None)
+
     def _evaluation_loader(self, mode: str) -> WrappedDataLoader | list[Any]:
         configs = self.evaluation[mode]
         if not configs:
             return []
-        return self._loader(EvaluationDataset(configs, document_masking=self.document_masking), mode)
+        dataset = EvaluationDataset(configs, document_masking=self.document_masking)
+        for windows in dataset.windows:
+            windows.documents.vocab_size = self._vocab_size
+        return self._loader(dataset, mode)
 
     def _loader(self, dataset: Dataset, mode: str) -> WrappedDataLoader:
         return WrappedDataLoader(

@@ -19,6 +19,7 @@ from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkp
 from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform, variant_of
 from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
 from nemo_longctx.rope.variants import to_dict
@@ -134,6 +135,10 @@ def build_instruct_run(instruct: InstructRecipe) -> InstructRun:
     values = {"cache_dir": str(directory / "instances")} | dict(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
     _check_tokenizer(data, model.config)
+    sources = data.mix.sources if data.mix else ()
+    paths = {f"data.pretraining.sources[{i}].path": source.path for i, source in enumerate(sources)}
+    paths |= {f"data.validation[{i}].path": each.path for i, each in enumerate(data.evaluation["validation"])}
+    check_corpora(paths, vocab_size=model.config.vocab_size, tokenizer=data.tokenizer_name)
     callbacks = recipe_callbacks(recipe, results=directory / "results", record=instruct)
     validates = bool(data.evaluation["validation"])  # NeMo would ask a loader that is not there for its data
     parts = pretraining.Run(

@@ -28,7 +28,7 @@ from nemo_longctx.adapters.nemo.model.config import (
 )
 from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
 
@@ -92,7 +92,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
     check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
-    _check_vocabulary(data, model.config)
+    _check_vocabulary(data, model.config, recipe.data.get("tokenizer"))
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
     return Run(
         recipe=recipe,
@@ -130,11 +130,9 @@ def prepare_device(recipe: RecipeConfig) -> None:
         cpu.install()
 
 
-def _check_vocabulary(data: LongContextDataModule, config: llm.GPTConfig) -> None:
-    """Compare what each corpus says of itself with the model, before a token out of range ends the run far from its cause."""
-    paths = [source.path for source in data.mix.sources] + [each.path for each in data.evaluation["validation"]]
-    for path in paths:
-        vocab_size = open_corpus(path).provenance.get("tokenizer", {}).get("vocab_size", 0)
-        if vocab_size > config.vocab_size:
-            mend = f"the corpus {path} was made with a tokenizer of {vocab_size} tokens; prepare it with the model's own"
-            raise ConfigError("model.vocab_size", config.vocab_size, mend)
+def _check_vocabulary(data: LongContextDataModule, config: llm.GPTConfig, tokenizer: str | None) -> None:
+    """Compare the corpora with each other and the model, before a token out of range ends the run far from its cause."""
+    paths = {f"data.mix.sources[{i}].path": source.path for i, source in enumerate(data.mix.sources)}
+    for name, sets in data.evaluation.items():
+        paths |= {f"data.{name}[{i}].path": each.path for i, each in enumerate(sets)}
+    check_corpora(paths, vocab_size=config.vocab_size, tokenizer=tokenizer)
