@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import difflib
 import functools
 import inspect
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 
 import nemo_longctx.eval.tasks
 from nemo_longctx.adapters.lm_eval import LongContextLM
@@ -30,29 +34,54 @@ CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "not_scored")
 # Metrics that keep parts of a score for each sample; the score of one sample is their aggregate over it alone.
 OF_ONE_SAMPLE = ("rouge_geo", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# What lm-eval's RULER says of a length that it has no samples of, in place of a score.
+NO_SAMPLES = -1
 # What a user may tell our tasks' loader.
 OUR_METADATA = ("data", "max_prompt", "policy", "splits", "source")
 
 
 @functools.lru_cache(maxsize=8)
-def _manager(include_path: str | None, include_defaults: bool, metadata: str) -> TaskManager:
+def _index(include_path: str | None, include_defaults: bool) -> TaskManager:
     """An index of tasks, kept: with lm-eval's own tasks it takes many seconds to build."""
     folders = [TASK_FOLDER, *([include_path] if include_path else [])]
-    return TaskManager(include_path=folders, include_defaults=include_defaults, metadata=json.loads(metadata) or None)
+    return TaskManager(include_path=folders, include_defaults=include_defaults)
 
 
-def load_tasks(task: HarnessTask) -> dict[str, Any]:
+def _manager(task: HarnessTask, metadata: Mapping[str, Any]) -> TaskManager:
+    """The index, giving the tasks that it loads this metadata."""
+    manager = copy.copy(_index(task.include_path, task.include_defaults))
+    manager.metadata = dict(metadata) or None
+    manager._factory = TaskFactory(meta=manager.metadata)
+    return manager
+
+
+def check_names(task: HarnessTask) -> None:
+    """Refuse tasks that do not exist, before a model is loaded for them.
+
+    Raises:
+        ConfigError: a name that no folder has (lm-eval's own tasks need `include_defaults`).
+    """
+    known = _index(task.include_path, task.include_defaults).all_tasks
+    for name in task.tasks:
+        if name not in known:
+            more = "" if task.include_defaults else "; for lm-eval's own set include_defaults: true"
+            near = difflib.get_close_matches(name, known, n=3)
+            mend = f"did you mean {' or '.join(map(repr, near))}?" if near else f"none of {len(known)} is like it"
+            raise ConfigError("eval.tasks", name, f"no such task, {mend}{more}")
+
+
+def load_tasks(task: HarnessTask, *, tokenizer: str | None = None) -> dict[str, Any]:
     """What lm-eval's `evaluate` takes: its task objects, and their groups.
+
+    Args:
+        tokenizer: path or name of the model's, for tasks that make their own data from it (RULER).
 
     Raises:
         ConfigError: a name that no folder has (lm-eval's own tasks need `include_defaults`), or a task that runs what the model
             wrote without `allow_code_execution`.
     """
-    manager = _manager(task.include_path, task.include_defaults, json.dumps(dict(task.metadata), sort_keys=True))
-    unknown = [name for name in task.tasks if name not in manager.all_tasks]
-    if unknown:
-        mend = "" if task.include_defaults else "; for lm-eval's own set include_defaults: true"
-        raise ConfigError("eval.tasks", ", ".join(unknown), f"no such task in {TASK_FOLDER}{mend}")
+    check_names(task)
+    manager = _manager(task, ({"tokenizer": tokenizer} if tokenizer else {}) | dict(task.metadata))
     mend = "runs code that the model wrote, on this machine; in a sandbox set allow_code_execution: true"
     if task.allow_code_execution:
         os.environ[CODE_SWITCH] = "1"
@@ -71,6 +100,18 @@ def load_tasks(task: HarnessTask) -> dict[str, Any]:
             one.set_config("num_fewshot", task.num_fewshot)
         one.set_fewshot_seed(1234)
     return dict(loaded)
+
+
+@contextlib.contextmanager
+def _tokenizer_on_disk(tokenizer: Any) -> Iterator[str]:
+    """Where a task can load the tokenizer from: its own folder or name, or else a copy that is removed afterwards."""
+    name = str(tokenizer.name_or_path or "")
+    if name and (Path(name).is_dir() or not name.startswith((".", "/"))):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        yield folder
 
 
 def _check_metadata(task: HarnessTask, loaded: Mapping[str, Any]) -> None:
@@ -104,6 +145,11 @@ def _bound(one: Any, max_length: int) -> dict[str, int]:
     return {"prompt_limit": room} if most and 0 < room < most else {}
 
 
+def _unmeasured(metric: str, value: Any) -> bool:
+    """Whether the value says that there were no samples: RULER names its metrics by lengths, and none is below 0."""
+    return metric.partition(",")[0].isdigit() and value == NO_SAMPLES
+
+
 def _left_out(one: Any) -> dict[str, int]:
     """Published samples of one of our tasks that only a judge can score."""
     if one.config.custom_dataset is not load:
@@ -125,9 +171,9 @@ def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
         rule = sample.get("filter", "none")
         for metric in sample["metrics"]:
             value = aggregations[metric]([sample[metric]]) if metric in OF_ONE_SAMPLE else sample[metric]
-            if metric in NOT_METRICS or not isinstance(value, int | float):
+            if metric in NOT_METRICS or not isinstance(value, int | float) or _unmeasured(metric, value):
                 continue
-            parts = [name, metric, *([] if rule == "none" else [rule]), *([] if higher.get(metric, True) else [LOWER])]
+            parts = [name, metric, *([] if rule == "none" else [rule]), *([LOWER] if higher.get(metric) is False else [])]
             watched.setdefault("/".join(parts), []).append(float(value))
     return watched
 
@@ -143,7 +189,8 @@ def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
     Raises:
         ConfigError: as `load_tasks`; a `max_prompt` beyond what the model reads; a guard with nothing to watch.
     """
-    loaded = load_tasks(task)
+    with _tokenizer_on_disk(lm.tokenizer) as tokenizer:
+        loaded = load_tasks(task, tokenizer=tokenizer)
     asked = task.metadata.get("max_prompt")
     if asked is not None and asked > lm.max_length:
         mend = f"the model reads {lm.max_length} tokens, so no prompt can have so many; give at most that"
@@ -169,6 +216,7 @@ def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
             lost = {record.doc_id for record in cut if record.lost}
             kept |= {"cut": len({record.doc_id for record in cut}), "not_scored": len(lost)}
             kept |= _bound(loaded["tasks"][name], lm.max_length) | _left_out(loaded["tasks"][name])
+        kept = {key: "no samples" if _unmeasured(key, value) else value for key, value in kept.items()}
         if kept:
             results[name] = kept
         if name in loaded["tasks"]:

@@ -152,6 +152,15 @@ class LongContextLM(TemplateLM):
         self._instances = requests
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's, but a continuation whose letters the tokenizer puts into the context's last token is scored by that
+        token: a token that spans both belongs to what is asked."""
+        before, after = super()._encode_pair(context, continuation)
+        if not after and continuation:
+            whole = self.tok_encode(context + continuation)
+            before, after = whole[:-1], whole[-1:]
+        return before or [self.prefix_token_id], after
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_kwargs: Any
     ) -> list[tuple[float, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.eval.results_cache import weights_digest
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def load_checkpoint(
     Raises:
         ConfigError: parallel sizes for a Hugging Face model, or as `load_nemo_checkpoint`.
     """
+    _check_path("checkpoint", path)
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("there is no %s on this machine: %s is read on the CPU", device, path)
         device = None
@@ -71,6 +74,43 @@ def load_checkpoint(
     return HFCausalModel(hf, max_length=max_length), weights_digest(hf.state_dict().items(), settings), path, None
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def check_source(path: str, tokenizer: Any = None) -> None:
+    """Refuse what cannot be evaluated before anything is loaded: a path with a slip, a folder without a tokenizer.
+
+    Args:
+        path: as `load_checkpoint` takes it. tokenizer: given beside it, or None for the checkpoint's own.
+
+    Raises:
+        ConfigError: nothing there, with what is; or no tokenizer.
+    """
+    _check_path("checkpoint", path)
+    if isinstance(tokenizer, str):
+        _check_path("tokenizer", tokenizer)
+        _check_tokenizer(tokenizer)
+    if tokenizer is None and Path(path).is_dir() and _is_hugging_face(path):
+        _check_tokenizer(path)
+
+
+def _check_path(key: str, path: str) -> None:
+    if Path(path).exists():
+        return
+    parent = Path(path).parent
+    if path.startswith((".", "/", "~")) or (len(Path(path).parts) > 1 and parent.is_dir()) or len(Path(path).parts) > 2:
+        there = sorted(str(parent / one.name) for one in parent.iterdir()) if parent.is_dir() else []
+        near = difflib.get_close_matches(path, there, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"{parent} holds {len(there)} others, none like it"
+        raise ConfigError(key, path, f"no such file or directory, {mend}")
+    check_hub_name(key, path)
+
+
+def _check_tokenizer(folder: str) -> None:
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError("tokenizer", folder, f"holds none of {', '.join(TOKENIZER_FILES)}; name a tokenizer beside it")
+
+
 def _is_hugging_face(path: str) -> bool:
     """Whether `path` is a Hugging Face folder, or no folder at all and so a name on the hub."""
     return not Path(path).is_dir() or (Path(path) / "config.json").is_file()
@@ -94,7 +134,13 @@ def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if isinstance(tokenizer, str):
-        return AutoTokenizer.from_pretrained(tokenizer)
+        _check_path("tokenizer", tokenizer)
+        _check_tokenizer(tokenizer)
+        try:
+            return AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError, TypeError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError("tokenizer", tokenizer, f"no Hugging Face tokenizer can be loaded from there ({why})") from error
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         kind = None if tokenizer is None else type(tokenizer).__name__

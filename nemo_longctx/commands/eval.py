@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-prompt", default="", help="prompt lengths of our tasks in tokens, by comma: 4096,8192,32768 (default: 16,384)"
     )
+    parser.add_argument(
+        "--metadata",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="for the tasks, say '{\"max_seq_lengths\": [4096]}' (RULER)",
+    )
     parser.add_argument("--limit", type=int, help="samples of each lm-eval task")
     parser.add_argument("--chat", action="store_true", help="ask lm-eval tasks in the tokenizer's chat template")
     parser.add_argument(
@@ -63,9 +71,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tensor-parallel", args.tensor_parallel, "give 1 or more processes")
     import os
 
-    from nemo_longctx.eval.suite import Suite, parse_tasks
+    from nemo_longctx.eval.suite import HarnessTask, Suite, parse_tasks
 
-    Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's")  # a mistake is told now
+    # Mistakes are told now, not after models are loaded.
+    asked = Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's").tasks
+    from nemo_longctx.adapters.pretrained import check_source
+
+    for checkpoint in args.checkpoints:
+        check_source(checkpoint, args.tokenizer)
+    for task in asked:
+        if isinstance(task, HarnessTask):
+            from nemo_longctx.adapters.harness import check_names
+
+            check_names(task)
     first = os.environ.get("RANK", "0") == "0"
     from nemo_longctx.adapters.lm_eval import LongContextLM
 
@@ -169,13 +187,13 @@ def _default_contexts(corpus: str, max_length: int) -> list[int]:
 def _check_partners(args: argparse.Namespace) -> None:
     """Refuse options of a kind of task that is not asked for."""
     for partner, names in (
-        ("tasks", ("data", "max_prompt", "limit", "chat", "allow_code_execution")),
+        ("tasks", ("data", "max_prompt", "metadata", "limit", "chat", "allow_code_execution")),
         ("probes", ("lengths",)),
         ("corpus", ("contexts",)),
     ):
         for name in names:
             value = getattr(args, name)
-            if value not in (None, False, "") and not getattr(args, partner):
+            if value not in (None, False, "", {}) and not getattr(args, partner):
                 mend = f"has no effect without --{partner}; give it too (in a suite file each block has keys of its own)"
                 raise ConfigError(f"--{name.replace('_', '-')}", value, mend)
 
@@ -222,8 +240,10 @@ def _harness_blocks(args: argparse.Namespace) -> list[dict]:
         raise ConfigError("--data", args.data, f"has no effect on {', '.join(others)}; it is for our tasks")
     shared = {"kind": "lm_eval", "limit": args.limit, "apply_chat_template": args.chat}
     shared["allow_code_execution"] = args.allow_code_execution
-    metadata = {"data": args.data} if args.data else {}
+    if not isinstance(args.metadata, dict):
+        raise ConfigError("--metadata", args.metadata, "give a JSON object of keys and values")
+    metadata = dict(args.metadata) | ({"data": args.data} if args.data else {})
     block = shared | {"tasks": ours, "metadata": metadata, "include_defaults": "longctx_safety" in ours}
     blocks = [block | {"metadata": metadata | {"max_prompt": tokens}, "label": str(tokens)} for tokens in prompts]
     blocks = (blocks or [block]) if ours else []
-    return blocks + ([shared | {"tasks": others, "metadata": {}, "include_defaults": True}] if others else [])
+    return blocks + ([shared | {"tasks": others, "metadata": args.metadata, "include_defaults": True}] if others else [])

@@ -1,13 +1,16 @@
 """The short-context guard: has the model lost what it could do at its old length?
 
 The same documents and samples are scored before and after, so the change is judged on their differences: far smaller changes
-show than between two independent means.
+show than between two independent means. Many measurements are looked at many times, and a run that lost nothing must not be
+stopped by that: the error over the whole run is spent over the looks (alpha spending, Lan and DeMets 1983: alpha / (k (k + 1))
+at look k, which needs no planned number of looks), and within a look over the measurements (Holm 1979).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -25,7 +28,7 @@ class GuardConfig:
     Args:
         loss: rise of the loss at the old length that is too much, nats per token.
         score: fall of a task's score that is too much, as a share (0.02 is two points); where lower is better, a rise.
-        significance: p value below which a change is taken to be real.
+        significance: probability that a run in which nothing changes raises any alarm, over all measurements and looks.
         action: `warn` in the log, or `stop` the run.
     """
 
@@ -39,26 +42,38 @@ class GuardConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"guard.{name}", getattr(self, name), "give a change of 0 or more")
         if not 0 < self.significance < 1:
-            raise ConfigError("guard.significance", self.significance, "give a p value between 0 and 1")
+            raise ConfigError(
+                "guard.significance", self.significance, "give the run's chance of a false alarm, between 0 and 1"
+            )
         if self.action not in ACTIONS:
             raise ConfigError("guard.action", self.action, f"unknown action, {did_you_mean(str(self.action), ACTIONS)}")
+
+    def limit(self, name: str) -> float:
+        """The change of the measurement `name` that is allowed."""
+        return self.loss if name.startswith("loss") else self.score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Mean of paired differences (after - before), its standard error, p value, and how many pairs there were."""
+    """Mean of paired differences (after - before), its standard error, and how many pairs there were.
+
+    `p_value` is two-sided; `rise` and `fall` are those of either direction alone.
+    """
 
     mean: float
     standard_error: float
     p_value: float
     pairs: int
+    rise: float
+    fall: float
 
 
 def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int = 10_000, seed: int = 0) -> Change:
     """Compare paired measurements by a sign-flip permutation test (Fisher 1935): exact for any distribution of differences
     that would be symmetric around 0 if nothing had changed.
 
-    Pairs with a NaN (not scored) are left out.
+    Where so few flips cannot tell a p value, Hoeffding's bound for random signs does, exp(-sum(d)^2 / (2 sum(d^2))), which is
+    never below the exact one. Pairs with a NaN (not scored) are left out.
 
     Raises:
         ValueError: lists of different length, or no pair.
@@ -69,45 +84,100 @@ def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int
     d = (b - a)[np.isfinite(a) & np.isfinite(b)]
     if not len(d):
         raise ValueError("no pair was scored both before and after")
-    rng, limit = np.random.default_rng(seed), abs(d.sum()) - 1e-12 * max(1.0, np.abs(d).sum())
+    rng, total, slack = np.random.default_rng(seed), d.sum(), 1e-12 * max(1.0, np.abs(d).sum())
     rows = max(1, BLOCK // len(d))  # MMLU has 14,042 pairs: all flips of it at once would take 1 GB
-    extreme = sum(
-        int((np.abs(rng.choice((-1.0, 1.0), (min(rows, flips - done), len(d))) @ d) >= limit).sum())
-        for done in range(0, flips, rows)
-    )
+    counts = np.zeros(3, int)  # flips as far as this from 0, as high, as low
+    for done in range(0, flips, rows):
+        sums = rng.choice((-1.0, 1.0), (min(rows, flips - done), len(d))) @ d
+        counts += [(np.abs(sums) >= abs(total) - slack).sum(), (sums >= total - slack).sum(), (sums <= total + slack).sum()]
+    p_two, p_rise, p_fall = (counts + 1) / (flips + 1)
+    squares = (d**2).sum()
+    bound = float(np.exp(-(total**2) / (2 * squares))) if squares else 1.0
     error = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else float("nan")
-    return Change(mean=float(d.mean()), standard_error=error, p_value=(extreme + 1) / (flips + 1), pairs=len(d))
+    return Change(
+        mean=float(d.mean()),
+        standard_error=error,
+        p_value=min(float(p_two), 2 * bound),
+        pairs=len(d),
+        rise=min(float(p_rise), bound) if total > 0 else float(p_rise),
+        fall=min(float(p_fall), bound) if total < 0 else float(p_fall),
+    )
+
+
+def level(significance: float, look: int) -> float:
+    """What of the run's error the `look`-th look (1, 2, ...) may spend; all looks together spend no more than it."""
+    return significance / (look * (look + 1))
+
+
+def holm(p_values: Mapping[str, float], alpha: float) -> set[str]:
+    """Names whose hypotheses fall at a family error of `alpha` (Holm 1979)."""
+    fallen: set[str] = set()
+    for place, name in enumerate(sorted(p_values, key=lambda one: (p_values[one], one))):
+        if p_values[name] > alpha / (len(p_values) - place):
+            break
+        fallen.add(name)
+    return fallen
+
+
+# Standard errors by which a mean may stay below what is allowed and still not be told from it.
+REACH = 2.0
+
+
+def power(change: Change, limit: float, alpha: float) -> float:
+    """Chance that a look with this standard error raises an alarm where the true change is `limit`; NaN with one pair."""
+    if not change.standard_error > 0:
+        return float("nan") if change.standard_error != 0 else float(limit > 0)
+    normal = NormalDist()
+    return 1 - normal.cdf(max(normal.inv_cdf(1 - alpha) - limit / change.standard_error, -REACH))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Changes by name; a sentence for each that is too much and significant; by name why something could not be compared."""
+    """Changes by name; a sentence for each that is too much and significant; by name why something could not be compared;
+    by name the chance that a change of what is allowed would have been seen."""
 
     changes: dict[str, Change]
     alarms: list[str]
     unpaired: dict[str, str]
+    power: dict[str, float]
 
 
-def judge(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], config: GuardConfig) -> Verdict:
+def judge(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], config: GuardConfig, *, look: int = 1
+) -> Verdict:
     """Compare two evaluations of the same documents and samples.
+
+    An alarm is raised for a change for the worse that is significant at what this look may spend, and that reaches the limit as
+    far as can be told (within `REACH` standard errors).
 
     Args:
         before, after: measurement -> value of each document or sample. Names that begin with `loss` are losses, for which a
             rise is bad, as it is for names with `LOWER` in them; of all others a fall is. Names that `before` lacks are new and
             not judged.
+        look: which comparison of this run it is, from 1.
     """
-    changes, alarms, unpaired = {}, [], {}
+    changes, unpaired = {}, {}
     for name in (n for n in after if n in before):
         try:
-            change = changes[name] = paired_change(before[name], after[name])
+            changes[name] = paired_change(before[name], after[name])
         except ValueError as why:  # other samples than before, or none scored; the run that is watched goes on
             unpaired[name] = str(why)
-            continue
-        limit = config.loss if name.startswith("loss") else config.score
-        worse = change.mean if name.startswith("loss") or LOWER in name else -change.mean
-        if worse > limit and change.p_value < config.significance:
+    alpha = level(config.significance, look)
+    worse = {name: change.rise if _rise_is_bad(name) else change.fall for name, change in changes.items()}
+    alarms, seen = [], {}
+    fallen = holm(worse, alpha)
+    for name, change in changes.items():
+        limit = config.limit(name)
+        seen[name] = power(change, limit, alpha / len(changes))
+        by = change.mean if _rise_is_bad(name) else -change.mean
+        reach = 0.0 if np.isnan(change.standard_error) else REACH * change.standard_error
+        if name in fallen and by + reach >= limit:
             alarms.append(
                 f"{name} changed by {change.mean:+.4f} ± {change.standard_error:.4f} since the start "
-                f"(p = {change.p_value:.4f}, {change.pairs} pairs), more than the {limit} allowed"
+                f"(p = {worse[name]:.2g}, {change.pairs} pairs, look {look}); {limit} is allowed"
             )
-    return Verdict(changes=changes, alarms=alarms, unpaired=unpaired)
+    return Verdict(changes=changes, alarms=alarms, unpaired=unpaired, power=seen)
+
+
+def _rise_is_bad(name: str) -> bool:
+    return name.startswith("loss") or LOWER in name

@@ -47,6 +47,7 @@ def write_results(
     provenance: Mapping[str, Any],
     marks: Sequence[tuple[float, str]] = (),
     title: str = "Long-context evaluation",
+    guard: GuardConfig | None = None,
 ) -> Path:
     """Write everything that is known of some evaluations, of one model in time or of several; returns the page.
 
@@ -54,6 +55,7 @@ def write_results(
         results: evaluations in order, say before, during and after an extension.
         provenance: what made them (config, versions, seed, data), kept in the JSON and at the foot of the page.
         marks: (position, name) verticals in the figures of loss by position.
+        guard: what the run is watched by; None: its defaults.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,11 +85,12 @@ def write_results(
         names: list[object] = [field.name for field in fields(TruncationRecord)]
         _write_table(directory / "truncations.csv", [["model", *names], *cuts])
         files.add("truncations.csv")
-    changes = _change_table(results)
+    changes = _change_table(results, guard or GuardConfig())
     if len(changes) > 1:
         note = (
             f"The same documents and samples, now and at {results[0].model}: mean of the paired differences and its standard "
-            "error; p by sign flips. A rise of a loss and a fall of a score are losses of ability."
+            "error; p by sign flips, two-sided. A rise of a loss and a fall of a score are losses of ability. Seen: the "
+            "chance that a change of what is allowed would have raised an alarm at that look."
         )
         sections.append(Section(heading="Short-context guard", note=note, table=changes))
     sections.append(Section(heading="What made this", code=json.dumps(provenance, indent=1, default=str)))
@@ -218,18 +221,20 @@ def _task_table(results: Sequence[SuiteResult]) -> list[list[object]]:
     names = dict.fromkeys((task, key) for r in results for task, values in r.tasks.items() for key in values)
     for task, key in names:
         values = [result.tasks.get(task, {}).get(key, math.nan) for result in results]
-        if all(isinstance(value, int | float) for value in values):
+        if all(isinstance(value, int | float) or value == "no samples" for value in values):
             table.append([task, key, *values])
     return table
 
 
-def _change_table(results: Sequence[SuiteResult]) -> list[list[object]]:
+def _change_table(results: Sequence[SuiteResult], guard: GuardConfig) -> list[list[object]]:
     """Paired changes of what is watched, against the first evaluation."""
-    table: list[list[object]] = [["measurement", "model", "change", "standard error", "p", "pairs"]]
-    for result in results[1:]:
-        for name, change in judge(results[0].watched, result.watched, GuardConfig()).changes.items():
+    table: list[list[object]] = [["measurement", "model", "change", "standard error", "p", "pairs", "allowed", "seen", "alarm"]]
+    for look, result in enumerate(results[1:], start=1):
+        verdict = judge(results[0].watched, result.watched, guard, look=look)
+        for name, change in verdict.changes.items():
             row = [f"{change.mean:+.4f}", f"{change.standard_error:.4f}", f"{change.p_value:.4f}", change.pairs]
-            table.append([name, result.model, *row])
+            alarm = "yes" if any(text.startswith(f"{name} ") for text in verdict.alarms) else "–"
+            table.append([name, result.model, *row, guard.limit(name), f"{100 * verdict.power[name]:.0f} %", alarm])
     return table
 
 

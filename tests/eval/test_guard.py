@@ -3,7 +3,78 @@ import pytest
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval import guard
-from nemo_longctx.eval.guard import GuardConfig, judge, paired_change
+from nemo_longctx.eval.guard import GuardConfig, holm, judge, level, paired_change, power
+
+
+def runs(count, *, looks, tasks, planted, seed, pairs=64, spread=0.1):
+    """At which look of each simulated run the guard first speaks; 0 for never. Both evaluations are noisy."""
+    rng, said = np.random.default_rng(seed), []
+    for _ in range(count):
+        true = {f"loss_{n}" if n < tasks // 2 else f"task/{n}": rng.normal(2, 1, pairs) for n in range(tasks)}
+        start = {name: value + rng.normal(0, spread, pairs) for name, value in true.items()}
+        first = 0
+        for look in range(1, looks + 1):
+            now = {name: value + rng.normal(0, spread, pairs) for name, value in true.items()}
+            now["loss_0"] = now["loss_0"] + planted
+            if quick(start, now, look):
+                first = look
+                break
+        said.append(first)
+    return np.array(said)
+
+
+def quick(start, now, look):
+    """`judge`, with fewer flips: thousands of runs are simulated. Fewer flips only make p values larger."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "paired_change", lambda a, b: paired_change(a, b, flips=100))
+        return judge(start, now, GuardConfig(), look=look).alarms
+
+
+def test_a_healthy_run_is_left_alone_and_a_planted_loss_found():
+    assert (runs(12, looks=20, tasks=8, planted=0.0, seed=0) > 0).mean() <= 0.05
+    found = runs(12, looks=3, tasks=8, planted=0.05, seed=1, pairs=256, spread=0.05)
+    assert (found > 0).mean() >= 0.9
+
+
+@pytest.mark.slow
+def test_a_thousand_healthy_runs():
+    assert (runs(1000, looks=20, tasks=8, planted=0.0, seed=2) > 0).mean() <= 0.05
+    found = runs(1000, looks=3, tasks=8, planted=0.05, seed=3, pairs=256, spread=0.05)
+    assert (found > 0).mean() >= 0.9
+
+
+def test_what_is_spent_over_all_looks_is_the_runs_error():
+    assert sum(level(0.05, look) for look in range(1, 2000)) <= 0.05
+    assert level(0.05, 1) == 0.025
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.02, "c": 0.03, "d": 0.2}, 0.05) == {"a"}  # 0.0125 yes, 0.0167 no
+    assert holm({"a": 0.01, "b": 0.016, "c": 0.02, "d": 0.2}, 0.05) == {"a", "b", "c"}
+    assert holm({}, 0.05) == set()
+
+
+def test_the_power_is_told_as_it_is_seen():
+    """A change of what is allowed is found in the share of simulated looks that the power says."""
+    rng, alpha, found, told = np.random.default_rng(4), 0.0125, [], []
+    for _ in range(300):
+        before = rng.normal(0, 1, 100)
+        change = paired_change(before, before - 0.02 + rng.normal(0, 0.07, 100), flips=400)
+        told.append(power(change, 0.02, alpha))
+        found.append(change.fall <= alpha and -change.mean + guard.REACH * change.standard_error >= 0.02)
+    assert np.mean(told) == pytest.approx(np.mean(found), abs=0.08)
+    verdict = judge({"acc": [1.0, 0.0] * 50}, {"acc": [0.0, 1.0] * 50}, GuardConfig())
+    assert 0 < verdict.power["acc"] < 0.1
+
+
+def test_rare_p_values_are_told_beyond_the_number_of_flips():
+    change = paired_change([0.0] * 200, [1.0] * 200)
+    assert change.p_value < 1e-20
+    assert change.rise < 1e-20
+    assert change.fall == 1.0
+    assert paired_change([0.0] * 5, [0.0] * 5).p_value == 1.0
+    # With ten equal differences the exact p is 2 / 2^10, and no bound may lie below it.
+    assert paired_change([0.0] * 10, [1.0] * 10).p_value >= 2 / 2**10
 
 
 def test_pairs_show_what_means_hide():

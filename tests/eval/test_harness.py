@@ -1,5 +1,6 @@
 """Tasks through lm-eval's own evaluator and our model: shots, metadata, guard, truncation, groups."""
 
+import argparse
 import json
 import math
 import re
@@ -268,7 +269,7 @@ SHORT = {
 @pytest.mark.slow
 def test_groups_over_lm_evals_own_tasks_resolve():
     """Every name exists in the lm-eval that is installed; loading the tasks themselves would need their data."""
-    index = harness._manager(None, True, "{}").task_index
+    index = harness._index(None, True).task_index
     for group in ("longctx_short", "longctx_safety", "longctx_bold", "longctx_research", "zeroscrolls", "leval"):
         for member in yaml.safe_load((Path(TASK_FOLDER) / f"{group}.yaml").read_text(encoding="utf-8"))["task"]:
             kind, name = ("task", member) if isinstance(member, str) else next(iter(member.items()))
@@ -333,5 +334,80 @@ def test_code_is_not_run_unasked(data, tmp_path):
 
 
 def test_unknown_task_is_named():
-    with pytest.raises(ConfigError, match="longctx_qmsun"):
+    with pytest.raises(ConfigError, match="no such task, did you mean 'longctx_qmsum'"):
         load_tasks(HarnessTask(tasks=("longctx_qmsun",)))
+    with pytest.raises(ConfigError, match=r"none of \d+ is like it; for lm-eval's own set include_defaults: true"):
+        harness.check_names(HarnessTask(tasks=("zzz",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["{root}/modle", "--tasks", "leval"], r"checkpoint='.*modle': no such file or directory, did you mean '.*model'"),
+        (["{root}/model", "--tasks", "leval"], r"tokenizer='.*model': holds none of tokenizer\.json"),
+        (
+            ["{root}/model", "--tasks", "levl", "--tokenizer", "{root}/tok"],
+            r"eval\.tasks='levl': no such task, did you mean 'leval",
+        ),
+        (["{root}/model", "--tasks", "leval", "--tokenizer", "{root}/tok", "--metadata", "[1]"], "give a JSON object"),
+        (["{root}/model", "--corpus", "x", "--metadata", '{{"a": 1}}'], "has no effect without --tasks"),
+    ],
+)
+def test_slips_are_told_before_anything_is_loaded(options, said, tmp_path, monkeypatch):
+    from nemo_longctx.commands import eval as command
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    byte_tokenizer([STORY]).save_pretrained(tmp_path / "tok")
+    index = harness._index(None, False)
+    monkeypatch.setattr(harness, "_index", lambda *_: index)  # lm-eval's own tasks take many seconds to index
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    with pytest.raises(ConfigError, match=said):
+        command.run(parser.parse_args([option.format(root=tmp_path) for option in options]))
+
+
+def test_lengths_without_samples_are_no_scores(tmp_path):
+    """RULER names its metrics by lengths and says -1 of those that it did not ask."""
+    task, file = own_task(tmp_path, "my_ruler", [{"metric": "4096"}, {"metric": "8192"}])
+    (tmp_path / "mine.py").write_text(
+        "def process(doc, results):\n    return {'4096': float(doc['a']), '8192': -1.0}\n"
+        "def mean(values):\n    kept = [v for v in values if v != -1]\n    return sum(kept) / len(kept) if kept else -1.0\n"
+    )
+    task |= {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "a", "metric_list": "METRICS"}
+    task |= {"generation_kwargs": {"max_gen_toks": 4, "until": []}}
+    metrics = "".join(
+        f"\n  - metric: '{length}'\n    aggregation: !function mine.mean\n    higher_is_better: true" for length in (4096, 8192)
+    )
+    text = yaml.safe_dump(task).replace(
+        "metric_list: METRICS", f"metric_list:{metrics}\nprocess_results: !function mine.process"
+    )
+    file.write_text(text)
+    found = run_harness(HarnessTask(tasks=("my_ruler",), include_path=str(tmp_path), guard=True), tiny_lm([STORY], 4096))
+    assert found.tasks["my_ruler"]["4096"] == 0.5
+    assert found.tasks["my_ruler"]["8192"] == "no samples"
+    assert list(found.watched) == ["my_ruler/4096"]
+
+
+def test_a_token_across_context_and_continuation_is_scored():
+    lm = tiny_lm(["ab" * 50], 256, vocab=280)
+    assert len(lm.tok_encode("xab")) < len(lm.tok_encode("xa")) + 1  # "ab" is one token
+    before, after = lm._encode_pair("xa", "b")
+    assert before + after == lm.tok_encode("xab")
+    assert len(after) == 1
+
+
+def test_the_models_tokenizer_reaches_tasks_that_make_their_data(tmp_path):
+    task, file = own_task(tmp_path, "my_made", [{"metric": "acc"}])
+    (tmp_path / "made.py").write_text(
+        "import datasets\nfrom transformers import AutoTokenizer\n"
+        "def make(tokenizer, **_):\n"
+        "    assert tokenizer\n"
+        "    size = len(AutoTokenizer.from_pretrained(tokenizer))\n"
+        "    return {'test': datasets.Dataset.from_list([{'q': str(size), 'a': 0}])}\n"
+    )
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "a"}
+    del task["dataset_kwargs"]
+    file.write_text(yaml.safe_dump(task) + "custom_dataset: !function made.make\n")
+    lm = tiny_lm([STORY], 4096)
+    assert "acc" in run_harness(HarnessTask(tasks=("my_made",), include_path=str(tmp_path)), lm).tasks["my_made"]

@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     return directory
 
 
-def train(place, name, evaluation):
+def train(place, name, evaluation, **more):
     recipe = {
         "name": name,
         "output_dir": str(place / "runs"),
@@ -46,6 +46,7 @@ def train(place, name, evaluation):
         "optimizer": {"lr": 5e-3},
         "trainer": {"accelerator": "cpu", "precision": "32", "recompute": "full"},  # which an evaluation must leave alone
     }  # fmt: skip
+    recipe |= more
     settings = place / f"{name}.json"
     settings.write_text(json.dumps({"recipe": recipe, "eval": evaluation}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -95,3 +96,19 @@ def test_training_is_to_the_bit_as_without(place):
     assert "training goes on" in log
     for name in ("index.html", "loss_by_position_64.csv", "loss_by_position_200.png", "probes.csv", "probes_score.png"):
         assert (out / name).stat().st_size > 100
+
+    # What is guarded is compared with the checkpoint as it is, not with it under the new RoPE.
+    longer = place / "longer"
+    base = place / "runs" / "watched"
+    evaluation = {
+        "tasks": [{**position, "seq_length": 64, "guard": True}, {**position, "seq_length": 200}], "directory": str(longer),
+        "guard": {"loss": 0.05}, "tokenizer": str(place / "tokenizer"), "base": str(base),
+    }  # fmt: skip
+    more = {"restore_from": str(base), "rope": {"variant": "abf", "base": 500000.0}}
+    _, _, log = outcome(place, "longer", train(place, "longer", evaluation, **more))
+    before, start, end = read_results(longer)
+    assert [result.model for result in (before, start, end)] == ["base", "step 0", "step 6"]
+    assert list(before.position) == ["position_64"]
+    assert before.watched["loss_position_64"] == results[-1].watched["loss_position_64"]
+    assert start.watched["loss_position_64"] != before.watched["loss_position_64"]
+    assert "a change of 0.05 would be seen with" in log

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,6 +105,27 @@ def transform_rope(model: Any, variant: RopeVariant) -> None:
         handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
         handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
     model._rope_hooks = tuple(handles)
+
+
+@contextlib.contextmanager
+def temporary_rope(model: Any, variant: RopeVariant) -> Iterator[None]:
+    """Inside, one built Megatron-Core GPTModel rotates by `variant`; after, by what it had. Errors as `transform_rope`."""
+    was, kind = model.rotary_pos_emb, model.position_embedding_type
+    # Megatron-Core applies YaRN's factor of q and k by the config's field, whatever embedding is in place.
+    factor = getattr(model.config, "yarn_rotary_scaling_factor", None)
+    transform_rope(model, variant)
+    if factor is not None:
+        model.config.yarn_rotary_scaling_factor = 1.0
+    try:
+        yield
+    finally:
+        if factor is not None:
+            model.config.yarn_rotary_scaling_factor = factor
+        if isinstance(was, TableRotaryEmbedding):
+            transform_rope(model, was.variant)
+        for handle in () if isinstance(was, TableRotaryEmbedding) else model._rope_hooks:
+            handle.remove()
+        model.rotary_pos_emb, model.position_embedding_type = was, kind
 
 
 def score_scale(variant: RopeVariant, model: Any, rotary_dim: int) -> ScoreScale:

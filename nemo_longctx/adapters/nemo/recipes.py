@@ -176,7 +176,7 @@ def extend_recipe(
     results = Path(recipe.log.log_dir or "nemo_experiments") / (recipe.log.name or "default") / "results"
     record = {"data": data, "curriculum": curriculum, "rope": rope, "restore_from": restore_from, "eval": evaluation}
     every = getattr(trainer, "log_every_n_steps", 10)
-    ours = parts.callback_configs(stages, results=results, record=record, every=every, evaluation=evaluation)
+    ours = parts.callback_configs(stages, results=results, record=record, every=every, evaluation=evaluation, base=restore_from)
     trainer.callbacks = [*(trainer.callbacks or []), *ours]
     return recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, data_group, evaluating, model_digest
+from nemo_longctx.adapters.megatron.rope_module import temporary_rope
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.guard import GuardConfig, judge
@@ -18,8 +20,10 @@ from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import HarnessTask, PositionTask, Suite, longest_input, parse_tasks
 from nemo_longctx.report.evaluation import read_results, write_results
+from nemo_longctx.rope.base import RopeVariant
 
 logger = logging.getLogger(__name__)
+BASE = "base"  # name of what is measured of the checkpoint before it is changed
 
 
 class LongContextEvalCallback(Callback):
@@ -34,7 +38,9 @@ class LongContextEvalCallback(Callback):
         every: optimizer steps between evaluations; 0 for none in the middle.
         at_start, at_end: before the first and after the last step.
         time_budget: seconds of one evaluation; tasks not expected to end within it are skipped and reported.
-        guard: `GuardConfig`'s fields, or None. Tasks with `guard: true` are compared with the first evaluation.
+        guard: `GuardConfig`'s fields, or None. Tasks with `guard: true` are compared with what they were before: the checkpoint
+            `base` as it is, under its own RoPE, and without one the first evaluation.
+        base: NeMo checkpoint that the run starts from.
         tokenizer: Hugging Face tokenizer, its path, or None for the model's own.
         max_length: tokens the model may be asked to read; default, the longest of the tasks and the model's own length.
         results_cache: file of lm-eval results to reuse, keyed by weights, step and requests.
@@ -50,6 +56,7 @@ class LongContextEvalCallback(Callback):
         at_end: bool = True,
         time_budget: float | None = None,
         guard: Mapping[str, Any] | None = None,
+        base: str | None = None,
         tokenizer: Any = None,
         max_length: int | None = None,
         results_cache: str | None = None,
@@ -63,13 +70,15 @@ class LongContextEvalCallback(Callback):
         self.guard = None if guard is None else build(GuardConfig, guard, where="eval.guard")
         if self.guard and not any(getattr(task, "guard", False) for task in self.tasks):
             raise ConfigError("eval.guard", dict(guard or {}), "no task is watched: set guard: true in at least one")
-        self.tokenizer, self.max_length, self.results_cache = tokenizer, max_length, results_cache
+        self.base, self.tokenizer, self.max_length, self.results_cache = base, tokenizer, max_length, results_cache
         self.results: list[SuiteResult] = []
         self._suite: Suite | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.results = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
         self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
+        if self.guard and self.base and trainer.global_step == 0:
+            self._measure_base(trainer, pl_module)
         if self.at_start and trainer.global_step == 0:
             self.evaluate(trainer, pl_module)
 
@@ -83,15 +92,28 @@ class LongContextEvalCallback(Callback):
 
     def evaluate(self, trainer: Any, pl_module: Any) -> None:
         """Measure the model now, unless this step was measured before."""
-        name = f"step {trainer.global_step}"
+        self._measure(trainer, pl_module, f"step {trainer.global_step}")
+
+    def _measure_base(self, trainer: Any, pl_module: Any) -> None:
+        """The watched tasks on the checkpoint as it was: the weights that the run has now, under the checkpoint's own RoPE."""
+        from nemo_longctx.adapters.nemo.model.config import checkpoint_model
+        from nemo_longctx.adapters.nemo.model.rope import variant_of
+
+        own = variant_of(checkpoint_model(str(self.base), {}))
+        if own != variant_of(pl_module):  # else step 0 is the base
+            self._measure(trainer, pl_module, BASE, rope=own)
+
+    def _measure(self, trainer: Any, pl_module: Any, name: str, rope: RopeVariant | None = None) -> None:
         if any(result.model == name for result in self.results):
             return
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         if len(modules) != 1:
             raise ConfigError("virtual_pipeline_model_parallel_size", len(modules), "evaluation inside a run needs it unset")
         suite = self._suite = self._suite or self._build(pl_module)  # asked for outside a training run
+        if rope is not None:
+            suite = Suite([task for task in self.tasks if getattr(task, "guard", False)], tokenizer=suite.tokenizer)
         length = self.max_length or max(longest_input(self.tasks), pl_module.config.seq_length)
-        with evaluating(modules[0]):
+        with contextlib.nullcontext() if rope is None else temporary_rope(modules[0], rope), evaluating(modules[0]):
             model = MCoreCausalModel(modules[0], vocab_size=pl_module.config.vocab_size, max_length=length)
             asked = self.results_cache and any(isinstance(task, HarnessTask) for task in self.tasks)
             identity = {"weights": model_digest(modules[0]), "step": trainer.global_step} if asked else {}
@@ -138,7 +160,7 @@ class LongContextEvalCallback(Callback):
         old = [(t.seq_length, "watched length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
         try:
-            page = write_results(self.directory, self.results, provenance=provenance, marks=old)
+            page = write_results(self.directory, self.results, provenance=provenance, marks=old, guard=self.guard)
             logger.info("evaluation at %s: %s", result.model, page)
         except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
             logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
@@ -147,15 +169,18 @@ class LongContextEvalCallback(Callback):
         """Compare with the first evaluation; every rank holds the same results, so every rank decides the same."""
         if self.guard is None or len(self.results) < 2:
             return
-        verdict = judge(self.results[0].watched, result.watched, self.guard)
+        verdict = judge(self.results[0].watched, result.watched, self.guard, look=len(self.results) - 1)
         if trainer.is_global_zero:
             for name, why in verdict.unpaired.items():
                 logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)
             for name, change in verdict.changes.items():
-                logger.info("guard: %s %+.4f ± %.4f, p = %.3f", name, change.mean, change.standard_error, change.p_value)
+                limit, seen = self.guard.limit(name), verdict.power[name]
+                what = f"{name} {change.mean:+.4f} ± {change.standard_error:.4f}, p = {change.p_value:.3f}"
+                logger.info("guard: %s; a change of %g would be seen with %.0f %%", what, limit, 100 * seen)
             for each in trainer.loggers:
                 each.log_metrics({f"guard/{n}": c.mean for n, c in verdict.changes.items()}, step=trainer.global_step)
             for alarm in verdict.alarms:
                 logger.warning("short-context guard at %s: %s", result.model, alarm)
-        if verdict.alarms and self.guard.action == "stop":
+        # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
+        if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True

@@ -115,6 +115,7 @@ def callback_configs(
     record: Mapping[str, Any],
     every: int = 10,
     evaluation: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> list[run.Config]:
     """The guard of settings and RoPE, training log, throughput and, where there are tasks, evaluation.
 
@@ -123,6 +124,7 @@ def callback_configs(
         record: what `settings.json` keeps of the run's settings.
         every: steps between rows of the training log.
         evaluation: arguments of `LongContextEvalCallback`.
+        base: checkpoint that the run starts from, with which the short-context guard compares.
 
     Raises:
         ConfigError: an unknown key of `evaluation`.
@@ -134,11 +136,11 @@ def callback_configs(
         run.Config(ThroughputCallback, curriculum=stages, path=str(results / "throughput.json"), every=max(10, every)),
     ]
     if evaluation and evaluation.get("tasks"):
-        known = set(inspect.signature(LongContextEvalCallback).parameters) - {"directory"}
+        known = set(inspect.signature(LongContextEvalCallback).parameters) - {"directory", "base"}
         for key, value in evaluation.items():
             if key not in known:
                 raise ConfigError(f"eval.{key}", value, f"unknown key, {did_you_mean(key, known)}")
-        callbacks.append(run.Config(LongContextEvalCallback, **evaluation, directory=str(results / "eval")))
+        callbacks.append(run.Config(LongContextEvalCallback, **evaluation, directory=str(results / "eval"), base=base))
     return callbacks
 
 
@@ -150,6 +152,7 @@ def recipe_callbacks(recipe: RecipeConfig, *, results: Path, record: Any = None)
         record=dataclasses.asdict(recipe if record is None else record),
         every=recipe.trainer.log_every_n_steps,
         evaluation=recipe.eval,
+        base=recipe.restore_from,
     )
 
 
