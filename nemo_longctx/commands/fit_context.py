@@ -33,17 +33,23 @@ def run(args: argparse.Namespace) -> int:
     for model, curve in curves.items():
         keep = curve["context"] >= args.min_context
         curves[model] = {key: values[keep] for key, values in curve.items()}
-    laws = {}
+    laws, without = {}, {}
     for model, curve in curves.items():
         try:
             laws[model] = fit_curve(curve, replicates=args.bootstrap, confidence=args.confidence, seed=args.seed)
-        except ValueError as error:
-            raise ValueError(f"{args.csv.name}, model {model!r}: {error}") from None
+        except ConfigError:
+            raise
+        except ValueError as error:  # of this model; the others have their fit
+            without[model] = str(error)
+            print(f"{model}: no fit: {error}")
+            continue
         law = laws[model]
         print(f"{model}: L(c) = (alpha/c)^beta + gamma, {len(curve['loss'])} points, bootstrap over {law.bootstrap}")
         for name in ("alpha", "beta", "gamma"):
             low, high = law.intervals.get(name, (float("nan"), float("nan")))
             print(f"  {name:<6}{getattr(law, name):>10.4g}   {args.confidence:.0%} interval {low:.4g} to {high:.4g}")
+    if not laws:
+        raise ValueError(f"{args.csv.name}: no model has a fit; {'; '.join(f'{name!r}: {why}' for name, why in without.items())}")
     out = args.out or args.csv.with_suffix(".fit")
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -58,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
             "seed": args.seed,
         }
         for model, law in laws.items()
-    }
+    } | {model: {"no_fit": why} for model, why in without.items()}
     json_path = out.with_name(out.name + ".json")
     json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    png_path = plot_context_law(curves, laws, out.with_name(out.name + ".png"))
+    png_path = plot_context_law({model: curves[model] for model in laws}, laws, out.with_name(out.name + ".png"))
     print(f"wrote {json_path} and {png_path}")
     return 0
