@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
             low, high = law.intervals.get(name, (float("nan"), float("nan")))
             print(f"  {name:<6}{getattr(law, name):>10.4g}   {args.confidence:.0%} interval {low:.4g} to {high:.4g}")
     if not laws:
-        raise ValueError(f"{args.csv.name}: no model has a fit; {'; '.join(f'{name!r}: {why}' for name, why in without.items())}")
+        raise ValueError(
+            f"{args.csv.name}: no model has a fit; {'; '.join(f'model {name!r}: {why}' for name, why in without.items())}"
+        )
     out = args.out or args.csv.with_suffix(".fit")
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {

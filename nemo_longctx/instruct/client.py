@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from nemo_longctx.config import ConfigError
@@ -30,6 +31,13 @@ _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.5, 60.0
 _RETRIES_BEFORE_FIRST_ANSWER = 2
 # This many calls given up with no answer between them mean that the server, not a call, is at fault.
 _GIVEN_UP_MEANS_DOWN = 3
+
+
+# What a request may do without where a server does not take it; for `max_tokens` stands `max_completion_tokens`.
+OMITTABLE = ("max_tokens", "temperature", "seed")
+_NOT_TAKEN = re.compile(
+    r"unsupported|not supported|n[o']t support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs", re.I
+)
 
 
 class EndpointError(ValueError):
@@ -85,7 +93,10 @@ class ClientConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request. `attempt` counts replies out of form to the same words: a new attempt is a new, separately paid call."""
+    """One request. `attempt` counts replies out of form to the same words: a new attempt is a new, separately paid call.
+
+    `extra` is JSON that goes into the request beside the rest, `omit` names what does not go into it.
+    """
 
     model: str
     prompt: str
@@ -93,11 +104,14 @@ class Call:
     temperature: float
     seed: int
     attempt: int
+    extra: str = ""
+    omit: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """SHA-256 over all that shapes the reply."""
-        parts = [self.model, self.prompt, self.max_tokens, self.temperature, self.seed, self.attempt]
+        parts: list[object] = [self.model, self.prompt, self.max_tokens, self.temperature, self.seed, self.attempt]
+        parts += [self.extra, sorted(self.omit)] if self.extra or self.omit else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -150,6 +164,7 @@ class ChatClient:
         self._key = api_key
         self._answered = False
         self._given_up = 0  # calls given up since the last answer
+        self._refused: set[str] = set()  # fields of OMITTABLE that the server said it does not take
         self._next_start = 0.0  # monotonic seconds before which no call may begin
         self._openai = AsyncOpenAI(base_url=config.endpoint, api_key=api_key or "none", max_retries=0, timeout=config.timeout_s)
 
@@ -189,6 +204,10 @@ class ChatClient:
                 self._answered = True
                 last = self._said(error)
             except openai.APIStatusError as error:
+                field = self._unsupported(error)
+                if field is not None:  # of no call more, so that this is no endless round
+                    self._refused.add(field)
+                    continue
                 if error.status_code == 408:
                     fault, wait_s, last = "http_408", 0.0, self._said(error)
                 else:
@@ -210,16 +229,28 @@ class ChatClient:
             await self._back_off(tries, wait_s)
 
     async def _request(self, call: Call) -> ChatCompletion:
+        left_out = self._refused | set(call.omit)
+        body: dict[str, Any] = {"temperature": call.temperature, "seed": call.seed, "max_tokens": call.max_tokens}
+        body = {name: value for name, value in body.items() if name not in left_out}
+        if "max_tokens" in left_out:
+            body["max_completion_tokens"] = call.max_tokens
         return await self._openai.chat.completions.create(
             model=call.model,
             messages=[{"role": "user", "content": call.prompt}],
-            max_tokens=call.max_tokens,
-            temperature=call.temperature,
-            seed=call.seed,
+            extra_body=json.loads(call.extra) if call.extra else None,
             # A server that knows the header answers a repeated request from its memory, so that even the calls that a kill
             # left in flight are not charged again.
             extra_headers={"Idempotency-Key": call.key},
+            **body,
         )
+
+    def _unsupported(self, error: openai.APIStatusError) -> str | None:
+        """The field that the server's refusal says it does not take (reasoning models: `max_tokens`, `temperature`)."""
+        said = str(error)
+        if error.status_code not in (400, 422) or not _NOT_TAKEN.search(said):
+            return None
+        named = [name for name in OMITTABLE if name not in self._refused and re.search(rf"\b{name}\b", said)]
+        return min(named, key=said.index, default=None)
 
     async def _wait_for_turn(self) -> None:
         now = time.monotonic()
@@ -249,6 +280,10 @@ def _redact(words: str, key: str) -> str:
     return words
 
 
+# Why a reply ended, as servers say it: out of tokens, taken by a filter; and our word for a refusal in the model's own words.
+LENGTH, FILTERED, REFUSAL = "length", "content_filter", "refusal"
+
+
 class BrokenReplyError(ValueError):
     """An answer with status 200 that holds no message."""
 
@@ -261,10 +296,17 @@ def _reply(completion: ChatCompletion) -> Reply:
     """
     choices = getattr(completion, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
-    usage, finish_reason = getattr(completion, "usage", None), getattr(first, "finish_reason", None)
+    message, usage = getattr(first, "message", None), getattr(completion, "usage", None)
+    finish_reason = getattr(first, "finish_reason", None)
+    finish_reason = finish_reason if isinstance(finish_reason, str) and finish_reason else "stop"
+    content, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
+    if isinstance(refusal, str) and refusal and not content:
+        content, finish_reason = refusal, REFUSAL
+    elif content is None and message is not None and finish_reason in (LENGTH, FILTERED):
+        content = ""  # all tokens went into thoughts, or a filter took the answer: paid for, and asking again is no cure
     return Reply(
-        text=_text(getattr(getattr(first, "message", None), "content", None)),
-        finish_reason=finish_reason if isinstance(finish_reason, str) and finish_reason else "stop",
+        text=_text(content),
+        finish_reason=finish_reason,
         prompt_tokens=_count(getattr(usage, "prompt_tokens", None)),
         completion_tokens=_count(getattr(usage, "completion_tokens", None)),
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.instruct.chunking import (
     Chunk,
     Document,
@@ -31,7 +31,7 @@ from nemo_longctx.instruct.chunking import (
     read_documents,
     token_ends,
 )
-from nemo_longctx.instruct.client import Call, Completer
+from nemo_longctx.instruct.client import OMITTABLE, Call, Completer
 from nemo_longctx.instruct.dedup import NearDuplicates
 from nemo_longctx.instruct.journal import Journal
 from nemo_longctx.instruct.prompts import KINDS, PromptSet, parse_pair, parse_verdict
@@ -61,6 +61,8 @@ class GenerateConfig:
         stop_after_malformed: stop the run after so many replies out of form with none in form between them.
         text_key, id_key: fields of a document's text and name.
         seed: of the draw of question kinds and chunks, and of the model's sampling where the server honours one.
+        extra_body: JSON object that goes into each request, as {"chat_template_kwargs": {"enable_thinking": false}}.
+        omit: fields that the server does not take, by comma: temperature, seed, max_tokens (for which max_completion_tokens goes).
     """
 
     documents: Path
@@ -78,8 +80,11 @@ class GenerateConfig:
     text_key: str = "text"
     id_key: str = "id"
     seed: int = 1234
+    extra_body: str = ""
+    omit: str = ""
 
     def __post_init__(self):
+        self._check_request()
         for name in ("target_length", "max_answer_tokens", "form_attempts", "stop_after_malformed"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
@@ -97,6 +102,17 @@ class GenerateConfig:
             raise ConfigError("temperature", self.temperature, "must be a number that is not negative")
         if not self.model:
             raise ConfigError("model", self.model, "name the model as the server knows it")
+
+    def _check_request(self):
+        try:
+            extra = json.loads(self.extra_body) if self.extra_body else {}
+        except ValueError as error:
+            raise ConfigError("extra_body", self.extra_body, f"is not JSON ({error})") from None
+        if not isinstance(extra, dict):
+            raise ConfigError("extra_body", self.extra_body, "give a JSON object of request fields")
+        for name in filter(None, (part.strip() for part in self.omit.split(","))):
+            if name not in OMITTABLE:
+                raise ConfigError("omit", name, f"cannot be left out of a request, {did_you_mean(name, OMITTABLE)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +275,8 @@ class Generation:
             temperature=temperature,
             seed=item.seed + attempt,
             attempt=attempt,
+            extra=self.config.extra_body,
+            omit=tuple(name.strip() for name in self.config.omit.split(",") if name.strip()),
         )
 
     def _drop(self, item: Item, reason: str, **facts: object) -> None:

@@ -79,15 +79,28 @@ class FormError(ValueError):
         self.reason = reason
 
 
+def without_thoughts(text: str) -> str:
+    """What a reasoning model says after its thoughts: `<think>...</think>`, whose opening tag some servers keep back."""
+    return re.sub(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*\Z", "", text, flags=re.DOTALL | re.IGNORECASE)
+
+
 def parse_fields(text: str, names: tuple[str, ...]) -> dict[str, str]:
-    """The content of each `<name>...</name>`, strictly: each tag exactly once, none nested, none empty.
+    """The content of each `<name>...</name>`: each tag exactly once in any case, none nested, none empty.
+
+    Thoughts in front are left out, and the last tag may stay open: a model that ends its turn has ended it.
 
     Raises:
         FormError: `no_tags`, `missing_NAME`, `repeated_NAME`, `nested_tags` or `empty_NAME`.
     """
+    text = re.sub(
+        rf"<(/?)\s*({'|'.join(names)})\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", without_thoughts(text), flags=re.I
+    )
     tags = re.findall(rf"</?(?:{'|'.join(names)})>", text)
     if not tags:
         raise FormError("no_tags")
+    if tags.count(tags[-1]) == 1 and not tags[-1].startswith("</"):
+        tags.append(f"</{tags[-1][1:]}")
+        text += tags[-1]
     for name in names:
         opened, closed = tags.count(f"<{name}>"), tags.count(f"</{name}>")
         if not opened or not closed:

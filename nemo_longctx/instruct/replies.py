@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.instruct.client import Call, CallError, Completer
+from nemo_longctx.instruct.client import FILTERED, LENGTH, REFUSAL, Call, CallError, Completer
 from nemo_longctx.instruct.journal import Journal, Reply
 from nemo_longctx.instruct.prompts import FormError
 
@@ -152,8 +152,11 @@ class Asker:
                 if failure.refused:
                     self._count_useless("refused")
                 return Outcome(reason="refused" if failure.refused else "unanswered", said=str(failure))
+            if reply.finish_reason in (FILTERED, REFUSAL):
+                self._count_useless(reply.finish_reason)
+                return Outcome(reason="refused", said=f"{reply.finish_reason}: {reply.text}"[:300])
             try:
-                if reply.finish_reason == "length":
+                if reply.finish_reason == LENGTH:
                     raise FormError("cut_off")
                 value = parse(reply.text)
             except FormError as error:

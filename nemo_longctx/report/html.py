@@ -20,6 +20,7 @@ tr:hover td{background:#fafaf7}
 th:first-child,td:first-child{text-align:left}p.note{color:#555;max-width:46rem}
 nav{columns:2;margin:1rem 0 0;padding:0}nav a{display:block;color:#0072B2;text-decoration:none}
 nav a:hover{text-decoration:underline}
+@media(max-width:40rem){body{padding:0 .75rem}nav{columns:1}nav a{padding:.3rem 0}}
 pre{background:#f6f6f4;padding:.8rem 1rem;overflow-x:auto;font-size:12px}summary{cursor:pointer;color:#0072B2}
 """
 
@@ -60,7 +61,9 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
             parts.append(f"<details><summary>show</summary><pre>{html.escape(section.code)}</pre></details>")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = '<!doctype html><html lang="en"><meta charset="utf-8">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     path.write_text(head + "\n".join(parts) + "</html>\n", encoding="utf-8")
     return path
 

@@ -149,3 +149,16 @@ def test_errors_of_zero_are_refused_and_missing_ones_told(tmp_path, capsys):
     write(tmp_path / "blank.csv", ["c", "loss", "se"], [(*rows[0][:2], ""), *rows[1:]])
     assert main(["fit-context", str(tmp_path / "blank.csv"), "--bootstrap", "50"]) == 0
     assert f"residuals (1 of {len(rows)} points have no standard error)" in capsys.readouterr().out
+
+
+def test_each_model_is_fitted_for_itself(tmp_path, capsys):
+    """One whose loss rises has no fit; the others have theirs."""
+    rows = ["model,context,loss"]
+    for n in CONTEXTS:
+        rows += [f"falls,{n},{paper_curve('7B')[list(CONTEXTS).index(n)]}", f"rises,{n},{n**0.1}"]
+    (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
+    assert main(["fit-context", str(tmp_path / "m.csv"), "--bootstrap", "0"]) == 0
+    record = json.loads((tmp_path / "m.fit.json").read_text())
+    assert record["falls"]["beta"] > 0
+    assert "does not fall" in record["rises"]["no_fit"]
+    assert "rises: no fit: the loss does not fall" in capsys.readouterr().out

@@ -32,6 +32,7 @@ class Behaviour:
     status: int | None = None  # every reply is this error
     odd: dict | None = None  # fields that stand in every completion in place of the usual ones
     accept_key: str | None = None
+    takes_not: tuple[str, ...] = ()  # fields of a request that are refused, in the words of servers of reasoning models
     delay_s: float = 0.0
     hang_s: float = 3.0
     arrivals: Counter = field(default_factory=Counter)
@@ -79,6 +80,10 @@ class Handler(BaseHTTPRequestHandler):
         if how.accept_key and self.headers["Authorization"] != f"Bearer {how.accept_key}":
             said = f"Incorrect API key provided: {self.headers['Authorization']}"
             return self.send(401, {"error": {"message": said, "code": "invalid_api_key"}})
+        refused = next((name for name in how.takes_not if name in body), None)
+        if refused:
+            said = f"Unsupported parameter: '{refused}' is not supported with this model."
+            return self.send(400, {"error": {"message": said, "code": "unsupported_parameter"}})
         if how.status:
             return self.send(how.status, {"error": {"message": "this model's maximum context length is 8 tokens"}})
         if arrival <= how.most_faults and draw("fault", key, arrival) < how.fault_rate:

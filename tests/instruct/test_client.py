@@ -1,6 +1,7 @@
 """The client against a real server: every fault is retried, and what cannot be mended is said at once, without the key."""
 
 import asyncio
+import dataclasses
 import time
 
 import pytest
@@ -179,3 +180,47 @@ def test_bad_settings(settings, said):
     with pytest.raises(ConfigError, match=said) as error:
         ClientConfig(**settings)
     assert "secret" not in str(error.value)
+
+
+def odd(content, finish, **message):
+    message = {"role": "assistant", "content": content, **message}
+    return Behaviour(odd={"choices": [{"index": 0, "message": message, "finish_reason": finish}]})
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "text", "finish"),
+    [
+        (odd(None, "length"), "", "length"),
+        (odd(None, "content_filter"), "", "content_filter"),
+        (odd(None, "stop", refusal="I cannot help."), "I cannot help.", "refusal"),
+        (odd("cut", "length"), "cut", "length"),
+    ],
+)
+def test_a_paid_answer_without_text_is_an_answer(behaviour, text, finish):
+    with serve(behaviour) as url:
+        (reply,), faults = complete(ClientConfig(endpoint=url), call())
+    assert (reply.text, reply.finish_reason, reply.completion_tokens) == (text, finish, 10)
+    assert len(behaviour.bodies) == 1
+    assert not faults
+
+
+def test_a_server_without_some_fields_is_asked_without_them():
+    behaviour = Behaviour(takes_not=("max_tokens", "temperature"))
+    with serve(behaviour) as url:
+        replies, faults = complete(ClientConfig(endpoint=url), call(), call("Here is the part: C d."))
+    assert [reply.finish_reason for reply in replies] == ["stop", "stop"]
+    assert len(behaviour.bodies) == 4  # each field is told once, and never sent again
+    last = behaviour.bodies[-1]
+    assert last["max_completion_tokens"] == 9
+    assert not {"max_tokens", "temperature"} & set(last)
+    assert not faults
+
+
+def test_what_is_added_and_left_out_by_option():
+    behaviour, asked = Behaviour(), dataclasses.replace(call(), extra='{"think": false}', omit=("temperature", "max_tokens"))
+    with serve(behaviour) as url:
+        complete(ClientConfig(endpoint=url), asked)
+    (sent,) = behaviour.bodies
+    assert (sent["think"], sent["max_completion_tokens"]) == (False, 9)
+    assert not {"max_tokens", "temperature"} & set(sent)
+    assert len({call().key, asked.key, dataclasses.replace(asked, extra="").key, dataclasses.replace(asked, omit=()).key}) == 4

@@ -11,6 +11,7 @@ from browser import BINARY, browser
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 from nemo_longctx.instruct.compare import OUTCOMES, compare_files, page_html, read_votes, tabulate
+from nemo_longctx.report.html import Section, write_page
 
 NASTY = "</script><script>document.title='owned'</script> <b>bold</b> & é 🚢 \u2028"
 
@@ -194,3 +195,38 @@ def test_one_sided_votes_still_have_an_interval():
     assert (win.share, win.high, loss.share, loss.low) == (1.0, 1.0, 0.0, 0.0)
     assert 0.8 < win.low < 0.9  # Wilson, 20 of 20: 0.839
     assert loss.high == pytest.approx(1 - win.low)
+
+
+LONG = "word " * 2000
+
+
+def test_both_pages_are_made_for_a_phone_too(files, tmp_path):
+    report = write_page(tmp_path / "report.html", "Report", [Section(heading="One")]).read_text(encoding="utf-8")
+    vote = page_html(compare_files(*files, seed=1))
+    for page in (report, vote):
+        assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "#votes { position: sticky; bottom: 0;" in vote
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BINARY is None, reason="no Chromium here")
+def test_both_pages_on_a_phone(tmp_path):
+    """At 390 px nothing is off the edge, and the votes are in reach while long answers are read."""
+    for name in "ab":
+        rows = [{"id": "1", "prompt": LONG, "response": LONG + name}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = compare_files(tmp_path / "a.jsonl", tmp_path / "b.jsonl", seed=1)
+    (tmp_path / "vote.html").write_text(page_html(comparison), encoding="utf-8")
+    table = [[f"column {n}" for n in range(12)], [1.0] * 12]
+    write_page(tmp_path / "report.html", "Report", [Section(heading="Wide", table=table, code="x" * 500)] * 3)
+    with browser(tmp_path / "profile") as tab:
+        tab.open(tmp_path / "vote.html", tmp_path)
+        tab.command("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+        tab.reload()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        edges = "[...document.querySelectorAll('input,button')].map(e => e.getBoundingClientRect().right)"
+        assert tab.evaluate(f"Math.max(...{edges})") <= 390
+        assert tab.evaluate("document.getElementById('votes').getBoundingClientRect().bottom") <= 844
+        tab.command("Page.navigate", url=(tmp_path / "report.html").as_uri())
+        tab.reload()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390

@@ -56,12 +56,10 @@ def test_pair_in_form():
     [
         ("What? This.", "no_tags"),
         ("<question>What?</question>", "missing_answer"),
-        ("<question>What?</question><answer>cut", "missing_answer"),
         ("<question>What?</question><answer> \n</answer>", "empty_answer"),
         ("<question>a</question><question>b</question><answer>c</answer>", "repeated_question"),
         ("<question>What?<answer>This.</answer></question>", "nested_tags"),
         ("</question>What?<question><answer>This.</answer>", "nested_tags"),
-        ("<Question>What?</Question><answer>This.</answer>", "missing_question"),
     ],
 )
 def test_pair_out_of_form(text, reason):
@@ -75,3 +73,22 @@ def test_verdicts():
     assert parse_verdict("<verdict>incorrect</verdict><reason>Wrong year.</reason>") == (False, "Wrong year.")
     with pytest.raises(FormError, match="unknown_verdict"):
         parse_verdict("<reason>Stated.</reason><verdict>not correct</verdict>")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>Shall I? <question>no</question></think>\n<question>What?</question><answer>This.</answer>",
+        "Shall I? </think><question>What?</question><answer>This.</answer>",  # the server keeps the opening tag back
+        "<Question>What?</QUESTION>\n<Answer>This.</answer>",
+        "<question>What?</question>\n<answer>This.",
+        "< question >What?</question ><answer>This.</answer>",
+    ],
+)
+def test_replies_of_other_peoples_models_are_read(text):
+    assert parse_pair(text) == ("What?", "This.")
+
+
+def test_nothing_but_thoughts_is_no_reply():
+    with pytest.raises(FormError, match="no_tags"):
+        parse_pair("<think><question>What?</question><answer>This.</answer>")
