@@ -62,7 +62,7 @@ class GenerateConfig:
         text_key, id_key: fields of a document's text and name.
         seed: of the draw of question kinds and chunks, and of the model's sampling where the server honours one.
         extra_body: JSON object that goes into each request, as {"chat_template_kwargs": {"enable_thinking": false}}.
-        omit: fields that the server does not take, by comma: temperature, seed, max_tokens (for which max_completion_tokens goes).
+        omit: fields that the server does not take, by comma: temperature, seed, max_tokens (or rather max_completion_tokens).
     """
 
     documents: Path
