@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import platform
 import re
@@ -157,9 +158,39 @@ def _transformer_engine() -> Capability:
     return Capability(name=name, available=False, detail="not installed", cost=cost, remedy=remedy)
 
 
+# Before its version 2.1 flash-attn aligned the first query with the first key.
+FLASH_ATTN_ALIGNED = (2, 1)
+
+
+@functools.cache
+def flash_attention() -> str | None:
+    """The module with FlashAttention's varlen kernel: `flash_attn_interface` (3), else `flash_attn` (from 2.1 on), or None.
+
+    flash-attn 4 puts its own kernels into the same name without a package around them (`flash_attn/cute`): a `flash_attn` that
+    is only such a folder has no varlen kernel of this signature, and neither has one without a release of its own.
+    """
+    if _is_module("flash_attn_interface"):
+        return "flash_attn_interface"
+    if not _is_module("flash_attn"):
+        return None
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return None
+    numbers = tuple(int(part) if part.isdecimal() else 0 for part in version.split(".")[:2])
+    return "flash_attn" if numbers >= FLASH_ATTN_ALIGNED else None
+
+
+def _is_module(name: str) -> bool:
+    """Whether `name` is a module or package with code of its own, not a folder that only others put theirs in."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def _flash_attn() -> Capability:
-    if has_module("flash_attn"):
-        return Capability(name="flash-attn", available=True, detail=_version("flash-attn"))
+    if flash_attention():
+        detail = "FlashAttention 3" if flash_attention() == "flash_attn_interface" else _version("flash-attn")
+        return Capability(name="flash-attn", available=True, detail=detail)
     cost = "packed documents run on torch's varlen kernel instead of flash-attn's; whole windows lose nothing"
     remedy = "on a CUDA machine: pip install --no-build-isolation 'nemo-longctx[flash]'"
     return Capability(name="flash-attn", available=False, detail="not installed", cost=cost, remedy=remedy)

@@ -53,6 +53,9 @@ def context_parallel_attention(
     if chosen is not None:
         segments = _in_turn(segments)
 
+    if not torch.is_grad_enabled() or not seen.requires_grad or not gathers_again(q_BNHD.device, q_BNHD.dtype):
+        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
+
     # Which of k (0) and v (1) a saved tensor is shows by where it lies; the tensors themselves would be kept by the closure.
     places = [(part.data_ptr(), part.numel()) for part in seen]
 
@@ -70,8 +73,6 @@ def context_parallel_attention(
             again.update(enumerate(_select(_gather(kv_2BNKD.detach(), group, windows), chosen)))
         return again.pop(part).view(shape)
 
-    if not torch.is_grad_enabled() or not seen.requires_grad:
-        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
 
@@ -79,6 +80,15 @@ def context_parallel_attention(
 def keys_by_segment(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel for these tensors wants the keys of each segment one after another, shared ones repeated."""
     return backend_name(device, dtype, segmented=True).endswith("varlen")
+
+
+def gathers_again(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for these tensors saves keys and values whole, on every rank alike, so that the backward may gather.
+
+    SDPA saves those of each segment, and of a segment that spans the window it saves the whole: on that rank alone, which would
+    then wait for the others in the backward for good. No collective may depend on what a rank itself holds.
+    """
+    return backend_name(device, dtype, segmented=True) != "sdpa"
 
 
 def _select(kv_2BTKD: torch.Tensor, segments: tuple[Segment, ...] | None) -> torch.Tensor:

@@ -13,9 +13,10 @@ D head size. Heads stay where the model has them, before the head size; nothing 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,16 +24,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nemo_longctx.attention.cpu_kernel import cpu_segment_attention
 from nemo_longctx.attention.documents import Segment
+from nemo_longctx.capability import flash_attention
 from nemo_longctx.config import ConfigError
 
 # Every kernel of torch but `math`, which builds the score matrix; where none of these fits, torch raises.
 LINEAR_MEMORY_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-
-
-@functools.cache
-def flash_attn_installed() -> bool:
-    """Whether the flash-attn package can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def backend_name(device: torch.device, dtype: torch.dtype, *, segmented: bool) -> str:
@@ -41,7 +37,7 @@ def backend_name(device: torch.device, dtype: torch.dtype, *, segmented: bool) -
     if device.type == "cpu":
         return "cpu-flash"
     if segmented and dtype in (torch.float16, torch.bfloat16):
-        return "flash-attn-varlen" if flash_attn_installed() else "torch-varlen"
+        return "flash-attn-varlen" if flash_attention() else "torch-varlen"
     return "sdpa"
 
 
@@ -112,12 +108,16 @@ def _sdpa_segments(
 ) -> torch.Tensor:
     """Public SDPA, one call a segment. `causal_lower_right` is a marker for the kernels, no mask in memory."""
     outs = []
-    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    shared = q_BSHD.shape[2] // k_BTKD.shape[2]
+    # In float32 only the memory-efficient kernel runs on CUDA, and it takes no grouped queries: it gets each key's copies.
+    copies = shared if q_BSHD.dtype in (torch.float32, torch.float64) else 1
+    grouped = shared > copies
     queries = q_BSHD.split([s.q_end - s.q_start for s in segments], dim=1)
     with sdpa_kernel(LINEAR_MEMORY_KERNELS):
         for segment, q in zip(segments, queries, strict=True):
-            k = k_BTKD[:, segment.k_start : segment.k_end].transpose(1, 2)
-            v = v_BTKD[:, segment.k_start : segment.k_end].transpose(1, 2)
+            k, v = (x[:, segment.k_start : segment.k_end].transpose(1, 2) for x in (k_BTKD, v_BTKD))
+            if copies > 1:
+                k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
             square = segment.prefix == 0
             mask = None if square else causal_lower_right(q.shape[1], k.shape[2])
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -144,21 +144,16 @@ def _varlen(
     else:
         k_packed = torch.cat([k_BTKD[:, s.k_start : s.k_end] for s in segments], dim=1)
         v_packed = torch.cat([v_BTKD[:, s.k_start : s.k_end] for s in segments], dim=1)
-    q_lengths = [s.q_end - s.q_start for s in segments] * B
-    k_lengths = [s.k_end - s.k_start for s in segments] * B
-    cu_q, cu_k = (
-        torch.nn.functional.pad(
-            torch.tensor(lengths, dtype=torch.int32, device=q_BSHD.device).cumsum(0, dtype=torch.int32), (1, 0)
-        )
-        for lengths in (q_lengths, k_lengths)
-    )
+    q_lengths = tuple(s.q_end - s.q_start for s in segments) * B
+    k_lengths = tuple(s.k_end - s.k_start for s in segments) * B
+    cu_q, cu_k = device_boundaries(q_lengths, q_BSHD.device), device_boundaries(k_lengths, q_BSHD.device)
     q_NHD, k_MKD, v_MKD = q_BSHD.flatten(0, 1), k_packed.flatten(0, 1), v_packed.flatten(0, 1)
     if use_flash_attn:
-        from flash_attn import flash_attn_varlen_func
-
-        out_NHD = flash_attn_varlen_func(
+        out_NHD = _flash_varlen()(
             q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths), softmax_scale=scale, causal=True
         )
+        if isinstance(out_NHD, tuple):  # some releases of 3 hand on the logsumexp as well
+            out_NHD = out_NHD[0]
     else:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -168,3 +163,18 @@ def _varlen(
             scale=scale, window_size=(-1, 0), enable_gqa=k_BTKD.shape[2] != H,
         )  # fmt: skip
     return out_NHD.view(B, S, H, D)
+
+
+@functools.lru_cache(maxsize=32)
+def device_boundaries(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Running ends of `lengths` with a leading 0, int32 on `device`.
+
+    Kept for a few micro batches: every layer, forward and computed again, asks for the same ones, and each copy to the device
+    would make the host wait.
+    """
+    return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _flash_varlen() -> Callable[..., Any]:
+    return importlib.import_module(str(flash_attention())).flash_attn_varlen_func

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nemo_longctx.attention import context_parallel
+from nemo_longctx.attention import context_parallel, core
 from nemo_longctx.attention import loss as loss_module
 from nemo_longctx.attention.context_parallel import slice_zigzag
 from nemo_longctx.attention.core import causal_attention
@@ -80,10 +80,28 @@ def loss_problem():
     return hidden, weight, torch.randint(0, 64, (150,), generator=generator), (torch.arange(150) % 3 > 0).float()
 
 
+def float32_on_cuda(rank, size, case):
+    """As CUDA does it in float32: SDPA, segment by segment; one rank's last may span the window, the other's does not."""
+    chosen = context_parallel.backend_name, core.backend_name
+    context_parallel.backend_name = core.backend_name = lambda *args, **kwargs: "sdpa"
+    context_parallel.keys_by_segment = lambda device, dtype: False
+    cu_seqlens, window = CASES[case]
+    q, k, v, grad = (share(x, rank, size, window) for x in tensors())
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    segments = context_parallel_segments(cu_seqlens, window, rank, size)
+    out = context_parallel.context_parallel_attention(
+        *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window
+    )
+    grads = torch.autograd.grad(out, leaves, grad)
+    context_parallel.backend_name, core.backend_name = chosen
+    return [x.detach().numpy() for x in (out, *grads)]
+
+
 def both_on_rank(rank, size):
     """Everything in one pair of processes: starting them costs more than what they compute."""
     cases = [(case, by_segment) for case in CASES for by_segment in (False, True)]
-    return {key: attention_on_rank(rank, size, *key) for key in cases}, loss_on_rank(rank, size)
+    attention = {key: attention_on_rank(rank, size, *key) for key in cases}
+    return attention, loss_on_rank(rank, size), {case: float32_on_cuda(rank, size, case) for case in CASES}
 
 
 def test_two_ranks_equal_one_process():
@@ -99,6 +117,9 @@ def test_two_ranks_equal_one_process():
                 expected_share = share(other, rank, 2, window).numpy()
                 assert np.linalg.norm(mine - expected_share) < 1e-6 * np.linalg.norm(expected_share)
             assert freed == [True, True], "gathered keys and values are kept for the backward"
+        for rank, (_, _, forced) in enumerate(ranks):
+            for mine, other in zip(forced[case], expected, strict=True):
+                np.testing.assert_allclose(mine, share(other, rank, 2, window).numpy(), rtol=1e-4, atol=1e-5)
     check_loss([rank[1] for rank in ranks])
 
 
