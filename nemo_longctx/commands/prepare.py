@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 from dataclasses import fields
 from typing import Any
 
-from nemo_longctx.data.readers import FORMATS
+from nemo_longctx.data.inputs import FORMATS
 
 EPILOG = """\
 examples:
@@ -18,6 +19,8 @@ examples:
 
 Killed at any moment, the same command goes on and ends with the same bytes. PREFIX.json says how the corpus was made;
 PREFIX.rejected.tsv lists every record left out, with its file, line and reason. A special token spelled in a text is text.
+Read are JSONL, .json arrays, CSV, Parquet, Arrow and text, plain or in .gz, .zst, .bz2, .xz; of a directory, the files of
+records, or else its texts; what is passed over is told. s3://, gs://, hf://datasets/... and the like are read through fsspec.
 """
 
 
@@ -30,12 +33,17 @@ def size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    """`title?,meta.text` -> its parts; one that holds a comma stands in double quotes."""
+    return tuple(next(csv.reader([text]), ()))
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="JSONL (.gz, .zst), Parquet or text files, or directories of them"
+        "inputs", nargs="+", metavar="INPUT", help="files of records or text, directories of them, or URLs of either"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="Hugging Face name or directory")
@@ -43,14 +51,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE on the input, save it there"
     )
     parser.add_argument("--train-tokenizer-bytes", type=size, metavar="SIZE", help="text to train it on (default 16MiB)")
-    parser.add_argument("--keys", type=lambda text: tuple(text.split(",")), help="texts of a record, joined (default: text)")
+    parser.add_argument(
+        "--keys", type=_keys, help="texts of a record, joined (default: text); a.b is b within a, title? may be missing"
+    )
     parser.add_argument(
         "--glob", dest="globs", action="append", help="which files of directories, e.g. '*.txt'; may be repeated"
     )
     parser.add_argument("--format", choices=("auto", *FORMATS), help="of all input (default: by each file's name)")
+    parser.add_argument(
+        "--bos", action="store_true", default=None, help="begin documents with the tokenizer's bos_token, as the Llama family's"
+    )
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, help="end documents with a token (default: yes)")
     parser.add_argument("--eod-token", metavar="TOKEN", help="which one (default: the tokenizer's eos_token)")
     parser.add_argument("--on-error", choices=("fail", "skip"), help="at a bad record (default: fail)")
+    parser.add_argument(
+        "--replace-invalid",
+        action="store_true",
+        default=None,
+        help="U+FFFD for what is no Unicode text, rather than a bad record",
+    )
     parser.add_argument("--holdout", type=float, metavar="SHARE", help="share of documents for PREFIX_holdout (default 0)")
     parser.add_argument("--max-input-bytes", type=size, metavar="SIZE", help="a random choice of whole files, up to this size")
     parser.add_argument("--seed", type=int, help="of the holdout and that choice (default 1234)")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, tokenize_shard
+from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, place_of, tokenize_shard
 
 Done = Iterator[tuple[ShardJob, ShardReport]]
 
@@ -39,11 +39,11 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
         progress(*(new - old for new, old in zip(now, told, strict=True)))
         told[:] = now
 
+    running: dict[Any, ShardJob] = {}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counters, stop))
     try:
         # Only a few jobs wait in the pool: a million shards need no million futures.
         todo = iter(jobs)
-        running: dict[Any, ShardJob] = {}
         while True:
             for job in _next(todo, 2 * workers - len(running)):
                 with _interrupt_held_back():
@@ -55,8 +55,11 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
             for future in done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
-        mend = "a worker process was killed (out of memory?); use fewer, and the same command goes on from here"
-        raise ConfigError("workers", workers, mend) from error
+        started = list(running.values())[:workers]  # jobs are begun in their order
+        where = " and ".join(place_of(job) for job in started)
+        mend = "use fewer" if workers > 1 else "free memory, or leave that document out"
+        what = f"a worker process was killed (out of memory?) at or soon after {where}"
+        raise ConfigError("workers", workers, f"{what}; {mend}, and the same command goes on from here") from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

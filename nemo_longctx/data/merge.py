@@ -13,6 +13,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import IndexedCorpus
+from nemo_longctx.data.inputs import printable, shown
 from nemo_longctx.data.shards import ShardJob, ShardReport
 from nemo_longctx.data.writer import sync, write_index
 from nemo_longctx.files import write_text
@@ -102,8 +103,9 @@ def _publish_notes(output: str, made: dict[str, Any], reports: Sequence[ShardRep
     """OUTPUT.json, OUTPUT_holdout.json, and OUTPUT.rejected.tsv: each record left out, with its file, line and reason."""
     for name in output_names(output, made["settings"]["holdout"] > 0).values():
         write_text(f"{name}.json", json.dumps(made, indent=1) + "\n")
-    lines = [f"{path}\t{line}\t{reason}\n" for report in reports for path, line, reason in report.bad]
-    lines += [f"{path}\t{line}\tempty\n" for report in reports for path, line in report.empty]
+    rejected = [(path, line, reason) for report in reports for path, line, reason in report.bad]
+    rejected += [(path, line, "empty") for report in reports for path, line in report.empty]
+    lines = [f"{shown(path)}\t{line}\t{printable(reason)}\n" for path, line, reason in rejected]
     if lines:
         write_text(f"{output}.rejected.tsv", "".join(lines))
     else:

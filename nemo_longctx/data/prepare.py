@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.data.corpus import token_dtype
+from nemo_longctx.data.corpus import open_corpus, token_dtype
 from nemo_longctx.data.engines import ENGINES
-from nemo_longctx.data.merge import is_shard_directory, own_files, publish_merged, publish_shards
-from nemo_longctx.data.readers import FORMATS, Part, find_files, format_of, read_part, split_file
+from nemo_longctx.data.inputs import FORMATS, Found, find_files, format_of, is_url, shown, size_of, stamp_of
+from nemo_longctx.data.long_text import pieces_of
+from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
+from nemo_longctx.data.readers import Part, read_part, split_file
 from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, bad_record, is_held_out, load_report
-from nemo_longctx.data.tokenization import TokenizerInfo, check_vocab_size, load_tokenizer, train_bpe, trained_with
+from nemo_longctx.data.tokenization import TokenizerInfo, check_vocab_size, load_tokenizer, read_back, train_bpe, trained_with
 from nemo_longctx.data.writer import explain_full_disk
 
 _MIB = 1 << 20
@@ -38,16 +40,18 @@ class PrepareConfig:
     """Settings of `prepare`.
 
     Attributes:
-        inputs: files, or directories (see `readers.find_files`).
+        inputs: files, or directories (see `inputs.find_files`), or URLs of either, read through fsspec.
         output: prefix of the corpus, without .bin or .idx; `OUTPUT_holdout` is the holdout's.
         tokenizer: directory or Hugging Face name; with `train_tokenizer`, the directory to save the new one in.
         train_tokenizer: vocabulary of a byte-level BPE to train on the input; None uses `tokenizer` as it is.
         train_tokenizer_bytes: how much text to train it on, spread evenly over the input; None is 16 MiB.
-        keys: which texts of a JSONL or Parquet record; several are joined by an empty line.
+        keys: which texts of a record; several are joined by an empty line, one that ends in `?` may be missing.
         globs: which files of the directories.
-        format: one of `readers.FORMATS`, or `auto`: by the file's name.
+        format: one of `inputs.FORMATS`, or `auto`: by the file's name.
+        bos: begin each document with the tokenizer's `bos_token`.
         append_eod: end each document with `eod_token` (by default the tokenizer's `eos_token`).
         on_error: `fail` at the first bad record, or `skip` and list them.
+        replace_invalid: put U+FFFD for bytes that are not UTF-8 and for half a surrogate pair, rather than call a record bad.
         holdout: share of the documents, by a hash of their text, for the holdout corpus.
         max_input_bytes: take whole files, in an order drawn from `seed`, until they hold so much; None takes all.
         seed: of the holdout and the choice of files.
@@ -69,9 +73,11 @@ class PrepareConfig:
     keys: tuple[str, ...] = ("text",)
     globs: tuple[str, ...] = ()
     format: str = "auto"
+    bos: bool = False
     append_eod: bool = True
     eod_token: str | None = None
     on_error: str = "fail"
+    replace_invalid: bool = False
     holdout: float = 0.0
     max_input_bytes: int | None = None
     seed: int = 1234
@@ -134,12 +140,18 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
     """
     output = os.path.abspath(config.output)
     work = Path(f"{output}.work")
-    sources = _sources(config, output)
+    found = _find(config, output)
+    if found.passed_over or len(found.files) > 1:
+        say(found.summary())
+    sources = _sources(config, found.files)
     with explain_full_disk(str(work)), _locked(work):
         tokenizer = _tokenizer(config, sources, say)
         if config.append_eod and tokenizer.eod_id is None:
             mend = "it has no eos_token to end documents with; name one by --eod-token, or use --no-append-eod"
             raise ConfigError("tokenizer", config.tokenizer, mend)
+        if config.bos and tokenizer.bos_id is None:
+            raise ConfigError("bos", True, f"{config.tokenizer} has no bos_token to begin documents with; leave it out")
+        _tell_plain_added(tokenizer, say)
         plan = _plan_hash(config, sources, tokenizer)
         made = _already_made(config, output, plan)
         if made is not None:
@@ -147,20 +159,38 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
         else:
             jobs = _jobs(config, sources, tokenizer, work, plan, say)
             reports = _run(config, jobs, say, progress)
-            made = _provenance(config, sources, tokenizer, plan, reports)
+            made = _provenance(config, sources, found, tokenizer, plan, reports)
             publish = publish_shards if config.keep_shards else publish_merged
             publish(output, jobs, made, reports)
         shutil.rmtree(work)
+    corpus = open_corpus(output)
+    first = read_back(tokenizer.definition, corpus.tokens(0))
+    say(f"the first document, read back ({int(corpus.lengths[0]):,} tokens): {first!r}")
+    if made.get("added_tokens_spelled"):
+        say(f"added tokens that texts spelled, and that are one id each: {made['added_tokens_spelled']}")
     return made
 
 
-def _sources(config: PrepareConfig, output: str) -> list[list[Part]]:
-    """The input cut into shards: consecutive parts of about the same size in all."""
-    if config.globs and not any(os.path.isdir(path) for path in config.inputs):
+def _tell_plain_added(tokenizer: TokenizerInfo, say: Callable[[str], None]) -> None:
+    if tokenizer.plain_added:
+        some = ", ".join(repr(token) for token in list(tokenizer.plain_added.values())[:5])
+        more = ", ..." if len(tokenizer.plain_added) > 5 else ""
+        say(
+            f"{len(tokenizer.plain_added)} added tokens of the tokenizer are not special: {some}{more}; "
+            "where a text spells one it becomes that one id, and is counted"
+        )
+
+
+def _find(config: PrepareConfig, output: str) -> Found:
+    if config.globs and not any(os.path.isdir(path) or is_url(path) for path in config.inputs):
         mend = "has no effect: no input is a directory, and files that are named are all taken; leave it out"
         raise ConfigError("glob", " ".join(config.globs), mend)
-    paths = find_files(config.inputs, config.globs, exclude=own_files(output))
-    sizes = {path: os.path.getsize(path) for path in paths}
+    return find_files(config.inputs, config.globs, exclude=own_files(output))
+
+
+def _sources(config: PrepareConfig, paths: list[str]) -> list[list[Part]]:
+    """The input cut into shards: consecutive parts of about the same size in all."""
+    sizes = {path: size_of(path) for path in paths}
     if config.max_input_bytes is not None:
         paths = _sample_files(paths, sizes, config.max_input_bytes, config.seed)
     total = sum(sizes[path] for path in paths)
@@ -197,20 +227,47 @@ def _tokenizer(config: PrepareConfig, sources: list[list[Part]], say: Callable[[
         "input": _input_hash(config, sources),
         "tokenizers": version("tokenizers"),
     }
+    with _one_at_a_time(config.tokenizer, say):
+        _train(config, sources, wanted, say)
+    return load_tokenizer(config.tokenizer, config.eod_token)
+
+
+def _train(config: PrepareConfig, sources: list[list[Part]], wanted: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Train the tokenizer, unless the same one is there."""
+    vocab_size = wanted["vocab_size"]
     notes = trained_with(config.tokenizer)
     if notes is None:
         total = sum(part.n_bytes for shard in sources for part in shard)
         amount = min(total, _training_bytes(config))
-        say(f"training a byte-level BPE of {config.train_tokenizer} tokens on {amount / 1e6:.1f} MB of the input")
-        os.makedirs(os.path.dirname(os.path.abspath(config.tokenizer)), exist_ok=True)
-        train_bpe(_sample_texts(config, sources, total), config.train_tokenizer, config.tokenizer, wanted)
+        say(f"training a byte-level BPE of {vocab_size} tokens on {amount / 1e6:.1f} MB of the input")
+        train_bpe(_sample_texts(config, sources, total), vocab_size, config.tokenizer, wanted)
     elif notes != wanted:
         changed = ", ".join(sorted(key for key in wanted if notes.get(key) != wanted[key]))
         mend = (
             f"a tokenizer trained otherwise is there ({changed} differ); name another directory, or leave --train-tokenizer out"
         )
         raise ConfigError("tokenizer", config.tokenizer, mend)
-    return load_tokenizer(config.tokenizer, config.eod_token)
+
+
+@contextmanager
+def _one_at_a_time(directory: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Two runs that train the same tokenizer: the second waits, and finds it. The lock beside it goes with the last."""
+    path = f"{os.path.abspath(directory)}.lock"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another run trains {directory}; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # the run before took its lock away
+            try:
+                yield
+                return
+            finally:
+                os.unlink(path)
 
 
 def _training_bytes(config: PrepareConfig) -> int:
@@ -225,27 +282,32 @@ def _sample_texts(config: PrepareConfig, sources: list[list[Part]], total: int) 
         allowed += share * part.n_bytes
         if taken >= allowed:
             continue
-        for record in read_part(part, config.keys):
+        for record in read_part(part, config.keys, replace=config.replace_invalid):
             if record.error and config.on_error == "fail":
                 raise bad_record(part, record)
-            if not record.error and not is_held_out(record.text, config.holdout, config.seed):
-                yield record.text
-                taken += len(record.text.encode())
+            if record.error or is_held_out(record.text, config.holdout, config.seed):
+                continue
+            for piece in pieces_of(record.text):
+                yield piece
+                taken += len(piece.encode())
                 if taken >= allowed:
                     break
+            if taken >= allowed:
+                break
 
 
 def _input_hash(config: PrepareConfig, sources: list[list[Part]]) -> str:
     """Which bytes are read and which documents they make. A file that was touched since counts as another."""
     stamps = [[asdict(part) for part in shard] for shard in sources]
-    times = {part.path: os.stat(part.path).st_mtime_ns for shard in sources for part in shard}
-    return _hash([stamps, times, config.keys, config.holdout, config.seed])
+    times = {part.path: stamp_of(part.path) for shard in sources for part in shard}
+    return _hash([stamps, times, config.keys, config.replace_invalid, config.holdout, config.seed])
 
 
 def _plan_hash(config: PrepareConfig, sources: list[list[Part]], tokenizer: TokenizerInfo) -> str:
     """Everything that changes a byte of the output, or how it is laid out."""
     eod = tokenizer.eod_id if config.append_eod else None
-    return _hash([_input_hash(config, sources), tokenizer.sha256, eod, config.keep_shards])
+    bos = tokenizer.bos_id if config.bos else None
+    return _hash([_input_hash(config, sources), tokenizer.sha256, bos, eod, config.keep_shards])
 
 
 def _hash(values: Any) -> str:
@@ -264,12 +326,21 @@ def _already_made(config: PrepareConfig, output: str, plan: str) -> dict[str, An
     provenance = Path(f"{output}.json")
     made = json.loads(provenance.read_text("utf-8")) if provenance.is_file() else {}
     if made.get("plan") == plan and not (made["bad_records"] and config.on_error == "fail"):
-        return made
+        return made if _is_whole(config, output, made) else None
     if config.keep_shards and not is_shard_directory(output):
         raise ConfigError("output", config.output, "this directory holds more than shards; name another")
     if config.force:
         return None
     raise ConfigError("output", config.output, "another corpus is there; name another prefix, or replace it with --force")
+
+
+def _is_whole(config: PrepareConfig, output: str, made: dict[str, Any]) -> bool:
+    """Whether the corpora are all there, each with as many documents as the report says."""
+    try:
+        corpora = {split: open_corpus(name) for split, name in output_names(output, config.holdout > 0).items()}
+    except (ConfigError, OSError):
+        return False
+    return all(corpus.n_documents == made["documents"][split] for split, corpus in corpora.items())
 
 
 def _jobs(
@@ -296,11 +367,14 @@ def _jobs(
             parts=tuple(parts),
             directory=str(work),
             keys=config.keys,
+            bos_id=tokenizer.bos_id if config.bos else None,
             eod_id=tokenizer.eod_id if config.append_eod else None,
             dtype=token_dtype(tokenizer.vocab_size).name,
             skip_bad=config.on_error == "skip",
+            replace=config.replace_invalid,
             holdout=config.holdout,
             seed=config.seed,
+            watched=tuple(tokenizer.plain_added),
         )
         for number, parts in enumerate(sources)
     ]
@@ -323,9 +397,19 @@ def _run(
 
 
 def _provenance(
-    config: PrepareConfig, sources: list[list[Part]], tokenizer: TokenizerInfo, plan: str, reports: list[ShardReport]
+    config: PrepareConfig,
+    sources: list[list[Part]],
+    found: Found,
+    tokenizer: TokenizerInfo,
+    plan: str,
+    reports: list[ShardReport],
 ) -> dict[str, Any]:
-    files = {part.path: os.path.getsize(part.path) for shard in sources for part in shard}
+    files = {part.path: size_of(part.path) for shard in sources for part in shard}
+    spelled: dict[str, int] = {}
+    for report in reports:
+        for number, count in report.watched.items():
+            token = tokenizer.plain_added[int(number)]
+            spelled[token] = spelled.get(token, 0) + count
     bad = sum(len(report.bad) for report in reports)
     return {
         "documents": {split: sum(report.documents[split] for report in reports) for split in ("train", "holdout")},
@@ -336,16 +420,21 @@ def _provenance(
             "name": config.tokenizer,
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
+            "bos_token": tokenizer.bos_token if config.bos else None,
+            "bos_id": tokenizer.bos_id if config.bos else None,
             "eod_token": tokenizer.eod_token if config.append_eod else None,
             "eod_id": tokenizer.eod_id if config.append_eod else None,
         },
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "settings": {
-            key: getattr(config, key) for key in ("keys", "globs", "format", "on_error", "holdout", "max_input_bytes")
+            key: getattr(config, key)
+            for key in ("keys", "globs", "format", "on_error", "replace_invalid", "holdout", "max_input_bytes")
         },
         "seed": config.seed,
-        "inputs": list(config.inputs),
-        "source_files": [{"path": path, "bytes": n_bytes} for path, n_bytes in files.items()],
+        "added_tokens_spelled": spelled,
+        "inputs": [shown(path) for path in config.inputs],
+        "source_files": [{"path": shown(path), "bytes": n_bytes} for path, n_bytes in files.items()],
+        "passed_over": {shown(path): why for path, why in found.passed_over.items()},
         "versions": {
             "nemo_longctx": version("nemo-longctx"),
             "python": platform.python_version(),

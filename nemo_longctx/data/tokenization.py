@@ -10,15 +10,18 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -34,6 +37,8 @@ class TokenizerInfo:
         definition: the text of its `tokenizer.json`.
         vocab_size: highest token id + 1, added tokens included.
         eod_token, eod_id: what ends a document; None where it has none.
+        bos_token, bos_id: what may begin one; likewise.
+        plain_added: added tokens that are not special, by id: spelled in a text they become this one id, as everywhere else.
     """
 
     name: str
@@ -41,6 +46,9 @@ class TokenizerInfo:
     vocab_size: int
     eod_token: str | None
     eod_id: int | None
+    bos_token: str | None = None
+    bos_id: int | None = None
+    plain_added: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -58,20 +66,43 @@ def load_tokenizer(name: str, eod_token: str | None = None) -> TokenizerInfo:
     Raises:
         ConfigError: no such tokenizer, none with a fast (Rust) form, a broken one, or an end token outside the vocabulary.
     """
-    tokenizer, eos = _from_directory(name) if os.path.isfile(os.path.join(name, "tokenizer.json")) else _from_transformers(name)
+    if os.path.isfile(os.path.join(name, "tokenizer.json")):
+        tokenizer, named = _from_directory(name)
+    elif os.path.isfile(os.path.join(name, "tokenizer.model")) and not _has_settings(name):
+        tokenizer, named = _from_sentencepiece(name)
+    else:
+        tokenizer, named = _from_transformers(name)
     tokenizer.no_truncation()  # a length limit saved with a tokenizer would cut long documents in silence
     tokenizer.no_padding()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    eod = eod_token or eos
+    if not vocabulary:
+        raise ConfigError("tokenizer", name, "its vocabulary is empty; save the tokenizer again")
+    eod, bos = eod_token or named.get("eos_token"), named.get("bos_token")
     if eod is not None and eod not in vocabulary:
         raise ConfigError("eod_token", eod, f"not in the vocabulary of {name}; name a token that is")
+    definition, plain_added = _with_control_tokens(tokenizer.to_str(), {eod, *named.values()})
     return TokenizerInfo(
         name=name,
-        definition=tokenizer.to_str(),
+        definition=definition,
         vocab_size=max(vocabulary.values()) + 1,
         eod_token=eod,
         eod_id=None if eod is None else vocabulary[eod],
+        bos_token=bos,
+        bos_id=None if bos is None else vocabulary.get(bos),
+        plain_added=plain_added,
     )
+
+
+def _with_control_tokens(definition: str, names: set[str | None]) -> tuple[str, dict[int, str]]:
+    """The definition with the tokens of these names special, so that their spelling in a text is text; and the tokens that
+    are added without being special, white space aside."""
+    values = json.loads(definition)
+    added = values.get("added_tokens") or []
+    wrong = [token for token in added if token["content"] in names and not token["special"]]
+    for token in wrong:
+        token["special"] = True
+    plain = {token["id"]: token["content"] for token in added if not token["special"] and not token["content"].isspace()}
+    return (json.dumps(values, ensure_ascii=False) if wrong else definition), plain
 
 
 def check_hub_name(key: str, name: str) -> None:
@@ -99,7 +130,7 @@ def check_hub_name(key: str, name: str) -> None:
         raise ConfigError(key, name, f"no such directory, and {host} cannot be reached; name a tokenizer's directory") from None
 
 
-def _from_directory(directory: str) -> tuple[Tokenizer, str | None]:
+def _from_directory(directory: str) -> tuple[Tokenizer, dict[str, str]]:
     from tokenizers import Tokenizer
 
     broken = "its {} is broken ({}); save the tokenizer again"
@@ -107,16 +138,62 @@ def _from_directory(directory: str) -> tuple[Tokenizer, str | None]:
         tokenizer = Tokenizer.from_str(Path(directory, "tokenizer.json").read_text("utf-8"))
     except Exception as error:  # the Rust side raises no narrower type
         raise ConfigError("tokenizer", directory, broken.format("tokenizer.json", error)) from error
-    settings_path = Path(directory, "tokenizer_config.json")
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "special_tokens_map.json" and "added_tokens_decoder" in settings:
+            break  # transformers reads the map of older directories only
+        path = Path(directory, name)
+        try:
+            more = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+            if not isinstance(more, dict):
+                raise ValueError("no JSON object")
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("tokenizer", directory, broken.format(name, error)) from error
+        settings |= more
+    named = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
+    if "eos_token" not in named and (settings.get("tokenizer_class") or Path(directory, "config.json").is_file()):
+        named = _class_tokens(directory, set(tokenizer.get_vocab())) | named
+    return tokenizer, {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _class_tokens(directory: str, vocabulary: set[str]) -> dict[str, Any]:
+    """The special tokens that the tokenizer's class has by default, as far as the vocabulary has them."""
+    from transformers import AutoTokenizer
+
     try:
-        settings = json.loads(settings_path.read_text("utf-8")) if settings_path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError("tokenizer", directory, broken.format("tokenizer_config.json", error)) from error
-    eos = settings.get("eos_token")
-    return tokenizer, eos["content"] if isinstance(eos, dict) else eos
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception:  # a class of its own code may raise anything; then the directory alone counts
+        return {}
+    return {key: token for key, token in tokenizer.special_tokens_map.items() if token in vocabulary} if tokenizer else {}
 
 
-def _from_transformers(name: str) -> tuple[Tokenizer, str | None]:
+def _has_settings(directory: str) -> bool:
+    return any(os.path.isfile(os.path.join(directory, name)) for name in ("tokenizer_config.json", "config.json"))
+
+
+def _from_sentencepiece(directory: str) -> tuple[Tokenizer, dict[str, str]]:
+    """A bare `tokenizer.model`: SentencePiece's own settings say what it does."""
+    from transformers import LlamaTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
+
+    path = os.path.join(directory, "tokenizer.model")
+    with _conversion_explained(directory):
+        model = import_protobuf().ModelProto()
+        model.ParseFromString(Path(path).read_bytes())
+        if model.trainer_spec.model_type == 2 and model.trainer_spec.byte_fallback:
+            tokenizer = LlamaTokenizerFast(vocab_file=path).backend_tokenizer
+        else:
+            tokenizer = SpmConverter(SimpleNamespace(vocab_file=path)).converted()
+    spec = model.trainer_spec
+    pieces = {"eos_token": (spec.eos_id, spec.eos_piece), "bos_token": (spec.bos_id, spec.bos_piece)}
+    return tokenizer, {key: piece for key, (number, piece) in pieces.items() if number >= 0}
+
+
+def _from_transformers(name: str) -> tuple[Tokenizer, dict[str, str]]:
     if os.path.exists(name) and not os.path.isdir(name):
         raise ConfigError("tokenizer", name, "this is a file; name the directory that holds tokenizer.json")
     if os.path.isdir(name) and not os.listdir(name):
@@ -126,17 +203,43 @@ def _from_transformers(name: str) -> tuple[Tokenizer, str | None]:
     check_hub_name("tokenizer", name)
     from transformers import AutoTokenizer
 
-    try:
+    with _conversion_explained(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        mend = f"no tokenizer there ({why}); name a directory or a hub name, or train one with --train-tokenizer VOCAB"
-        raise ConfigError("tokenizer", name, mend) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             "tokenizer", name, "it has no fast form; save one with a tokenizer.json (save_pretrained of the fast class)"
         )
-    return tokenizer.backend_tokenizer, tokenizer.eos_token
+    named = {key: getattr(tokenizer, key) for key in ("eos_token", "bos_token", "pad_token", "unk_token")}
+    return tokenizer.backend_tokenizer, {key: value for key, value in named.items() if value is not None}
+
+
+@contextmanager
+def _conversion_explained(name: str) -> Iterator[None]:
+    """Any error while transformers reads or converts a tokenizer, as one sentence.
+
+    Raises:
+        ConfigError: instead of it.
+    """
+    try:
+        yield
+    except Exception as error:  # protobuf, sentencepiece and the Rust side raise types of their own
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        mend = f"no tokenizer there ({why}); name a directory or a hub name, or train one with --train-tokenizer VOCAB"
+        if type(error).__name__ == "VersionError" or isinstance(error, ImportError):
+            mend = f"it cannot be converted ({why}); install sentencepiece and its protobuf, or save a tokenizer.json"
+        raise ConfigError("tokenizer", name, mend) from error
+
+
+def read_back(definition: str, ids: np.ndarray, *, limit: int = 160) -> str:
+    """Tokens as text, special ones spelled out; the middle of more than `limit` is left out."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(definition)
+    if len(ids) <= limit:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    head, tail = ids[: 3 * limit // 4].tolist(), ids[-(limit // 4) :].tolist()
+    left_out = f" [... {len(ids) - len(head) - len(tail):,} tokens ...] "
+    return left_out.join(tokenizer.decode(some, skip_special_tokens=False) for some in (head, tail))
 
 
 @lru_cache(maxsize=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +57,29 @@ class CorpusWriter:
         self._file.write(given.astype(self.dtype, copy=False).tobytes())
         self.lengths.append(given.size)
         self.n_tokens += given.size
+
+    def add_pieces(self, pieces: Iterable[np.ndarray]) -> int:
+        """Append one document that comes in pieces, and give its tokens. An error while they come leaves no part of it.
+
+        Raises:
+            ConfigError: as `add_document`, but a document without tokens is not written, and gives 0.
+        """
+        start, length = self._file.tell(), 0
+        try:
+            for piece in pieces:
+                length += piece.size
+                if length > _LONGEST:
+                    mend = f"more than the {_LONGEST} tokens that the format holds; split it"
+                    raise ConfigError("document", len(self.lengths), mend)
+                self._file.write(piece.astype(self.dtype, copy=False).tobytes())
+        except BaseException:
+            self._file.seek(start)
+            self._file.truncate()
+            raise
+        if length:
+            self.lengths.append(length)
+            self.n_tokens += length
+        return length
 
     def finish(self) -> None:
         """Flush to the disk, write the index, and give both their names.

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.readers import Part, find_files, format_of, lines_before, read_part, split_file
+from nemo_longctx.data.inputs import find_files, format_of
+from nemo_longctx.data.readers import Part, lines_before, read_part, split_file
 
 
 def whole(path, kind):
@@ -150,7 +151,7 @@ def test_directories_yield_data_files_or_what_the_globs_say(tmp_path):
     def found(globs=()):
         return [
             path.removeprefix(f"{tmp_path}/")
-            for path in find_files([str(tmp_path)], globs, exclude={f"{tmp_path}/out.jsonl", f"{tmp_path}/out.work"})
+            for path in find_files([str(tmp_path)], globs, exclude={f"{tmp_path}/out.jsonl", f"{tmp_path}/out.work"}).files
         ]
 
     assert found() == ["a/y.jsonl.gz", "a/z.parquet", "b/x.jsonl"]
