@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import re
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -85,8 +86,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print the report."""
-    import sys
-
     from nemo_longctx.data.prepare import PrepareConfig, prepare
 
     given = {field.name: getattr(args, field.name) for field in fields(PrepareConfig)}
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     config = PrepareConfig(**{name: value for name, value in values.items() if value is not None})
     bars = _Bar()
     try:
-        made = prepare(config, say=lambda line: print(line, file=sys.stderr), progress=bars.open)
+        made = prepare(config, say=bars.say, progress=bars.open)
     finally:
         bars.close()
     if args.json:
@@ -123,6 +122,12 @@ class _Bar:
         rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
         self._bar.set_postfix_str(f"{self._documents:,} docs, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(n_bytes)
+
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bar."""
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:

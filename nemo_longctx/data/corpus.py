@@ -339,6 +339,26 @@ def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return IndexedCorpus(prefixes[0]) if len(prefixes) == 1 else ShardedCorpus(prefixes)
 
 
+def check_begin_tokens(names: Sequence[str], corpora: Sequence[Corpus]) -> None:
+    """That sources which `prepare` wrote agree on whether and how a document begins (`--bos`).
+
+    Raises:
+        ConfigError: two that do not.
+    """
+    known = [
+        (name, corpus.provenance["tokenizer"])
+        for name, corpus in zip(names, corpora, strict=True)
+        if corpus.provenance.get("tokenizer")
+    ]
+    for name, tokenizer in known[1:]:
+        first, expected = known[0][0], known[0][1].get("bos_id")
+        if tokenizer.get("bos_id") != expected:
+            says = {None: "no begin token"}
+            ours, theirs = (says.get(number, f"token {number}") for number in (tokenizer.get("bos_id"), expected))
+            mend = f"its documents begin with {ours}, those of {first} with {theirs}; prepare both with or without --bos"
+            raise ConfigError("data.mix.sources", name, mend)
+
+
 def _allow_open_files(n: int) -> None:
     """Raise the soft limit on open files: Python holds a descriptor for every map.
 

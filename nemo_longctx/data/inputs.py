@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.opening import COMPRESSED, DamagedError, is_url, open_bytes, url_to_fs
 
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "text")
-COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 _FORMAT_OF = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -42,7 +42,6 @@ _OTHER = {
     ),
     **dict.fromkeys((".bin", ".idx"), "Megatron's own corpus; it is prepared already"),
 }
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*(::|://)")
 
 
 @dataclass(kw_only=True)
@@ -57,45 +56,6 @@ class Found:
         taken = f"{len(self.files):,} file{'s' if len(self.files) != 1 else ''} taken"
         why = ", ".join(f"{count:,} {reason}" for reason, count in Counter(self.passed_over.values()).most_common())
         return f"{taken}, {len(self.passed_over):,} passed over{f' ({why})' if why else ''}"
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec reads it."""
-    return _URL.match(path) is not None
-
-
-def url_to_fs(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there.
-
-    Raises:
-        ConfigError: no such scheme, or its package is not installed.
-    """
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            "input", url, f"fsspec cannot read it ({error}); install what it names, or copy the files here"
-        ) from error
-
-
-def size_of(path: str) -> int:
-    """Bytes of a file as it lies there, compressed or not."""
-    if not is_url(path):
-        return os.path.getsize(path)
-    fs, inside = url_to_fs(path)
-    return int(fs.size(inside) or 0)
-
-
-def stamp_of(path: str) -> Any:
-    """Changes when the file does: its time of change, or what its store says for it."""
-    if not is_url(path):
-        return os.stat(path).st_mtime_ns
-    fs, inside = url_to_fs(path)
-    info = fs.info(inside)
-    known = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created", "size")
-    return [str(info[key]) for key in known if info.get(key) is not None]
 
 
 def shown(path: str) -> str:
@@ -227,8 +187,6 @@ def _reason_against(path: str) -> str:
 
 def _json_holds_records(path: str) -> bool:
     """A lone object beside data is settings more often than a record; an array of objects, or JSONL, is data."""
-    from nemo_longctx.data.opening import DamagedError, open_bytes
-
     try:
         with open_bytes(path) as file:
             head = file.read(1 << 16).lstrip()
@@ -304,13 +262,6 @@ def _suffix(path: str) -> str:
     for compression in COMPRESSED:
         stem = stem.removesuffix(compression)
     return os.path.splitext(stem)[1]
-
-
-def compression_of(path: str) -> str:
-    """`.gz`, `.zst`, `.bz2`, `.xz`, or nothing, by the name's end in any case."""
-    lower = path.lower()
-    found = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), "")
-    return ".zst" if found == ".zstd" else found
 
 
 def format_of(path: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
+from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, check_begin_tokens, fingerprints, open_corpus
 
 Balance = Literal["source", "all"]
 OnCap = Literal["error", "renormalize"]
@@ -163,7 +163,9 @@ class Documents:
     @classmethod
     def open(cls, mix: MixConfig) -> Documents:
         """Open the sources of a mix: a few headers, whatever their size."""
-        return cls([source.label for source in mix.sources], [open_corpus(source.path) for source in mix.sources])
+        names, corpora = [source.label for source in mix.sources], [open_corpus(source.path) for source in mix.sources]
+        check_begin_tokens(names, corpora)
+        return cls(names, corpora)
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])

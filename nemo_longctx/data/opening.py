@@ -7,12 +7,17 @@ import codecs
 import gzip
 import io
 import lzma
+import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from nemo_longctx.data.inputs import compression_of, is_url, url_to_fs
+from nemo_longctx.config import ConfigError
+
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*(::|://)")
 
 _BLOCK = 1 << 20
 _LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` writes
@@ -23,6 +28,52 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec reads it."""
+    return _URL.match(path) is not None
+
+
+def url_to_fs(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there.
+
+    Raises:
+        ConfigError: no such scheme, or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            "input", url, f"fsspec cannot read it ({error}); install what it names, or copy the files here"
+        ) from error
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file as it lies there, compressed or not."""
+    if not is_url(path):
+        return os.path.getsize(path)
+    fs, inside = url_to_fs(path)
+    return int(fs.size(inside) or 0)
+
+
+def stamp_of(path: str) -> Any:
+    """Changes when the file does: its time of change, or what its store says for it."""
+    if not is_url(path):
+        return os.stat(path).st_mtime_ns
+    fs, inside = url_to_fs(path)
+    info = fs.info(inside)
+    known = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created", "size")
+    return [str(info[key]) for key in known if info.get(key) is not None]
+
+
+def compression_of(path: str) -> str:
+    """`.gz`, `.zst`, `.bz2`, `.xz`, or nothing, by the name's end in any case."""
+    lower = path.lower()
+    found = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), "")
+    return ".zst" if found == ".zstd" else found
 
 
 class DamagedError(Exception):

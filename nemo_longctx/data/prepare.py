@@ -14,112 +14,27 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus, token_dtype
 from nemo_longctx.data.engines import ENGINES
-from nemo_longctx.data.inputs import FORMATS, Found, find_files, format_of, is_url, shown, size_of, stamp_of
-from nemo_longctx.data.long_text import pieces_of
+from nemo_longctx.data.inputs import Found, find_files, format_of, shown
 from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
-from nemo_longctx.data.readers import Part, read_part, split_file
-from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, bad_record, is_held_out, load_report
-from nemo_longctx.data.tokenization import TokenizerInfo, check_vocab_size, load_tokenizer, read_back, train_bpe, trained_with
+from nemo_longctx.data.opening import is_url, size_of, stamp_of
+from nemo_longctx.data.prepare_config import PrepareConfig
+from nemo_longctx.data.prepare_tokenizer import tokenizer_of
+from nemo_longctx.data.readers import Part, split_file
+from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, load_report
+from nemo_longctx.data.tokenization import TokenizerInfo, read_back
 from nemo_longctx.data.writer import explain_full_disk
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Settings of `prepare`.
-
-    Attributes:
-        inputs: files, or directories (see `inputs.find_files`), or URLs of either, read through fsspec.
-        output: prefix of the corpus, without .bin or .idx; `OUTPUT_holdout` is the holdout's.
-        tokenizer: directory or Hugging Face name; with `train_tokenizer`, the directory to save the new one in.
-        train_tokenizer: vocabulary of a byte-level BPE to train on the input; None uses `tokenizer` as it is.
-        train_tokenizer_bytes: how much text to train it on, spread evenly over the input; None is 16 MiB.
-        keys: which texts of a record; several are joined by an empty line, one that ends in `?` may be missing.
-        globs: which files of the directories.
-        format: one of `inputs.FORMATS`, or `auto`: by the file's name.
-        bos: begin each document with the tokenizer's `bos_token`.
-        append_eod: end each document with `eod_token` (by default the tokenizer's `eos_token`).
-        on_error: `fail` at the first bad record, or `skip` and list them.
-        replace_invalid: put U+FFFD for bytes that are not UTF-8 and for half a surrogate pair, rather than call a record bad.
-        holdout: share of the documents, by a hash of their text, for the holdout corpus.
-        max_input_bytes: take whole files, in an order drawn from `seed`, until they hold so much; None takes all.
-        seed: of the holdout and the choice of files.
-        workers: processes; None is one a core.
-        engine: `processes` or `ray`.
-        keep_shards: leave the shards unmerged, as a directory OUTPUT that `corpus.open_corpus` reads as one.
-        shard_bytes: input per shard; None is 1/64 of the whole, within 1 to 256 MiB.
-        force: replace an output that other settings made.
-
-    Raises:
-        ConfigError: a value out of its range.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    tokenizer: str
-    train_tokenizer: int | None = None
-    train_tokenizer_bytes: int | None = None
-    keys: tuple[str, ...] = ("text",)
-    globs: tuple[str, ...] = ()
-    format: str = "auto"
-    bos: bool = False
-    append_eod: bool = True
-    eod_token: str | None = None
-    on_error: str = "fail"
-    replace_invalid: bool = False
-    holdout: float = 0.0
-    max_input_bytes: int | None = None
-    seed: int = 1234
-    workers: int | None = None
-    engine: str = "processes"
-    keep_shards: bool = False
-    shard_bytes: int | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for key, known in {"format": ("auto", *FORMATS), "on_error": ("fail", "skip"), "engine": tuple(ENGINES)}.items():
-            if getattr(self, key) not in known:
-                raise ConfigError(key, getattr(self, key), did_you_mean(str(getattr(self, key)), known))
-        for key in ("train_tokenizer_bytes", "max_input_bytes", "workers", "shard_bytes"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "use 1 or more")
-        if not 0 <= self.holdout < 1:
-            raise ConfigError("holdout", self.holdout, "a share of the documents, from 0 to below 1")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError("seed", self.seed, "use a number from 0 to 2**63 - 1")
-        if not self.inputs or not self.keys:
-            key = "input" if not self.inputs else "keys"
-            raise ConfigError(key, (), "name at least one")
-        if self.keep_shards:  # a directory, which may be named with a slash at its end
-            object.__setattr__(self, "output", self.output.rstrip("/"))
-        _check_output(self.output)
-        if self.train_tokenizer is not None:
-            check_vocab_size(self.train_tokenizer)
-        elif self.train_tokenizer_bytes is not None:
-            mend = "has no effect without train_tokenizer, the vocabulary of the tokenizer to train; set both or neither"
-            raise ConfigError("train_tokenizer_bytes", self.train_tokenizer_bytes, mend)
-        if not self.append_eod and self.eod_token is not None:
-            raise ConfigError("eod_token", self.eod_token, "it is not appended with append_eod off; drop one of the two")
-
-
-def _check_output(output: str) -> None:
-    """Refuse an output whose files would not lie where its name says."""
-    if output.endswith((".bin", ".idx")):
-        raise ConfigError("output", output, f"is a prefix, to which .bin and .idx are added; name it {output[:-4]!r}")
-    if os.path.basename(output) in ("", ".", ".."):
-        mend = "has no name of its own to which .bin and .idx could be added; put one behind it, say 'data/corpus'"
-        raise ConfigError("output", output, mend)
 
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -145,7 +60,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
         say(found.summary())
     sources = _sources(config, found.files)
     with explain_full_disk(str(work)), _locked(work):
-        tokenizer = _tokenizer(config, sources, say)
+        tokenizer = tokenizer_of(config, sources, _input_hash(config, sources), say)
         if config.append_eod and tokenizer.eod_id is None:
             mend = "it has no eos_token to end documents with; name one by --eod-token, or use --no-append-eod"
             raise ConfigError("tokenizer", config.tokenizer, mend)
@@ -216,84 +131,6 @@ def _sample_files(paths: list[str], sizes: dict[str, int], limit: int, seed: int
     running = np.cumsum([sizes[paths[i]] for i in order])
     chosen = sorted(order[: max(1, int(np.searchsorted(running, limit, side="right")))])
     return [paths[i] for i in chosen]
-
-
-def _tokenizer(config: PrepareConfig, sources: list[list[Part]], say: Callable[[str], None]) -> TokenizerInfo:
-    if config.train_tokenizer is None:
-        return load_tokenizer(config.tokenizer, config.eod_token)
-    wanted = {
-        "vocab_size": config.train_tokenizer,
-        "bytes": _training_bytes(config),
-        "input": _input_hash(config, sources),
-        "tokenizers": version("tokenizers"),
-    }
-    with _one_at_a_time(config.tokenizer, say):
-        _train(config, sources, wanted, say)
-    return load_tokenizer(config.tokenizer, config.eod_token)
-
-
-def _train(config: PrepareConfig, sources: list[list[Part]], wanted: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Train the tokenizer, unless the same one is there."""
-    vocab_size = wanted["vocab_size"]
-    notes = trained_with(config.tokenizer)
-    if notes is None:
-        total = sum(part.n_bytes for shard in sources for part in shard)
-        amount = min(total, _training_bytes(config))
-        say(f"training a byte-level BPE of {vocab_size} tokens on {amount / 1e6:.1f} MB of the input")
-        train_bpe(_sample_texts(config, sources, total), vocab_size, config.tokenizer, wanted)
-    elif notes != wanted:
-        changed = ", ".join(sorted(key for key in wanted if notes.get(key) != wanted[key]))
-        mend = (
-            f"a tokenizer trained otherwise is there ({changed} differ); name another directory, or leave --train-tokenizer out"
-        )
-        raise ConfigError("tokenizer", config.tokenizer, mend)
-
-
-@contextmanager
-def _one_at_a_time(directory: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Two runs that train the same tokenizer: the second waits, and finds it. The lock beside it goes with the last."""
-    path = f"{os.path.abspath(directory)}.lock"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"another run trains {directory}; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not os.path.exists(path) or os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
-                continue  # the run before took its lock away
-            try:
-                yield
-                return
-            finally:
-                os.unlink(path)
-
-
-def _training_bytes(config: PrepareConfig) -> int:
-    return 16 * _MIB if config.train_tokenizer_bytes is None else config.train_tokenizer_bytes
-
-
-def _sample_texts(config: PrepareConfig, sources: list[list[Part]], total: int) -> Iterator[str]:
-    """Documents for the tokenizer, up to its bytes, spread evenly over the input; none of the holdout, none that is bad."""
-    share = min(1.0, _training_bytes(config) / total)
-    allowed = taken = 0.0
-    for part in (part for shard in sources for part in shard):
-        allowed += share * part.n_bytes
-        if taken >= allowed:
-            continue
-        for record in read_part(part, config.keys, replace=config.replace_invalid):
-            if record.error and config.on_error == "fail":
-                raise bad_record(part, record)
-            if record.error or is_held_out(record.text, config.holdout, config.seed):
-                continue
-            for piece in pieces_of(record.text):
-                yield piece
-                taken += len(piece.encode())
-                if taken >= allowed:
-                    break
-            if taken >= allowed:
-                break
 
 
 def _input_hash(config: PrepareConfig, sources: list[list[Part]]) -> str:

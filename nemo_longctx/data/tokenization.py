@@ -280,7 +280,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: str, notes: dict
     if tokenizer.get_vocab_size() < vocab_size:
         mend = f"the text yields only {tokenizer.get_vocab_size()} tokens; ask for no more, or give more text"
         raise ConfigError("train_tokenizer", vocab_size, mend)
-    partial = f"{directory}.part"
+    partial = f"{os.path.abspath(directory)}.part"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     tokenizer.save(os.path.join(partial, "tokenizer.json"))

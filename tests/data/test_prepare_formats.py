@@ -123,7 +123,7 @@ def test_an_array_that_is_cut_short_or_goes_on_is_said(tmp_path, raw):
 
 
 def test_a_large_array_is_read_as_it_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_longctx.data.readers._BLOCK", 50)
+    monkeypatch.setattr("nemo_longctx.data.tables._BLOCK", 50)
     wanted = [f"text {i} " + "x" * (i % 130) for i in range(300)]
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in wanted], indent=1))
     assert texts(tmp_path / "a.json") == wanted

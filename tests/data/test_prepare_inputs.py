@@ -9,7 +9,8 @@ import fsspec
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.inputs import find_files, format_of, shown, size_of, stamp_of
+from nemo_longctx.data.inputs import find_files, format_of, shown
+from nemo_longctx.data.opening import size_of, stamp_of
 from nemo_longctx.data.readers import lines_before, read_part, split_file
 
 
@@ -108,7 +109,7 @@ def test_a_named_file_that_nobody_reads_is_refused_at_once(tmp_path, name):
 
 def test_a_named_pipe_is_refused_since_it_cannot_be_read_again(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="a pipe or device.*write it to a file"):
+    with pytest.raises(ConfigError, match=r"a pipe or device.*write it to a file"):
         find_files([str(tmp_path / "pipe")], ())
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from nemo_longctx.data.pieces import PieceEncoder
 
-PROSE = "The old dog's 12 friends, who can't run, walk over 1,234 hills.\nThey re-read: (x_1 = y) \"yes\"; é ü 汉字，中国 🎉\n\n  end. "
+PROSE = "The old dog's 12 friends, who can't run, walk over 1,234 hills.\n"
+PROSE += 'They re-read: (x_1 = y) "yes"; é ü 汉字，中国 🎉\n\n  end. '
 # As in Llama 3, Qwen 2 and DeepSeek: contractions, words with one sign before them, up to three digits, signs with line ends.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -27,7 +28,7 @@ def bpe(pre=None, normalizer=None, byte_fallback=False, **options):
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False, **options
     )
-    words = PROSE * 6 if pre is not None else [word for word in PROSE.split(" ")] * 6  # no token spans words
+    words = PROSE * 6 if pre is not None else PROSE.split(" ") * 6  # no token spans words
     tokenizer.train_from_iterator(words if isinstance(words, list) else [words], trainer)
     return tokenizer
 
@@ -118,7 +119,7 @@ def test_pieces_give_the_tokens_of_the_whole(tokenizer, parts, piece, step):
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     encoder = PieceEncoder(tokenizer, piece=piece, around=60)
     found = [ids.tolist() for ids in encoder.encode(text[start : start + step] for start in range(0, len(text), step))]
-    assert sum(found, []) == whole
+    assert [number for ids in found for number in ids] == whole
 
 
 def test_prose_is_cut_and_each_piece_is_small(tokenizer):

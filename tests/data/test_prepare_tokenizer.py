@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.prepare import PrepareConfig, _sample_texts, _sources
+from nemo_longctx.data.prepare import PrepareConfig, _sources
+from nemo_longctx.data.prepare_tokenizer import sample_texts
 from nemo_longctx.data.shards import is_held_out
 from nemo_longctx.data.tokenization import encoder, load_tokenizer, train_bpe
 
@@ -100,7 +101,7 @@ def test_training_text_is_spread_over_the_input_without_the_holdout(tmp_path):
         train_tokenizer_bytes=40_000,
     )
     shards = _sources(config, [str(tmp_path / f"{name}.jsonl") for name in "abcd"])
-    texts = list(_sample_texts(config, shards, sum(part.n_bytes for shard in shards for part in shard)))
+    texts = list(sample_texts(config, shards, sum(part.n_bytes for shard in shards for part in shard)))
     assert not any(is_held_out(text, config.holdout, config.seed) for text in texts)
     taken = {name: sum(len(text) for text in texts if text.startswith(name)) for name in "abcd"}
     assert 40_000 <= sum(taken.values()) < 41_000
