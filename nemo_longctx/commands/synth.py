@@ -106,15 +106,19 @@ def _shares(text: str) -> dict[str, float]:
 
 def _texts(args: argparse.Namespace, output: str) -> list[str]:
     """Documents of the inputs, in their order, up to `TEXT` characters; bad records are passed over."""
-    from nemo_longctx.data.readers import find_files, format_of, read_part, split_file
+    from nemo_longctx.data.inputs import find_files, format_of
+    from nemo_longctx.data.long_text import pieces_of
+    from nemo_longctx.data.readers import read_part, split_file
 
-    texts, have = [], 0
-    for path in find_files(args.inputs, args.globs, exclude={output}):
+    texts: list[str] = []
+    have = 0
+    for path in find_files(args.inputs, args.globs, exclude={output}).files:
         for part in split_file(path, format_of(path), 1 << 30):
             for record in read_part(part, args.keys.split(",")):
-                if not record.error and record.text.strip():
-                    texts.append(record.text)
-                    have += len(record.text)
+                text = "".join(pieces_of(record.text))
+                if not record.error and text.strip():
+                    texts.append(text)
+                    have += len(text)
             if have >= TEXT:
                 return texts
     if not texts:
