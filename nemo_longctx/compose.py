@@ -7,7 +7,7 @@ directory is made, and tests and Python call what the command line calls.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,29 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     known = groups(conf_dir)
+    emptied = _emptied(overrides, known)
+    kept = [item for item in overrides if item.partition("=")[0] not in emptied]
     with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
         try:
+<<<<<<< HEAD
             config = hydra_compose(config_name, overrides=[_override(item, known) for item in overrides])
             values = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from error
     check_targets(values)
     return values  # type: ignore[return-value]
+=======
+            config = hydra_compose(config_name, overrides=[_override(item, known) for item in kept])
+            values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        except ConfigError:
+            raise
+        except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
+            raise ConfigError(*_culprit(overrides), " ".join(str(error).split()) or type(error).__name__) from error
+    return {str(key): value for key, value in values.items()} | dict.fromkeys(emptied)
+>>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 
 
 def recipe_file(value: str) -> Path | None:
@@ -58,6 +68,32 @@ def recipe_file(value: str) -> Path | None:
     if not path.is_file():
         raise ConfigError("recipe", value, "no such file; give a recipe of your own, or a choice of conf/recipe/ without .yaml")
     return path
+
+
+def _emptied(overrides: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """Groups that `group=null` takes away: Hydra has no word for that where a recipe chose one."""
+    emptied = [item.partition("=")[0] for item in overrides if item.partition("=")[2] == "null"]
+    emptied = [group for group in emptied if group in known]
+    if "recipe" in emptied:
+        raise ConfigError("recipe", None, f"name one: {', '.join(known['recipe'])}, or a file of your own")
+    for item in overrides:
+        group, dot, _ = item.lstrip("+~").partition("=")[0].partition(".")
+        if group in emptied and (dot or not item.endswith("=null")):
+            raise ConfigError(item.partition("=")[0], item.partition("=")[2], f"{group}=null leaves none of it; leave one out")
+    return emptied
+
+
+def _culprit(overrides: Sequence[str]) -> tuple[str, Any]:
+    """The key and value of the first override that Hydra cannot read; all of them where each can be read alone."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        try:
+            OverridesParser.create().parse_override(item)
+        except Exception:  # the error that is being told says why
+            return (key, value) if equals and key else ("override", item)
+    return "overrides", list(overrides)
 
 
 def _own_recipe(file: Path) -> str:
@@ -86,7 +122,7 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
     if not equals or not key:
         raise ConfigError("override", item, "write key=value, for example recipe=tiny_cpu_long or optimizer.lr=1e-4")
     if key in known and not value.startswith("{"):
-        if value not in known[key] and value != "null":
+        if value not in known[key]:
             raise ConfigError(key, value, f"no such choice, {did_you_mean(value, known[key])}")
         return item
     if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:

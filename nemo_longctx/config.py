@@ -6,6 +6,7 @@ known one; a bad value is a `ConfigError` that names the key, the value and the 
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
 import functools
@@ -67,6 +68,8 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
     Raises:
         ConfigError: an unknown key, a required key that is missing, or a value of another type.
     """
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(where or cls.__name__, values, f"takes keys of its own: {_keys_of(cls)}")
     values = dict(values or {})
     hints = _type_hints(cls)  # type: ignore[arg-type]  # a class is hashable
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -79,45 +82,131 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
         if required and name not in values:
             raise ConfigError(f"{prefix}{name}", None, "missing; set it")
         if name in values:
-            values[name] = _nested(hints[name], values[name], f"{prefix}{name}")
+            if values[name] is None and not _takes_none(hints[name]):
+                mend = "missing; set it" if required else "null is no value here; leave it out for the default"
+                raise ConfigError(f"{prefix}{name}", None, mend)
+            values[name] = checked(hints[name], values[name], f"{prefix}{name}")
     return cls(**values)
 
 
 _type_hints = functools.cache(typing.get_type_hints)  # 0.2 ms a call, and a mix may have hundreds of sources
 
 
-def _nested(hint: Any, value: Any, where: str) -> Any:
-    """Build dataclasses inside `value` where the type hint asks for them, and refuse what it cannot be at all.
+def _takes_none(hint: Any) -> bool:
+    return hint is Any or types.NoneType in typing.get_args(hint)
 
-    Checked are numbers, true or false, lists and mappings; bounds are the dataclass's own to check.
+
+def checked(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type hint asks for it: dataclasses built, lists made tuples; what it cannot be at all is refused.
+
+    Checked are kinds: finite numbers, true or false, text, choices, lists, mappings. Bounds are the dataclass's own to check.
+
+    Raises:
+        ConfigError: by the name `where`.
     """
+    if isinstance(value, str) and value == "???":  # Hydra's word for what a user must set
+        raise ConfigError(where, value, "missing; set it")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = [a for a in args if a is not types.NoneType]
-        if len(inner) > 1:
-            inner = [a for a in inner if dataclasses.is_dataclass(a) and isinstance(value, Mapping)]
-        return _nested(inner[0], value, where) if inner and value is not None else value
+        return _one_of(args, value, where)
+    if origin is typing.Literal:
+        if isinstance(value, (bool, float)) or value not in args:
+            raise ConfigError(where, value, f"no such choice, {did_you_mean(str(value), [str(each) for each in args])}")
+        return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return build(hint, value, where=where)
         if not isinstance(value, hint):
-            keys = ", ".join(field.name for field in dataclasses.fields(hint) if field.init)
-            raise ConfigError(where, value, f"takes keys of its own: {keys}")
-    elif origin in (tuple, list) and args:
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-            raise ConfigError(where, value, f"must be a list{' of numbers' if args[0] in (int, float) else ''}")
-        made = [_nested(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return tuple(made) if origin is tuple else made
-    elif hint in (int, float, bool):
-        _check_scalar(hint, value, where)
+            raise ConfigError(where, value, f"takes keys of its own: {_keys_of(hint)}")
+        return value
+    if origin in _LISTS and args:
+        return _list(origin, args[0], value, where)
+    if origin in (dict, Mapping, collections.abc.Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(where, value, "must be a mapping, such as {key: value}")
+        return {str(key): checked(args[1], item, f"{where}.{key}") for key, item in value.items()} if args else value
+    if hint in (int, float, bool, str):
+        return _scalar(hint, value, where)
     return value
 
 
-def _check_scalar(hint: type, value: Any, where: str) -> None:
+_LISTS = (tuple, list, collections.abc.Sequence)
+
+
+def _keys_of(cls: Any) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(cls) if field.init)
+
+
+def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    """`value` as the first of some type hints that takes it."""
+    if value is None and types.NoneType in hints:
+        return None
+    hints = tuple(hint for hint in hints if hint is not types.NoneType)
+    errors = []
+    for hint in hints:
+        try:
+            return checked(hint, value, where)
+        except ConfigError as error:
+            errors.append(error)
+    # What a mapping has wrong inside, or a list, says more than that it is no text.
+    raise next((error for error in errors if error.key != where), errors[0])
+
+
+def _list(origin: Any, item: Any, value: Any, where: str) -> Any:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ConfigError(where, value, f"must be a list{' of numbers' if item in (int, float) else ''}")
+    made = [checked(item, each, f"{where}[{i}]") for i, each in enumerate(value)]
+    return made if origin is list else tuple(made)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(where, value, "must be true or false")
-    if hint is float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise ConfigError(where, value, "not a number; write digits, with a point before an exponent (5.0e+5)")
-    if hint is int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-        whole = isinstance(value, float) and value.is_integer()
-        raise ConfigError(where, value, "must be a whole number" + (f"; write {int(value)}" if whole else ""))
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ConfigError(where, value, "not a number; write digits, with a point before an exponent (5.0e+5)")
+        if not is_finite(value):
+            raise ConfigError(where, value, "must be a finite number")
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            whole = isinstance(value, float) and value.is_integer()
+            raise ConfigError(where, value, "must be a whole number" + (f"; write {int(value)}" if whole else ""))  # type: ignore[call-overload]
+        if not -(2**63) <= int(value) < 2**63:
+            raise ConfigError(where, value, "must be a whole number of 64 bits")
+    if hint is str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # YAML reads `name: 256` as a number
+        if not isinstance(value, str):
+            raise ConfigError(where, value, "must be text; put it in quotes")
+        if "\0" in value:
+            raise ConfigError(where, value, "must be text without a NUL character")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dictionaries, all the way down: what JSON, YAML and nemo_run can carry."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """The plain mapping that `build` turns back into `config`: only what differs from the defaults.
+
+    A class that is one of several by a word of YAML keeps that word in a class variable `kind`.
+    """
+    values: dict[str, Any] = {"kind": config.kind} if isinstance(getattr(type(config), "kind", None), str) else {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if field.init and (default is dataclasses.MISSING or value != default):
+            values[field.name] = _plain_item(value)
+    return values
+
+
+def _plain_item(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_values(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain_item(item) for key, item in value.items()}
+    return [_plain_item(item) for item in value] if isinstance(value, (list, tuple)) else value

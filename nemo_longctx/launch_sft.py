@@ -16,11 +16,13 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         print((description or "").strip())
         return 0
     try:
-        values = compose(overrides, config_name="sft")
-        # The host takes long to import: not before the overrides are known to compose.
-        from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run, load_instruct_recipe
+        from nemo_longctx.recipe import load_instruct_recipe
 
-        build_instruct_run(load_instruct_recipe(values)).fit()
+        recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
+        # The host takes long to import: not before every setting is checked.
+        from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
+
+        build_instruct_run(recipe).fit()
     except (ConfigError, OSError) as error:
         if os.environ.get("NEMO_LONGCTX_DEBUG"):
             raise

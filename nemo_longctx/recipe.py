@@ -1,7 +1,7 @@
 """The one schema of a run. Hydra, nemo_run and Python all fill it and hand it to `adapters.nemo.run`.
 
 YAML only overrides what stands here; an unknown key is an error that suggests the nearest known one. Parts that other rooms own
-(`rope`, `data`, `curriculum`) are kept as mappings and parsed by those rooms' own dataclasses.
+(`rope`, `data`, `curriculum`, `eval`) are those rooms' own dataclasses; the fields of `model` are the host's (`model_fields`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.rope import variants
+from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.rope.request import RopeRequest, parse_request
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "constant")
@@ -149,8 +151,8 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
-    """A whole run.
+class RunConfig:
+    """What every run has, whatever it reads.
 
     Attributes:
         name: the run's name; its results are written to `output_dir/name`.
@@ -158,9 +160,10 @@ class RecipeConfig:
         model: `config`, a class of `nemo.collections.llm` such as `Llama2Config7B`, and any of its fields. With
             `restore_from` the checkpoint says what the model is: what is named here is compared with its shape, and a
             difference is an error.
-        rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has.
-        data: fields of `LongContextDataModule`'s configuration.
-        eval: fields of `LongContextEvalCallback`: what is measured while the model trains; None measures nothing.
+        rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has. Base,
+            trained length and factor that are not set are the checkpoint's (`nemo_longctx.rope.request`).
+        data: what is read.
+        eval: what is measured while the model trains; None measures nothing.
         curriculum: `stages`, `tokens_per_step`, `total_tokens` (`nemo_longctx.data.curriculum`).
     """
 
@@ -170,16 +173,17 @@ class RecipeConfig:
     seed: int = 1234
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rope: Mapping[str, Any] | None = None
-    data: Mapping[str, Any]
+    data: DataConfig | InstructDataConfig
     curriculum: Curriculum
-    eval: Mapping[str, Any] | None = None
+    eval: EvalConfig | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        if not isinstance(self.seed, int) or self.seed < 1:
-            raise ConfigError("seed", self.seed, "set a whole number of at least 1")
+        if not 1 <= self.seed < 2**32:
+            raise ConfigError("seed", self.seed, "set a whole number of at least 1, below 2^32")
+        _check_name(self.name)
         if not self.restore_from and "config" not in self.model:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
@@ -207,9 +211,9 @@ class RecipeConfig:
                 raise ConfigError(key, value, mend)
 
     @property
-    def rope_variant(self) -> variants.RopeVariant | None:
+    def rope_variant(self) -> RopeRequest | None:
         """The position encoding asked for, or None where the checkpoint's or the config's own stays."""
-        return None if self.rope is None else variants.parse(self.rope)
+        return None if self.rope is None else parse_request(self.rope)
 
     @property
     def directory(self) -> Path:
@@ -235,6 +239,57 @@ class RecipeConfig:
         return steps
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig(RunConfig):
+    """A run of pretraining, from random weights or from a checkpoint."""
+
+    data: DataConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters in place of full tuning (Hu et al. 2021), through `llm.peft.LoRA`.
+
+    Attributes:
+        dim: rank of the adapters.
+        alpha: they are scaled by alpha / dim.
+        dropout: on the adapters' input, while training.
+        target_modules: Megatron-Core's names of the linear layers that get adapters.
+    """
+
+    dim: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+    def __post_init__(self):
+        _positive("lora", self, "dim", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("lora.dropout", self.dropout, "must be in [0, 1)")
+        if not self.target_modules:
+            raise ConfigError("lora.target_modules", [], "name at least one layer, such as linear_qkv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructRecipe(RunConfig):
+    """A run of instruction tuning, from an extended checkpoint.
+
+    Attributes:
+        lora: adapters; None tunes all weights.
+    """
+
+    data: InstructDataConfig
+    lora: LoRAConfig | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.restore_from:
+            raise ConfigError("restore_from", None, "name the extended checkpoint to tune")
+        if len(self.curriculum.stages) != 1:
+            mend = "instruction tuning keeps one window length; name one stage"
+            raise ConfigError("curriculum.stages", len(self.curriculum.stages), mend)
+
+
 def load_recipe(values: Mapping[str, Any]) -> RecipeConfig:
     """The recipe that a composed mapping describes.
 
@@ -242,3 +297,18 @@ def load_recipe(values: Mapping[str, Any]) -> RecipeConfig:
         ConfigError: an unknown key or a bad value, by its dotted name.
     """
     return build(RecipeConfig, values)
+
+
+def load_instruct_recipe(values: Mapping[str, Any]) -> InstructRecipe:
+    """The recipe of instruction tuning that a composed mapping (conf/sft.yaml) describes.
+
+    Raises:
+        ConfigError: an unknown key or a bad value, by its dotted name.
+    """
+    return build(InstructRecipe, values)
+
+
+def _check_name(name: str) -> None:
+    """The name is a folder of `output_dir`."""
+    if not name or name in (".", "..") or "/" in name:
+        raise ConfigError("name", name, "is a folder's name below output_dir: letters, digits, - and _, without a slash")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import pickle
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import pytest
 
-from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.config import ConfigError, build, did_you_mean, to_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,10 @@ class Outer:
     rate: float = 1.0
     flag: bool = False
     most: int | None = None
+    text: str = ""
+    choice: Literal["one", "two"] = "one"
+    paths: str | Sequence[str] = "here"
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def test_builds_nested_dataclasses():
@@ -48,6 +54,24 @@ def test_builds_nested_dataclasses():
         ({"name": "a", "inner": 3}, "inner", "takes keys of its own: length"),
         ({"name": "a", "others": "length"}, "others", "must be a list"),
         ({"name": "a", "inner": {"length": 0}}, "inner.length", "at least 1"),
+        ({"name": "a", "rate": float("nan")}, "rate", "must be a finite number"),
+        ({"name": "a", "rate": float("-inf")}, "rate", "must be a finite number"),
+        ({"name": "a", "most": 2**63}, "most", "64 bits"),
+        ({"name": "a", "flag": "no"}, "flag", "must be true or false"),
+        ({"name": "a", "flag": "off"}, "flag", "must be true or false"),
+        ({"name": "a", "flag": None}, "flag", "null is no value here"),
+        ({"name": None}, "name", "missing; set it"),
+        ({"name": "???"}, "name", "missing; set it"),
+        ({"name": "a", "text": 1.5}, "text", "must be text"),
+        ({"name": "a", "text": True}, "text", "must be text"),
+        ({"name": "a", "text": ["b"]}, "text", "must be text"),
+        ({"name": "a", "choice": "tow"}, "choice", "did you mean 'two'"),
+        ({"name": "a", "paths": 2.5}, "paths", "must be text"),
+        ({"name": "a", "paths": ["b", 2.5]}, "paths[1]", "must be text"),
+        ({"name": "a", "paths": {"b": 1}}, "paths", "must be"),
+        ({"name": "a", "shares": [1]}, "shares", "must be a mapping"),
+        ({"name": "a", "shares": {"b": "c"}}, "shares.b", "not a number"),
+        ("name", "Outer", "takes keys of its own"),
     ],
 )
 def test_mistakes_name_key_and_mend(values, key, mend):
@@ -64,3 +88,15 @@ def test_errors_survive_a_process_pool():
 
 def test_did_you_mean_lists_all_when_nothing_is_near():
     assert did_you_mean("qqq", ["abf", "pi"]) == "known: abf, pi"
+
+
+def test_a_whole_number_is_taken_as_text():
+    """YAML reads `name: 256` as a number."""
+    assert build(Outer, {"name": 256}).name == "256"
+
+
+def test_to_values_is_what_builds_it_again():
+    values = {"name": "a", "inner": {"length": 2}, "others": [{"length": 3}, {}], "paths": ["b", "c"], "shares": {"d": 1.0}}
+    made = build(Outer, values)
+    assert to_values(made) == values
+    assert build(Outer, to_values(made)) == made

@@ -56,7 +56,7 @@ def _self_test(args: argparse.Namespace) -> int:
     from nemo_longctx.adapters.nemo.checkpoint.load import build_for_test
 
     model, config = build_for_test(recipe, load_weights=args.checkpoint is not None)
-    masked = bool(recipe.data.get("document_masking", False))
+    masked = recipe.data.document_masking
     findings = self_test(model, config, seq_length=recipe.seq_length, document_masking=masked)
     if args.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))

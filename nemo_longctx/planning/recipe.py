@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from nemo_longctx.compose import CONF_DIR, compose, recipe_file
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.eval.config import ContextTask, HarnessTask, PositionTask, ProbeTask, Task
 from nemo_longctx.planning.gpus import GPUS
 from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name, model_from_nemo, nemo_context, parse_model, sizes_of
@@ -92,15 +93,22 @@ def plan_of(recipe: RecipeConfig, *, gpu: str | None, named: tuple[str, ModelSha
 
 def _eval_length(recipe: RecipeConfig) -> int:
     """The longest context that the recipe's evaluations name, tokens; 0 without any."""
-    values = recipe.eval or {}
-    tasks = values.get("tasks") or []
-    if not tasks or values.get("max_length"):
-        return values.get("max_length") or 0
-    lengths = [recipe.seq_length]
-    for task in tasks:
-        lengths += [task.get("seq_length") or 0, (task.get("metadata") or {}).get("max_prompt") or 0]
-        lengths += (task.get("probes") or {}).get("lengths") or []
+    if recipe.eval is None or not recipe.eval.tasks or recipe.eval.max_length:
+        return (recipe.eval and recipe.eval.max_length) or 0
+    lengths = [recipe.seq_length, *_task_lengths(recipe.eval.tasks)]
     return max(lengths)
+
+
+def _task_lengths(tasks: Sequence[Task]) -> Iterator[int]:
+    for task in tasks:
+        if isinstance(task, PositionTask):
+            yield task.seq_length
+        elif isinstance(task, ContextTask):
+            yield task.needed
+        elif isinstance(task, ProbeTask):
+            yield max(task.probes.lengths)
+        elif isinstance(task, HarnessTask) and isinstance(task.metadata.get("max_prompt"), int):
+            yield task.metadata["max_prompt"]
 
 
 def machine_of(name: str, conf_dir: Path = CONF_DIR) -> str | None:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from nemo_longctx.cli import main
-from nemo_longctx.rope.variants import VARIANTS, AbfRope, LongRope, parse
+from nemo_longctx.rope.request import parse_request
+from nemo_longctx.rope.variants import VARIANTS, AbfRope, LongRope, Rope
 
 CONF = sorted((Path(__file__).parents[2] / "conf" / "rope").glob("*.yaml"))
 
@@ -161,9 +162,13 @@ def test_analysis_needs_no_torch():
 
 @pytest.mark.parametrize("path", CONF, ids=lambda p: p.stem)
 def test_every_shipped_setting_parses(path):
-    assert parse(yaml.safe_load(path.read_text())).inv_freq(128).shape == (64,)
+    """They say what makes the variant; the numbers are the checkpoint's."""
+    values = yaml.safe_load(path.read_text())
+    divisors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64} if values["variant"] == "longrope" else {}
+    made = parse_request({**values, **divisors}).complete(Rope(base=10_000.0), seq_length=8192, trained=4096)
+    assert made.variant.inv_freq(128).shape == (64,)
+    assert not {"original_max_position_embeddings"} & values.keys()
 
 
-def test_every_variant_but_longrope_ships_a_setting():
-    """LongRoPE's factors belong to one model."""
-    assert {yaml.safe_load(p.read_text())["variant"] for p in CONF} == set(VARIANTS) - {"longrope"}
+def test_every_variant_ships_a_setting():
+    assert {yaml.safe_load(p.read_text())["variant"] for p in CONF} == set(VARIANTS)

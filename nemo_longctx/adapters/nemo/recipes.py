@@ -24,20 +24,19 @@ from nemo_longctx.adapters.nemo.launch import (
     executors,  # noqa: F401  registers them with nemo_run
     parts,
 )
-from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
+from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
 from nemo_longctx.adapters.nemo.model.config import (
     SHAPE_FIELDS,
     checkpoint_model,
     fresh_model,
     load_tokenizer,
     model_class,
-    prepare_model,
 )
-from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.planning.models import MODELS
 from nemo_longctx.recipe import RecipeConfig, load_recipe
-from nemo_longctx.rope import variants
+from nemo_longctx.rope.request import parse_request
 
 _PLAIN = (bool, int, float, str, type(None))  # fields of a config that can be asked for; the others are functions it makes
 
@@ -104,7 +103,8 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
         raise ConfigError("size", size, f"no recipe {recipe_name}, {did_you_mean(size, sizes)}")
     asked = compose([f"recipe={recipe_name}", *overrides.split()])
     published = _published_model(family, size)
-    recipe = load_recipe({**asked, "restore_from": None, "model": {**published, **asked["model"]}})
+    named = {key: value for key, value in published.items() if key != "seq_length"}  # the run's own length is no such field
+    recipe = load_recipe({**asked, "restore_from": None, "model": {**named, **asked["model"]}})
     output, run_name = directory or recipe.output_dir, name or recipe.name
     # One node for model and resume: `resume.restore_config.path=...` on the command line reaches both.
     restore = parts.restore_config(asked["restore_from"])
@@ -151,7 +151,7 @@ def extend_recipe(
     if config is None:
         raise ConfigError("recipe.model", str(stock.model), "must be a GPT model of nemo.collections.llm with its config")
     if rope is not None:
-        variants.parse(rope)
+        parse_request(rope)
     stages = parts.curriculum_of(curriculum)
     restore = parts.restore_config(restore_from)
     recipe = copy.deepcopy(stock)
@@ -182,8 +182,10 @@ def extend_recipe(
 
 
 def _published_model(family: str, size: str) -> dict[str, Any]:
-    """The config class of a family's checkpoint: a `run.Config` is needed before any checkpoint is at hand."""
-    return compose([f"model={family}_{size.partition('_')[0]}"])["model"]
+    """The config class of a family's checkpoint, and the length that it was trained at, which the host's class does not always
+    say: a `run.Config` is needed before any checkpoint is at hand."""
+    name = f"{family}_{size.partition('_')[0]}"
+    return {**compose([f"model={name}"])["model"], "seq_length": MODELS[name].seq_length}
 
 
 def extended_model(
@@ -224,23 +226,21 @@ def extended_model(
         # This runs while fiddle builds the model, and fiddle builds no second config (the checkpoint's) in the same thread.
         with ThreadPoolExecutor(1) as other:
             model = other.submit(checkpoint_model, restore.path, {**shape, **changed}).result()
-        source = "checkpoint"
-    variant = None if rope is None else variants.parse(rope)
-    changes = prepare_model(model, seq_length=seq_length, variant=variant, recompute=recompute)
-    model.long_context_start = RunStart(changes=changes, source=source, variant=variant or variant_of(model))
+        source = FROM_CHECKPOINT
+    begin_model(model, rope=rope, seq_length=seq_length, source=source, recompute=recompute)
     return model
 
 
 def model_config(recipe: RecipeConfig, *, published: Mapping[str, Any], restore: run.Config | None) -> run.Config:
     """`extended_model` with the recipe's config class and fields."""
-    fields = {key: value for key, value in recipe.model.items() if key != "config"}
+    fields = {key: value for key, value in {**published, **recipe.model}.items() if key != "config"}
     return run.Config(
         extended_model,
         config=run.Config(getattr(llm, recipe.model["config"]), **fields),
         seq_length=recipe.seq_length,
         rope=None if recipe.rope is None else dict(recipe.rope),
         recompute=recipe.curriculum.stages[0].recompute,
-        tokenizer=recipe.data.get("tokenizer"),
+        tokenizer=recipe.data.tokenizer,
         restore=restore,
         published=dict(published),
     )

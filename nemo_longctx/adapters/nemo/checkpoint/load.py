@@ -16,10 +16,12 @@ from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.activations import set_activation_policy
 from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, evaluating, model_digest
 from nemo_longctx.adapters.megatron.memory_trial import within_memory
+from nemo_longctx.adapters.nemo.launch.begin import complete_rope
 from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, fresh_model, prepare_model
 from nemo_longctx.adapters.nemo.model.lora import adapter_base, as_long_context, load_adapters, merge_adapters
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
+from nemo_longctx.planning.models import MODELS
 from nemo_longctx.recipe import RecipeConfig
 
 
@@ -146,7 +148,8 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     """
     initialize_distributed()
     nemo_model = _model_for_test(recipe, load_weights=load_weights)
-    prepare_model(nemo_model, seq_length=recipe.seq_length, variant=recipe.rope_variant)
+    completed = complete_rope(nemo_model, recipe.rope, seq_length=recipe.seq_length, source=type(nemo_model.config).__name__)
+    prepare_model(nemo_model, seq_length=recipe.seq_length, variant=completed.variant if completed else None)
     _take_parallel_sizes(nemo_model.config)
     module = within_memory(lambda: _build(nemo_model))
     if module is None:
@@ -179,7 +182,10 @@ def _model_for_test(recipe: RecipeConfig, *, load_weights: bool) -> Any:
             "or model=NAME restore_from=null"
         )
         raise ConfigError("restore_from", recipe.restore_from, mend)
-    return fresh_model({**found, **recipe.model})
+    model = fresh_model({**found, **recipe.model})
+    if name in MODELS:  # which the host's class does not always say
+        model.config.seq_length = MODELS[name].seq_length
+    return model
 
 
 def _take_parallel_sizes(config: Any) -> None:

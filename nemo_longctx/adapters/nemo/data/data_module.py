@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler, command_with
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
+from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationSet, EvaluationWindows, blank
 from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
@@ -75,22 +76,29 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         output_log: bool = True,
     ):
         super().__init__()
-        if seed < 0:
-            raise ConfigError("data.seed", seed, "a whole number of at least 0")
-        self.mix = build(MixConfig, mix, where="data.mix")
-        self.curriculum_values = dict(curriculum)
-        self.evaluation = {"validation": _evaluation_sets(validation, "validation"), "test": _evaluation_sets(test, "test")}
-        self.packing, self.document_masking, self.seed, self.allow_change = packing, document_masking, seed, allow_change
-        self.cache_dir = cache_dir or str(Path(_first_path(self.mix)).parent / "order_cache")
-        self.num_workers, self.persistent_workers = num_workers, persistent_workers and num_workers > 0
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.tokenizer = tokenizer
+        values: dict[str, Any] = {"mix": mix, "packing": packing, "document_masking": document_masking}
+        values |= {"validation": validation, "test": test, "cache_dir": cache_dir, "allow_change": allow_change}
+        values |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": persistent_workers}
+        config = build(DataConfig, {**values, "output_log": output_log}, where="data")
+        self.curriculum_values, self.seed, self.tokenizer = dict(curriculum), seed, tokenizer
+        self.mix, self.packing, self.document_masking = config.mix, config.packing, config.document_masking
+        self.cache_dir = config.cache_dir or str(Path(_first_path(self.mix)).parent / "order_cache")
+        self._take_settings(config)
         # Until the trainer tells the length, each stage has at least one step: enough for batch sizes and lengths.
         self.curriculum = self._curriculum(max_steps=None)
         self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=document_masking, output_log=output_log)
         self.windows: Windows | None = None
         self.history: list[dict[str, Any]] = []  # changes of data or config that a user allowed
         self._restored: dict[str, Any] | None = None
+
+    def _take_settings(self, config: DataConfig | InstructDataConfig) -> None:
+        """What this module and that of instruction data have in common."""
+        if self.seed < 0:
+            raise ConfigError("data.seed", self.seed, "a whole number of at least 0")
+        self.evaluation = {"validation": list(config.validation), "test": list(config.test)}
+        self.allow_change, self.num_workers = config.allow_change, config.num_workers
+        self.persistent_workers = config.persistent_workers and config.num_workers > 0
+        self.pin_memory = torch.cuda.is_available() if config.pin_memory is None else config.pin_memory
 
     def io_transform_args(self, init_fn: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """NeMo's hook: what it writes beside a checkpoint. Hydra hands over containers of its own, which NeMo cannot write."""
@@ -389,15 +397,6 @@ def _rows(samples: Sequence[Sample], key: str) -> np.ndarray:
     array: np.ndarray = samples[0][key]  # type: ignore[literal-required]
     shared = key == "labels" or not array.flags.writeable  # labels lie in the memory of the tokens
     return (array.copy() if shared else array)[None]
-
-
-def _evaluation_sets(values: Sequence[Mapping[str, Any]], mode: str) -> list[EvaluationConfig]:
-    configs = [build(EvaluationConfig, value, where=f"data.{mode}[{number}]") for number, value in enumerate(values)]
-    names = [config.name for config in configs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"data.{mode}.name", twice[0], "two sets have this name; give each its own")
-    return configs
 
 
 def _first_path(mix: MixConfig) -> str:

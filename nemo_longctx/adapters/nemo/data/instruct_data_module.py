@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import open_windows
+from nemo_longctx.data.config import InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.evaluation import EvaluationConfig
-from nemo_longctx.data.mixture import Documents, MixConfig
+from nemo_longctx.data.mixture import Documents
 from nemo_longctx.data.order import Order, open_order
 from nemo_longctx.data.sft import InstructionConfig, InstructionWindows
 from nemo_longctx.data.sft_instances import Instances, chat_template, open_instances
@@ -76,17 +75,16 @@ class LongInstructDataModule(LongContextDataModule):
         output_log: bool = True,
     ):
         pl.LightningDataModule.__init__(self)  # the parent's own would ask for a mix of corpora
-        self.tokenizer_name, self.template = tokenizer, template
-        self.files = {"short": tuple(short), "long": tuple(long)}
-        self.mix = build(MixConfig, pretraining, where="data.pretraining") if pretraining else None  # type: ignore[assignment]
-        self.curriculum_values = dict(curriculum)
-        self.evaluation = {
-            "validation": [build(EvaluationConfig, value, where="data.validation") for value in validation],
-            "test": [build(EvaluationConfig, value, where="data.test") for value in test],
-        }
-        self.document_masking, self.seed, self.allow_change, self.cache_dir = True, seed, allow_change, cache_dir
-        self.num_workers, self.persistent_workers = num_workers, persistent_workers and num_workers > 0
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        values: dict[str, Any] = {"tokenizer": tokenizer, "template": template, "short": short, "long": long, "blend": blend}
+        values |= {"pretraining": pretraining, "prompt_loss_weight": prompt_loss_weight, "on_too_long": on_too_long}
+        values |= {"validation": validation, "test": test, "cache_dir": cache_dir, "allow_change": allow_change}
+        values |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": persistent_workers}
+        settings = build(InstructDataConfig, {**values, "output_log": output_log}, where="data")
+        self.tokenizer_name, self.template = settings.tokenizer, settings.template
+        self.files = {"short": settings.short, "long": settings.long}
+        self.mix = settings.pretraining  # type: ignore[assignment]
+        self.curriculum_values, self.seed, self.cache_dir, self.document_masking = dict(curriculum), seed, cache_dir, True
+        self._take_settings(settings)
         self.tokenizer = None
         self.curriculum = self._curriculum(max_steps=None)
         if len(self.curriculum.plan) != 1:
@@ -94,9 +92,9 @@ class LongInstructDataModule(LongContextDataModule):
             raise ConfigError("curriculum.stages", len(self.curriculum.plan), mend)
         self.config = InstructionConfig(
             seq_length=self.seq_length,
-            blend=blend,
-            prompt_loss_weight=prompt_loss_weight,
-            on_too_long=on_too_long,
+            blend=settings.blend,
+            prompt_loss_weight=settings.prompt_loss_weight,
+            on_too_long=settings.on_too_long,
             seed=seed,
         )
         self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=True, output_log=output_log)

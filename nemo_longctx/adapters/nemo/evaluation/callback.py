@@ -15,10 +15,11 @@ from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, data_grou
 from nemo_longctx.adapters.megatron.rope_module import temporary_rope
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
-from nemo_longctx.eval.guard import GuardConfig, judge
+from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
+from nemo_longctx.eval.guard import judge
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.sharing import everywhere
-from nemo_longctx.eval.suite import HarnessTask, PositionTask, Suite, longest_input, parse_tasks
+from nemo_longctx.eval.suite import Suite
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.rope.base import RopeVariant
 
@@ -61,16 +62,13 @@ class LongContextEvalCallback(Callback):
         max_length: int | None = None,
         results_cache: str | None = None,
     ):
-        if every < 0:
-            raise ConfigError("eval.every", every, "give a number of steps, or 0 for no evaluation in the middle")
-        if time_budget is not None and time_budget <= 0:
-            raise ConfigError("eval.time_budget", time_budget, "give seconds, or leave it out for no limit")
-        self.tasks, self.directory, self.every = parse_tasks(tasks), Path(directory), every
-        self.at_start, self.at_end, self.time_budget = at_start, at_end, time_budget
-        self.guard = None if guard is None else build(GuardConfig, guard, where="eval.guard")
-        if self.guard and not any(getattr(task, "guard", False) for task in self.tasks):
-            raise ConfigError("eval.guard", dict(guard or {}), "no task is watched: set guard: true in at least one")
-        self.base, self.tokenizer, self.max_length, self.results_cache = base, tokenizer, max_length, results_cache
+        values: dict[str, Any] = {"tasks": tasks, "every": every, "at_start": at_start, "at_end": at_end, "guard": guard}
+        values |= {"time_budget": time_budget, "max_length": max_length, "results_cache": results_cache}
+        config = build(EvalConfig, values, where="eval")
+        self.tasks, self.directory, self.every = list(config.tasks), Path(directory), config.every
+        self.at_start, self.at_end, self.time_budget = config.at_start, config.at_end, config.time_budget
+        self.guard, self.max_length, self.results_cache = config.guard, config.max_length, config.results_cache
+        self.base, self.tokenizer = base, tokenizer
         self.results: list[SuiteResult] = []
         self._suite: Suite | None = None
 

@@ -41,11 +41,13 @@ class RunStart:
         changes: long-context settings of checkpoint and run.
         source: what the left column of their table is ("checkpoint", or the config class).
         variant: the position encoding that the live model must have.
+        notes: where the numbers of its RoPE come from, a sentence each.
     """
 
     changes: list[SettingChange]
     source: str
     variant: RopeVariant
+    notes: tuple[str, ...] = ()
 
 
 class LongContextSettingsCallback(Callback):
@@ -107,6 +109,7 @@ class LongContextSettingsCallback(Callback):
         self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
+<<<<<<< HEAD
         print(settings_table(start.changes, source=start.source, resumed=resumed), *seen, kernel, sep="\n", flush=True)
         for change in history[-1:] if history and history[-1]["step"] == trainer.global_step else []:
             for key, values in change["changed"].items():
@@ -135,6 +138,19 @@ class LongContextSettingsCallback(Callback):
         if found:
             history.append({"step": step, "changed": applied(found)})
         return {key: value["run"] for key, value in before["settings"].items()}, history
+=======
+        print(settings_table(start.changes, source=start.source), *start.notes, *seen, kernel, sep="\n", flush=True)
+        record = {
+            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
+            "source": start.source,
+            "verified": seen,
+            "attention": kernel,
+            "parameters": parameters,
+            "recipe": self.recipe,
+            "versions": versions(),
+        }
+        write_json(self.directory / "settings.json", record)
+>>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it

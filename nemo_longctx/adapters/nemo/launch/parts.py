@@ -6,7 +6,6 @@ nemo_run carries the configs to another machine or changes them from its command
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, TrainingLogCallback
 from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
-from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.config import ConfigError, build, plain, to_values
+from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.recipe import RunConfig
 
 
 def made(config: run.Config) -> Any:
@@ -36,34 +37,26 @@ def made(config: run.Config) -> Any:
         raise ConfigError(error.key, error.value, error.mend) from None
 
 
-def data_config(values: Mapping[str, Any], curriculum: Curriculum, **more: Any) -> run.Config:
-    """`LongContextDataModule` with these values of `data`, the curriculum, and `more` of its arguments.
+def data_config(data: DataConfig | Mapping[str, Any], curriculum: Curriculum, **more: Any) -> run.Config:
+    """`LongContextDataModule` with what is set of `data`, the curriculum, and `more` of its arguments.
 
     `data.tokenizer` is the model's, which carries it.
 
     Raises:
-        ConfigError: an unknown key of `data`, or no mix.
+        ConfigError: an unknown key of `data`, a bad value, or no mix.
     """
-    known = set(inspect.signature(LongContextDataModule).parameters) - {"curriculum", "seed"}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"data.{key}", value, f"unknown key, {did_you_mean(key, known)}")
-    if "mix" not in values:
-        raise ConfigError("data.mix", None, "missing; name at least one corpus: data.mix.sources=[{path: PREFIX}]")
-    given = {key: plain(value) for key, value in values.items() if key != "tokenizer"}
+    if not isinstance(data, DataConfig):
+        if "mix" not in data:
+            raise ConfigError("data.mix", None, "missing; name at least one corpus: data.mix.sources=[{path: PREFIX}]")
+        data = build(DataConfig, {key: value for key, value in data.items() if key != "tokenizer"}, where="data")
+    given = to_values(dataclasses.replace(data, tokenizer=None))
     return run.Config(LongContextDataModule, **given, curriculum=curriculum_values(curriculum), **more)
 
 
-def trainer_config(recipe: RecipeConfig, *, callbacks: list[run.Config], validates: bool | None = None) -> run.Config:
-    """NeMo's trainer and Megatron strategy.
-
-    Args:
-        callbacks: `recipe_callbacks`, and any other.
-        validates: whether there is a validation set; None: whether `data.validation` names one.
-    """
+def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Config:
+    """NeMo's trainer and Megatron strategy, with `callbacks`: `recipe_callbacks`, and any other."""
     trainer, steps = recipe.trainer, recipe.curriculum.total_steps
-    if validates is None:
-        validates = bool(recipe.data.get("validation"))
+    validates = bool(recipe.data.validation)  # NeMo would ask a loader that is not there for its data
     strategy = run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=trainer.tensor_model_parallel_size,
@@ -114,7 +107,7 @@ def callback_configs(
     results: Path,
     record: Mapping[str, Any],
     every: int = 10,
-    evaluation: Mapping[str, Any] | None = None,
+    evaluation: EvalConfig | Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> list[run.Config]:
     """The guard of settings and RoPE, training log, throughput and, where there are tasks, evaluation.
@@ -123,11 +116,11 @@ def callback_configs(
         results: where they write.
         record: what `settings.json` keeps of the run's settings.
         every: steps between rows of the training log.
-        evaluation: arguments of `LongContextEvalCallback`.
+        evaluation: fields of `EvalConfig`.
         base: checkpoint that the run starts from, with which the short-context guard compares.
 
     Raises:
-        ConfigError: an unknown key of `evaluation`.
+        ConfigError: an unknown key of `evaluation`, or a bad value.
     """
     stages = run.Config(curriculum_of, values=curriculum_values(curriculum))
     callbacks = [
@@ -135,28 +128,27 @@ def callback_configs(
         run.Config(TrainingLogCallback, path=str(results / "training.csv"), curriculum=stages, every=every),
         run.Config(ThroughputCallback, curriculum=stages, path=str(results / "throughput.json"), every=max(10, every)),
     ]
-    if evaluation and evaluation.get("tasks"):
-        known = set(inspect.signature(LongContextEvalCallback).parameters) - {"directory", "base"}
-        for key, value in evaluation.items():
-            if key not in known:
-                raise ConfigError(f"eval.{key}", value, f"unknown key, {did_you_mean(key, known)}")
-        callbacks.append(run.Config(LongContextEvalCallback, **evaluation, directory=str(results / "eval"), base=base))
+    if evaluation is not None and not isinstance(evaluation, EvalConfig):
+        evaluation = build(EvalConfig, evaluation, where="eval")
+    if evaluation is not None and evaluation.tasks:
+        values = to_values(evaluation) | {"base": base}
+        callbacks.append(run.Config(LongContextEvalCallback, **values, directory=str(results / "eval")))
     return callbacks
 
 
-def recipe_callbacks(recipe: RecipeConfig, *, results: Path, record: Any = None) -> list[run.Config]:
-    """`callback_configs` of a recipe; `record` where `settings.json` keeps more than that."""
+def recipe_callbacks(recipe: RunConfig, *, results: Path) -> list[run.Config]:
+    """`callback_configs` of a recipe."""
     return callback_configs(
         recipe.curriculum,
         results=results,
-        record=dataclasses.asdict(recipe if record is None else record),
+        record=dataclasses.asdict(recipe),
         every=recipe.trainer.log_every_n_steps,
         evaluation=recipe.eval,
         base=recipe.restore_from,
     )
 
 
-def optimizer_config(recipe: RecipeConfig) -> run.Config:
+def optimizer_config(recipe: RunConfig) -> run.Config:
     """AdamW with warm-up and cosine (or constant) schedule, counted in steps of constant tokens."""
     o = recipe.optimizer
     config = run.Config(
@@ -184,7 +176,7 @@ def optimizer_config(recipe: RecipeConfig) -> run.Config:
     return run.Config(MegatronOptimizerModule, config=config, lr_scheduler=schedule)
 
 
-def logger_config(recipe: RecipeConfig, *, directory: str, name: str) -> run.Config:
+def logger_config(recipe: RunConfig, *, directory: str, name: str) -> run.Config:
     """NeMo's logger and its checkpoints: the newest always, and the best `checkpoint.keep` by validation loss."""
     every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
     keep = recipe.checkpoint.keep
@@ -221,10 +213,3 @@ def curriculum_values(curriculum: Curriculum) -> dict[str, Any]:
     """The plain values of `curriculum_of`, without what is not set."""
     stages = [{key: value for key, value in vars(stage).items() if value is not None} for stage in curriculum.stages]
     return {"stages": stages, "tokens_per_step": curriculum.tokens_per_step, "total_tokens": curriculum.total_tokens}
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dictionaries, all the way down: what nemo_run can carry to another machine."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -15,7 +15,7 @@ from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.launch import parts
-from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
+from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
 from nemo_longctx.adapters.nemo.launch.parts import made
 from nemo_longctx.adapters.nemo.model.config import (
     SettingChange,
@@ -23,21 +23,28 @@ from nemo_longctx.adapters.nemo.model.config import (
     checkpoint_model,
     fresh_model,
     load_tokenizer,
+<<<<<<< HEAD
     prepare_model,
     shape_of,
+=======
+>>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 )
-from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.config import ConfigError
+<<<<<<< HEAD
 from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
+=======
+from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.recipe import RecipeConfig, RunConfig
+>>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What `llm.train` takes, built and checked, with nothing trained or written yet."""
 
-    recipe: RecipeConfig
+    recipe: RunConfig
     model: llm.GPTModel
     data: LongContextDataModule
     trainer: nl.Trainer
@@ -68,7 +75,7 @@ class Run:
         return self.directory
 
 
-def run_directory(recipe: RecipeConfig) -> Path:
+def run_directory(recipe: RunConfig) -> Path:
     """`output_dir/name`."""
     return recipe.directory
 
@@ -83,14 +90,18 @@ def build_run(recipe: RecipeConfig) -> Run:
     prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     if recipe.restore_from:
-        model, source = checkpoint_model(recipe.restore_from, recipe.model), "checkpoint"
+        model, source = checkpoint_model(recipe.restore_from, recipe.model), FROM_CHECKPOINT
     else:
-        tokenizer = load_tokenizer(recipe.data.get("tokenizer"))
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
         model, source = fresh_model(recipe.model, tokenizer=tokenizer), str(recipe.model["config"])
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
+<<<<<<< HEAD
     changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
     model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
     check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
+=======
+    begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=source, recompute=recompute)
+>>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
     _check_vocabulary(data, model.config, recipe.data.get("tokenizer"))
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
@@ -99,12 +110,12 @@ def build_run(recipe: RecipeConfig) -> Run:
         model=model,
         data=data,
         trainer=made(parts.trainer_config(recipe, callbacks=callbacks)),
-        changes=changes,
+        changes=model.long_context_start.changes,
         **run_parts(recipe),
     )
 
 
-def run_parts(recipe: RecipeConfig) -> dict[str, Any]:
+def run_parts(recipe: RunConfig) -> dict[str, Any]:
     """`log`, `resume` and `optim` of a run on this machine."""
     directory = run_directory(recipe)
     # PEFT notes the checkpoint's path down, to be found from anywhere.
@@ -116,7 +127,7 @@ def run_parts(recipe: RecipeConfig) -> dict[str, Any]:
     }
 
 
-def prepare_device(recipe: RecipeConfig) -> None:
+def prepare_device(recipe: RunConfig) -> None:
     """Make the host run on the accelerator that the recipe names, or say why it cannot."""
     if recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         mend = (

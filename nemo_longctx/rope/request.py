@@ -1,0 +1,151 @@
+"""What a run asks of RoPE, before the checkpoint is at hand, and what becomes of it with the checkpoint's own numbers.
+
+A YAML file says what makes the variant. Base, trained length and factor (new length / trained length) come from the checkpoint
+where they are not set.
+
+A checkpoint whose RoPE is stretched already (Llama 3.1's scaling, YaRN, PI) was trained with its plain frequencies at the
+shorter length that its scaling begins from. Another variant takes the scaling's place, it is not laid over it: so it begins
+from that length too, and its factor covers the whole way. The same variant goes on: its other numbers stay, its factor grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.variants import VARIANTS, to_dict
+
+FACTOR, TRAINED = "factor", "original_max_position_embeddings"
+_LISTS = ("short_factor", "long_factor")  # LongRoPE's, which only its own checkpoint has
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeRequest:
+    """A variant, and those of its fields that the user set.
+
+    Attributes:
+        variant: a name of `VARIANTS`.
+        values: fields that are set, checked.
+    """
+
+    variant: str
+    values: Mapping[str, Any]
+
+    @property
+    def evaluation_only(self) -> bool:
+        """Whether no fixed model can be trained with it."""
+        return VARIANTS[self.variant].evaluation_only
+
+    @property
+    def base(self) -> float | None:
+        """The base asked for, or the variant's own where that is what makes it (ABF); None: the checkpoint's."""
+        return self.values.get("base", _own_base(self.variant))
+
+    def complete(self, under: RopeVariant, *, seq_length: int, trained: int, source: str = "the checkpoint") -> CompletedRope:
+        """The variant with the numbers of what lies under it.
+
+        Args:
+            under: the position encoding that the checkpoint has.
+            seq_length: the run's longest window, tokens.
+            trained: the longest window of the checkpoint, tokens.
+            source: what to call it; a config class, where the weights are random.
+
+        Raises:
+            ConfigError: a number that neither the user nor the checkpoint gives.
+        """
+        names = {field.name for field in dataclasses.fields(VARIANTS[self.variant])}
+        made = {**_carried(self.variant, under), **self.values}
+        notes = []
+        if self.base is None:
+            made["base"] = under.base
+            notes.append(f"rope.base={under.base:g}: that of {source}")
+        begin = trained_length(under, trained)
+        stretched = FACTOR in names
+        if stretched and FACTOR not in self.values:
+            made[FACTOR], note = self._factor(under, seq_length, trained, source)
+            notes.append(note)
+        if TRAINED in names and TRAINED not in made:
+            made[TRAINED] = begin
+            notes.append(f"rope.{TRAINED}={begin:,}: the length that {source} was trained at")
+        if under.variant != self.variant and hasattr(under, FACTOR):
+            notes.append(f"rope.variant={self.variant} takes the place of {describe(under)} of {source}")
+        for name in _LISTS:
+            if name in names and name not in made:
+                mend = "missing: LongRoPE's divisors are searched for each model; set a list, one number a pair of dimensions"
+                raise ConfigError(f"rope.{name}", None, mend)
+        return CompletedRope(variant=build(VARIANTS[self.variant], made, where="rope"), notes=tuple(notes))
+
+    def _factor(self, under: RopeVariant, seq_length: int, trained: int, source: str) -> tuple[float, str]:
+        begin = self.values.get(TRAINED)
+        if under.variant == self.variant and begin is None:
+            was = float(getattr(under, FACTOR))
+            factor = was * max(1.0, seq_length / trained)
+            return factor, f"rope.factor={factor:g}: {was:g} of {source} x {seq_length:,} / {trained:,} trained tokens"
+        begin = begin or trained_length(under, trained)
+        if seq_length <= begin:
+            return 1.0, f"rope.factor=1: windows of {seq_length:,} tokens are within the trained {begin:,}: none is stretched"
+        return seq_length / begin, f"rope.factor={seq_length / begin:g}: {seq_length:,} / {begin:,} trained tokens"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletedRope:
+    """A variant whose numbers are all known, and a sentence on each that was not set."""
+
+    variant: RopeVariant
+    notes: tuple[str, ...]
+
+
+def _own_base(variant: str) -> float | None:
+    """ABF is its base; every other variant takes the one it finds."""
+    return float(VARIANTS["abf"].base) if variant == "abf" else None
+
+
+def _carried(variant: str, under: RopeVariant) -> dict[str, Any]:
+    """The numbers of the checkpoint's RoPE where it is the same variant."""
+    if variant != under.variant:
+        return {}
+    kept = to_dict(under)
+    return {name: value for name, value in kept.items() if name not in ("variant", "base", FACTOR)}
+
+
+def trained_length(under: RopeVariant, seq_length: int) -> int:
+    """The length that a checkpoint's plain frequencies were trained at.
+
+    Args:
+        under: its position encoding.
+        seq_length: its longest window, tokens.
+    """
+    original = getattr(under, TRAINED, None)
+    if original is not None:
+        return int(original)
+    return max(1, round(seq_length / getattr(under, FACTOR, 1.0)))
+
+
+def describe(variant: RopeVariant) -> str:
+    """`llama3 (factor 8 from 8,192 tokens)`."""
+    factor, trained = getattr(variant, FACTOR, None), getattr(variant, TRAINED, None)
+    said = [f"factor {factor:g}"] if factor is not None else []
+    said += [f"from {trained:,} tokens"] if trained is not None else []
+    return f"{variant.variant} ({' '.join(said)})" if said else variant.variant
+
+
+def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequest:
+    """What `values` asks for, e.g. `{"variant": "pi"}`; fields that a checkpoint can say may be missing or null.
+
+    Raises:
+        ConfigError: no mapping, no or an unknown `variant`, an unknown field, or a bad value.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
+    fields = {key: value for key, value in values.items() if value is not None}
+    name = fields.pop("variant", None)
+    if not isinstance(name, str) or name not in VARIANTS:
+        raise ConfigError(f"{where}.variant", name, f"no such variant, {did_you_mean(str(name), VARIANTS)}")
+    cls = VARIANTS[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    stand_ins = {FACTOR: 1.0, TRAINED: 2, **dict.fromkeys(_LISTS, (1.0,))}
+    made = build(cls, {**{key: value for key, value in stand_ins.items() if key in known}, **fields}, where=where)
+    return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields})

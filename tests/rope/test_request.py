@@ -1,0 +1,109 @@
+"""What a recipe asks of RoPE takes base, trained length and factor from the checkpoint where it does not say them."""
+
+import pytest
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.request import parse_request
+from nemo_longctx.rope.variants import VARIANTS, Llama3Rope, LongRope, PiRope, Rope, YarnRope
+
+LLAMA2 = {"under": Rope(base=10_000.0), "trained": 4096}
+QWEN = {"under": Rope(base=1_000_000.0), "trained": 32_768}
+LLAMA31 = {"under": Llama3Rope(), "trained": 131_072}  # factor 8 from 8,192
+DIVISORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+def completed(values, *, under, trained, seq_length):
+    return parse_request(values).complete(under, seq_length=seq_length, trained=trained)
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"abf"}))
+@pytest.mark.parametrize("checkpoint", [LLAMA2, QWEN, LLAMA31], ids=["llama2", "qwen", "llama31"])
+def test_base_is_the_checkpoints(name, checkpoint):
+    values = {"variant": name, **(DIVISORS if name == "longrope" else {})}
+    made = completed(values, **checkpoint, seq_length=262_144)
+    assert made.variant.base == checkpoint["under"].base
+    assert any(note.startswith("rope.base=") for note in made.notes)  # nothing is silent
+
+
+def test_abf_is_its_base():
+    assert completed({"variant": "abf"}, **LLAMA2, seq_length=32_768).variant.base == 500_000
+
+
+@pytest.mark.parametrize("name", ["pi", "ntk", "ntk_by_parts", "yarn", "llama3", "dynamic_ntk"])
+def test_factor_is_the_new_length_over_the_trained_one(name):
+    for checkpoint, seq_length, factor, trained in ((LLAMA2, 32_768, 8, 4096), (QWEN, 131_072, 4, 32_768)):
+        made = completed({"variant": name}, **checkpoint, seq_length=seq_length).variant
+        assert made.factor == factor
+        assert getattr(made, "original_max_position_embeddings", trained) == trained
+
+
+@pytest.mark.parametrize("name", ["pi", "ntk", "yarn", "ntk_by_parts"])
+def test_another_variant_takes_the_place_of_llama31s_scaling(name):
+    """Its plain frequencies were trained at 8,192 tokens: the new factor covers the whole way, and the notes say so."""
+    made = completed({"variant": name}, **LLAMA31, seq_length=262_144)
+    assert made.variant.factor == 32
+    assert getattr(made.variant, "original_max_position_embeddings", 8192) == 8192
+    assert any("takes the place of llama3 (factor 8 from 8,192 tokens) of the checkpoint" in note for note in made.notes)
+
+
+def test_the_same_variant_goes_on():
+    made = completed({"variant": "llama3"}, **LLAMA31, seq_length=262_144).variant
+    assert made == Llama3Rope(factor=16.0)
+    yarn = YarnRope(base=1e6, factor=4.0, original_max_position_embeddings=32_768, beta_fast=16.0)
+    made = completed({"variant": "yarn"}, under=yarn, trained=131_072, seq_length=262_144).variant
+    assert made == YarnRope(base=1e6, factor=8.0, original_max_position_embeddings=32_768, beta_fast=16.0)
+    same = completed({"variant": "yarn"}, under=yarn, trained=131_072, seq_length=65_536).variant
+    assert same == yarn
+
+
+def test_pi_under_another_variant_was_trained_shorter():
+    made = completed({"variant": "yarn"}, under=PiRope(factor=8.0), trained=32_768, seq_length=65_536).variant
+    assert (made.factor, made.original_max_position_embeddings) == (16, 4096)
+
+
+def test_what_is_set_wins():
+    values = {"variant": "yarn", "base": 7e5, "factor": 3.0, "original_max_position_embeddings": 2048}
+    made = completed(values, **QWEN, seq_length=131_072)
+    assert made.variant == YarnRope(base=7e5, factor=3.0, original_max_position_embeddings=2048)
+    assert not made.notes
+    null = completed({"variant": "yarn", "base": None, "factor": None}, **QWEN, seq_length=131_072)
+    assert null == completed({"variant": "yarn"}, **QWEN, seq_length=131_072)
+
+
+def test_set_trained_length_gives_the_factor():
+    made = completed({"variant": "yarn", "original_max_position_embeddings": 8192}, **LLAMA2, seq_length=32_768).variant
+    assert made.factor == 4
+
+
+def test_nothing_to_stretch_is_factor_one_and_said():
+    made = completed({"variant": "pi"}, **QWEN, seq_length=16_384)
+    assert made.variant.factor == 1
+    assert any("none is stretched" in note for note in made.notes)
+
+
+def test_longrope_asks_for_its_divisors_or_takes_the_checkpoints():
+    with pytest.raises(ConfigError, match=r"rope.short_factor=None: missing: LongRoPE's divisors"):
+        completed({"variant": "longrope"}, **LLAMA2, seq_length=32_768)
+    under = LongRope(factor=32.0, original_max_position_embeddings=4096, **DIVISORS)
+    made = completed({"variant": "longrope"}, under=under, trained=131_072, seq_length=131_072).variant
+    assert made == under
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variant": "pi", "bse": 1}, "rope.bse=1: unknown key"),
+        ({"variant": "rope", "factor": 2.0}, "rope.factor=2.0: unknown key"),
+        ({"variant": "pi", "factor": 0.5}, "rope.factor=0.5: must be at least 1"),
+        ({"variant": "pi", "factor": float("nan")}, "rope.factor=nan: must be a finite number"),
+        ({"variant": "yarn", "original_max_position_embeddings": 0}, "1 or more"),
+        ({"variant": "longrope", "long_factor": "x"}, "must be a list of numbers"),
+        ({"variant": 3}, "no such variant"),
+        (["pi"], "must be a mapping"),
+        ({}, "no such variant"),
+    ],
+)
+def test_a_bad_request_is_refused_before_a_checkpoint_is_at_hand(values, message):
+    with pytest.raises(ConfigError) as raised:
+        parse_request(values)
+    assert message in str(raised.value)
