@@ -104,8 +104,6 @@ def checked(hint: Any, value: Any, where: str) -> Any:
     Raises:
         ConfigError: by the name `where`.
     """
-    if isinstance(value, str) and value == "???":  # Hydra's word for what a user must set
-        raise ConfigError(where, value, "missing; set it")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, where)
@@ -181,6 +179,18 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         if "\0" in value:
             raise ConfigError(where, value, "must be text without a NUL character")
     return value
+
+
+def refuse_missing(value: Any, where: str = "") -> None:
+    """Raise ConfigError for the first `???`, Hydra's word for what a user must set, anywhere in plain values."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_missing(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            refuse_missing(item, f"{where}[{number}]")
+    elif isinstance(value, str) and value == "???":
+        raise ConfigError(where, value, "missing; set it")
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.activations import offloaded_layers, recomputed_layers
-from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.config import ConfigError, build, did_you_mean, refuse_missing
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
@@ -296,6 +296,7 @@ def load_recipe(values: Mapping[str, Any]) -> RecipeConfig:
     Raises:
         ConfigError: an unknown key or a bad value, by its dotted name.
     """
+    refuse_missing(values)
     return build(RecipeConfig, values)
 
 
@@ -305,6 +306,7 @@ def load_instruct_recipe(values: Mapping[str, Any]) -> InstructRecipe:
     Raises:
         ConfigError: an unknown key or a bad value, by its dotted name.
     """
+    refuse_missing(values)
     return build(InstructRecipe, values)
 
 

@@ -127,12 +127,12 @@ class HarnessTask:
 
     kind: ClassVar[str] = "lm_eval"
 
-    tasks: tuple[str, ...]
+    tasks: tuple[Any, ...]  # of texts; checked below
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: str | None = None
     include_defaults: bool = False
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Any = dataclasses.field(default_factory=dict)
     apply_chat_template: bool = False
     allow_code_execution: bool = False
     guard: bool = False

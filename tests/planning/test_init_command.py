@@ -42,7 +42,7 @@ def test_a_laptop_s_recipe_is_whole(folder, capsys):
     assert recipe.rope_variant.base == 500_000.0
     assert recipe.restore_from == "checkpoints/tiny_hf"
     assert 0 < recipe.optimizer.warmup_tokens < recipe.curriculum.total_tokens
-    assert [each["seq_length"] for each in recipe.data["validation"]] == [1024, 256]
+    assert [each.seq_length for each in recipe.data.validation] == [1024, 256]
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[said.index("next:") + 1 :]] == ["import", "prepare", "train"]
 
@@ -62,8 +62,8 @@ def test_a_corpus_that_is_there_is_not_prepared_again(folder, capsys):
     assert main(["init", "--checkpoint", "tiny_hf", "--target", "512", "--data", "all"]) == 0
     assert "prepare" not in capsys.readouterr().out
     recipe = recipe_of("tiny_hf_512.yaml")
-    assert recipe.data["mix"]["sources"] == [{"path": "all"}]
-    assert recipe.data["validation"] == []  # no all_holdout.idx beside it
+    assert [source.path for source in recipe.data.mix.sources] == ["all"]
+    assert not recipe.data.validation  # no all_holdout.idx beside it
 
 
 @pytest.mark.parametrize(
