@@ -38,22 +38,14 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     kept = [item for item in overrides if item.partition("=")[0] not in emptied]
     with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
         try:
-<<<<<<< HEAD
-            config = hydra_compose(config_name, overrides=[_override(item, known) for item in overrides])
-            values = OmegaConf.to_container(config, resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from error
-    check_targets(values)
-    return values  # type: ignore[return-value]
-=======
             config = hydra_compose(config_name, overrides=[_override(item, known) for item in kept])
             values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         except ConfigError:
             raise
         except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
             raise ConfigError(*_culprit(overrides), " ".join(str(error).split()) or type(error).__name__) from error
+    check_targets(values)
     return {str(key): value for key, value in values.items()} | dict.fromkeys(emptied)
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 
 
 def recipe_file(value: str) -> Path | None:

@@ -116,7 +116,7 @@ def flat(values: Any, key: str = "") -> dict[str, Any]:
 
 
 def plain(recipe: Any) -> dict[str, Any]:
-    """A recipe (or a mapping) as JSON keeps it. An instruction recipe's run comes before its adapters."""
+    """A recipe (or a mapping) as JSON keeps it. Records of 0.1 keep an instruction recipe's `run` beside its adapters."""
     values = recipe if isinstance(recipe, Mapping) else dataclasses.asdict(recipe)
     values = json.loads(json.dumps(values, default=str))
     return {**values.pop("run"), **values} if isinstance(values.get("run"), dict) else values

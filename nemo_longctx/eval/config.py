@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.eval import probes
@@ -23,7 +23,7 @@ class PositionTask:
         label: tells tasks of one length apart, say by their corpus.
     """
 
-    kind: ClassVar[str] = "position"
+    kind: str = dataclasses.field(default="position", init=False)
 
     corpus: str
     seq_length: int
@@ -59,7 +59,7 @@ class ContextTask:
         label: tells tasks of one longest context apart.
     """
 
-    kind: ClassVar[str] = "context"
+    kind: str = dataclasses.field(default="context", init=False)
 
     corpus: str
     contexts: tuple[int, ...]
@@ -101,7 +101,7 @@ class ContextTask:
 class ProbeTask:
     """Probes hidden in `text`: a JSONL file (`text` field), a plain text file, or the prefix of an indexed corpus."""
 
-    kind: ClassVar[str] = "probes"
+    kind: str = dataclasses.field(default="probes", init=False)
 
     text: str
     probes: probes.ProbeConfig = dataclasses.field(default_factory=probes.ProbeConfig)
@@ -125,7 +125,7 @@ class HarnessTask:
         label: tells blocks of the same tasks apart, say by their `max_prompt`; results are named task@label.
     """
 
-    kind: ClassVar[str] = "lm_eval"
+    kind: str = dataclasses.field(default="lm_eval", init=False)
 
     tasks: tuple[Any, ...]  # of texts; checked below
     limit: int | None = None

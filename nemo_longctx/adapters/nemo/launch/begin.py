@@ -8,7 +8,7 @@ from typing import Any
 from nemo.collections.llm.gpt.model.base import GPTModel
 
 from nemo_longctx.adapters.nemo.launch.callbacks import RunStart
-from nemo_longctx.adapters.nemo.model.config import prepare_model
+from nemo_longctx.adapters.nemo.model.config import SettingChange, prepare_model
 from nemo_longctx.adapters.nemo.model.rope import variant_of
 from nemo_longctx.rope.request import CompletedRope, parse_request
 
@@ -17,7 +17,7 @@ FROM_CHECKPOINT = "checkpoint"
 
 def begin_model(
     model: GPTModel, *, rope: Mapping[str, Any] | None, seq_length: int, source: str, recompute: str | None
-) -> None:
+) -> list[SettingChange]:
     """Give a model (not built yet) the run's settings, and note them as its `long_context_start`, which the run prints.
 
     Args:
@@ -27,6 +27,9 @@ def begin_model(
         source: where its settings come from: `FROM_CHECKPOINT`, or the name of a config class, whose weights are random.
         recompute: of the first stage (`nemo_longctx.activations`); None keeps the model's.
 
+    Returns:
+        what that changed, or did not.
+
     Raises:
         ConfigError: a RoPE that cannot be completed or placed.
     """
@@ -35,6 +38,7 @@ def begin_model(
     changes = prepare_model(model, seq_length=seq_length, variant=variant, recompute=recompute)
     notes = () if completed is None else completed.notes
     model.long_context_start = RunStart(changes=changes, source=source, variant=variant or variant_of(model), notes=notes)
+    return changes
 
 
 def complete_rope(model: GPTModel, rope: Mapping[str, Any] | None, *, seq_length: int, source: str) -> CompletedRope | None:

@@ -109,8 +109,8 @@ class LongContextSettingsCallback(Callback):
         self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
-<<<<<<< HEAD
-        print(settings_table(start.changes, source=start.source, resumed=resumed), *seen, kernel, sep="\n", flush=True)
+        table = settings_table(start.changes, source=start.source, resumed=resumed)
+        print(table, *start.notes, *seen, kernel, sep="\n", flush=True)
         for change in history[-1:] if history and history[-1]["step"] == trainer.global_step else []:
             for key, values in change["changed"].items():
                 print(f"{key}: {values['before']} -> {values['run']} from step {change['step']} on", flush=True)
@@ -138,19 +138,6 @@ class LongContextSettingsCallback(Callback):
         if found:
             history.append({"step": step, "changed": applied(found)})
         return {key: value["run"] for key, value in before["settings"].items()}, history
-=======
-        print(settings_table(start.changes, source=start.source), *start.notes, *seen, kernel, sep="\n", flush=True)
-        record = {
-            "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
-            "source": start.source,
-            "verified": seen,
-            "attention": kernel,
-            "parameters": parameters,
-            "recipe": self.recipe,
-            "versions": versions(),
-        }
-        write_json(self.directory / "settings.json", record)
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it

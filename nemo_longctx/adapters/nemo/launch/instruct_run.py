@@ -13,21 +13,13 @@ from nemo_longctx.adapters.nemo.data.instruct_data_module import LongInstructDat
 from nemo_longctx.adapters.nemo.launch import run as pretraining
 from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
 from nemo_longctx.adapters.nemo.launch.parts import made, recipe_callbacks, trainer_config
-<<<<<<< HEAD
-from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, prepare_model, shape_of
-from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
-from nemo_longctx.adapters.nemo.model.rope import RopeTransform, variant_of
-from nemo_longctx.config import ConfigError, build, did_you_mean
-from nemo_longctx.data.vocabulary import check_corpora
-from nemo_longctx.recipe import RecipeConfig
-from nemo_longctx.resume import check_resumed, check_resumed_live
-=======
-from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model
+from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, shape_of
 from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform
 from nemo_longctx.config import ConfigError, to_values
+from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.recipe import InstructRecipe, LoRAConfig
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
+from nemo_longctx.resume import check_resumed, check_resumed_live
 from nemo_longctx.rope.variants import to_dict
 
 
@@ -62,42 +54,30 @@ def build_instruct_run(recipe: InstructRecipe) -> InstructRun:
     Raises:
         ConfigError: a setting that this machine, checkpoint or data contradicts.
     """
-<<<<<<< HEAD
-    recipe = instruct.run
-    check_resumed(instruct, recipe.directory)
-=======
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
+    check_resumed(recipe, recipe.directory)
     pretraining.prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     model = checkpoint_model(recipe.restore_from, recipe.model)  # type: ignore[arg-type]
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
-    begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=FROM_CHECKPOINT, recompute=recompute)
+    changes = begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=FROM_CHECKPOINT, recompute=recompute)
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
     model.config.calculate_per_token_loss = True
     directory = pretraining.run_directory(recipe)
-<<<<<<< HEAD
     check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), directory)
-    values = {"cache_dir": str(directory / "instances")} | dict(recipe.data)
+    values = {"cache_dir": str(directory / "instances")} | to_values(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
     _check_tokenizer(data, model.config)
     sources = data.mix.sources if data.mix else ()
     paths = {f"data.pretraining.sources[{i}].path": source.path for i, source in enumerate(sources)}
     paths |= {f"data.validation[{i}].path": each.path for i, each in enumerate(data.evaluation["validation"])}
     check_corpora(paths, vocab_size=model.config.vocab_size, tokenizer=data.tokenizer_name)
-    callbacks = recipe_callbacks(recipe, results=directory / "results", record=instruct)
-    validates = bool(data.evaluation["validation"])  # NeMo would ask a loader that is not there for its data
-=======
-    values = {"cache_dir": str(directory / "instances")} | to_values(recipe.data)
-    data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
-    _check_tokenizer(data, model.config)
     callbacks = recipe_callbacks(recipe, results=directory / "results")
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
     parts = pretraining.Run(
         recipe=recipe,
         model=model,
         data=data,
         trainer=made(trainer_config(recipe, callbacks=callbacks)),
-        changes=model.long_context_start.changes,
+        changes=changes,
         peft=None if recipe.lora is None else _lora(recipe.lora, model),
         **pretraining.run_parts(recipe),
     )

@@ -23,21 +23,12 @@ from nemo_longctx.adapters.nemo.model.config import (
     checkpoint_model,
     fresh_model,
     load_tokenizer,
-<<<<<<< HEAD
-    prepare_model,
     shape_of,
-=======
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
 )
 from nemo_longctx.config import ConfigError
-<<<<<<< HEAD
 from nemo_longctx.data.vocabulary import check_corpora
-from nemo_longctx.recipe import RecipeConfig
-from nemo_longctx.resume import check_resumed, check_resumed_live
-=======
-from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.recipe import RecipeConfig, RunConfig
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
+from nemo_longctx.resume import check_resumed, check_resumed_live
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,22 +86,17 @@ def build_run(recipe: RecipeConfig) -> Run:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         model, source = fresh_model(recipe.model, tokenizer=tokenizer), str(recipe.model["config"])
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
-<<<<<<< HEAD
-    changes = prepare_model(model, seq_length=recipe.seq_length, variant=recipe.rope_variant, recompute=recompute)
-    model.long_context_start = RunStart(changes=changes, source=source, variant=recipe.rope_variant or variant_of(model))
+    changes = begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=source, recompute=recompute)
     check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
-=======
-    begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=source, recompute=recompute)
->>>>>>> 4498aaf (One schema for data, eval and sft keys, checked when a recipe is composed; RoPE's base, trained length and factor come from the checkpoint)
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
-    _check_vocabulary(data, model.config, recipe.data.get("tokenizer"))
+    _check_vocabulary(data, model.config, recipe.data.tokenizer)
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
     return Run(
         recipe=recipe,
         model=model,
         data=data,
         trainer=made(parts.trainer_config(recipe, callbacks=callbacks)),
-        changes=model.long_context_start.changes,
+        changes=changes,
         **run_parts(recipe),
     )
 
