@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.rope.base import RopeVariant
-from nemo_longctx.rope.variants import VARIANTS, to_dict
+from nemo_longctx.rope.variants import VARIANTS, Rope, to_dict
 
 FACTOR, TRAINED = "factor", "original_max_position_embeddings"
 _LISTS = ("short_factor", "long_factor")  # LongRoPE's, which only its own checkpoint has
@@ -27,17 +27,17 @@ class RopeRequest:
     """A variant, and those of its fields that the user set.
 
     Attributes:
-        variant: a name of `VARIANTS`.
+        variant: a name of `VARIANTS`; None: the checkpoint's, with another base.
         values: fields that are set, checked.
     """
 
-    variant: str
+    variant: str | None
     values: Mapping[str, Any]
 
     @property
     def evaluation_only(self) -> bool:
         """Whether no fixed model can be trained with it."""
-        return VARIANTS[self.variant].evaluation_only
+        return self.variant is not None and VARIANTS[self.variant].evaluation_only
 
     @property
     def base(self) -> float | None:
@@ -56,6 +56,8 @@ class RopeRequest:
         Raises:
             ConfigError: a number that neither the user nor the checkpoint gives.
         """
+        if self.variant is None:
+            return CompletedRope(variant=dataclasses.replace(under, **self.values), notes=())
         names = {field.name for field in dataclasses.fields(VARIANTS[self.variant])}
         made = {**_carried(self.variant, under), **self.values}
         notes = []
@@ -98,12 +100,12 @@ class CompletedRope:
     notes: tuple[str, ...]
 
 
-def _own_base(variant: str) -> float | None:
+def _own_base(variant: str | None) -> float | None:
     """ABF is its base; every other variant takes the one it finds."""
     return float(VARIANTS["abf"].base) if variant == "abf" else None
 
 
-def _carried(variant: str, under: RopeVariant) -> dict[str, Any]:
+def _carried(variant: str | None, under: RopeVariant) -> dict[str, Any]:
     """The numbers of the checkpoint's RoPE where it is the same variant."""
     if variant != under.variant:
         return {}
@@ -142,6 +144,8 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
         raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
     fields = {key: value for key, value in values.items() if value is not None}
     name = fields.pop("variant", None)
+    if name is None and fields.keys() == {"base"}:
+        return RopeRequest(variant=None, values={"base": build(Rope, fields, where=where).base})
     if not isinstance(name, str) or name not in VARIANTS:
         raise ConfigError(f"{where}.variant", name, f"no such variant, {did_you_mean(str(name), VARIANTS)}")
     cls = VARIANTS[name]

@@ -1,5 +1,7 @@
 """What a recipe asks of RoPE takes base, trained length and factor from the checkpoint where it does not say them."""
 
+import dataclasses
+
 import pytest
 
 from nemo_longctx.config import ConfigError
@@ -70,6 +72,13 @@ def test_what_is_set_wins():
     assert null == completed({"variant": "yarn"}, **QWEN, seq_length=131_072)
 
 
+def test_a_base_alone_keeps_the_variant():
+    yarn = YarnRope(base=1e6, factor=4.0, original_max_position_embeddings=32_768)
+    assert completed({"base": 5e6}, under=yarn, trained=131_072, seq_length=131_072).variant == dataclasses.replace(
+        yarn, base=5e6
+    )
+
+
 def test_set_trained_length_gives_the_factor():
     made = completed({"variant": "yarn", "original_max_position_embeddings": 8192}, **LLAMA2, seq_length=32_768).variant
     assert made.factor == 4
@@ -101,6 +110,8 @@ def test_longrope_asks_for_its_divisors_or_takes_the_checkpoints():
         ({"variant": 3}, "no such variant"),
         (["pi"], "must be a mapping"),
         ({}, "no such variant"),
+        ({"factor": 2.0}, "no such variant"),
+        ({"base": 0.5}, "rope.base=0.5: must be above 1"),
     ],
 )
 def test_a_bad_request_is_refused_before_a_checkpoint_is_at_hand(values, message):
