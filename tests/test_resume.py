@@ -15,7 +15,7 @@ from nemo_longctx.recipe import RecipeConfig, load_recipe
 from nemo_longctx.resume import applied, changes, check_live, check_resumed, plain, refuse, rule_of, table_markdown
 
 DOCS = Path(__file__).parent.parent / "docs" / "resume.md"
-RUN = ["recipe=tiny_cpu_base", "name=run"]
+RUN = ["recipe=tiny_cpu_base", "name=run", "rope.variant=rope", "rope.base=10000"]
 
 
 def recipe(*overrides: str, output="runs"):
@@ -73,7 +73,7 @@ def test_rates_and_decay_are_applied_and_noted():
 @pytest.mark.parametrize(
     ("overrides", "key", "before"),
     [
-        (["rope=abf", "rope.base=2.0e6"], "rope.variant", "'rope'"),
+        (["rope.variant=abf", "rope.base=2.0e6"], "rope.variant", "'rope'"),
         (["rope.base=2.0e6"], "rope.base", "10000"),
         (["seed=5"], "seed", "1234"),
         (["model.hidden_size=64"], "model.hidden_size", "128"),
@@ -137,7 +137,7 @@ def run_directory(tmp_path):
 
 
 def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_directory, capsys):
-    asked = ["rope=abf", "rope.base=1.0e6"]
+    asked = ["rope.variant=abf", "rope.base=1.0e6"]
     check_resumed(recipe(*asked), run_directory / "run")  # no checkpoint: the next start is the first one
     checkpoint = run_directory / "run" / "checkpoints" / "step=3-last"
     checkpoint.mkdir(parents=True)
@@ -148,6 +148,6 @@ def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_dir
     printed = capsys.readouterr().err
     assert "rope.base=1000000.0" in printed
     assert "trained with 500000.0" in printed
-    check_resumed(recipe("rope=abf", "optimizer.lr=1e-2"), run_directory / "run")
+    check_resumed(recipe("rope.variant=abf", "rope.base=500000", "optimizer.lr=1e-2"), run_directory / "run")
     (run_directory / "run" / "results" / "settings.json").write_text("{")  # unreadable: the checkpoint itself will tell
     check_resumed(recipe(*asked), run_directory / "run")
