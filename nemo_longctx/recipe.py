@@ -38,6 +38,8 @@ class OptimizerConfig:
         min_lr: where the schedule ends.
         warmup_tokens: tokens over which the rate climbs from 0 (the paper: 2,000 steps of 4 Mi tokens).
         schedule: "cosine" to the end of the run, or "constant".
+        weight_decay: of AdamW, a step times the learning rate (Llama 2's 0.1).
+        beta1, beta2, epsilon: of AdamW (Llama 2's 0.9, 0.95, 1e-5).
         clip_grad: largest norm of the whole gradient; 0 clips nothing.
         distributed: shard optimizer states over data-parallel ranks (Megatron-Core's distributed optimizer).
     """
@@ -75,7 +77,13 @@ class TrainerConfig:
     Attributes:
         accelerator: "cpu" or "gpu".
         devices: processes on one node.
+        num_nodes: nodes of so many processes.
         precision: "32", "bf16-mixed", "16-mixed", or "auto": bf16-mixed on a GPU, 32 on a CPU.
+        tensor_model_parallel_size: processes that share each layer's matrices (TP).
+        pipeline_model_parallel_size: groups of layers on processes of their own (PP).
+        virtual_pipeline_model_parallel_size: chunks of layers of each pipeline stage, interleaved; None for one.
+        context_parallel_size: processes that share each sequence (CP).
+        sequence_parallel: split what lies between the matrices over the processes of tensor parallelism too.
         recompute: activations that are computed again in the backward pass: "none", "selective", "block:N" or "full".
         offload: layers whose activations wait in host memory: "none", "block:N" or "full"; needs a GPU. A stage of the
             curriculum may name others (`nemo_longctx.activations`).
