@@ -9,7 +9,7 @@ TORCH_CUDA := cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvi
   nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
   nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
 
-.PHONY: install demo test test-all lint lock clean
+.PHONY: install demo docs test test-all lint lock clean
 install: $(INSTALLED)
 
 # torch goes first, by version, with pip: pip takes the build that this machine is set up for, and uv then leaves it alone.
@@ -33,6 +33,11 @@ test-all: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
+
+# The site in build/site; settings and commands are written anew from the schema and the command line.
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/mkdocs build
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

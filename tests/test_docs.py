@@ -1,0 +1,83 @@
+"""The docs: generated pages are what the generator makes, commands in them exist and compose, and the site builds."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_longctx.cli import COMMANDS
+from nemo_longctx.compose import compose, groups
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WRITTEN = [page for page in PAGES if page.name not in ("settings.md", "commands.md")]
+
+
+def blocks(language):
+    for page in WRITTEN:
+        for text in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            yield page, text
+
+
+def commands():
+    for page, block in blocks("bash"):
+        for line in block.splitlines():
+            if words := shlex.split(line, comments=True):
+                yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_of_the_docs_exist(words):
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[0] == "torchrun":
+        words = words[words.index("nemo_longctx") :]
+    if words[:2] == ["nemo", "longctx"]:
+        return  # nemo_run's own command line
+    assert words[0] in ("nemo-longctx", "nemo_longctx")
+    assert words[1] in COMMANDS
+    given = [word for word in words[2:] if "=" in word and not word.startswith("-") and not word.endswith(".yaml")]
+    if words[1] == "train":
+        compose(given)
+    elif words[1] == "sft":
+        compose(given, config_name="sft")
+    elif "--recipe" in words:
+        assert words[words.index("--recipe") + 1] in groups()["recipe"]
+
+
+def test_yaml_of_the_docs_is_settings():
+    """Each block is a part of a recipe: it composes over one."""
+    for page, block in blocks("yaml"):
+        for key, value in yaml.safe_load(block).items():
+            assert key in compose(["recipe=tiny_cpu_base"]), (page, key)
+            assert isinstance(value, dict)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays its help out by the version of Python")
+@pytest.mark.parametrize("name", ["settings", "commands"])
+def test_generated_pages_are_what_the_generator_makes(name):
+    """Run `python docs/make_reference.py` after a change of the schema or of a command."""
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == getattr(made, f"{name}_page")()
+
+
+def test_links_between_pages_and_files_are_there():
+    for page in WRITTEN:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page, link)
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "site" / "index.html").is_file()
