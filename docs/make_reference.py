@@ -24,8 +24,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of a recipe (`key=value` on the command line, or YAML), from the schema that checks it. `[]` is any place in",
-        "a list; a key without a default has to be set. A group is chosen by one word (`rope=abf`, `trainer=cpu`):",
+        "Every key of a recipe (`key=value` on the command line, or YAML), from the schema that checks it. `[]` is any place",
+        "in a list; a key without a default has to be set. A group is chosen by one word (`rope=abf`, `trainer=cpu`):",
         "",
         "| group | choices |",
         "| --- | --- |",
