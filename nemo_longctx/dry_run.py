@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ def check(recipe: RecipeConfig) -> Checked:
     checked.look("curriculum", lambda: _curriculum(recipe))
     checked.look("data", lambda: _data(recipe))
     for each in recipe.data.validation:
-        checked.look("validation", lambda each=each: _validation(each))
+        checked.look("validation", functools.partial(_validation, each))
     checked.look("layout", lambda: _layout(recipe))
     checked.look("directory", lambda: _directory(recipe))
     return checked
