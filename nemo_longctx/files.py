@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever their writer is killed, and locks between processes."""
+"""Files that are there whole or not at all, whenever their writer is killed, locks between processes, and who writes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def first_process() -> bool:
+    """Whether this is the first of the run's processes, under torchrun, Slurm or alone, before any group is made."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 @contextlib.contextmanager

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from nemo_longctx import runs
+from nemo_longctx.checkpoints import checkpoint_to_resume
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
+from nemo_longctx.files import first_process
+
+if TYPE_CHECKING:
+    from nemo_longctx.recipe import RunConfig
 
 
 def main(overrides: Sequence[str], *, description: str | None) -> int:
@@ -20,21 +28,56 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
     if {"-h", "--help"} & set(overrides):
         print(_help(description))
         return 0
-    try:
+
+    def train() -> None:
         from nemo_longctx.recipe import load_recipe
         from nemo_longctx.resume import check_resumed
 
         recipe = load_recipe(compose(overrides))
         check_resumed(recipe, recipe.directory)
-        from nemo_longctx.adapters.nemo.launch.run import build_run
 
-        build_run(recipe).fit()
-    except (ConfigError, OSError) as error:
+        def fit() -> None:
+            from nemo_longctx.adapters.nemo.launch.run import build_run
+
+            build_run(recipe).fit()
+
+        fit_unless_finished(recipe, fit)
+
+    return exit_status(train)
+
+
+def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
+    """Call `fit` as the one run of the recipe's directory, from a checkpoint that is whole, or say that the run is finished.
+
+    All that is refused here is refused within a second.
+    """
+    directory, total = recipe.directory, recipe.curriculum.total_tokens
+    with runs.one_run(directory):
+        if runs.is_finished(directory, total_tokens=total):
+            if first_process():
+                again = f"to train on, set curriculum.total_tokens above {total}; to train anew, give another name"
+                print(f"{directory} is finished already; {again}\n{runs.ending(directory)}")
+            return
+        checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
+        fit()
+
+
+def exit_status(train: Callable[[], object]) -> int:
+    """Call `train`. Returns 0, or after a sentence: 2 (a user's mistake), 1 (a run that cannot go on), 128 + N (signal N)."""
+    try:
+        with runs.stops_at_once():
+            train()
+    except (ConfigError, OSError, runs.RunError) as error:
         if os.environ.get("NEMO_LONGCTX_DEBUG"):
             raise
         sys.stdout.flush()
         print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
-        return 2
+        return 1 if isinstance(error, runs.RunError) else 2
+    except runs.Stopped as stopped:
+        if not stopped.saved and first_process():
+            name = signal.Signals(stopped.signum).name
+            print(f"\nstopped by {name} before anything new was trained; go on with\n  {runs.own_command()}", file=sys.stderr)
+        return 128 + stopped.signum
     return 0
 
 

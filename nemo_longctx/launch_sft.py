@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 from nemo_longctx.compose import compose
-from nemo_longctx.config import ConfigError
+from nemo_longctx.launch import exit_status, fit_unless_finished
 
 
 def main(overrides: Sequence[str], *, description: str | None) -> int:
@@ -15,17 +13,18 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
     if {"-h", "--help"} & set(overrides):
         print((description or "").strip())
         return 0
-    try:
+
+    def tune() -> None:
         from nemo_longctx.recipe import load_instruct_recipe
 
         recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
-        # The host takes long to import: not before every setting is checked.
-        from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
 
-        build_instruct_run(recipe).fit()
-    except (ConfigError, OSError) as error:
-        if os.environ.get("NEMO_LONGCTX_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        def fit() -> None:
+            # The host takes long to import: not before every setting is checked.
+            from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
+
+            build_instruct_run(recipe).fit()
+
+        fit_unless_finished(recipe, fit)
+
+    return exit_status(tune)

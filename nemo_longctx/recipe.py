@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.activations import offloaded_layers, recomputed_layers
-from nemo_longctx.config import ConfigError, build, did_you_mean, refuse_missing
+from nemo_longctx.config import ConfigError, build, did_you_mean, is_finite, refuse_missing
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
@@ -20,6 +20,7 @@ from nemo_longctx.rope.request import RopeRequest, parse_request
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "constant")
+BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
 
 
 def _positive(where: str, config: Any, *names: str) -> None:
@@ -146,16 +147,57 @@ class CheckpointConfig:
     """Attributes:
     every_tokens: tokens between two checkpoints that a killed run goes on from; 0 saves only at the end.
     keep: how many of the best by validation loss are kept besides the last.
+    keep_last: how many of the newest are kept; above 1 there is one before, should the newest not be readable.
     """
 
     every_tokens: int = 0
     keep: int = 0
+    keep_last: int = 1
 
     def __post_init__(self):
         if self.every_tokens < 0:
             raise ConfigError("checkpoint.every_tokens", self.every_tokens, "set 0 (only at the end) or more")
         if self.keep < 0:
             raise ConfigError("checkpoint.keep", self.keep, "set 0 or more")
+        if self.keep_last < 1:
+            raise ConfigError("checkpoint.keep_last", self.keep_last, "set 1 or more: a run goes on from its newest checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """Attributes:
+    fallback: where the newest checkpoint cannot be read, go on from the newest before it that can, instead of stopping.
+    """
+
+    fallback: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BadNumbersConfig:
+    """What a run does where its numbers go wrong. Each is "stop" (end, naming step, stage, tokens and documents), "skip" (name
+    them, and leave this step's update out) or "ignore" (name them, and train on).
+
+    Attributes:
+        not_finite: for NaN or infinity in loss or gradient.
+        spike: for a gradient norm (before clipping) or a loss that jumps.
+        spike_factor: a spike is over this many times the median of the window.
+        spike_window: steps of the window; nothing is a spike before it is half full.
+    """
+
+    not_finite: str = "stop"
+    spike: str = "ignore"
+    spike_factor: float = 10.0
+    spike_window: int = 64
+
+    def __post_init__(self):
+        for name in ("not_finite", "spike"):
+            if getattr(self, name) not in BAD_NUMBER_POLICIES:
+                mend = did_you_mean(str(getattr(self, name)), BAD_NUMBER_POLICIES)
+                raise ConfigError(f"bad_numbers.{name}", getattr(self, name), mend)
+        if not (is_finite(self.spike_factor) and self.spike_factor > 1):
+            raise ConfigError("bad_numbers.spike_factor", self.spike_factor, "set a number above 1, such as 10")
+        if self.spike_window < 2:
+            raise ConfigError("bad_numbers.spike_window", self.spike_window, "set 2 steps or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +229,8 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = dataclasses.field(default_factory=ResumeConfig)
+    bad_numbers: BadNumbersConfig = dataclasses.field(default_factory=BadNumbersConfig)
 
     def __post_init__(self):
         if not 1 <= self.seed < 2**32:
@@ -219,14 +263,14 @@ class RunConfig:
                 raise ConfigError(key, value, mend)
 
     @property
+    def directory(self) -> Path:
+        """Where checkpoints, logs and results of the run are: `output_dir/name`."""
+        return Path(self.output_dir).absolute() / self.name
+
+    @property
     def rope_variant(self) -> RopeRequest | None:
         """The position encoding asked for, or None where the checkpoint's or the config's own stays."""
         return None if self.rope is None else parse_request(self.rope)
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is: `output_dir/name`."""
-        return Path(self.output_dir).absolute() / self.name
 
     @property
     def seq_length(self) -> int:

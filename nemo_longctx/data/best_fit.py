@@ -240,12 +240,25 @@ class BestFitWindows:
 
     def sample(self, number: int) -> Sample:
         """The stage's sample `number`."""
+        own, place = self._place(number)
+        return self._own_window(place) if own else self._shared_window(place)
+
+    def documents(self, number: int) -> np.ndarray:
+        """The documents, int64 [D], of the stage's sample `number`."""
+        own, place = self._place(number)
+        if own:
+            which = int(self.long_ends.searchsorted(place, "right"))
+            return self.long_documents[which : which + 1]
+        return self.pieces[int(self.bin_ends[place - 1]) if place else 0 : int(self.bin_ends[place])]
+
+    def _place(self, number: int) -> tuple[bool, int]:
+        """Whether the window has a document of its own, and its number among those that have, or that have not."""
         block = bisect.bisect_right(self._block_starts, number) - 1
         before = self._block_starts[block]
         place = self._permutations[block][number - before]
         if place < self._own[block]:
-            return self._own_window(self._own_before[block] + place)
-        return self._shared_window(before - self._own_before[block] + place - self._own[block])
+            return True, self._own_before[block] + place
+        return False, before - self._own_before[block] + place - self._own[block]
 
     def _own_window(self, number: int) -> Sample:
         """A window out of one document."""

@@ -211,6 +211,13 @@ class Documents:
         """Source numbers (int64) of some documents."""
         return self.source_of_shard[self._shards_of(documents)]
 
+    def label(self, document: int) -> str:
+        """A document as a user can find it: `SOURCE:NUMBER`, numbered in its source from 0."""
+        shard = int(self._shards_of(np.array([document]))[0])
+        source = int(self.source_of_shard[shard])
+        first = int(self.shard_offsets[int(self.source_of_shard.searchsorted(source))])
+        return f"{self.names[source]}:{document - first}"
+
     def of_source(self, source: int) -> Iterator[tuple[int, np.ndarray]]:
         """The documents of a source in pieces of bounded size: first number, lengths."""
         for shard in np.flatnonzero(self.source_of_shard == source):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -187,6 +187,17 @@ class InstructionWindows:
     def source(self, number: int) -> str:
         """Where window `number` comes from."""
         return self._plan[number][0]
+
+    def documents_of(self, numbers: Iterable[int]) -> list[str]:
+        """What some windows hold, each once: `SOURCE:NUMBER`, an instance by its number in its file."""
+        found: dict[str, None] = {}
+        for number in numbers:
+            name, place = self._plan[number]
+            if self._pretraining is not None and name == "pretraining":
+                found |= dict.fromkeys(f"{name}/{label}" for label in self._pretraining.documents_of([place]))
+            else:
+                found |= dict.fromkeys(f"{name}:{instance}" for _, instance in self._bins[name][place])
+        return list(found)
 
     def __getitem__(self, number: int) -> Sample:
         """Window `number`; its `cu_seqlens` keep instances apart, and padding is a document of its own."""

@@ -83,6 +83,11 @@ class ConcatenatedWindows:
         window = self.window(number)
         return read_window(self.order, window.address, window.seq_length, document_masking=self.document_masking)
 
+    def documents(self, number: int) -> np.ndarray:
+        """The documents, int64 [D], of the stage's sample `number`."""
+        window = self.window(number)
+        return self.order.span(window.address, window.address + window.seq_length)[0]
+
 
 class Stream(Protocol):
     """Documents one after the other: `Order`, or held-out text as it lies in its files."""
@@ -201,6 +206,9 @@ class StageWindows(Protocol):
     def sample(self, number: int) -> Sample:
         """The stage's sample `number`."""
 
+    def documents(self, number: int) -> np.ndarray:
+        """The documents, int64 [D], of the stage's sample `number`."""
+
 
 class Windows:
     """The run's samples, numbered through across stages: what a dataset of any host wraps. `best_fit.open_windows` makes it.
@@ -226,6 +234,14 @@ class Windows:
         """
         stage = self.curriculum.stage_of_sample(sample)
         return self.stages[stage.number].sample(sample - stage.first_sample)
+
+    def documents_of(self, samples: Iterable[int]) -> list[str]:
+        """The documents of some samples of the run, each once and in their order: `SOURCE:NUMBER`, numbered in the source."""
+        found: dict[int, None] = {}
+        for sample in samples:
+            stage = self.curriculum.stage_of_sample(sample)
+            found |= dict.fromkeys(self.stages[stage.number].documents(sample - stage.first_sample).tolist())
+        return [self.order.documents.label(document) for document in found]
 
     def at_token(self, address: int) -> Sample:
         """The sample that comes after `address` consumed tokens."""

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
 
 
@@ -305,8 +306,7 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def nemo_context(path: Path) -> Path | None:
     """The `context/model.yaml` of a NeMo checkpoint, or of the newest one in a run's directory; None where there is none."""
-    checkpoints = sorted(path.glob("checkpoints/*-last"), key=lambda found: found.stat().st_mtime, reverse=True)
-    found = [folder / "context" / "model.yaml" for folder in (path, *checkpoints)]
+    found = [folder / "context" / "model.yaml" for folder in (path, *(each.path for each in checkpoints(path)))]
     return next((file for file in found if file.is_file()), None)
 
 

@@ -86,7 +86,8 @@ def test_ranks_are_dealt_every_sample_of_a_step_once(ranks, sizes, step):
         assert sorted(seen) == list(range(first, first + stage.global_batch_size))
     assert all(next(it, None) is None for it in batches)
     assert len({len(each) for each in samplers}) == 1
-    assert len(samplers[0]) == sum(curriculum.stage_at_step(s).num_microbatches(ranks) for s in range(10))
+    # What Lightning counts as fetched at a restart, one batch a step, and what is left: it validates at the last of them.
+    assert len(samplers[0]) == step + sum(curriculum.stage_at_step(s).num_microbatches(ranks) for s in range(step, 10))
 
 
 @st.composite

@@ -250,6 +250,18 @@ def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
     assert import_hf(source, target, verify=False) == Rope(base=20_000.0)
     assert (target / "weights").is_dir()
+    exported = checkpoint_module.hf_model
+
+    def changed(*args, **kwargs):
+        model = exported(*args, **kwargs)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight[0] += 0.5
+        return model
+
+    monkeypatch.setattr(checkpoint_module, "hf_model", changed)
+    with pytest.raises(ConfigError, match="logits"):  # so does an export whose verification fails
+        export_hf(target, tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
 
 
 @pytest.mark.parametrize(

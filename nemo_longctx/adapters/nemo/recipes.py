@@ -116,7 +116,7 @@ def pretrain_partial(family: str, size: str, overrides: str, directory: str | No
         data=parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed),
         trainer=parts.trainer_config(recipe, callbacks=callbacks),
         log=parts.logger_config(recipe, directory=output, name=run_name),
-        resume=parts.resume_config(restore),
+        resume=parts.resume_config(restore, fallback=recipe.resume.fallback),
         optim=parts.optimizer_config(recipe),
     )
 

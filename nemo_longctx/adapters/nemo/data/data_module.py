@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,10 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             if limit:
                 setattr(trainer, name, 1.0)
         trainer.num_sanity_val_steps *= sampler.evaluation_microbatches
+
+    def documents_of(self, samples: Iterable[int]) -> list[str]:
+        """`SOURCE:NUMBER` of the documents of some samples of the run."""
+        return [] if self.windows is None else self.windows.documents_of(samples)
 
     # The checkpoint
 

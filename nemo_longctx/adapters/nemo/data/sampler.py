@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from nemo_longctx.adapters.nemo.data.evaluation_loss import EvaluationLossCallba
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.data.evaluation import EvaluationBatchSampler, EvaluationSet
+from nemo_longctx.runs import STOP_SIGNALS
 
 
 class CurriculumBatchSampler:
@@ -44,9 +46,15 @@ class CurriculumBatchSampler:
         self.curriculum, self.first_sample, self.rank, self.world_size = curriculum, first_sample, rank, world_size
 
     def __len__(self) -> int:
-        """Micro batches of the whole run, also those before `first_sample`: Lightning counts what came before a restart."""
-        return sum(
-            (stage.end_step - stage.first_step) * stage.num_microbatches(self.world_size) for stage in self.curriculum.plan
+        """Micro batches from `first_sample` on, and one for each step before it.
+
+        That is what Lightning takes to have been fetched before a restart; it validates where the last batch is reached.
+        """
+        begun = self.curriculum.tokens_at_sample(self.first_sample) // self.curriculum.tokens_per_step
+        return begun + sum(
+            (stage.end_step - max(stage.first_step, begun)) * stage.num_microbatches(self.world_size)
+            for stage in self.curriculum.plan
+            if stage.end_step > begun
         )
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -141,6 +149,7 @@ class CurriculumDataSampler(MegatronDataSampler):
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
             collate_fn=dataloader.collate_fn,
+            worker_init_fn=_leave_stops_to_the_run,
         )
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
@@ -244,6 +253,12 @@ class CurriculumDataSampler(MegatronDataSampler):
         number = torch.tensor(value, dtype=torch.float64, pin_memory=torch.cuda.is_available())
         number = number.to(step.pl_module.device, non_blocking=True)
         step.pl_module.log(name, number, prog_bar=prog_bar, batch_size=1)
+
+
+def _leave_stops_to_the_run(worker: int) -> None:
+    """Stop signals reach the whole process group; the step that is being made still needs its data."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def live_sizes() -> dict[str, int]:

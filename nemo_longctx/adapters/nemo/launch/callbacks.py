@@ -157,6 +157,7 @@ class TrainingLogCallback(Callback):
 
     def __init__(self, *, path: str, curriculum: Any, every: int = 1):
         self.path, self.curriculum, self.every = Path(path), curriculum, every
+        self.validated: set[int] = set()  # steps whose validation is in the file; on rank 0
         self._last: tuple[int, float] | None = None
         self._columns = list(TRAINING_COLUMNS)
 
@@ -166,13 +167,8 @@ class TrainingLogCallback(Callback):
         rows = [row for row in read_training_log(self.path) if row["step"] <= trainer.global_step]
         sets = getattr(trainer.datamodule, "evaluation", {}).get("validation", ())
         self._columns = training_columns(rows, [each.name for each in sets])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, self.path)
+        self._rewrite(rows)
+        self.validated = {row["step"] for row in rows if "validation_loss" in row}
         self._last = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -205,6 +201,9 @@ class TrainingLogCallback(Callback):
             for column in self._columns
             if column.startswith("validation_loss") and (metric := column.replace("validation_loss", "val_loss", 1)) in metrics
         }
+        if step in self.validated:  # validated again at the step of the checkpoint
+            self._rewrite([row for row in read_training_log(self.path) if row["step"] != step or "loss" in row])
+        self.validated.add(step)
         self._append(step=step, tokens=tokens, seq_length=seq_length, **losses)
         self._last = (step, time.perf_counter())  # validation is no training time
 
@@ -219,6 +218,15 @@ class TrainingLogCallback(Callback):
             for before, after in itertools.pairwise(stages)
         ]
         plot_training_curve(read_training_log(self.path), self.path.with_suffix(".png"), switches=switches)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
 
     def _append(self, **row: Any) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -21,12 +21,14 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, TrainingLogCallback
+from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint, LongContextResume
+from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback
 from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError, build, plain, to_values
 from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
-from nemo_longctx.recipe import RunConfig
+from nemo_longctx.recipe import BadNumbersConfig, RunConfig
 
 
 def made(config: run.Config) -> Any:
@@ -74,14 +76,13 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         replace_progress_bar=False,
         ddp=run.Config(
             DistributedDataParallelConfig,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # `LifecycleCallback` looks at loss and gradient, and names step and documents
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=recipe.optimizer.distributed,
             overlap_param_gather=recipe.optimizer.distributed,
             use_distributed_optimizer=recipe.optimizer.distributed,
         ),
     )
-    # Without validation NeMo would save no checkpoint at a stop on one of its steps.
     val_every = (recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps) if validates else steps
     return run.Config(
         nl.Trainer,
@@ -109,8 +110,9 @@ def callback_configs(
     every: int = 10,
     evaluation: EvalConfig | Mapping[str, Any] | None = None,
     base: str | None = None,
+    bad_numbers: BadNumbersConfig | None = None,
 ) -> list[run.Config]:
-    """The guard of settings and RoPE, training log, throughput and, where there are tasks, evaluation.
+    """The guard of settings and RoPE, training log, throughput, evaluation where there are tasks, and how the run ends.
 
     Args:
         results: where they write.
@@ -118,6 +120,7 @@ def callback_configs(
         every: steps between rows of the training log.
         evaluation: fields of `EvalConfig`.
         base: checkpoint that the run starts from, with which the short-context guard compares.
+        bad_numbers: what to do where loss or gradient go wrong.
 
     Raises:
         ConfigError: an unknown key of `evaluation`, or a bad value.
@@ -133,7 +136,9 @@ def callback_configs(
     if evaluation is not None and evaluation.tasks:
         values = to_values(evaluation) | {"base": base}
         callbacks.append(run.Config(LongContextEvalCallback, **values, directory=str(results / "eval")))
-    return callbacks
+    policies = run.Config(BadNumbersConfig, **dataclasses.asdict(bad_numbers or BadNumbersConfig()))
+    end = run.Config(LifecycleCallback, directory=str(results.parent), curriculum=stages, bad_numbers=policies)
+    return [*callbacks, end]
 
 
 def recipe_callbacks(recipe: RunConfig, *, results: Path) -> list[run.Config]:
@@ -145,6 +150,7 @@ def recipe_callbacks(recipe: RunConfig, *, results: Path) -> list[run.Config]:
         every=recipe.trainer.log_every_n_steps,
         evaluation=recipe.eval,
         base=recipe.restore_from,
+        bad_numbers=recipe.bad_numbers,
     )
 
 
@@ -177,17 +183,14 @@ def optimizer_config(recipe: RunConfig) -> run.Config:
 
 
 def logger_config(recipe: RunConfig, *, directory: str, name: str) -> run.Config:
-    """NeMo's logger and its checkpoints: the newest always, and the best `checkpoint.keep` by validation loss."""
+    """NeMo's logger and its checkpoints: the newest `checkpoint.keep_last`, and the best `checkpoint.keep` by their losses."""
     every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
-    keep = recipe.checkpoint.keep
     checkpoint = run.Config(
-        nl.ModelCheckpoint,
-        monitor="val_loss" if keep else None,
-        save_last=True,
-        save_top_k=keep,
-        every_n_train_steps=every,
-        filename="{step}-{val_loss:.4f}" if keep else "{step}",
-        save_optim_on_train_end=True,
+        LongContextCheckpoint,
+        every=every,
+        tokens_per_step=recipe.curriculum.tokens_per_step,
+        keep=recipe.checkpoint.keep,
+        keep_last=recipe.checkpoint.keep_last,
     )
     return run.Config(nl.NeMoLogger, log_dir=directory, name=name, use_datetime_version=False, ckpt=checkpoint)
 
@@ -199,9 +202,10 @@ def restore_config(path: str | None) -> run.Config | None:
     return run.Config(nl.RestoreConfig, path=path, load_model_state=True, load_optim_state=False, load_artifacts=False)
 
 
-def resume_config(restore: run.Config | None) -> run.Config:
-    """Go on from the run's newest checkpoint, or else begin with `restore`."""
-    return run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, restore_config=restore)
+def resume_config(restore: run.Config | None, *, fallback: bool = False) -> run.Config:
+    """Go on from the run's newest checkpoint, or with `fallback` its newest readable one, or else begin with `restore`."""
+    more = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True, "fallback": fallback}
+    return run.Config(LongContextResume, restore_config=restore, **more)
 
 
 def curriculum_of(values: Mapping[str, Any]) -> Curriculum:

@@ -52,8 +52,6 @@ class Run:
 
     def fit(self) -> Path:
         """Train to the end, going on from the newest finished checkpoint of this run, if there is one."""
-        if self.trainer.global_rank == 0:  # NeMo refuses to resume where its only checkpoint was cut short
-            nl.ModelCheckpoint._remove_unfinished_checkpoints(self.directory / "checkpoints")
         llm.train(
             model=self.model,
             data=self.data,
@@ -108,7 +106,7 @@ def run_parts(recipe: RunConfig) -> dict[str, Any]:
     restore = str(checkpoint_directory(recipe.restore_from).absolute()) if recipe.restore_from else None
     return {
         "log": made(parts.logger_config(recipe, directory=str(directory.parent), name=recipe.name)),
-        "resume": made(parts.resume_config(parts.restore_config(restore))),
+        "resume": made(parts.resume_config(parts.restore_config(restore), fallback=recipe.resume.fallback)),
         "optim": made(parts.optimizer_config(recipe)),
     }
 

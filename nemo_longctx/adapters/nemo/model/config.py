@@ -24,6 +24,7 @@ from nemo_longctx.adapters.megatron.attention import long_context_layer_spec
 from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.adapters.nemo.model.rope import place_rope, set_config_field, variant_of
 from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
+from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.rope.base import RopeVariant
@@ -140,13 +141,14 @@ def checkpoint_directory(path: str | Path) -> Path:
     if (path / "weights").is_dir() and (path / "context").is_dir():
         if Path(f"{path}-unfinished").exists():
             raise ConfigError("restore_from", str(path), "this checkpoint was not written to its end; give another one")
+        if read_manifest(path) is not None and (why := fault_of(path)) is not None:
+            raise ConfigError("restore_from", str(path), f"this checkpoint cannot be read: {why}; give another one")
         return path
-    inside = sorted(path.glob("checkpoints/*-last"), key=lambda found: found.stat().st_mtime)
-    finished = [found for found in inside if not Path(f"{found}-unfinished").exists()]
+    finished = [found.path for found in checkpoints(path) if found.path.name.endswith("-last")]
     if not finished:
         mend = "no NeMo checkpoint: it has neither weights/ and context/ nor finished checkpoints/*-last"
         raise ConfigError("restore_from", str(path), mend)
-    return checkpoint_directory(finished[-1])
+    return checkpoint_directory(finished[0])
 
 
 def prepare_model(

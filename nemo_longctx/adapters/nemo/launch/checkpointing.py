@@ -1,0 +1,152 @@
+"""NeMo's checkpoint callback and its resume, with what keeps a run whole: the last step always, a manifest, several newest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import nemo.lightning as nl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+from nemo.utils import AppState
+
+from nemo_longctx.checkpoints import checkpoint_to_resume, finished_in, write_manifest
+from nemo_longctx.files import first_process
+from nemo_longctx.runs import STOP_SIGNALS
+
+LAST = "-last"
+
+
+class LongContextCheckpoint(nl.ModelCheckpoint):
+    """NeMo's checkpoints on a clock of steps; the step that ends the run is saved whatever the clock says.
+
+    A checkpoint for going on is `step=N-last`, N being the steps behind it, saved before the validation of that step: a run
+    that goes on from it makes up for the validation. The best are chosen after each validation, by its own loss.
+
+    Args:
+        every: steps between two checkpoints.
+        tokens_per_step: of the curriculum, for the manifest.
+        keep: how many of the best by validation loss are kept besides the newest.
+        keep_last: how many of the newest are kept.
+    """
+
+    def __init__(self, *, every: int, tokens_per_step: int, keep: int = 0, keep_last: int = 1):
+        super().__init__(
+            monitor="val_loss" if keep else None,
+            save_last=True,
+            save_top_k=keep,
+            every_n_train_steps=every,
+            filename="{step}-{val_loss:.4f}" if keep else "{step}",
+            save_optim_on_train_end=True,
+            enable_version_counter=False,  # a step that is reached again after a fallback takes its own name again
+        )
+        self.every, self.tokens_per_step, self.keep_last = every, tokens_per_step, keep_last
+        self._last_step = 0  # no need to save before a step was made
+
+    @property
+    def state_key(self) -> str:
+        """One key whatever `every` is: a run that goes on with another still knows its best checkpoints."""
+        return type(self).__name__
+
+    def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        super().setup(trainer, *args, **kwargs)
+        self.CHECKPOINT_NAME_LAST = f"{{step}}{LAST}"  # the logger's has the loss of a validation before
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path:
+            self._last_step = self._last_global_step_saved = trainer.global_step
+            self.last_model_path = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        ends = trainer.should_stop or (0 < trainer.max_steps <= step)
+        if not trainer.fast_dev_run and (ends or step % self.every == 0):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        candidates = self._monitor_candidates(trainer)
+        here = self.format_checkpoint_name(candidates)
+        if self.save_top_k and here not in self.best_k_models:  # else a resumed run repeats this step's validation
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last step, if it is not there yet. NeMo's own asks whether a validation would have saved it."""
+        if not trainer.fast_dev_run and trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _monitor_candidates(self, trainer: Any) -> dict[str, torch.Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        candidates["step"] = torch.tensor(trainer.global_step)  # NeMo logs it before the step is made
+        return candidates
+
+    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        if self._last_step == trainer.global_step:
+            return
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._last_step = trainer.global_step
+        newest = ckpt_to_dir(self.last_model_path)
+        old = [each.path for each in finished_in(newest.parent) if each.path.name.endswith(LAST) and each.path != newest]
+        for path in trainer.strategy.broadcast([str(path) for path in old[self.keep_last - 1 :]]):
+            self._remove_checkpoint(trainer, f"{path}{self.FILE_EXTENSION}")
+
+    def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
+        name = ckpt_to_dir(previous.removesuffix("/weights")).name
+        return not name.endswith(LAST) and super()._should_remove_checkpoint(trainer, previous, current)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        with _signals_not_inherited():
+            super()._save_checkpoint(trainer, filepath)
+
+    def _get_finalize_save_checkpoint_callback(self, trainer: Any, filepath: str, global_step: int) -> Callable[[], None]:
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def with_manifest() -> None:
+            if trainer.is_global_zero:  # all ranks have written: NeMo's marker goes next
+                write_manifest(ckpt_to_dir(filepath), step=global_step, tokens=global_step * self.tokens_per_step)
+            finish()
+
+        return with_manifest
+
+
+@dataclasses.dataclass(kw_only=True)
+class LongContextResume(nl.AutoResume):
+    """NeMo's resume from the run's newest checkpoint, by its step and not by its directory's time, and only if it is whole.
+
+    Attributes:
+        fallback: where the newest cannot be read, take the newest before it that can (`resume.fallback`).
+    """
+
+    fallback: bool = False
+
+    def _find_trainer_ckpt_path(self) -> Path | None:
+        log_dir = AppState().log_dir
+        if log_dir is None or self.resume_from_directory:
+            return super()._find_trainer_ckpt_path()
+        if first_process():  # NeMo would do it later, and refuse to resume where its only checkpoint was cut short
+            nl.ModelCheckpoint._remove_unfinished_checkpoints(Path(log_dir) / "checkpoints")
+        found = checkpoint_to_resume(Path(log_dir), fallback=self.fallback)
+        return None if found is None else found.path
+
+
+@contextlib.contextmanager
+def _signals_not_inherited() -> Iterator[None]:
+    """Processes that are started meanwhile get no stop signal: Ctrl-C goes to the whole group, and would kill a save's writers.
+
+    For this thread signals wait until the end.
+    """
+    resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM in again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

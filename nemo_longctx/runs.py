@@ -1,0 +1,231 @@
+"""A run's directory before and after NeMo: one run in it at a time, whether it is finished, how it is stopped, what comes next.
+
+Nothing here imports the host or torch: a second start, a finished run and a torn checkpoint are told before either is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.checkpoints import checkpoints, fault_of
+from nemo_longctx.config import ConfigError
+from nemo_longctx.files import first_process, write_text
+from nemo_longctx.report.training_log import SET_LOSS, read_training_log
+
+LOCK = ".lock"
+FINISHED = "finished.json"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_held: dict[Path, tuple[int, int]] = {}  # directory -> open file, times taken by this process
+
+
+class Stopped(SystemExit):
+    """A run that a signal ended: its work is saved, its end is not reached. `code` is 128 + the signal's number, as a shell
+    has it: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1.
+    """
+
+    def __init__(self, signum: int, *, saved: bool = False):
+        super().__init__(128 + signum)
+        self.signum, self.saved = signum, saved
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, said in one sentence with the mend; no mistake in a setting."""
+
+
+def own_command() -> str:
+    """The command that started this run, as it was typed, to start it again; under torchrun torchrun's."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            return shlex.join(Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1])
+    return shlex.join([sys.executable, *sys.orig_argv[1:]])
+
+
+@contextlib.contextmanager
+def one_run(directory: Path) -> Iterator[None]:
+    """Let no other run write to `directory` meanwhile. The lock goes with the process, however that ends.
+
+    Only the run's first process takes it; a second call in the same process does nothing more.
+
+    Raises:
+        ConfigError: a run holds it, or the directory cannot be written.
+    """
+    if not first_process():
+        yield
+        return
+    take_lock(directory)
+    try:
+        yield
+    finally:
+        release_lock(directory)
+
+
+def take_lock(directory: Path) -> None:
+    """The first half of `one_run`."""
+    directory = directory.absolute()
+    if directory in _held:
+        file, times = _held[directory]
+        _held[directory] = (file, times + 1)
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        mend = f"the run's directory cannot be written ({error.strerror}: {error.filename}); choose another one"
+        raise ConfigError("output_dir", str(directory.parent), mend) from None
+    try:
+        # Record locks, not flock: they are not inherited, so that a killed run's data loaders do not hold its directory.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.pread(file, 4096, 0).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        mend = f"{holder} is writing to {directory}; wait for its end or stop it, or give this run another name=..."
+        raise ConfigError("name", directory.name, mend) from None
+    except OSError as error:  # some network file systems keep no locks
+        print(f"{directory} cannot be locked ({error.strerror}): see to it that one run writes there at a time", flush=True)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[directory] = (file, 1)
+
+
+def release_lock(directory: Path) -> None:
+    """The second half of `one_run`."""
+    directory = directory.absolute()
+    file, times = _held.pop(directory)
+    if times > 1:
+        _held[directory] = (file, times - 1)
+    else:
+        os.close(file)
+
+
+def is_finished(directory: Path, *, total_tokens: int) -> bool:
+    """Whether the run in `directory` reached the end that it is asked to reach, and its last checkpoint is whole."""
+    record, found = read_finished(directory), checkpoints(directory)
+    return record is not None and record.get("tokens") == total_tokens and bool(found) and fault_of(found[0].path) is None
+
+
+def write_finished(directory: Path, *, step: int, tokens: int, evaluated: Sequence[str] = ()) -> None:
+    """Note down that the run reached its end with all that belongs to it, evaluation included.
+
+    Args:
+        directory: of the run.
+        step, tokens: behind it.
+        evaluated: lines of `evaluation_lines`, which take longer to read again than a finished run may take to say so.
+    """
+    write_text(directory / FINISHED, json.dumps({"step": step, "tokens": tokens, "evaluated": list(evaluated)}) + "\n")
+
+
+def evaluation_lines(scalars: Sequence[Mapping[str, float]], most: int = 8) -> list[str]:
+    """Losses and effective lengths of a run's first and last evaluation (`SuiteResult.scalars`), a line each."""
+    if not scalars:
+        return []
+    first, last = scalars[0], scalars[-1]
+    names = [name for name in last if name.endswith(("/loss", "/effective_length"))]
+    lines = []
+    for name in names[:most]:
+        before = f"{first[name]:,.4g} -> " if len(scalars) > 1 and name in first else ""
+        lines.append(f"{name} {before}{last[name]:,.4g}")
+    return lines
+
+
+def read_finished(directory: Path) -> dict[str, Any] | None:
+    """What `write_finished` wrote, or None."""
+    try:
+        record = json.loads((directory / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def ending(directory: Path) -> str:
+    """What a finished run reached, where its weights, results and page are, and the next commands."""
+    rows = read_training_log(directory / "results" / "training.csv")
+    lines = []
+    trained = [row for row in rows if "loss" in row]
+    if trained:
+        last = trained[-1]
+        lines.append(f"reached   step {last['step']}, {last['tokens']:,} tokens, training loss {last['loss']:.4f}")
+    validated = [row for row in rows if "validation_loss" in row]
+    if validated:
+        sets = ", ".join(
+            f"{key.removeprefix(SET_LOSS)} {value:.4f}" for key, value in validated[-1].items() if key.startswith(SET_LOSS)
+        )
+        lines.append(f"validated {validated[-1]['validation_loss']:.4f}" + (f" ({sets})" if sets else ""))
+    lines += [f"evaluated {line}" for line in (read_finished(directory) or {}).get("evaluated", ())]
+    found = checkpoints(directory)
+    results, page = directory / "results", directory / "results" / "eval" / "index.html"
+    if found:
+        lines.append(f"weights   {found[0].path}")
+    if results.is_dir():
+        lines.append(f"results   {results}" + (" (training.csv, training.png)" if rows else ""))
+    if page.is_file():
+        lines.append(f"page      {page}")
+    if found:
+        run = shlex.quote(str(directory))
+        lines += ["next", f"  nemo-longctx export {run} {shlex.quote(f'{directory}-hf')}", f"  nemo-longctx eval {run} --help"]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def stops_at_once() -> Iterator[None]:
+    """Before there is anything to save: a stop signal ends the process with the status that it would have later."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    try:
+        before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
+    except ValueError:  # not the main thread, which alone may ask for signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@dataclasses.dataclass
+class StopRequest:
+    """The first stop signal that came since `listen`; a second SIGINT ends at once.
+
+    Attributes:
+        signum: its number, or 0.
+        before: who had the signals before.
+    """
+
+    signum: int = 0
+    before: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def listen(self) -> None:
+        """Take over the signals; a second call takes them over again from whoever came between."""
+        for signum in STOP_SIGNALS:
+            with contextlib.suppress(ValueError):  # not the main thread
+                self.before.setdefault(signum, signal.getsignal(signum))
+                signal.signal(signum, self._note)
+
+    def forget(self) -> None:
+        """Give the signals back to whom they were taken from."""
+        while self.before:
+            signum, handler = self.before.popitem()
+            with contextlib.suppress(ValueError):
+                signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise Stopped(signum)
+        if not self.signum and first_process():
+            again = "; Ctrl-C once more ends at once" if signum == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(signum).name}: this step is finished, then all is saved{again}\n".encode())
+        self.signum = self.signum or signum

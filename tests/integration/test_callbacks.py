@@ -1,0 +1,73 @@
+"""Callbacks by themselves: what they do at a start, at a resume, at a save, and when an alarm must end the run."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("nemo.lightning")
+
+from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
+from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.results import SuiteResult
+
+WATCHED = {"kind": "position", "corpus": "unused", "seq_length": 64, "guard": True}
+
+
+class Counting(LongContextEvalCallback):
+    """Counts evaluations instead of making them."""
+
+    def __init__(self, **kwargs):
+        super().__init__(tasks=[WATCHED], **kwargs)
+        self.evaluated = []
+
+    def _build(self, pl_module):
+        return None
+
+    def evaluate(self, trainer, pl_module):
+        self.evaluated.append(trainer.global_step)
+
+
+def trainer_at(step, **more):
+    return SimpleNamespace(global_step=step, is_global_zero=True, should_stop=False, loggers=[], **more)
+
+
+@pytest.mark.parametrize(("step", "at_start", "times"), [(0, True, 1), (0, False, 0), (7, True, 0)])
+def test_an_evaluation_at_the_start_is_none_at_a_resume(tmp_path, step, at_start, times):
+    callback = Counting(directory=str(tmp_path), at_start=at_start)
+    callback.on_train_start(trainer_at(step), None)
+    assert callback.evaluated == [step] * times
+
+
+def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
+    callback = Counting(directory=str(tmp_path), every=3)
+    for step in range(1, 8):
+        callback.on_train_batch_end(trainer_at(step), None, None, None, 0)
+    callback.on_train_end(trainer_at(8), None)
+    assert callback.evaluated == [3, 6, 8]
+
+
+def result(loss):
+    empty = {"position": {}, "documents": {}, "probes": [], "tasks": {}, "truncations": [], "errors": {}, "skipped": []}
+    return SuiteResult(model="step 1", watched={"loss_position_64": [loss] * 20}, seconds={}, **empty)
+
+
+@pytest.mark.parametrize(("action", "after", "stops"), [("stop", 3.0, True), ("warn", 3.0, False), ("stop", 2.0, False)])
+def test_an_alarm_ends_the_run_only_where_it_must(tmp_path, action, after, stops):
+    callback = Counting(directory=str(tmp_path), guard={"action": action})
+    callback.results = [result(2.0), result(after)]
+    trainer = trainer_at(5)
+    callback._watch(trainer, callback.results[-1])
+    assert trainer.should_stop == stops
+
+
+def test_a_save_looks_at_the_disk_on_the_first_rank(tmp_path):
+    callback = LongContextSettingsCallback(directory=str(tmp_path), recipe={})
+    callback.checkpoint_bytes = 1
+    callback.on_save_checkpoint(trainer_at(1), None, {})
+    callback.checkpoint_bytes = 2**70
+    with pytest.raises(ConfigError, match="MiB free, and saving takes"):
+        callback.on_save_checkpoint(trainer_at(1), None, {})
+    other = trainer_at(1)
+    other.is_global_zero = False
+    callback.on_save_checkpoint(other, None, {})

@@ -1,0 +1,177 @@
+"""What is known of a run before NeMo is imported: another run in its directory, its end, and how it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from saved_checkpoints import make, truncate
+
+from nemo_longctx import launch, runs
+from nemo_longctx.config import ConfigError
+from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nemo_longctx.runs import one_run
+with one_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+RUN = ["recipe=tiny_cpu_base", "name=mine"]
+
+
+def hold(directory):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def refuse_nemo(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nemo", None)  # an import of it would fail
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo.launch.run", None)
+
+
+def test_the_same_command_at_once_is_refused_and_after_a_kill_it_is_not(tmp_path, capsys, monkeypatch):
+    refuse_nemo(monkeypatch)
+    other = hold(tmp_path / "mine")
+    try:
+        assert launch.main([*RUN, f"output_dir={tmp_path}"], description=None) == 2
+        said = capsys.readouterr().err
+        assert "error: name='mine': process" in said
+        assert str(other.pid) in said
+        assert "give this run another name" in said
+    finally:
+        other.kill()
+        other.wait()
+    with runs.one_run(tmp_path / "mine"), runs.one_run(tmp_path / "mine"):  # its own process may take it twice
+        pass
+    hold(tmp_path / "mine").kill()
+
+
+def test_only_the_first_process_takes_the_lock(tmp_path, monkeypatch):
+    other = hold(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    with runs.one_run(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+
+
+def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, capsys, monkeypatch):
+    refuse_nemo(monkeypatch)
+    (tmp_path / "file").write_text("no directory")
+    assert launch.main([*RUN, f"output_dir={tmp_path}/file"], description=None) == 2
+    assert "error: output_dir=" in capsys.readouterr().err
+
+
+def finished(directory, *, steps=10, tokens=40_960):
+    make(directory, steps)
+    results = directory / "results"
+    results.mkdir()
+    rows = ["step,tokens,seq_length,loss,lr,grad_norm,validation_loss,tokens_per_second,validation_loss_books",
+            f"{steps},{tokens},256,4.5,0.001,1.0,,100,", f"{steps},{tokens},256,,,,4.75,,4.75"]  # fmt: skip
+    (results / "training.csv").write_text("\n".join(rows) + "\n")
+    (results / "eval").mkdir()
+    (results / "eval" / "index.html").write_text("<html></html>")
+    scalars = [{"position_64/loss": loss, "passkey/effective_length": length} for loss, length in ((5.0, 64.0), (4.0, 256.0))]
+    runs.write_finished(directory, step=steps, tokens=tokens, evaluated=runs.evaluation_lines(scalars))
+
+
+CLOCK = ["curriculum.total_tokens=40960", "curriculum.tokens_per_step=4096", "optimizer.warmup_tokens=0",
+         "trainer.val_every_tokens=0", "checkpoint.every_tokens=0"]  # fmt: skip
+
+
+def test_a_finished_run_says_so_at_once_without_nemo(tmp_path, capsys, monkeypatch):
+    refuse_nemo(monkeypatch)
+    finished(tmp_path / "mine")
+    began = time.process_time()  # of this process: other work on the machine does not count
+    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK], description=None) == 0
+    assert time.process_time() - began < 2
+    said = capsys.readouterr().out
+    for part in ("is finished already", "set curriculum.total_tokens above 40960", "training loss 4.5000", "books 4.7500",
+                 "evaluated position_64/loss 5 -> 4", "evaluated passkey/effective_length 64 -> 256",
+                 "checkpoints/step=10-last", "results/eval/index.html", "nemo-longctx export"):  # fmt: skip
+        assert part in said
+
+
+@pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint"])
+def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
+    directory = tmp_path / "mine"
+    finished(directory)
+    assert runs.is_finished(directory, total_tokens=40_960)
+    if what == "torn":
+        truncate(directory / "checkpoints" / "step=10-last" / "weights" / ".metadata")
+    elif what == "no checkpoint":
+        os.rename(directory / "checkpoints", directory / "elsewhere")
+    assert not runs.is_finished(directory, total_tokens=81_920 if what == "longer" else 40_960)
+
+
+def test_a_torn_checkpoint_is_named_without_nemo(tmp_path, capsys, monkeypatch):
+    refuse_nemo(monkeypatch)
+    truncate(make(tmp_path / "mine", 5) / "weights" / "__0_0.distcp")
+    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK], description=None) == 2
+    assert "step=5-last, cannot be read: weights/__0_0.distcp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_before_training_ends_with_its_status_and_the_command(capsys, name, status):
+    before = signal.getsignal(getattr(signal, name))
+    assert launch.exit_status(lambda: os.kill(os.getpid(), getattr(signal, name)) or time.sleep(5)) == status
+    said = capsys.readouterr().err
+    assert f"stopped by {name} before anything new was trained; go on with\n  " in said
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_signal_while_training_is_only_noted_and_a_second_ctrl_c_ends(capfd):
+    request = runs.StopRequest()
+    before = signal.getsignal(signal.SIGTERM)
+    request.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signum == signal.SIGTERM
+        with pytest.raises(runs.Stopped) as stopped:
+            signal.raise_signal(signal.SIGINT)
+        assert stopped.value.code == 130
+    finally:
+        request.forget()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err.count("SIGTERM: this step is finished") == 1
+
+
+def test_the_own_command_is_the_one_typed():
+    program = "from nemo_longctx.runs import own_command; print(own_command())"
+    command = [sys.executable, "-c", program, "name=a b"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "'name=a b'" in said
+    assert said.startswith(sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("make_config", "key"),
+    [
+        (lambda: CheckpointConfig(keep_last=0), "checkpoint.keep_last"),
+        (lambda: BadNumbersConfig(not_finite="stopp"), "bad_numbers.not_finite"),
+        (lambda: BadNumbersConfig(spike="no"), "bad_numbers.spike"),
+        (lambda: BadNumbersConfig(spike_factor=1.0), "bad_numbers.spike_factor"),
+        (lambda: BadNumbersConfig(spike_factor=float("nan")), "bad_numbers.spike_factor"),
+        (lambda: BadNumbersConfig(spike_window=1), "bad_numbers.spike_window"),
+    ],
+)
+def test_settings_out_of_range_are_named(make_config, key):
+    with pytest.raises(ConfigError) as caught:
+        make_config()
+    assert caught.value.key == key
+
+
+def test_a_broken_note_of_the_end_is_no_end(tmp_path):
+    (tmp_path / runs.FINISHED).write_text('{"step": 1')
+    assert runs.read_finished(tmp_path) is None
+    (tmp_path / runs.FINISHED).write_text(json.dumps([1]))
+    assert runs.read_finished(tmp_path) is None
