@@ -108,11 +108,11 @@ class Start:
                 os.killpg(self.pids[rank], signum)
 
     def wait(self, timeout: float) -> list[int]:
-        """Statuses by rank; after the first loss the others have ten seconds."""
+        """Statuses by rank; after the first loss the others have half a minute, as under torchrun."""
         end = time.monotonic() + timeout
         while len(self.poll()) < RANKS:
             if self.statuses and any(self.statuses.values()):
-                end = min(end, time.monotonic() + 10)
+                end = min(end, time.monotonic() + 30)
             if time.monotonic() > end:
                 self.send(signal.SIGKILL, range(RANKS))
             time.sleep(0.05)
@@ -242,8 +242,8 @@ def make_corpora(place: Path) -> None:
                 writer.add_document(rng.integers(0, 100, rng.integers(20, 400)))
 
 
-def campaign(moments: int, seed: int, place: Path, disk: Path | None, steps: int) -> dict[str, Any]:
-    """The undisturbed run, then faults until so many moments are through and the run that they fell in has ended."""
+def campaign(moments: int, seed: int, place: Path, disk: Path | None, steps: int, seconds: float) -> dict[str, Any]:
+    """The undisturbed run, then faults for so many moments or seconds, until the run that they fell in has ended."""
     rng = random.Random(seed)
     make_corpora(place)
     undisturbed = Start(overrides(place, "undisturbed", steps), place / "undisturbed.log").wait(1200)
@@ -253,14 +253,15 @@ def campaign(moments: int, seed: int, place: Path, disk: Path | None, steps: int
     kinds = [kind for kind in KINDS if disk or kind not in NEEDS_DISK]
     through: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    while len(through) < moments:
+    ends = time.monotonic() + seconds
+    while len(through) < moments and time.monotonic() < ends:
         name = f"disturbed_{len(runs)}"
         directory, log = place / "runs" / name, place / f"{name}.log"
         arguments = overrides(place, name, steps)
         while True:
             kind = kinds[len(through) % len(kinds)]
             start = Start(arguments, log)
-            disturbed = len(through) < moments
+            disturbed = len(through) < moments and time.monotonic() < ends
             if disturbed:
                 wait_for_moment(start, directory, rng)
             if disturbed and len(start.poll()) < RANKS:
@@ -316,6 +317,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="no more faults after so long; the table has the number")
     parser.add_argument("--output", type=Path, help="PATH.md and PATH.json are written")
     parser.add_argument("--no-mount", action="store_true", help="leave out the faults that need a disk of their own")
     args = parser.parse_args()
@@ -332,7 +334,7 @@ def main() -> int:
         ):
             disk = place
         try:
-            record = campaign(args.moments, args.seed, place, disk, args.steps)
+            record = campaign(args.moments, args.seed, place, disk, args.steps, 60 * args.minutes)
         except BaseException:
             for log in sorted(place.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}", file=sys.stderr)
