@@ -137,20 +137,34 @@ class Maker:
         return piece
 
     def _exact(self, head: str, filler: str, tail: str) -> str | None:
-        """`head`, as much of `filler` as makes the whole exact, and `tail`; None where no cut does."""
-        cut = len(filler)
-        for _ in range(12):
-            over = len(self.encode(head + filler[:cut] + tail)) - self.target
+        """`head`, as much of `filler` as makes the whole exact, and `tail`; None where no cut does.
+
+        Tokens are sought in the filler alone, since the whole has a nearly constant number more; then the whole is counted.
+        """
+        around = len(self.encode(head + filler + tail)) - len(self.encode(filler))
+        for _ in range(6):
+            cut = self._cut(filler, self.target - around)
+            if cut is None:
+                return None
+            text = head + filler[:cut] + tail
+            over = len(self.encode(text)) - self.target
             if over == 0:
-                return head + filler[:cut] + tail
-            if over < 0 and cut == len(filler):
-                return None  # not enough filler
-            step = max(1, int(abs(over) * self.characters * (0.9 if abs(over) > 4 else 0.4)))
-            cut = min(len(filler), max(0, cut - step if over > 0 else cut + step))
-        for near in range(max(0, cut - 24), min(len(filler), cut + 24)):
-            if len(self.encode(head + filler[:near] + tail)) == self.target:
-                return head + filler[:near] + tail
+                return text
+            around += over
         return None
+
+    def _cut(self, filler: str, wanted: int) -> int | None:
+        """Characters of `filler` that make `wanted` tokens; None where it is too short, or nothing is wanted of it."""
+        if wanted < 0:
+            return None
+        low, high = 0, min(len(filler), int(wanted * self.characters * 2) + 64)
+        while low < high:  # tokens hardly ever fall when a text grows
+            middle = (low + high) // 2
+            if len(self.encode(filler[:middle])) < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        return low if len(self.encode(filler[:low])) == wanted else None
 
     def _name(self, rng: random.Random) -> str:
         return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3))))
@@ -166,9 +180,9 @@ class Maker:
                 used += len(self.encode(parts[-1]))
             parts.append(told() + "\n")
             used += len(self.encode(parts[-1]))
-        if used > 1.2 * self.target:  # the last gap was a long one
-            parts.pop(-2)
-        return "".join(parts), self._text(rng, 0.4 * self.target + 32)
+        if used > 0.95 * self.target:  # the last gap was a long one
+            used -= len(self.encode(parts.pop(-2)))
+        return "".join(parts), self._text(rng, 1.2 * (self.target - used) + 32)
 
     def _facts(self, rng: random.Random, form: str, keys: Sequence[str], kind: str) -> Made | None:
         facts = {key: draw_number(rng, 5, held_out=False) for key in keys}

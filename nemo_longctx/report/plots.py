@@ -193,7 +193,9 @@ def plot_training_curve(
     figure, axes = new_figure()
     x, y = zip(*loss, strict=True)
     axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, zorder=2)
-    axes.plot(x, _smooth(y), color=COLOURS[0], linewidth=1.8, label="training (smoothed)", zorder=3)
+    cuts = [0, *(n for n in range(1, len(x)) if any(x[n - 1] <= place < x[n] for place, _ in switches)), len(x)]
+    smooth = [value for a, b in itertools.pairwise(cuts) for value in _smooth(y[a:b])]  # a switch is not smoothed away
+    axes.plot(x, smooth, color=COLOURS[0], linewidth=1.8, label="training (smoothed)", zorder=3)
     sets = list(dict.fromkeys(key for row in rows for key in row if key.startswith(SET_LOSS)))
     for name, colour in zip(sets if len(sets) > 1 else ["validation_loss"], itertools.cycle(COLOURS[1:])):
         if points := _points(rows, clock, name):
@@ -214,13 +216,12 @@ def _points(rows: Sequence[Mapping[str, Any]], clock: str, name: str) -> list[tu
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about 1/20 of the curve, started without bias (Kingma and Ba 2015, section 3)."""
-    keep = 1 - 1 / max(1, len(values) / 20)
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return out
+    """Mean of about 1/20 of the curve around each point, so that it lies among its points and not behind them; less at the
+    ends, where fewer lie on both sides."""
+    half = max(1, len(values) // 40)
+    total = [0.0, *itertools.accumulate(values)]
+    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
+    return [(total[n + r + 1] - total[n - r]) / (2 * r + 1) for n, r in enumerate(reach)]
 
 
 def _cycle(n: int) -> list[str]:

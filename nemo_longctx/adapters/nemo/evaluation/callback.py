@@ -155,7 +155,7 @@ class LongContextEvalCallback(Callback):
         for each in trainer.loggers:
             each.log_metrics({f"eval/{key}": value for key, value in result.scalars().items()}, step=trainer.global_step)
         packages = {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit")}
-        old = [(t.seq_length, "watched length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
+        old = [(t.seq_length, "the old length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
         try:
             page = write_results(self.directory, self.results, provenance=provenance, marks=old, guard=self.guard)

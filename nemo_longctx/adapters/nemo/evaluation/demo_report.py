@@ -1,4 +1,7 @@
-"""The end of the demo: both models side by side, the export checked, figures with their data, and one summary."""
+"""The end of the demo: both models side by side, the export checked, figures with their data, and one summary.
+
+Each model is measured under its own RoPE: the base at its own length is what the extended model must not fall behind.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,63 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
+from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, evaluating
 from nemo_longctx.adapters.megatron.position import loss_by_position
 from nemo_longctx.adapters.nemo.checkpoint.load import load_model
 from nemo_longctx.adapters.nemo.launch.callbacks import versions
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.eval.position import PositionRow, by_model, write_csv
+from nemo_longctx.eval.results import SuiteResult
+from nemo_longctx.eval.suite import Suite, parse_tasks
+from nemo_longctx.report.demo import (
+    BASE,
+    FOUND,
+    LONG,
+    LONG_LENGTH,
+    NAMES,
+    SHORT_LENGTH,
+    TARGETS,
+    findings,
+    markdown,
+    write_pictures,
+)
 from nemo_longctx.report.plots import plot_loss_by_position, plot_training_curve
 from nemo_longctx.report.training_log import read_training_log, training_columns, write_json
 
-BASE, LONG = "tiny_cpu_base", "tiny_cpu_long"
-SHORT_LENGTH, LONG_LENGTH, BIN = 256, 2048, 64
-MAX_WINDOWS = 160
+BIN, MAX_WINDOWS = 64, 160
 LOGIT_TOLERANCE = 1e-3
 NEAR, FAR = (128, 256), (1024, 2048)  # where a model is at home, and where only an extended one is
+
+
+def tasks(held_out: str) -> list[dict[str, Any]]:
+    """What both models are asked, beside loss by position: the same tokens after more and more context, and look-ups."""
+    contexts = [read - TARGETS for read in (96, 128, 192, SHORT_LENGTH, 512, 1024, LONG_LENGTH)]
+    fixed = {"contexts": contexts, "targets": TARGETS, "short": SHORT_LENGTH - TARGETS}
+    asked = {"kinds": list(FOUND), "lengths": [256, 512, 1024, 2048], "depths": [0.0, 0.25, 0.5, 0.75], "samples": 4}
+    return [
+        {"kind": "context", "corpus": held_out, "documents": 64, **fixed},
+        {"kind": "position", "corpus": held_out, "seq_length": SHORT_LENGTH - 1, "documents": 64, "bins": 4, "guard": True},
+        {"kind": "probes", "text": held_out, "probes": {**asked, "max_new_tokens": 10}},
+    ]
 
 
 def write_report(output: Path, steps: dict[str, Any]) -> int:
     """Write everything that the demo promises under `output`; exit status 1 where a promise does not hold."""
     began = time.monotonic()
-    rows, check = _compare(output)
+    rows, found, check = _compare(output)
     write_csv(output / "loss_by_position.csv", rows)
-    names = {BASE: "trained at 256, base 10,000", LONG: "extended to 2,048, base 500,000"}
-    figure = {names[model]: model_rows for model, model_rows in by_model(rows).items()}
-    plot_loss_by_position(figure, output / "loss_by_position.png", marks=[(SHORT_LENGTH, "trained length")])
+    figure = {NAMES[model]: model_rows for model, model_rows in by_model(rows).items()}
+    plot_loss_by_position(
+        figure, output / "loss_by_position.png", marks=[(SHORT_LENGTH, "what the first model read in training")]
+    )
     curve, switch = _training_rows(output)
     _write_rows(output / "training.csv", curve)
-    plot_training_curve(curve, output / "training.png", switches=[(switch, "256 -> 2,048 tokens, ABF")])
+    plot_training_curve(curve, output / "training.png", switches=[(switch, "from here on 2,048 tokens at a time")])
     losses = {model: {"128-255": _mean(rows, model, *NEAR), "1024-2047": _mean(rows, model, *FAR)} for model in (BASE, LONG)}
+    measured = findings(found)
+    write_pictures(output, found)
     checks = {
         "base is at least 0.5 nat worse beyond its length": losses[BASE]["1024-2047"] - losses[BASE]["128-255"] >= 0.5,
         "extended is within 0.1 nat of its own near loss": losses[LONG]["1024-2047"] - losses[LONG]["128-255"] <= 0.1,
@@ -48,6 +80,7 @@ def write_report(output: Path, steps: dict[str, Any]) -> int:
         "seconds": seconds,
         "tokens_per_second": {model: _median_speed(output, model) for model in (BASE, LONG)},
         "losses": losses,
+        "findings": measured,
         "checks": checks,
         "export": check,
         "settings": {model: _settings(output, model) for model in (BASE, LONG)},
@@ -55,24 +88,33 @@ def write_report(output: Path, steps: dict[str, Any]) -> int:
         "versions": versions(),
     }
     write_json(output / "summary.json", summary)
-    (output / "summary.md").write_text(_markdown(summary), encoding="utf-8")
-    print(_markdown(summary), flush=True)
+    (output / "summary.md").write_text(markdown(summary), encoding="utf-8")
+    print(markdown(summary), flush=True)
     return 0 if all(checks.values()) else 1
 
 
-def _compare(output: Path) -> tuple[list[PositionRow], dict[str, Any]]:
-    corpus = open_corpus(str(output / "data" / "corpus_holdout"))
+def _compare(output: Path) -> tuple[list[PositionRow], dict[str, SuiteResult], dict[str, Any]]:
+    held_out = str(output / "data" / "corpus_holdout")
+    corpus = open_corpus(held_out)
     edges = np.arange(0, LONG_LENGTH + 1, BIN)
     rows: list[PositionRow] = []
+    found: dict[str, SuiteResult] = {}
+    tokenizer = AutoTokenizer.from_pretrained(output / "data" / "tokenizer")
     for name in (BASE, LONG):
-        model, _, _ = load_model(output / name, seq_length=LONG_LENGTH)
+        model, config, _ = load_model(output / name, seq_length=LONG_LENGTH)
         rows += loss_by_position(model, corpus, edges=edges, max_windows=MAX_WINDOWS, name=name).rows(name)
-    return rows, _check_export(output / "hf", model, corpus)
+        with evaluating(model):
+            read = MCoreCausalModel(model, vocab_size=config.vocab_size, max_length=LONG_LENGTH + TARGETS)
+            found[name] = Suite(parse_tasks(tasks(held_out)), tokenizer=tokenizer).run(read, name=name)
+            read.release()
+        if found[name].errors:
+            raise RuntimeError(f"{name} could not be measured: {found[name].errors}")
+    return rows, found, _check_export(output / "hf", model, corpus)
 
 
 def _check_export(directory: Path, model: torch.nn.Module, corpus: Any) -> dict[str, Any]:
     """Compare the exported model in transformers with the live one, on real text, at every position of the long window."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -127,18 +169,3 @@ def _data(output: Path) -> dict[str, Any]:
     corpus = open_corpus(str(output / "data" / "corpus"))
     keys = ("documents", "tokens", "tokenizer", "seed")
     return {"fingerprint": corpus.fingerprint(), **{key: corpus.provenance[key] for key in keys if key in corpus.provenance}}
-
-
-def _markdown(summary: dict[str, Any]) -> str:
-    losses, export = summary["losses"], summary["export"]
-    lines = ["# From 256 to 2,048 tokens", "", "| model | loss at 128-255 | loss at 1,024-2,047 |", "| --- | --- | --- |"]
-    lines += [f"| {model} | {loss['128-255']:.3f} | {loss['1024-2047']:.3f} |" for model, loss in losses.items()]
-    lines += ["", *(f"- {'yes' if held else 'NO'}: {promise}" for promise, held in summary["checks"].items())]
-    difference, last = export["max_abs_logit_difference"], export["positions_compared"] - 1
-    lines += ["", f"Export: rope_theta {export['rope_theta']:,}, longest input {export['max_position_embeddings']:,} tokens; "
-              f"its logits differ from the NeMo model's by {difference:.1e} at most, at positions to {last:,}."]  # fmt: skip
-    lines += ["", "| part | seconds |", "| --- | --- |"]
-    lines += [f"| {part} | {seconds} |" for part, seconds in summary["seconds"].items()]
-    lines += ["", "Pictures: loss_by_position.png, training.png. Loss by position and probes before, during and after the run,",
-              f"on one page: {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
-    return "\n".join([*lines, *summary["commands"].values(), "```", ""])
