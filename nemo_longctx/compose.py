@@ -19,7 +19,8 @@ CONF_DIR = Path(__file__).parent / "conf"
 
 def groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
     """Config groups and their choices: `{"rope": ["abf", "pi", ...], ...}`."""
-    folders = sorted(folder for folder in conf_dir.iterdir() if folder.is_dir())
+    # Studies are files of their own, read by `nemo-longctx ablate`: no group of a run.
+    folders = sorted(folder for folder in conf_dir.iterdir() if folder.is_dir() and folder.name != "ablation")
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 

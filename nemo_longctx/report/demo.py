@@ -110,5 +110,5 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += ["", "| part | seconds |", "| --- | --- |"]
     lines += [f"| {part} | {seconds} |" for part, seconds in summary["seconds"].items()]
     lines += ["", "Pictures: context.png, lookups.png, loss_by_position.png, training.png, each with its CSV. What was",
-              f"measured while the model trained, on one page: {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
+              f"measured in training, on one page: {LONG}/results/eval/index.html. The commands:", "", "```"]  # fmt: skip
     return "\n".join([*lines, *summary["commands"].values(), "```", ""])

@@ -19,7 +19,7 @@ def result(model, curve, found, old_length, seed=0):
     level = np.array([curve(c) for c in CONTEXTS])
     blocks = [rng.normal(3, 0.4) + level[None, :, None] + rng.normal(0, 0.02, (1, 7, 64)) for _ in range(20)]
     made.context["context_1984"] = context.scores(blocks, documents=range(20), contexts=CONTEXTS, short=192)
-    noise = np.random.default_rng(len(model)).normal(0, 0.02, 20)
+    noise = np.random.default_rng(sum(map(ord, model))).normal(0, 0.02, 20)
     made.watched["loss_position_255"] = (old_length + noise).tolist()
     for kind in ("passkey", "record"):
         for length in (256, 512, 1024, 2048):

@@ -1,0 +1,125 @@
+"""The page of a study: verdicts first, then each measure with the paper's numbers beside ours, as HTML, Markdown, CSV and PNG.
+
+Every number is formatted once, and the same text goes to the page and into the CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_longctx.ablation.study import Measure, Study
+from nemo_longctx.ablation.verdict import Effect, effect, verdict
+from nemo_longctx.files import write_text
+from nemo_longctx.report.html import Section, write_page
+from nemo_longctx.report.plots import COLOURS, INK, new_figure, save
+
+Found = Mapping[str, Mapping[str, NDArray[np.float64]]]  # measure -> arm -> [S, D]
+Table = list[list[str]]
+
+
+def claim_table(study: Study, found: Found) -> Table:
+    """One line a claim: the sentence, the arms, the effect with its interval, the verdict."""
+    table: Table = [["claim", "where", "compared", "difference (95 % interval)", "seeds", "documents", "verdict"]]
+    for claim in study.claims:
+        arms = found.get(claim.measure, {})
+        compared = f"{claim.first} − {claim.second}: {study.measures[claim.measure].text}"
+        if claim.first not in arms or claim.second not in arms:
+            table.append([claim.text, claim.where, compared, "not run at this scale", "–", "–", "cannot be told here"])
+            continue
+        seen = effect(arms[claim.first], arms[claim.second])
+        row = [claim.text, claim.where, compared, str(seen), str(seen.seeds), str(seen.documents), verdict(claim, seen)]
+        table.append(row)
+    return table
+
+
+def measure_table(measure: Measure, arms: Mapping[str, NDArray[np.float64]], reference: str) -> Table:
+    """One line an arm: the mean, its difference from the reference arm with the interval, and the paper's number."""
+    table: Table = [["arm", "mean", f"difference from {reference} (95 % interval)", f"paper: {measure.paper_text or '–'}"]]
+    for arm, values in arms.items():
+        against = "–" if arm == reference else str(effect(values, arms[reference]))
+        paper = f"{measure.paper[arm]:g}" if arm in measure.paper else "–"
+        table.append([arm, f"{values.mean():.4f}", against, paper])
+    return table
+
+
+def write_study(
+    directory: Path, study: Study, found: Found, *, scale: str, provenance: Mapping[str, Any], ended: str = ""
+) -> Path:
+    """Write `index.html`, `README.md`, a CSV and a PNG a measure and `claims.csv`; returns the page.
+
+    Args:
+        found: measure -> arm -> values [S, D]; arms that a scale leaves out are missing.
+        ended: why the study ended before its arms were run (the gate), as a sentence.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    claims = claim_table(study, found)
+    _write(directory / "claims.csv", claims)
+    note = f"{study.paper}. Scale: {scale}. Differences are paired: arms of one seed share weights, stream and documents."
+    if ended:
+        note = f"{ended} {note}"
+    sections = [Section(heading="What can be said", note=note, table=claims)]
+    for name, measure in study.measures.items():
+        arms = found.get(name, {})
+        if not arms:
+            continue
+        table = measure_table(measure, arms, next(iter(arms)))
+        _write(directory / f"{name}.csv", table)
+        figure = plot_effects(arms, directory / f"{name}.png", title=measure.text)
+        sections.append(Section(heading=measure.text, note=f"Measured as {measure.path}.", figures=[figure], table=table))
+    made = json.dumps(provenance, indent=1, default=str)
+    sections.append(Section(heading="What made this", code=made))
+    write_text(directory / "README.md", _markdown(study, sections))
+    return write_page(directory / "index.html", study.title, sections)
+
+
+def plot_effects(arms: Mapping[str, NDArray[np.float64]], path: Path, *, title: str) -> Path:
+    """Difference of each arm from the first with its interval; where there is but one arm or seed, each run's mean."""
+    figure, axes = new_figure(height=1.3 + 0.42 * len(arms))
+    names = list(arms)
+    reference = names[0]
+    for place, arm in enumerate(names):
+        colour = COLOURS[place % len(COLOURS)]
+        seen = Effect(mean=0, low=0, high=0, seeds=0, documents=0) if arm == reference else effect(arms[arm], arms[reference])
+        axes.plot([seen.mean], [place], "o", color=colour, markersize=6, zorder=3)
+        if np.isfinite(seen.low) and arm != reference:
+            axes.plot([seen.low, seen.high], [place, place], color=colour, linewidth=2.2, zorder=2)
+        seeds = arms[arm].mean(axis=1) - arms[reference].mean(axis=1)
+        axes.plot(seeds, [place] * len(seeds), "|", color=INK, markersize=7, alpha=0.5, zorder=2)
+    axes.axvline(0, color="#777777", linewidth=1)
+    axes.set_yticks(range(len(names)), [f"{arm} ({arms[arm].mean():.4f})" for arm in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
+    axes.set_xlabel(f"difference from {reference}; bars: 95 %, ticks: single seeds", fontsize=9.5, color=INK)
+    return save(figure, path)
+
+
+def _markdown(study: Study, sections: Sequence[Section]) -> str:
+    lines = [f"# {study.title}", ""]
+    for section in sections:
+        lines += [f"## {section.heading}", ""]
+        if section.note:
+            lines += [section.note, ""]
+        lines += [f"![{Path(figure).stem}]({Path(figure).name})" for figure in section.figures]
+        if section.figures:
+            lines.append("")
+        for number, row in enumerate(section.table):
+            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |")
+            if number == 0:
+                lines.append("|" + " --- |" * len(row))
+        if section.table:
+            lines.append("")
+        if section.code:
+            lines += ["```", section.code, "```", ""]
+    return "\n".join(lines)
+
+
+def _write(path: Path, table: Table) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(table)

@@ -1,0 +1,163 @@
+"""Run a study: data once, then base and arms of each seed one after the other, each resumable, and the page after each.
+
+Every run is the command that a user would type. A run that is done leaves a record of its command; the same study started again
+runs what has no record, or another command than it had. A run that was killed goes on from its last checkpoint by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.ablation.measured import last_result, of_result, table
+from nemo_longctx.ablation.page import write_study
+from nemo_longctx.ablation.study import BASE, Measure, Run, Scale, Study, filled
+from nemo_longctx.files import write_text
+
+Execute = Callable[[list[str], Path], int]
+Say = Callable[[str], None]
+
+
+def execute(command: list[str], log: Path) -> int:
+    """Run one command of ours in a process of its own, its output in `log`; its exit status."""
+    if command[0] == "nemo-longctx":
+        command = [sys.executable, "-m", "nemo_longctx.cli", *command[1:]]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.run(command, stdout=file, stderr=file).returncode
+
+
+class Runner:
+    """One study at one scale.
+
+    Args:
+        out: folder of the scale; data and runs lie in it, the page and its tables in `page`.
+        text: what prepares' {text} stands for: paths, quoted for a shell. executor: of nemo_run; empty: as the scale says.
+        run: how a command is run; tests hand in their own.
+    """
+
+    def __init__(
+        self, study: Study, scale: str, out: Path, *, text: str, executor: str = "", run: Execute = execute, say: Say = print
+    ):
+        self.study, self.name, self.out, self.text, self.say, self.execute = study, scale, out, text, say, run
+        self.scale: Scale = study.scale(scale)
+        self.executor = executor or self.scale.executor
+        self.runs: list[Run] = study.runs(scale, out)
+        self.record = out / f"{study.name}.done.json"
+        self.done: dict[str, dict[str, Any]] = json.loads(self.record.read_text()) if self.record.exists() else {}
+
+    def commands(self) -> list[tuple[str, list[str]]]:
+        """All commands of the study in order, with names: preparation, then runs."""
+        prepared = [
+            (f"data {n}", ["nemo-longctx", *shlex.split(filled(line, self.scale, out=self.out, text=self.text))])
+            for n, line in enumerate(self.scale.prepare, start=1)
+        ]
+        return prepared + [(run.name, run.command(self.executor)) for run in self.runs]
+
+    def __call__(self) -> Path | None:
+        """Run what is not done yet; the page, or None where a command failed."""
+        began, commands = time.monotonic(), self.commands()
+        left = [name for name, command in commands if not self._is_done(name, command)]
+        for number, (name, command) in enumerate(commands, start=1):
+            if name in left and not self._one(name, command, number, len(commands), began, left):
+                return None
+            ended = self._gate(name)
+            if ended:
+                self.say(ended)
+                return self.write(ended)
+        return self.write()
+
+    def _is_done(self, name: str, command: Sequence[str]) -> bool:
+        return self.done.get(name, {}).get("command") == shlex.join(command)
+
+    def _one(self, name: str, command: list[str], number: int, of: int, began: float, left: list[str]) -> bool:
+        place, start = left.index(name), time.monotonic()
+        rest = f", about {(start - began) / place * (len(left) - place) / 60:.0f} min left" if place else ""
+        log = self.out / "logs" / f"{self.study.name}-{name.replace(', ', '-').replace(' ', '-')}.log"
+        self.say(f"[{number}/{of}] {name}{rest}: {shlex.join(command)}\n    log: {log}")
+        status = self.execute(command, log)
+        if status:
+            tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+            self.say("\n".join([*tail, f"{name} ended with status {status}; the same command goes on from here"]))
+            return False
+        seconds = round(self.done.get(name, {}).get("seconds", 0) + time.monotonic() - start, 1)
+        self.done[name] = {"command": shlex.join(command), "seconds": seconds}
+        write_text(self.record, json.dumps(self.done, indent=1) + "\n")
+        return True
+
+    def _gate(self, name: str) -> str:
+        """Why the study ends here, after the run of this name; empty where it goes on."""
+        run = next((r for r in self.runs if r.name == name and r.arm == BASE), None)
+        if run is None or not self.study.gate or not self.scale.gate or self.executor:
+            return ""
+        result = last_result(run)
+        for kind, needed in self.study.gate.items():
+            path = f"probes/{kind}/{self.scale.values.get('short')}"
+            if result is None:
+                return f"The study ends here: {run.name} was not measured, so nobody knows whether it can do {kind}."
+            score = float(of_result(path, result, run.name)[0])
+            if not score >= needed:
+                length = self.scale.values.get("short")
+                return (
+                    f"The study ends here: the base ({run.name}) scores {score:.2f} on {kind} at its own {length} tokens, and "
+                    f"needs {needed}; whatever its arms did could not be told from chance."
+                )
+        return ""
+
+    def found(self) -> dict[str, dict[str, Any]]:
+        """Measure -> arm -> values [S, D], of what is done."""
+        arms = [arm for arm in self.study.arms if arm in {run.arm for run in self.runs}]
+        values = {}
+        for name, measure in self._measures().items():
+            have = [r for r in self.runs if self._is_done(r.name, r.command(self.executor))]
+            whole = [arm for arm in arms if sum(r.arm == arm for r in have) == len(self.scale.seeds)]
+            values[name] = table(measure, have, whole, self.scale.seeds)
+        return values
+
+    def _measures(self) -> Mapping[str, Measure]:
+        from dataclasses import replace
+
+        return {n: replace(m, path=filled(m.path, self.scale)) for n, m in self.study.measures.items()}
+
+    def write(self, ended: str = "") -> Path:
+        """The page of what is done."""
+        seconds = {name: values["seconds"] for name, values in self.done.items()}
+        provenance = {
+            "study": self.study.name,
+            "scale": self.name,
+            "seconds": seconds | {"all": round(sum(seconds.values()), 1)},
+            "commands": {name: shlex.join(command) for name, command in self.commands()},
+            "versions": versions(),
+            "commit": commit(),
+        }
+        return write_study(
+            self.out / "page" / self.study.name, self.study, self.found(), scale=self.name, provenance=provenance, ended=ended
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the runs were made with; those that are not installed are left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("nemo-longctx", "torch", "nemo_toolkit", "megatron-core", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout that this package lies in; empty for an installed one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()

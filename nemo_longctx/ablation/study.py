@@ -1,0 +1,199 @@
+"""A study as a file: a base, arms as overrides of recipes, what is measured, and the claims with their tests.
+
+`conf/ablation/NAME.yaml`. A scale of a study (`smoke`, `laptop`, `gpu`, `paper`) says how large its runs are, with how many
+seeds, and which arms it has; the arms, measures and claims are the same at every scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.ablation.verdict import Claim
+from nemo_longctx.compose import CONF_DIR
+from nemo_longctx.config import ConfigError, build, did_you_mean
+
+SCALES = ("smoke", "laptop", "gpu", "paper")
+FOLDER = CONF_DIR / "ablation"
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One number a run, or one a document.
+
+    Args:
+        text: what it is, for tables.
+        path: where it lies in the last evaluation of a run: `context/TASK/READ`, each document's loss after a read of so many
+            tokens; `gain/TASK`, what the longest context takes off it; `watched/NAME`, each document's loss;
+            `probes/KIND/LENGTH`, the score, depths averaged; `training/loss`, the mean of the last tenth of the run;
+            `training/hours`, its time.
+        paper: arm -> the paper's number, printed beside ours. paper_text: what that number is.
+    """
+
+    text: str
+    path: str
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    paper_text: str = ""
+
+    def __post_init__(self) -> None:
+        root = self.path.partition("/")[0]
+        if root not in ROOTS:
+            raise ConfigError("measures.path", self.path, f"begins with one of its roots, {did_you_mean(root, ROOTS)}")
+
+
+ROOTS = ("context", "gain", "watched", "probes", "training")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the runs of a study are.
+
+    Args:
+        seeds: of weights and stream.
+        base, arm: overrides of the base run (none: arms begin from random weights) and of every arm.
+        arms: which arms this scale has; none: all.
+        prepare: arguments of `nemo-longctx` that make the data, once; {out} is the study's folder, {text} the user's text.
+        values: what {names} in overrides stand for at this scale, besides {out}.
+        executor: of nemo_run, for clusters; none: here, one run after another.
+        gate: whether the study's gate is asked; a scale that only shows that the parts work leaves it out.
+        hours: what the whole is expected to take, as text.
+    """
+
+    seeds: tuple[int, ...]
+    arm: tuple[str, ...]
+    base: tuple[str, ...] | None = None
+    arms: tuple[str, ...] = ()
+    prepare: tuple[str, ...] = ()
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    executor: str = ""
+    gate: bool = True
+    hours: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError("scales.seeds", self.seeds, "give different whole numbers of at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A comparison of the paper.
+
+    Args:
+        name, title, paper: what it is and where in the paper. arms: name -> overrides. measures: by name. claims: in order.
+        gate: probe kind -> score that the base must reach at its own length, or the study ends there; see `gate_length`.
+    """
+
+    name: str
+    title: str
+    paper: str
+    arms: Mapping[str, tuple[str, ...]]
+    measures: Mapping[str, Any]
+    claims: tuple[Any, ...]
+    scales: Mapping[str, Any]
+    gate: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"ablation/{self.name}"
+        measures = {name: build(Measure, values, where=f"{where}.measures.{name}") for name, values in self.measures.items()}
+        claims = tuple(build(Claim, values, where=f"{where}.claims[{n}]") for n, values in enumerate(self.claims))
+        scales = {name: build(Scale, values, where=f"{where}.scales.{name}") for name, values in self.scales.items()}
+        for name in scales:
+            if name not in SCALES:
+                raise ConfigError(f"{where}.scales", name, did_you_mean(name, SCALES))
+        for number, claim in enumerate(claims):
+            for key, value, known in (("measure", claim.measure, measures), ("first", claim.first, self.arms),
+                                      ("second", claim.second, self.arms)):  # fmt: skip
+                if value not in known:
+                    raise ConfigError(f"{where}.claims[{number}].{key}", value, did_you_mean(value, known))
+        for name, scale in scales.items():
+            for arm in scale.arms:
+                if arm not in self.arms:
+                    raise ConfigError(f"{where}.scales.{name}.arms", arm, did_you_mean(arm, self.arms))
+        object.__setattr__(self, "measures", measures)
+        object.__setattr__(self, "claims", claims)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "arms", {name: tuple(overrides) for name, overrides in self.arms.items()})
+
+    def scale(self, name: str) -> Scale:
+        """The scale of this name.
+
+        Raises:
+            ConfigError: the study has none.
+        """
+        if name not in self.scales:
+            raise ConfigError("--scale", name, f"the study {self.name} has no such scale; it has {', '.join(self.scales)}")
+        return self.scales[name]
+
+    def runs(self, scale: str, out: Path) -> list[Run]:
+        """All runs of a scale in order: for each seed the base, then its arms, each beginning from it."""
+        size = self.scale(scale)
+        arms = size.arms or tuple(self.arms)
+        made = []
+        for seed in size.seeds:
+            common = (f"output_dir={out}", f"seed={seed}")
+            after: tuple[str, ...] = ()
+            if size.base is not None:
+                name = f"{BASE}-{seed}"
+                made.append(Run(arm=BASE, seed=seed, folder=out / name, overrides=(*size.base, *common, f"name={name}")))
+                after = (f"restore_from={out / name}",)
+            for arm in arms:
+                name = f"{arm}-{seed}"
+                overrides = (*size.arm, *self.arms[arm], *common, *after, f"name={name}")
+                made.append(Run(arm=arm, seed=seed, folder=out / name, overrides=overrides))
+        return [dataclasses.replace(run, overrides=tuple(filled(o, size, out=out) for o in run.overrides)) for run in made]
+
+
+def filled(line: str, scale: Scale, **more: Any) -> str:
+    """`line` with the scale's values in place of their names in braces; other braces stay (YAML has them too)."""
+    for name, value in {**scale.values, **more}.items():
+        line = line.replace("{" + name + "}", str(value))
+    return line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a study: an arm, or the base that arms begin from."""
+
+    arm: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    def command(self, executor: str = "") -> list[str]:
+        """What a user would type: the example script here, or nemo_run's executor on a cluster."""
+        if executor:
+            return ["nemo", "longctx", "train", *self.overrides, f"run.executor={executor}"]
+        return ["nemo-longctx", "train", *self.overrides]
+
+    def told(self, executor: str = "") -> str:
+        return shlex.join(self.command(executor))
+
+
+def studies() -> list[str]:
+    """Names of the studies in conf/ablation."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load_study(name: str, folder: Path = FOLDER) -> Study:
+    """The study of this name, checked.
+
+    Raises:
+        ConfigError: no such study, or a key, arm or measure that does not exist.
+    """
+    import yaml
+
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError("study", name, did_you_mean(name, [file.stem for file in folder.glob("*.yaml")]))
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ConfigError("study", str(path), "must be a mapping: title, paper, arms, measures, claims, scales")
+    return build(Study, {"name": name} | values, where=f"ablation/{name}")

@@ -1,0 +1,75 @@
+"""`nemo-longctx ablate STUDY --scale SCALE`: a comparison of the paper as one command, and the page of what came out."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sysconfig
+from pathlib import Path
+
+from nemo_longctx.config import ConfigError, did_you_mean
+
+EPILOG = """\
+Studies are files, conf/ablation/NAME.yaml: arms as overrides of recipes, measures, claims with the test that decides each.
+Killed at any moment, the same command goes on; each run is one that you can type (--dry-run prints them all).
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from nemo_longctx.ablation.study import SCALES, studies
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("study", help=f"{', '.join(studies())}, or all")
+    parser.add_argument("--scale", required=True, choices=SCALES, help="how large the runs are")
+    parser.add_argument("--out", type=Path, help="folder of data, runs and page (default: runs/ablate/SCALE)")
+    parser.add_argument(
+        "--text", action="append", default=[], help="your text, as prepare takes it (default: installed sources)"
+    )
+    parser.add_argument("--executor", default="", help="nemo_run's executor for each run (default: the scale's; none: here)")
+    parser.add_argument("--dry-run", action="store_true", help="check and print every command, run none")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nemo_longctx.ablation.runner import Runner
+    from nemo_longctx.ablation.study import load_study, studies
+
+    if args.study != "all" and args.study not in studies():
+        raise ConfigError("study", args.study, did_you_mean(args.study, [*studies(), "all"]))
+    wanted = studies() if args.study == "all" else [args.study]
+    loaded = {name: load_study(name) for name in wanted}
+    chosen = {n: s for n, s in loaded.items() if args.study != "all" or args.scale in s.scales}
+    out = args.out or Path("runs/ablate") / args.scale
+    text = shlex.join(args.text) if args.text else shlex.quote(sysconfig.get_path("purelib"))
+    runners = [Runner(study, args.scale, out, text=text, executor=args.executor) for study in chosen.values()]
+    for runner in runners:  # a mistake in the last study is told before the first one runs
+        check(runner)
+    if args.dry_run:
+        for runner in runners:
+            print(f"# {runner.study.title}")
+            for name, command in runner.commands():
+                print(f"{shlex.join(command)}  # {name}")
+        return 0
+    failed = False
+    for runner in runners:
+        page = runner()
+        failed = failed or page is None
+        if page is not None:
+            print(f"{runner.study.name}: {page}")
+    return 1 if failed else 0
+
+
+def check(runner) -> None:
+    """Compose every run of a study, of its first seed: the others differ in nothing that can be wrong.
+
+    Raises:
+        ConfigError: a recipe that does not compose, by its run.
+    """
+    from nemo_longctx.compose import compose
+    from nemo_longctx.recipe import load_recipe
+
+    for each in (run for run in runner.runs if run.seed == runner.scale.seeds[0]):
+        try:
+            load_recipe(compose(each.overrides))
+        except ConfigError as error:
+            raise ConfigError(error.key, error.value, f"{error.mend} (in {runner.study.name}: {each.name})") from error

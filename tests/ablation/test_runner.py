@@ -1,0 +1,123 @@
+"""Studies as files and their runner: every run composes, a killed study goes on, a weak base ends it before its arms."""
+
+import numpy as np
+import pytest
+
+from nemo_longctx.ablation.runner import Runner
+from nemo_longctx.ablation.study import SCALES, Study, load_study, studies
+from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval import context
+from nemo_longctx.eval.probe_scores import ProbeRow
+from nemo_longctx.eval.results import as_record, blank_result
+from nemo_longctx.report.evaluation import RECORD
+from nemo_longctx.report.training_log import write_json
+
+
+def measured(folder, seed, arm, *, probes=1.0, scale):
+    """What a run leaves: an evaluation whose losses depend on seed and arm alone."""
+    rng = np.random.default_rng([seed, *arm.encode()])
+    result, values = blank_result("step 9"), scale.values
+    longest = int(values["task"].rpartition("_")[2])
+    contexts = [values["short"] - 64, values["long"] - 64, longest]
+    blocks = rng.normal(3, 0.1, (6, 1, 3, 64))
+    result.context[values["task"]] = context.scores(blocks, documents=range(6), contexts=contexts, short=contexts[0])
+    result.watched[f"loss_position_{values['watched']}"] = rng.normal(3, 0.1, 6).tolist()
+    for kind in ("passkey", "first_sentence"):
+        for length in (values["short"], values["long"]):
+            cell = {"depth": 0.5, "score": probes, "answer_loss": 1.0, "samples": 1, "skipped": 0}
+            result.probes.append(ProbeRow(model="step 9", kind=kind, length=length, **cell))
+    write_json(folder / "results" / "eval" / RECORD, {"results": [as_record(result)]})
+    (folder / "results" / "training.csv").write_text(f"step,tokens,loss,tokens_per_second\n1,2048,{rng.normal(3)},1000\n")
+
+
+class Machine:
+    """Runs commands as a machine that is cut off whenever `dies` says so."""
+
+    def __init__(self, runner, *, probes=1.0, dies=()):
+        self.runner, self.probes, self.dies, self.ran = runner, probes, list(dies), []
+        self.runner.execute = self
+
+    def __call__(self, command, log):
+        self.ran.append(command)
+        if self.dies and len(self.ran) == self.dies[0]:
+            self.dies.pop(0)
+            return 137
+        for run in self.runner.runs:
+            if command == run.command():
+                measured(run.folder, run.seed, run.arm, probes=self.probes, scale=self.runner.scale)
+        return 0
+
+
+def runner(tmp_path, scale="laptop"):
+    return Runner(load_study("position"), scale, tmp_path, text="here", say=lambda line: None)
+
+
+def tables(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.csv")) if "page" in path.parts}
+
+
+def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
+    whole = runner(tmp_path / "whole")
+    Machine(whole)
+    assert whole() is not None
+    for dies in (2, 3, 5, 9, 11):  # the runs done before are not run again, so each dies later in the study
+        broken = runner(tmp_path / "killed")
+        machine = Machine(broken, dies=[max(1, dies - len(broken.done))])
+        assert broken() is None
+    last = runner(tmp_path / "killed")
+    machine = Machine(last)
+    before = len(last.done)
+    assert last() is not None
+    assert len(machine.ran) == len(last.commands()) - before
+    made = tables(tmp_path / "whole")
+    assert made == tables(tmp_path / "killed")
+    assert len(made) == 7
+    again = runner(tmp_path / "killed")
+    machine = Machine(again)
+    again()
+    assert machine.ran == []
+
+
+def test_a_base_that_cannot_do_it_ends_the_study_before_its_arms(tmp_path):
+    weak = runner(tmp_path)
+    machine = Machine(weak, probes=0.3)
+    page = weak().read_text(encoding="utf-8")
+    assert [command for command in machine.ran if "restore_from" in " ".join(command)] == []
+    assert "scores 0.30 on passkey at its own 256 tokens, and needs 0.9" in page
+    assert "cannot be told here" in page
+
+
+def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
+    for study in map(load_study, studies()):
+        for name in study.scales:
+            made = study.runs(name, tmp_path)
+            assert len({run.folder for run in made}) == len(made)
+            for run in made:
+                assert f"seed={run.seed}" in run.overrides
+                assert f"output_dir={tmp_path}" in run.overrides
+                assert "{" not in " ".join(o for o in run.overrides if "[" not in o)
+
+
+@pytest.mark.parametrize("name", studies())
+def test_every_run_of_every_scale_composes(name, tmp_path, capsys):
+    study = load_study(name)
+    for scale in study.scales:
+        assert main(["ablate", name, "--scale", scale, "--out", str(tmp_path), "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert all(run.told(study.scales[scale].executor) in said for run in study.runs(scale, tmp_path))
+
+
+def test_mistakes_in_a_study_are_named(capsys):
+    values = {"name": "x", "title": "t", "paper": "p", "arms": {"a": ["rope=abf"], "b": []}, "measures": {}, "scales": {}}
+    claim = {"text": "c", "measure": "m", "first": "c", "second": "a"}
+    with pytest.raises(ConfigError, match=r"claims\[0\]\.first"):
+        Study(**values | {"measures": {"m": {"text": "m", "path": "training/loss"}}, "claims": (claim,)})
+    with pytest.raises(ConfigError, match="begins with one of its roots"):
+        Study(**values | {"measures": {"m": {"text": "m", "path": "trainin/loss"}}, "claims": ()})
+    with pytest.raises(ConfigError, match="did you mean 'laptop'"):
+        Study(**values | {"claims": (), "scales": {"laptp": {"seeds": [1], "arm": []}}})
+    assert set(SCALES) == {"smoke", "laptop", "gpu", "paper"}
+    assert main(["ablate", "positions", "--scale", "smoke"]) == 2
+    assert "did you mean 'position'" in capsys.readouterr().err
+    assert main(["ablate", "position", "--scale", "gpu", "--dry-run"]) == 2

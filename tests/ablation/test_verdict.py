@@ -1,0 +1,111 @@
+"""What is said of planted effects: strong ones hold, dead arms cannot be told, and errors are as rare as the intervals say."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from nemo_longctx.ablation.page import write_study
+from nemo_longctx.ablation.study import load_study, studies
+from nemo_longctx.ablation.verdict import HOLDS, NOT, UNKNOWN, Claim, Effect, effect, t_quantile, verdict
+from nemo_longctx.config import ConfigError
+
+
+def arm(level, *, seeds=3, documents=32, rng=None, noise=0.02, shared=None):
+    rng = rng or np.random.default_rng(0)
+    shared = np.random.default_rng(9).normal(3, 0.5, (1, documents)) if shared is None else shared
+    return shared + level + rng.normal(0, noise, (seeds, 1)) + rng.normal(0, noise, (seeds, documents))
+
+
+def claim(**more):
+    return Claim(**{"text": "b is better than a", "measure": "loss", "first": "b", "second": "a", **more})
+
+
+def test_a_strong_effect_holds_and_its_reverse_does_not():
+    seen = effect(arm(-0.3), arm(0.0, rng=np.random.default_rng(1)))
+    assert seen.low < -0.3 < seen.high or seen.high < 0
+    assert verdict(claim(), seen) == HOLDS
+    assert verdict(claim(test="greater"), seen) == NOT
+    assert verdict(claim(margin=0.5), seen) == NOT  # real, and smaller than what the claim needs
+    assert verdict(claim(test="no_worse", margin=0.01), seen) == HOLDS
+
+
+def test_a_dead_arm_cannot_be_told():
+    same = arm(0.0)
+    for test in ("less", "greater"):
+        assert verdict(claim(test=test), effect(same, same)) == UNKNOWN
+        assert verdict(claim(test=test, margin=0.1), effect(same, same)) == UNKNOWN
+
+
+def test_one_seed_or_one_number_says_nothing_of_the_next():
+    seen = effect(arm(-5, seeds=1), arm(0.0, seeds=1))
+    assert math.isinf(seen.low)
+    assert verdict(claim(), seen) == UNKNOWN
+    assert "no interval" in str(seen)
+    assert verdict(claim(), effect([[1.0], [1.1], [0.9]], [[3.0], [3.2], [3.1]])) == HOLDS  # scores: one number a run
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, inside, wrong = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        document = rng.normal(0, 0.05, (1, 12))
+        first = 0.02 + document + rng.normal(0, 0.03, (3, 1)) + rng.normal(0, 0.05, (3, 12))
+        seen = effect(first, np.zeros((3, 12)))
+        inside += seen.low <= 0.02 <= seen.high
+        null = effect(first - 0.02, np.zeros((3, 12)))
+        wrong += verdict(claim(), null) != UNKNOWN
+    assert inside / 400 >= 0.93
+    assert wrong / 400 <= 0.07
+
+
+def test_quantiles_are_those_of_the_tables():
+    for freedom, expected in ((1, 12.706), (2, 4.3027), (5, 2.5706), (30, 2.0423), (1000, 1.9623)):
+        assert t_quantile(freedom) == pytest.approx(expected, rel=1e-3)
+
+
+def test_arms_that_cannot_be_paired_are_refused():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        effect(np.zeros((3, 4)), np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="no document"):
+        effect([[math.nan]], [[1.0]])
+    with pytest.raises(ConfigError, match="did you mean 'less'"):
+        claim(test="les")
+    with pytest.raises(ConfigError, match="margin"):
+        claim(test="no_worse")
+
+
+@pytest.mark.parametrize("name", studies())
+def test_numbers_on_a_page_are_those_of_its_tables(name, tmp_path):
+    study = load_study(name)
+    rng = np.random.default_rng(0)
+    found = {m: {a: arm(0.01 * n, rng=rng) for n, a in enumerate(study.arms)} for m in study.measures}
+    page = write_study(tmp_path, study, found, scale="smoke", provenance={"commit": "abc"}).read_text(encoding="utf-8")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    import html
+
+    for measure in study.measures:
+        with (tmp_path / f"{measure}.csv").open(newline="") as file:
+            rows = list(csv.reader(file))
+        assert len(rows) == 1 + len(study.arms)
+        for row, values in zip(rows[1:], found[measure].values(), strict=True):
+            assert float(row[1]) == pytest.approx(values.mean(), abs=5e-5)
+            assert all(html.escape(cell) in page for cell in row)
+            assert all(cell in text for cell in row)
+    with (tmp_path / "claims.csv").open(newline="") as file:
+        claims = list(csv.DictReader(file))
+    assert len(claims) == len(study.claims)
+    assert {row["verdict"] for row in claims} <= {HOLDS, NOT, UNKNOWN}
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") == len(study.measures)
+    assert json.loads(json.dumps({"commit": "abc"}))["commit"] in page
+
+
+def test_what_a_scale_leaves_out_cannot_be_told(tmp_path):
+    study = load_study("position")
+    page = write_study(tmp_path, study, {}, scale="smoke", provenance={}, ended="The base cannot do it.")
+    text = page.read_text(encoding="utf-8")
+    assert "not run at this scale" in text
+    assert "The base cannot do it." in text
+    assert str(Effect(mean=1, low=0.5, high=1.5, seeds=3, documents=2)) == "+1.0000 (+0.5000 to +1.5000)"
