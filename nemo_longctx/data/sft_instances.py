@@ -21,7 +21,7 @@ from nemo_longctx.data.corpus import IndexedCorpus
 from nemo_longctx.data.writer import CorpusWriter
 
 PROMPT, ANSWER = 0, 1
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 # The chat form of Llama 2 (Touvron et al. 2023; its reference code wraps a user's turn in [INST] and a system's in <<SYS>>).
 LLAMA2_CHAT_TEMPLATE = (
@@ -64,8 +64,7 @@ def encode_conversation(tokenizer: Any, template: str, messages: list[dict[str, 
     Raises:
         ConfigError: the template renders an earlier turn otherwise when a later one follows.
     """
-    tokens: list[int] = []
-    roles: list[int] = []
+    ends: list[tuple[int, int]] = []  # (first character beyond, role) of each part of the text
     written = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -77,11 +76,14 @@ def encode_conversation(tokenizer: Any, template: str, messages: list[dict[str, 
             if not text.startswith(written):
                 mend = "renders a turn otherwise once another follows, so its answers cannot be told from its prompts"
                 raise ConfigError("data.chat_template", template[:40], mend)
-            ids = tokenizer(text[len(written) :], add_special_tokens=False)["input_ids"]
-            tokens.extend(ids)
-            roles.extend([role] * len(ids))
+            ends.append((len(text), role))
             written = text
-    return np.array(tokens, dtype=np.int32), np.array(roles, dtype=np.uint8)
+    # As one text: part by part, SentencePiece would put a space of its own in front of every answer.
+    encoded = tokenizer(written, add_special_tokens=False, return_offsets_mapping=True)
+    last = np.array([max(start, end - 1) for start, end in encoded["offset_mapping"]], dtype=np.int64)
+    part = np.searchsorted(np.array([end for end, _ in ends]), last, side="right").clip(max=len(ends) - 1)
+    roles = np.array([role for _, role in ends], dtype=np.uint8)[part]
+    return np.array(encoded["input_ids"], dtype=np.int32), roles
 
 
 def read_conversations(path: str | os.PathLike[str]) -> Iterator[list[dict[str, str]]]:

@@ -8,12 +8,12 @@ fit the model is never cut: it is counted and not scored.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from nemo_longctx.eval import metrics
-from nemo_longctx.eval.probes import Probe, Tokenizer
+from nemo_longctx.eval.probes import WITHOUT_DEPTH, Probe, ProbeConfig, Tokenizer
 from nemo_longctx.eval.requests import Continuation, Generation, Score
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
 
@@ -21,7 +21,8 @@ from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow:
     """Result of one cell: mean score (ROUGE-L F for first sentences, share of answers found for others), mean loss of the
-    answer (nats per token), samples scored, and samples that did not fit the model and were not scored."""
+    answer (nats per token), samples scored, samples that were not scored because they did not fit the model or could not be
+    made, and why they could not."""
 
     model: str
     kind: str
@@ -31,6 +32,20 @@ class ProbeRow:
     answer_loss: float
     samples: int
     skipped: int
+    reason: str = ""
+
+
+def empty_rows(config: ProbeConfig, unmade: Mapping[tuple[str, int], str], *, name: str) -> list[ProbeRow]:
+    """The cells of probes that could not be made: no score, and the reason."""
+    nan = float("nan")
+    return [
+        ProbeRow(
+            model=name, kind=kind, length=length, depth=depth, score=nan, answer_loss=nan, samples=0, skipped=config.samples,
+            reason=why,
+        )
+        for (kind, length), why in unmade.items()
+        for depth in ((0.0,) if kind in WITHOUT_DEPTH else config.depths)
+    ]  # fmt: skip
 
 
 def score_reply(probe: Probe, reply: str) -> float:
@@ -166,6 +181,6 @@ def write_csv(path: str | Path, rows: Iterable[ProbeRow]) -> None:
 
 def read_csv(path: str | Path) -> list[ProbeRow]:
     """Read what `write_csv` wrote."""
-    kinds = {"model": str, "kind": str, "length": int, "samples": int, "skipped": int}
+    kinds = {"model": str, "kind": str, "reason": str, "length": int, "samples": int, "skipped": int}
     with Path(path).open(newline="", encoding="utf-8") as file:
         return [ProbeRow(**{key: kinds.get(key, float)(value) for key, value in row.items()}) for row in csv.DictReader(file)]

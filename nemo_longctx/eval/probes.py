@@ -78,7 +78,8 @@ class Probe:
     Args:
         kind, length, depth, sample: its cell; `length` is that of `prompt`.
         prompt: token ids, the question last.
-        answers: what the reply must hold. first: tokens of the first answer as it would follow the prompt.
+        answers: what the reply must hold.
+        first: tokens of the first answer (of several values of one key: of all) as they follow the prompt.
         max_new_tokens: longest reply.
     """
 
@@ -103,6 +104,7 @@ def make_probes(
     *,
     prefix: Sequence[int] = (),
     cache: str | Path | None = None,
+    unmade: dict[tuple[str, int], str] | None = None,
 ) -> list[Probe]:
     """Make every probe of `config`.
 
@@ -110,9 +112,10 @@ def make_probes(
         texts: documents to hide things in; joined and repeated where they are too short for the longest length.
         prefix: tokens in front of each prompt (the tokenizer's BOS), part of its length.
         cache: folder to keep probes in; they are found again by a hash of all that made them.
+        unmade: takes (kind, length) -> why, of probes that a length is too short for; None raises the first of them.
 
     Raises:
-        ConfigError: a length too short for what it must hold.
+        ConfigError: a length too short for what it must hold, or all of them.
         ValueError: no text, or none with a sentence of 5 to 40 words.
     """
     made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 2}
@@ -120,17 +123,30 @@ def make_probes(
     made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
     path = Path(cache) / f"probes-{_digest(json.dumps(made_from))}.json" if cache else None
     if path is not None and path.exists():
-        return [Probe(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if unmade is None and kept["unmade"]:
+            raise ConfigError(*kept["unmade"][0][2])
+        (unmade if unmade is not None else {}).update({(kind, length): why[2] for kind, length, why in kept["unmade"]})
+        return [Probe(**values) for values in kept["probes"]]
     maker = _Maker(config, texts, tokenizer, list(prefix))
-    probes = [
-        maker.make(kind, length, depth, sample)
-        for kind in config.kinds
-        for length in config.lengths
-        for depth in ((0.0,) if kind in WITHOUT_DEPTH else config.depths)
-        for sample in range(config.samples)
-    ]
+    probes: list[Probe] = []
+    failed: list[tuple[str, int, ConfigError]] = []
+    for kind in config.kinds:
+        for length in config.lengths:
+            depths = (0.0,) if kind in WITHOUT_DEPTH else config.depths
+            try:
+                probes += [maker.make(kind, length, depth, sample) for depth in depths for sample in range(config.samples)]
+            except ConfigError as error:  # of this kind at this length; the others can be asked
+                if unmade is None:
+                    raise
+                failed.append((kind, length, error))
+    if failed and not probes:
+        raise failed[0][2]
+    if unmade is not None:
+        unmade.update({(kind, length): error.mend for kind, length, error in failed})
     if path is not None:
-        write_text(path, json.dumps([asdict(probe) for probe in probes]))
+        reasons = [(kind, length, (error.key, error.value, error.mend)) for kind, length, error in failed]
+        write_text(path, json.dumps({"probes": [asdict(probe) for probe in probes], "unmade": reasons}))
     return probes
 
 
@@ -150,7 +166,11 @@ class _Maker:
         self.sentences = [(m.start(1), m.group(1)) for m in sentences if 5 <= len(m.group(1).split()) <= 40]
         self._ends: dict[int, bool] = {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: str = ".") -> list[int]:
+        """Tokens of `text` as they are after other text: SentencePiece puts a space in front of what stands alone."""
+        whole, before = (self.tokenizer.encode(one, add_special_tokens=False) for one in (after + text, after))
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def make(self, kind: str, length: int, depth: float, sample: int) -> Probe:
@@ -161,12 +181,12 @@ class _Maker:
             parts, answers = self._variables(rng, length)
         elif kind == "passkey":
             parts, answers = self._passkey(rng, length, depth)
-        elif kind == "record":
-            parts, answers = self._record(rng, length, depth)
         else:
             parts, answers = self._needles(rng, kind, length, depth)
-        new = self.config.max_new_tokens
-        first = self.encode(" " + answers[0])
+        # Of several values all are asked, so the loss is that of all, and the reply needs room for them.
+        asked = ", ".join(answers) if kind == "needle_multi_value" else answers[0]
+        first = self.encode(" " + asked, after=":")
+        new = len(first) + 16 if kind == "first_sentence" else self.config.max_new_tokens
         return Probe(
             kind=kind,
             length=length,
@@ -175,7 +195,7 @@ class _Maker:
             prompt=parts,
             answers=answers,
             first=first,
-            max_new_tokens=len(first) + 16 if kind == "first_sentence" else new,
+            max_new_tokens=max(new, len(self.encode(" " + ", and ".join(answers), after=":")) + 4),
         )
 
     def _room(self, kind: str, length: int, *fixed: list[int]) -> int:
@@ -255,7 +275,9 @@ class _Maker:
         key, *others = rng.sample(WORDS, 4)
         values = 4 if kind == "needle_multi_value" else 1
         numbers = [draw_number(rng, 7, held_out=True) for _ in range(values)]
-        hidden = [(depth if n == 0 else rng.random(), self._needle(key, number)) for n, number in enumerate(numbers)]
+        # Several values of one key stand close together around the depth, in the order of the answer.
+        depths = [min(1.0, max(0.0, depth + 0.02 * (n - (values - 1) / 2))) for n in range(values)]
+        hidden = [(place, self._needle(key, number)) for place, number in zip(depths, numbers, strict=True)]
         if kind == "needle_multi_key":
             hidden += [(rng.random(), self._needle(other, draw_number(rng, 7, held_out=True))) for other in others]
         plural = "What are all the special magic numbers" if values > 1 else "What is the special magic number"

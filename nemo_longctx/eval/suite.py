@@ -191,11 +191,15 @@ class Suite:
             texts = corpus_texts(task.text, self.tokenizer, 4 * max(task.probes.lengths))
         else:
             texts = read_texts(task.text)
-        made = probes.make_probes(task.probes, texts, self.tokenizer, prefix=prefix, cache=task.cache)
+        unmade: dict[tuple[str, int], str] = {}
+        made = probes.make_probes(task.probes, texts, self.tokenizer, prefix=prefix, cache=task.cache, unmade=unmade)
+        for (kind, length), why in () if quiet else unmade.items():
+            logger.warning("no %s probes of %d tokens: %s", kind, length, why)
         asked = [probe for probe in made if probe_scores.fits(probe, model.max_length)]
         stops = {self.tokenizer.eos_token_id} - {None}
         results = self._run(probe_scores.probe_requests(asked, stops), model, group, "probes", quiet)
-        return probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
+        rows = probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
+        return rows + probe_scores.empty_rows(task.probes, unmade, name=name)
 
     def _run(self, requests: Sequence[Any], model: CausalModel, group: Any, what: str, quiet: bool) -> list[Any]:
         scorer, began = Scorer(model, chunks=self.chunks), time.monotonic()

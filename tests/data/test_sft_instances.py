@@ -117,3 +117,22 @@ def test_instances_are_cached_by_content(tokenizer, tmp_path):
     assert [file.stat().st_mtime_ns for file in files] == stamps
     path.write_text(json.dumps({"messages": CHAT}) + "\n")
     assert len(open_instances(str(path), **settings)) == 1
+
+
+def test_sentencepiece_answers_have_no_lone_space():
+    """Tokens are those of the whole text, and each is the prompt's or the answer's."""
+    from tiny_models import sentencepiece_tokenizer
+
+    tokenizer = sentencepiece_tokenizer(["It was a bright cold day. What was it? [INST] [/INST]"] * 3)
+    messages = [
+        {"role": "user", "content": "What was it?"}, {"role": "assistant", "content": "It was a day."},
+        {"role": "user", "content": "What?"}, {"role": "assistant", "content": "cold"},
+    ]  # fmt: skip
+    template = chat_template("llama2", tokenizer)
+    tokens, roles = encode_conversation(tokenizer, template, messages)
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens[roles == ANSWER]).split() == ["It", "was", "a", "day.", "</s>", "cold", "</s>"]
+    prompt = tokenizer(text[: text.index(" It was")], add_special_tokens=False)["input_ids"]
+    assert (roles[: len(prompt)] == PROMPT).all()
+    assert roles[len(prompt)] == ANSWER

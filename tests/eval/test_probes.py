@@ -3,11 +3,20 @@ import re
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, tiny_llama
+from tiny_models import byte_tokenizer, sentencepiece_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
-from nemo_longctx.eval.probe_scores import ProbeRow, effective_length, fits, read_csv, run_probes, score_reply, write_csv
+from nemo_longctx.eval.probe_scores import (
+    ProbeRow,
+    effective_length,
+    empty_rows,
+    fits,
+    read_csv,
+    run_probes,
+    score_reply,
+    write_csv,
+)
 from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, ProbeConfig, make_probes
 from nemo_longctx.report.plots import plot_probes
 
@@ -41,7 +50,8 @@ def test_every_probe_is_exact_to_the_token(tokenizer):
             assert all(f"VAR {b} = VAR {a}." in text for a, b in zip(probe.answers, probe.answers[1:], strict=False))
         else:
             assert all(answer in text for answer in probe.answers)
-        assert tokenizer.decode(probe.first) == " " + probe.answers[0]
+        asked = ", ".join(probe.answers) if probe.kind == "needle_multi_value" else probe.answers[0]
+        assert tokenizer.decode(probe.first) == " " + asked
 
 
 def test_needles_lie_at_their_depth(tokenizer):
@@ -154,3 +164,45 @@ def test_texts_that_cannot_hold_a_probe(tokenizer):
         make_probes(everything(), [" "], tokenizer)
     with pytest.raises(ValueError, match="needs prose"):
         make_probes(everything(kinds=("first_sentence",)), ["no sentences here"], tokenizer)
+
+
+def test_a_sentencepiece_answer_follows_its_prompt():
+    """No lone piece for a space at the seam: prompt and answer are the tokens of their text."""
+    tokenizer = sentencepiece_tokenizer(TEXTS)
+    for probe in make_probes(everything(lengths=(700,), samples=1), TEXTS, tokenizer):
+        assert len(probe.prompt) == 700
+        asked = tokenizer.decode(probe.prompt[-20:] + probe.first)
+        assert asked.endswith((probe.answers[0], ", ".join(probe.answers)))
+        question = tokenizer.decode(probe.prompt[-12:])
+        tail = tokenizer.encode(f"{question} {tokenizer.decode(probe.first)}", add_special_tokens=False)
+        assert tail[-len(probe.first) :] == probe.first
+
+
+def test_all_values_of_a_key_are_asked_and_have_room():
+    tokenizer = byte_tokenizer(["x"], vocab=258)  # a token a digit: 35 for four values, as with tokenizers that split numbers
+    for probe in make_probes(everything(kinds=("needle_multi_value",), lengths=(3000,)), TEXTS, tokenizer):
+        said = ", ".join(probe.answers[:-1]) + ", and " + probe.answers[-1]
+        assert len(tokenizer.encode(" " + said)) <= probe.max_new_tokens
+        assert tokenizer.decode(probe.first) == " " + ", ".join(probe.answers)
+        text = tokenizer.decode(probe.prompt)
+        places = [text.index(f"is: {value}.") / len(text) for value in probe.answers]
+        assert places == sorted(places)
+        assert max(abs(place - probe.depth) for place in places) < 0.2
+
+
+def test_a_kind_that_is_too_long_leaves_its_cells_empty(tokenizer, tmp_path):
+    config = everything(kinds=("needle", "passkey"), lengths=(150, 500), samples=1)
+    for _ in range(2):  # made, and read from the cache
+        unmade = {}
+        made = make_probes(config, TEXTS, tokenizer, cache=tmp_path, unmade=unmade)
+        assert {(probe.kind, probe.length) for probe in made} == {("needle", 150), ("needle", 500), ("passkey", 500)}
+        assert list(unmade) == [("passkey", 150)]
+        assert "too short for a passkey probe" in unmade["passkey", 150]
+    rows = empty_rows(config, unmade, name="m")
+    assert [(row.samples, row.skipped, row.reason) for row in rows] == [(0, 1, unmade["passkey", 150])] * 3
+    write_csv(tmp_path / "rows.csv", rows)
+    assert read_csv(tmp_path / "rows.csv")[0].reason == rows[0].reason
+    with pytest.raises(ConfigError, match="too short for a passkey"):
+        make_probes(config, TEXTS, tokenizer, cache=tmp_path)
+    with pytest.raises(ConfigError, match="too short"):
+        make_probes(everything(lengths=(3,)), TEXTS, tokenizer, unmade={})
