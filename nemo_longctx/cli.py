@@ -27,6 +27,8 @@ COMMANDS = {
     "doctor": "versions, what this machine can use, what each missing part costs and how to get it",
     "eval": "loss by position, probes and lm-eval tasks of NeMo or Hugging Face checkpoints, as tables, figures and one page",
     "fit-context": "fit the context scaling law L(c) = (alpha/c)^beta + gamma to a table of losses, with intervals and figure",
+    "generate": "a checkpoint's answers to a file of prompts, in the form that compare reads",
+    "chat": "talk to a NeMo or Hugging Face checkpoint on the terminal",
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
     "ablate": "the paper's comparisons, run again: position encodings, data mix, curriculum, scaling; a page with verdicts",
     "compare": "a page for blind side-by-side votes on two models' answers, and the table with 95 % intervals from the votes",

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import difflib
 import functools
+import hashlib
 import inspect
+import json
 import logging
 import os
 import tempfile
@@ -22,9 +24,11 @@ import nemo_longctx.eval.tasks
 from nemo_longctx.adapters.lm_eval import LongContextLM
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.eval.guard import LOWER
+from nemo_longctx.eval.results import finite
 from nemo_longctx.eval.suite import HarnessResult, HarnessTask
 from nemo_longctx.eval.tasks.loaders import load
-from nemo_longctx.eval.truncation import POLICIES, prompt_budget
+from nemo_longctx.eval.truncation import POLICIES, TruncationRecord, prompt_budget
+from nemo_longctx.files import write_text
 
 logger = logging.getLogger(__name__)
 TASK_FOLDER = str(Path(nemo_longctx.eval.tasks.__file__).parent)
@@ -34,6 +38,7 @@ CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "not_scored")
 # Metrics that keep parts of a score for each sample; the score of one sample is their aggregate over it alone.
 OF_ONE_SAMPLE = ("rouge_geo", "word_perplexity", "byte_perplexity", "bits_per_byte")
+PROMPT_END = 2000  # characters of a prompt that are kept where the sample has no question of its own
 # What lm-eval's RULER says of a length that it has no samples of, in place of a score.
 NO_SAMPLES = -1
 # What a user may tell our tasks' loader.
@@ -178,8 +183,41 @@ def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
     return watched
 
 
-def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
+def sample_rows(name: str, samples: Sequence[Mapping[str, Any]], cuts: Sequence[TruncationRecord]) -> list[dict[str, Any]]:
+    """What is kept of each sample: its prompt's digest and end, the reply, the scores, and what was cut. `compare` reads it."""
+    cut = {record.doc_id: record for record in cuts if record.task == name}
+    rows = []
+    for sample in sorted(samples, key=lambda one: one["doc_id"]):
+        doc, replies = sample["doc"], sample["filtered_resps"]
+        record = cut.get(sample["doc_id"])
+        prompt = str(next(iter(sample["arguments"]), [""])[0])
+        rows.append(
+            {
+                "id": str(doc.get("id", sample["doc_id"])),
+                "prompt": str(doc.get("question") or prompt[-PROMPT_END:]),
+                "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+                "response": replies[0] if replies and isinstance(replies[0], str) else json.dumps(replies, default=str),
+                "scores": {metric: sample[metric] for metric in sample["metrics"]},
+                "removed_tokens": record.removed if record else 0,
+                "lost": list(record.lost) if record else [],
+            }
+        )
+    return rows
+
+
+def _keep(folder: Path, task: HarnessTask, samples: Mapping[str, Sequence[Mapping[str, Any]]], lm: LongContextLM) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, some in samples.items():
+        rows = sample_rows(name, some, lm.truncations)
+        text = "".join(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+        write_text(folder / f"samples_{task.labelled(name).replace('/', '_')}.jsonl", text)
+
+
+def run_harness(task: HarnessTask, lm: LongContextLM, *, keep: Path | None = None) -> HarnessResult:
     """Run the tasks of one block.
+
+    Args:
+        keep: folder for `samples_TASK.jsonl`, one line a sample; None keeps none.
 
     `evaluate` is called rather than `simple_evaluate`, which would reseed every generator of the training run.
 
@@ -207,6 +245,8 @@ def run_harness(task: HarnessTask, lm: LongContextLM) -> HarnessResult:
         fewshot_as_multiturn=task.apply_chat_template,
         confirm_run_unsafe_code=task.allow_code_execution,
     )
+    if keep is not None and os.environ.get("RANK", "0") == "0":
+        _keep(keep, task, output["samples"], lm)
     results: dict[str, dict[str, Any]] = {}
     watched: dict[str, list[float]] = {}
     for name, scores in output["results"].items():

@@ -47,6 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="for the tasks, say '{\"max_seq_lengths\": [4096]}' (RULER)",
     )
+    parser.add_argument(
+        "--keep-samples",
+        action="store_true",
+        help="keep each sample's reply, score and cuts: OUT/samples/MODEL/samples_TASK.jsonl",
+    )
     parser.add_argument("--limit", type=int, help="samples of each lm-eval task")
     parser.add_argument("--chat", action="store_true", help="ask lm-eval tasks in the tokenizer's chat template")
     parser.add_argument(
@@ -101,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
         blocks = task_blocks(args, lm.max_length)
         suite = Suite(parse_tasks(blocks), tokenizer=lm.tokenizer)
 
-        def harness(task, lm=lm):
+        keep = args.out / "samples" / name.replace("/", "_") if args.keep_samples else None
+
+        def harness(task, lm=lm, keep=keep):
             from nemo_longctx.adapters.harness import run_harness
 
-            return run_harness(task, lm)
+            return run_harness(task, lm, keep=keep)
 
         result = suite.run(lm.causal, name=name, harness=harness, group=lm.data_group, quiet=not first)
         results.append(result)
@@ -187,7 +194,7 @@ def _default_contexts(corpus: str, max_length: int) -> list[int]:
 def _check_partners(args: argparse.Namespace) -> None:
     """Refuse options of a kind of task that is not asked for."""
     for partner, names in (
-        ("tasks", ("data", "max_prompt", "metadata", "limit", "chat", "allow_code_execution")),
+        ("tasks", ("data", "max_prompt", "metadata", "keep_samples", "limit", "chat", "allow_code_execution")),
         ("probes", ("lengths",)),
         ("corpus", ("contexts",)),
     ):

@@ -411,3 +411,21 @@ def test_the_models_tokenizer_reaches_tasks_that_make_their_data(tmp_path):
     file.write_text(yaml.safe_dump(task) + "custom_dataset: !function made.make\n")
     lm = tiny_lm([STORY], 4096)
     assert "acc" in run_harness(HarnessTask(tasks=("my_made",), include_path=str(tmp_path)), lm).tasks["my_made"]
+
+
+def test_replies_are_kept_in_the_form_that_compare_reads(data, tmp_path):
+    from nemo_longctx.instruct.compare import compare_files
+
+    lm = tiny_lm([STORY], 4096, vocab=258)
+    lm._stop = lambda until: lambda made: len(made) > 7
+    task = HarnessTask(
+        tasks=("longctx_narrativeqa",), limit=2, metadata={"data": str(data / "scrolls"), "max_prompt": 60}, label="60"
+    )
+    run_harness(task, lm, keep=tmp_path / "a")
+    run_harness(task, lm, keep=tmp_path / "b")
+    file = "samples_longctx_narrativeqa@60.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "a" / file).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2
+    assert all(set(row["scores"]) == {"f1", "not_scored"} and row["removed_tokens"] > 0 and not row["lost"] for row in rows)
+    assert len(rows[0]["prompt_sha256"]) == 64
+    assert len(compare_files(tmp_path / "a" / file, tmp_path / "b" / file, seed=0).pairs) == 2

@@ -1,0 +1,100 @@
+"""`nemo-longctx generate CHECKPOINT --prompts FILE`: a checkpoint's answers, in the form that `compare` reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, prompts, and how answers are made."""
+    parser.epilog = (
+        'Prompts: JSONL of {"id", "prompt"} or {"id", "messages"}, or a text file with a prompt a line. Answers: JSONL of '
+        '{"id", "prompt", "response", ...}; nemo-longctx compare A.jsonl B.jsonl reads them as they are. What prompts share '
+        "at their beginning is read once."
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="file of prompts")
+    parser.add_argument("--out", type=Path, help="file of answers (default: beside the prompts, as NAME.answers.jsonl)")
+    add_options(parser)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be given again")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `generate` and `chat` share."""
+    parser.add_argument("checkpoint", help="NeMo 2 checkpoint or run, or Hugging Face model (folder or name)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest token (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are drawn from; 0: all (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--template", default="auto", help="auto (the tokenizer's chat template, if any), none, llama2, or a Jinja file"
+    )
+    parser.add_argument("--system", default="", help="system prompt of a chat template")
+    parser.add_argument("--max-length", type=int, help="tokens the model may read (default: what it was made for)")
+    parser.add_argument("--tokenizer", help="Hugging Face tokenizer (default: the checkpoint's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer all prompts; nothing is loaded before they are read and checked."""
+    from nemo_longctx.eval import generation
+
+    rows = generation.read_prompts(args.prompts)
+    sampling = sampling_of(args, stop=tuple(args.stop))
+    scorer, tokenizer, template, group = open_model(args)
+    prompts = [generation.prompt_tokens(row, tokenizer, template=template, system=args.system) for row in rows]
+    names = [row["id"] for row in rows]
+    asked = generation.requests(prompts, tokenizer, sampling, names, scorer.model.max_length)
+    from nemo_longctx.eval.sharing import run_shared
+    from nemo_longctx.files import write_text
+
+    first = os.environ.get("RANK", "0") == "0"
+    made = run_shared(scorer, asked, group=group, what="generation", quiet=not first)
+    if first:
+        out = args.out or args.prompts.with_suffix(".answers.jsonl")
+        answers = [
+            generation.answer(row, prompt, tokens, tokenizer, sampling)
+            for row, prompt, tokens in zip(rows, prompts, made, strict=True)
+        ]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
+        cut = sum(one["finish_reason"] == "length" for one in answers)
+        print(
+            f"wrote {out}: {len(answers)} answers" + (f", {cut} of them cut at {sampling.max_new_tokens} tokens" if cut else "")
+        )
+    return 0
+
+
+def sampling_of(args: argparse.Namespace, **more: Any) -> Any:
+    """The options as `Sampling`, checked before a model is loaded."""
+    from nemo_longctx.eval.generation import Sampling
+    from nemo_longctx.eval.requests import Generation
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in names}, **more)
+    values = {name: getattr(sampling, name) for name in names}
+    Generation(context=[0], stop=bool, **values)  # refuses what no generation takes
+    return sampling
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any, str | None, Any]:
+    """Scorer, tokenizer, chat template (None: prompts as they stand), and the ranks that share the work."""
+    from nemo_longctx.adapters.pretrained import check_source, hf_tokenizer, load_checkpoint
+    from nemo_longctx.data.sft_instances import chat_template
+    from nemo_longctx.eval.scoring import Scorer
+
+    check_source(args.checkpoint, args.tokenizer)
+    model, _, own, group = load_checkpoint(args.checkpoint, max_length=args.max_length)
+    tokenizer = hf_tokenizer(args.tokenizer or own)
+    if args.template == "auto":
+        template = tokenizer.chat_template
+    else:
+        template = None if args.template == "none" else chat_template(args.template, tokenizer)
+    if args.system and template is None:
+        raise ConfigError("--system", args.system, "needs a chat template, which the tokenizer has not; give --template")
+    return Scorer(model), tokenizer, template, group
