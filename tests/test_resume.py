@@ -23,7 +23,8 @@ def recipe(*overrides: str, output="runs"):
 
 
 def found(*overrides: str):
-    return changes(plain(recipe()), plain(recipe(*overrides)))
+    roped = ["rope=rope", "rope.base=10000"]
+    return changes(plain(recipe(*roped)), plain(recipe(*roped, *overrides)))
 
 
 def schema_keys():

@@ -161,6 +161,43 @@ def test_nemos_own_recipe_is_extended_and_left_as_it_was():
         assert error.value.key == key
 
 
+def test_speed_settings_of_nemos_recipes_are_adapted_or_refused():
+    import nemo_run as run
+    from nemo.collections import llm
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+    from nemo_longctx.adapters.nemo.recipes import extend_recipe
+
+    stages = [{"until": 0.2, "seq_length": 4096}, {"until": 1.0, "seq_length": 32768}]
+    asked = {
+        "data": {"mix": {"sources": [{"path": "data/long"}]}},
+        "curriculum": {"stages": stages, "tokens_per_step": 2**22, "total_tokens": 1000 * 2**22},
+    }
+    stock = llm.llama2_7b.pretrain_recipe(dir="runs", name="long")
+    overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=True, defer_embedding_wgrad_compute=True)
+    stock.trainer.callbacks = [overlap]
+    ours = extend_recipe(stock, **asked).trainer.callbacks[0]
+    assert (ours.tp_comm_overlap, ours.defer_embedding_wgrad_compute) == (False, False)
+    assert overlap.tp_comm_overlap
+    one = {"stages": stages[1:], "tokens_per_step": 2**22, "total_tokens": 1000 * 2**22}
+    ours = extend_recipe(stock, **(asked | {"curriculum": one})).trainer.callbacks[0]
+    assert (ours.tp_comm_overlap, ours.defer_embedding_wgrad_compute) == (True, False)
+    stock.model.config.enable_cuda_graph = True
+    with pytest.raises(ConfigError, match=r"model\.enable_cuda_graph=True"):
+        extend_recipe(stock, **asked)
+    extend_recipe(stock, **(asked | {"curriculum": one}))
+    with pytest.raises(ConfigError, match=r"model\.enable_cuda_graph=True"):
+        extend_recipe(stock, data=asked["data"] | {"document_masking": True}, curriculum=one)
+
+
+def test_a_checkpoint_in_half_precision_takes_14_bytes_a_parameter():
+    import torch
+
+    from nemo_longctx.adapters.nemo.launch.callbacks import checkpoint_bytes
+
+    assert [checkpoint_bytes(10, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [120, 140, 140]
+
+
 def test_a_broken_entry_point_is_only_printed_by_nemo_run_and_fails_our_check(tmp_path):
     """The check that `nemo` below makes is one that can fail."""
     folder = tmp_path / "broken-1.0.dist-info"

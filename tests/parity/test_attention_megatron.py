@@ -6,9 +6,11 @@ import pytest
 import small_gpt
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.module import MegatronModule
 
 from nemo_longctx.adapters.megatron.attention import (
     LongContextAttention,
+    _documents_to_ours,
     attention_summary,
     check_attention_config,
     packed_documents,
@@ -70,6 +72,34 @@ def test_packed_windows_equal_each_document_alone(pair):
     close(mine, torch.cat(alone, 1))
     for name, gradient in small_gpt.gradients(stock).items():
         close(my_grads[name], gradient)
+
+
+class StockAttention(MegatronModule):
+    """Transformer Engine's signature; it does whole windows, and no document."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
+                 k_channels=None, v_channels=None, cp_comm_type="p2p", pg_collection=None):  # fmt: skip
+        super().__init__(config=config)
+        self.kept = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None,
+                num_splits=None):  # fmt: skip
+        assert packed_seq_params is None
+        return "its own ring"
+
+
+def test_under_context_parallelism_only_documents_leave_transformer_engine(pair):
+    config = pair[0].config
+    core = _documents_to_ours(StockAttention)(config, 1, None, "self", cp_comm_type="p2p").train()
+    ours = LongContextAttention(config, 1, None, "self")
+    heads, size = config.num_attention_heads, config.kv_channels
+    q, k, v = (torch.randn(24, h, size) for h in (heads, config.num_query_groups, config.num_query_groups))
+    packed = packed_documents((0, 5, 24))
+    whole = [x.unsqueeze(1) for x in (q, k, v)]
+    assert core(*whole, None) == "its own ring"
+    close(core(q, k, v, None, packed_seq_params=packed), ours(q, k, v, None, packed_seq_params=packed))
+    assert list(core.state_dict()) == ["kept"]
+    assert type(core).__name__ == "StockAttention"
 
 
 def test_a_cache_filled_in_steps_equals_the_full_pass(pair):

@@ -10,6 +10,7 @@ Shapes follow Megatron-Core: [s, b, heads, head size], or [t, heads, head size] 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
@@ -182,15 +183,50 @@ def with_long_context_attention(spec: ModuleSpec | TransformerBlockSubmodules) -
     return spec
 
 
+def with_long_context_documents(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of a layer spec whose own attention stays for whole windows, and gives packed documents to ours."""
+    spec = copy.deepcopy(spec)
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = _documents_to_ours(attention.core_attention)
+    return spec
+
+
+@functools.cache
+def _documents_to_ours(stock: type) -> type:
+    """`stock` (Transformer Engine's attention) with documents on `LongContextAttention`; its state and its name stay."""
+
+    class Attention(stock):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **settings: Any):
+            super().__init__(config, layer_number, attn_mask_type, attention_type, **settings)
+            names = ("softmax_scale", "pg_collection", "model_comm_pgs")
+            ours = {name: settings[name] for name in names if settings.get(name) is not None}
+            # Made when documents come: what it refuses (dropout, a sliding window), the stock one may do for whole windows.
+            # Not a submodule, so that checkpoints hold the stock one's alone.
+            self._ours = functools.cache(
+                lambda: LongContextAttention(config, layer_number, attn_mask_type, attention_type, **ours)
+            )
+
+        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **settings: Any) -> torch.Tensor:
+            if settings.get("packed_seq_params") is None:
+                return super().forward(query, key, value, attention_mask, *args, **settings)
+            ours = self._ours()
+            ours.train(self.training)
+            return ours(query, key, value, None, packed_seq_params=settings["packed_seq_params"])
+
+    Attention.__name__ = Attention.__qualname__ = stock.__name__
+    return Attention
+
+
 def long_context_layer_spec(config: Any) -> ModuleSpec:
     """For `GPTConfig.transformer_layer_spec`: the stock spec with an attention that fits long windows.
 
     With Transformer Engine its own attention stays, given `packed_seq_params`; but under context parallelism it splits every
-    document over the ranks, which our windows do not, so that there ours is used with its linear layers. Without it, the
-    local spec with ours.
+    document over the ranks, which our windows do not, so that there ours takes the windows that come as documents, and its own
+    ring, which hides the exchange behind the work, all others. Without it, the local spec with ours.
 
     Raises:
-        ConfigError: ours would be used and cannot do what the config asks for.
+        ConfigError: ours would be used and cannot do what the config asks for (with documents under context parallelism: at
+            the first of them).
     """
     common = {
         "num_experts": config.num_moe_experts,
@@ -202,10 +238,7 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
         stock = gpt_layer_specs.get_gpt_layer_local_spec(**common, normalization=config.normalization)
         return with_long_context_attention(stock)
     stock = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
-    if config.context_parallel_size == 1:
-        return stock
-    check_attention_config(config)
-    return with_long_context_attention(stock)
+    return stock if config.context_parallel_size == 1 else with_long_context_documents(stock)
 
 
 def attention_summary(model: torch.nn.Module) -> str:

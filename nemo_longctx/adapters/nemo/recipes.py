@@ -25,6 +25,7 @@ from nemo_longctx.adapters.nemo.launch import (
     parts,
 )
 from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
+from nemo_longctx.adapters.nemo.launch.performance import fit_performance_settings
 from nemo_longctx.adapters.nemo.model.config import (
     SHAPE_FIELDS,
     checkpoint_model,
@@ -134,7 +135,8 @@ def extend_recipe(
 
     Optimizer, layout, precision and logger stay as they are. The model is `extended_model`, the data `LongContextDataModule`,
     the run as long as the curriculum, and the callbacks gain guard, training log and throughput. NeMo's progress bar is left
-    out, and gradients are not averaged in the collective, which the loss as one mean over all tokens forbids.
+    out, speed settings that long context does not keep are off (`launch/performance.py`), and gradients are not averaged in
+    the collective, which the loss as one mean over all tokens forbids.
 
     Args:
         stock: the recipe; it is left as it was.
@@ -155,6 +157,8 @@ def extend_recipe(
     stages = parts.curriculum_of(curriculum)
     restore = parts.restore_config(restore_from)
     recipe = copy.deepcopy(stock)
+    config = recipe.model.config
+    fit_performance_settings(recipe, config, stages, document_masking=bool(data.get("document_masking")))
     recipe.model = run.Config(
         extended_model,
         config=config,

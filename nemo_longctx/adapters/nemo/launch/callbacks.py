@@ -27,8 +27,8 @@ from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log
 from nemo_longctx.resume import applied, changes, check_live, live_settings, plain, read_record, refuse
 from nemo_longctx.rope.base import RopeVariant
 
-# Weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Main weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
+OPTIMIZER_BYTES_PER_PARAMETER = 12
 # Config, tokenizer and metadata beside them: the host only logs that it could not write those, and trains on.
 CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
 
@@ -105,8 +105,8 @@ class LongContextSettingsCallback(Callback):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for module in modules for p in module.parameters())
-        weights = parameters * CHECKPOINT_BYTES_PER_PARAMETER * model_parallel_size(trainer.strategy)
-        self.checkpoint_bytes = weights + CHECKPOINT_CONTEXT_BYTES
+        weights = sum(checkpoint_bytes(p.numel(), p.dtype) for module in modules for p in module.parameters())
+        self.checkpoint_bytes = weights * model_parallel_size(trainer.strategy) + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
         table = settings_table(start.changes, source=start.source, resumed=resumed)
@@ -242,6 +242,12 @@ def versions() -> dict[str, str]:
 def model_parallel_size(strategy: Any) -> int:
     """Ranks that hold one copy of the weights together."""
     return strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size
+
+
+def checkpoint_bytes(parameters: int, dtype: torch.dtype) -> int:
+    """Bytes of so many parameters in a checkpoint: 12 each in fp32, where the weights are the main ones, and 14 in half
+    precision, whose own weights are kept beside the main ones."""
+    return parameters * (OPTIMIZER_BYTES_PER_PARAMETER + (0 if dtype == torch.float32 else dtype.itemsize))
 
 
 def check_disk(directory: Path, needed: float) -> None:

@@ -1,0 +1,47 @@
+"""Speed settings of NeMo's own recipes that long context does not keep: adapted where nothing is lost, else refused at once."""
+
+from __future__ import annotations
+
+import nemo_run as run
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.curriculum import Curriculum
+
+CUDA_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+
+
+def fit_performance_settings(
+    recipe: run.Partial, config: run.Config, curriculum: Curriculum, *, document_masking: bool
+) -> None:
+    """Change a recipe of the host's (a copy) so that its speed settings serve windows of several lengths and our loss.
+
+    - `defer_embedding_wgrad_compute` puts the head's gradient off; the loss in chunks has made it by then.
+    - Transformer Engine's buffers for overlapped tensor parallelism are made once, for one size of micro batch, and it checks
+      them at every copy: with several sizes the overlap is off.
+
+    Args:
+        recipe: its trainer's callbacks are changed.
+        config: of its model, changed.
+        curriculum: of the run.
+        document_masking: whether windows come as packed documents, whose boundaries differ.
+
+    Raises:
+        ConfigError: CUDA graphs, which replay one shape, where there are several.
+    """
+    sizes = {stage.seq_length * stage.micro_batch_size for stage in curriculum.stages}
+    for name in CUDA_GRAPHS:
+        value = getattr(config, name, None)
+        if value not in (None, False, "none") and (len(sizes) > 1 or document_masking):
+            mend = "a CUDA graph replays one shape, and this run has several (its stages, or documents in a window); set it off"
+            raise ConfigError(f"model.{name}", value, mend)
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        config.defer_embedding_wgrad_compute = False
+        rank_zero_info("defer_embedding_wgrad_compute is off: the loss in chunks makes the head's gradient in its forward")
+    for callback in recipe.trainer.callbacks or []:
+        if isinstance(callback, run.Config) and issubclass(callback.__fn_or_cls__, MegatronCommOverlapCallback):
+            callback.defer_embedding_wgrad_compute = False
+            if callback.tp_comm_overlap and len(sizes) > 1:
+                callback.tp_comm_overlap, callback.tp_comm_overlap_cfg = False, None
+                rank_zero_info("tp_comm_overlap is off: its buffers hold one size of micro batch, and the stages have several")
