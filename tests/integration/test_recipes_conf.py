@@ -149,7 +149,7 @@ def test_nemos_own_recipe_is_extended_and_left_as_it_was():
     assert recipe.model.restore is recipe.resume.restore_config  # one node: an override of its path reaches both
     assert recipe.resume.restore_config.path == "/ckpt/base"
     wrong = {
-        "data.mixx": {"data": {"mixx": 1}},
+        "data.mixx": {"data": mix | {"mixx": 1}},
         "data.mix": {"data": {}},
         "curriculum.total_tokens": {"curriculum": curriculum | {"total_tokens": 5}},
         "rope.variant": {"rope": {"variant": "ybf"}},
