@@ -16,6 +16,7 @@ from nemo_longctx.config import ConfigError, build, did_you_mean, is_finite, ref
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.model_fields import check_layout, check_model
 from nemo_longctx.rope.request import RopeRequest, parse_request
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -118,6 +119,14 @@ class TrainerConfig:
         object.__setattr__(self, "precision", str(self.precision))
         _positive("trainer", self, "devices", "num_nodes", "limit_val_batches", "log_every_n_steps")
         _positive("trainer", self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        if self.virtual_pipeline_model_parallel_size is not None:
+            _positive("trainer", self, "virtual_pipeline_model_parallel_size")
+            if self.pipeline_model_parallel_size == 1:
+                mend = "needs trainer.pipeline_model_parallel_size above 1; leave it out"
+                key = "trainer.virtual_pipeline_model_parallel_size"
+                raise ConfigError(key, self.virtual_pipeline_model_parallel_size, mend)
+        if self.val_every_tokens < 0:
+            raise ConfigError("trainer.val_every_tokens", self.val_every_tokens, "set 0 (only at the end) or more")
         if self.world_size % self.model_parallel_size:
             mend = f"the {self.world_size} processes must divide by tensor x pipeline x context = {self.model_parallel_size}"
             raise ConfigError("trainer.devices", self.devices, mend)
@@ -240,6 +249,8 @@ class RunConfig:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
+        check_model(self.model)
+        check_layout(self.model, self.trainer, self.curriculum)
         self._check_activations()
         activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
@@ -249,12 +260,12 @@ class RunConfig:
                             ("checkpoint.every_tokens", self.checkpoint.every_tokens),
                             ("optimizer.warmup_tokens", self.optimizer.warmup_tokens)):  # fmt: skip
             self.steps(key, tokens)
+        warmup, total = self.optimizer.warmup_tokens, self.curriculum.total_tokens
+        if warmup >= total:
+            mend = f"the run has {total} tokens, so its learning rate would never reach optimizer.lr; set less than that, or 0"
+            raise ConfigError("optimizer.warmup_tokens", warmup, mend)
 
     def _check_activations(self) -> None:
-        for name in self.model:
-            if name.startswith(("recompute_", "cpu_offloading")):
-                mend = "set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
-                raise ConfigError(f"model.{name}", self.model[name], mend)
         named: dict[str, str | None] = {"trainer.offload": self.trainer.offload}
         named |= {f"curriculum.stages[{i}].offload": stage.offload for i, stage in enumerate(self.curriculum.stages)}
         for key, value in named.items():

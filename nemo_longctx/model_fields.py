@@ -1,0 +1,198 @@
+"""The fields of `model`: those of the host's config classes, as far as they can be checked without importing the host.
+
+What a run sets itself is refused by name, so that nothing a user writes is overwritten in silence. Of all other fields the value
+must be plain and finite; of those that a long-context run meets, the kind and the bounds are checked too. Whether a class has a
+field at all, and what it makes of it, the class says when the model is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_longctx.config import ConfigError, checked, is_finite
+
+# What a run sets on the model itself -> where to say it instead.
+SET_BY_THE_RUN: dict[str, str] = {
+    "seq_length": "the longest window of the run takes its place; set curriculum.stages",
+    "max_position_embeddings": "the longest window of the run takes its place; set curriculum.stages",
+    "forward_step_fn": "the run has its own, for packed documents; leave it out",
+    "data_step_fn": "the run has its own, for packed documents; leave it out",
+    "transformer_layer_spec": "the run has its own attention; leave it out",
+    "calculate_per_token_loss": "a run takes one mean over all tokens of a step; leave it out",
+    "tensor_model_parallel_size": "set trainer.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "set trainer.pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "set trainer.virtual_pipeline_model_parallel_size",
+    "context_parallel_size": "set trainer.context_parallel_size",
+    "sequence_parallel": "set trainer.sequence_parallel",
+    "fp16": "set trainer.precision",
+    "bf16": "set trainer.precision",
+    "params_dtype": "set trainer.precision",
+    "pipeline_dtype": "set trainer.precision",
+    "autocast_dtype": "set trainer.precision",
+    "enable_autocast": "set trainer.precision",
+    "seq_len_interpolation_factor": "set rope=pi, and rope.factor where the checkpoint does not give it",
+    "use_cpu_initialization": "the run sets it by its accelerator; leave it out",
+    "timers": "it is code, which a recipe cannot say; leave it out",
+    "finalize_model_grads_func": "it is code, which a recipe cannot say; leave it out",
+    "grad_scale_func": "it is code, which a recipe cannot say; leave it out",
+    "no_sync_func": "it is code, which a recipe cannot say; leave it out",
+    "grad_sync_func": "it is code, which a recipe cannot say; leave it out",
+    "param_sync_func": "it is code, which a recipe cannot say; leave it out",
+    "activation_func": "it is code, which a recipe cannot say; name a config class that has it",
+    "init_method": "it is code, which a recipe cannot say; set init_method_std",
+    "output_layer_init_method": "it is code, which a recipe cannot say; set init_method_std",
+    "embedding_init_method": "it is code, which a recipe cannot say; set init_method_std",
+    "generation_config": "it is code, which a recipe cannot say; leave it out",
+    "quant_recipe": "it is code, which a recipe cannot say; leave it out",
+}
+
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
+_OPTIONAL_SIZES = ("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size", "num_moe_experts", "moe_ffn_hidden_size",
+                   "mtp_num_layers", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+                   "old_context_len", "moe_router_topk", "attention_chunk_size")  # fmt: skip
+_SHARES = ("hidden_dropout", "attention_dropout")
+_POSITIVE = ("layernorm_epsilon", "init_method_std", "rotary_base", "rotary_percent", "scale_factor", "low_freq_factor",
+             "high_freq_factor")  # fmt: skip
+_NUMBERS = ("softmax_scale", "embedding_init_method_std", "activation_func_clamp_value", "glu_linear_offset",
+            "moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_loss_scaling_factor")  # fmt: skip
+_TEXTS = ("normalization", "position_embedding_type", "attention_backend", "cross_entropy_fusion_impl", "fp8", "fp8_recipe")
+# Whole families of the host's fields are switches.
+_SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layernorm", "share_embeddings_and_output_weights",
+             "rotary_interleaved", "apply_rope_fusion", "masked_softmax_fusion", "bias_dropout_fusion",
+             "bias_activation_fusion", "gradient_accumulation_fusion", "cross_entropy_loss_fusion", "persist_layer_norm",
+             "memory_efficient_layer_norm", "fp32_residual_connection", "layernorm_zero_centered_gamma",
+             "attention_softmax_in_fp32", "apply_query_key_layer_scaling", "perform_initialization", "deterministic_mode",
+             "apply_residual_connection_post_layernorm", "multi_latent_attention", "fp16_lm_cross_entropy", "parallel_output",
+             "tp_comm_overlap", "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dropping", "test_mode", "flash_decode",
+             "scatter_embedding_sequence_parallel", "use_transformer_engine_full_layer_spec", "fp8_param",
+             "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+             "use_transformer_engine_op_fuser", "enable_cuda_graph", "external_cuda_graph")  # fmt: skip
+MOST = 2**31 - 1  # of a size: beyond it no tensor of a layer can be made
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Check what a recipe says of its model.
+
+    Raises:
+        ConfigError: a field that the run sets itself, or a value of a kind or size that the field cannot have.
+    """
+    for name, value in model.items():
+        key = f"model.{name}"
+        if name.startswith(("recompute_", "cpu_offloading")):
+            mend = "set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
+            raise ConfigError(key, value, mend)
+        if name in SET_BY_THE_RUN:
+            raise ConfigError(key, value, f"the run sets it: {SET_BY_THE_RUN[name]}")
+        if name.startswith("_"):
+            raise ConfigError(key, value, "no field of a config that a recipe can set; leave it out")
+        _check_field(name, value, key)
+    _check_shape(model)
+
+
+def _check_field(name: str, value: Any, key: str) -> None:
+    if name == "config":
+        if not isinstance(value, str) or not value.isidentifier():
+            raise ConfigError(key, value, "name a config class of nemo.collections.llm, such as LlamaConfig")
+    elif name in _SIZES or name in _OPTIONAL_SIZES:
+        if value is None and name in _OPTIONAL_SIZES:
+            return
+        checked(int, value, key)
+        if not 1 <= value <= MOST:
+            raise ConfigError(key, value, f"set a whole number of at least 1, at most {MOST:,}")
+    elif name in _SHARES:
+        checked(float, value, key)
+        if not 0 <= value < 1:
+            raise ConfigError(key, value, "set a share in [0, 1)")
+    elif name in _POSITIVE:
+        checked(float, value, key)
+        if value <= 0 or (name == "rotary_percent" and value > 1) or (name == "rotary_base" and value <= 1):
+            bounds = {"rotary_percent": "a share in (0, 1]", "rotary_base": "a number above 1"}
+            raise ConfigError(key, value, f"set {bounds.get(name, 'a number above 0')}")
+    elif name in _NUMBERS:
+        checked(float | None, value, key)
+    elif name in _SWITCHES:
+        checked(bool, value, key)
+    elif name in _TEXTS:
+        checked(str | None, value, key)
+    elif name == "window_size":
+        _check_window(value, key)
+    else:
+        _check_plain(value, key)
+
+
+def _check_window(value: Any, key: str) -> None:
+    if value is None:
+        return
+    window = checked(tuple[int, ...], value, key)
+    if len(window) != 2 or any(tokens < -1 for tokens in window):
+        raise ConfigError(
+            key, value, "two whole numbers: tokens before a query and after it, -1 for all; null for full attention"
+        )
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """Numbers that are finite, text, true or false, null, and lists and mappings of these."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_plain(item, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_plain(item, f"{key}[{number}]")
+    elif isinstance(value, (int, float)) and not is_finite(value):
+        raise ConfigError(key, value, "must be a finite number")
+
+
+def _check_shape(model: Mapping[str, Any]) -> None:
+    """What the sizes that are named say of each other; a class's own stay where only one of them is named."""
+    heads, groups, hidden = (model.get(name) for name in ("num_attention_heads", "num_query_groups", "hidden_size"))
+    if heads and groups and heads % groups:
+        raise ConfigError("model.num_query_groups", groups, f"must divide the {heads} of model.num_attention_heads")
+    if heads and hidden and not model.get("kv_channels") and hidden % heads:
+        raise ConfigError(
+            "model.num_attention_heads", heads, f"must divide the {hidden} of model.hidden_size, or set kv_channels"
+        )
+
+
+def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> None:
+    """Sizes against the layout, of the run and of each stage that has its own.
+
+    Args:
+        shape: the model's sizes, as far as they are known.
+        trainer: `TrainerConfig`.
+        curriculum: `Curriculum`.
+
+    Raises:
+        ConfigError: windows, layers or heads that the parallel sizes do not divide.
+    """
+    virtual = trainer.virtual_pipeline_model_parallel_size
+    for number, stage in enumerate(curriculum.stages):
+        own = stage.parallel_sizes
+        sizes = {name: own.get(name) or getattr(trainer, name) for name in _PARALLEL}
+        tensor, pipeline, context = sizes.values()
+        where = f"curriculum.stages[{number}]." if own else "trainer."
+        parts = 2 * context if context > 1 else 1
+        if trainer.sequence_parallel:
+            parts *= tensor
+        if stage.seq_length % parts:
+            halves = "2 x context_parallel_size" if context > 1 else ""
+            said = " x ".join(
+                part for part in (halves, "tensor_model_parallel_size" if trainer.sequence_parallel else "") if part
+            )
+            mend = f"must be a multiple of {said} = {parts}, so that each rank has its part of a window"
+            raise ConfigError(f"curriculum.stages[{number}].seq_length", stage.seq_length, mend)
+        chunks = pipeline * (virtual or 1)
+        layers, heads, groups = (shape.get(name) for name in ("num_layers", "num_attention_heads", "num_query_groups"))
+        uneven = any(shape.get(name) for name in _UNEVEN)
+        if layers and not uneven and layers % chunks:
+            mend = f"the {layers} layers must divide by pipeline{' x virtual' if virtual else ''} stages = {chunks}"
+            raise ConfigError(f"{where}pipeline_model_parallel_size", pipeline, mend)
+        for name, count in (("attention heads", heads), ("query groups", groups)):
+            if count and count % tensor and (name == "attention heads" or tensor % count):
+                mend = f"the {count} {name} must divide by it"
+                raise ConfigError(f"{where}tensor_model_parallel_size", tensor, mend)
+
+
+_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+_UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
+           "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip
