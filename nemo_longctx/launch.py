@@ -10,8 +10,14 @@ import errno
 import os
 import signal
 import sys
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+=======
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+>>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
 
 from nemo_longctx import runs
 from nemo_longctx.checkpoints import checkpoint_to_resume
@@ -36,6 +42,7 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         recipe = load_recipe(compose(overrides))
         check_resumed(recipe, recipe.directory)
 
+<<<<<<< HEAD
         def fit() -> None:
             from nemo_longctx.adapters.nemo.launch.run import build_run
 
@@ -78,13 +85,40 @@ def exit_status(train: Callable[[], object]) -> int:
             name = signal.Signals(stopped.signum).name
             print(f"\nstopped by {name} before anything new was trained; go on with\n  {runs.own_command()}", file=sys.stderr)
         return 128 + stopped.signum
+=======
+        build_run(recipe).fit()
+    except Exception as error:  # the last net: nothing ends in a traceback, unless it is asked for
+        return tell(error)
+>>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
     return 0
 
 
+def tell(error: Exception) -> int:
+    """Say in one sentence what ended a run, and return its exit status: 2 for a user's mistake, 1 for what nobody foresaw.
+
+    The traceback is raised where NEMO_LONGCTX_DEBUG is set.
+    """
+    if os.environ.get("NEMO_LONGCTX_DEBUG"):
+        raise error
+    sys.stdout.flush()
+    print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
+    return 2 if isinstance(error, (ConfigError, OSError)) else 1
+
+
 def _sentence(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    if not isinstance(error, OSError):
+        said = " ".join(str(error).split())
+        place = next((f"{f.name} of {Path(f.filename).name}:{f.lineno}" for f in reversed(_frames(error))), "")
+        return f"{type(error).__name__} in {place}: {said[:500]}; NEMO_LONGCTX_DEBUG=1 shows the traceback"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error}); the checkpoints before are whole: free some space and start the same command again"
     return str(error)
+
+
+def _frames(error: Exception) -> list[traceback.FrameSummary]:
+    return list(traceback.extract_tb(error.__traceback__))
 
 
 def _help(description: str | None) -> str:

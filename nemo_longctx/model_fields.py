@@ -1,8 +1,8 @@
 """The fields of `model`: those of the host's config classes, as far as they can be checked without importing the host.
 
-What a run sets itself is refused by name, so that nothing a user writes is overwritten in silence. Of all other fields the value
-must be plain and finite; of those that a long-context run meets, the kind and the bounds are checked too. Whether a class has a
-field at all, and what it makes of it, the class says when the model is made.
+What a run sets itself is refused by name, so that nothing a user writes is overwritten in silence. Of all other fields the
+value must be plain and finite; of those that a long-context run meets, the kind and the bounds are checked too. Whether a
+class has a field at all, and what it makes of it, the class says when the model is made.
 """
 
 from __future__ import annotations

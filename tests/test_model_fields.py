@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemo_longctx import launch
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
@@ -65,7 +66,7 @@ ONE = {"until": 1.0, "seq_length": 1024}
 @pytest.mark.parametrize(
     ("shape", "trainer", "stages", "message"),
     [
-        ({}, {"devices": 3, "context_parallel_size": 3}, [ONE], "curriculum.stages[0].seq_length=1024: must be a multiple of 2 x"),
+        ({}, {"devices": 3, "context_parallel_size": 3}, [ONE], "seq_length=1024: must be a multiple of 2 x"),
         ({}, {"devices": 8, "tensor_model_parallel_size": 8, "sequence_parallel": True}, [{"until": 1.0, "seq_length": 4}],
          "must be a multiple of tensor_model_parallel_size = 8"),
         ({}, {"devices": 1024, "context_parallel_size": 1024}, [ONE], "2 x context_parallel_size = 2048"),
@@ -114,3 +115,24 @@ def test_a_recipe_is_refused_before_any_work(overrides, message):
     with pytest.raises(ConfigError) as raised:
         load_recipe(compose(overrides))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_nobody_foresaw_ends_in_one_sentence(monkeypatch, capsys, debug):
+    """The traceback comes only where it is asked for."""
+
+    def fails(overrides):
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr(launch, "compose", fails)
+    monkeypatch.delenv("NEMO_LONGCTX_DEBUG", raising=False)
+    if debug:
+        monkeypatch.setenv("NEMO_LONGCTX_DEBUG", "1")
+        with pytest.raises(ZeroDivisionError):
+            launch.main([], description="")
+        return
+    assert launch.main([], description="") == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ZeroDivisionError in fails of test_model_fields.py")
+    assert len(said.splitlines()) == 1
+    assert "a b; NEMO_LONGCTX_DEBUG=1 shows the traceback" in said

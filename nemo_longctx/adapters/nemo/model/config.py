@@ -70,8 +70,9 @@ def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
     with cpu.stock_configs():
         try:
             config = config_class(**fields)
-        except (ValueError, AssertionError) as error:
-            raise ConfigError("model", dict(model), f"{config_class.__name__} refuses these sizes: {error}") from error
+        except Exception as error:  # whatever the class trips over, it is what these fields hold
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError("model", dict(model), f"{config_class.__name__} refuses these values: {said}") from error
     _check_config(config)
     return model_class(config_class)(config, tokenizer=tokenizer)
 
