@@ -10,14 +10,10 @@ import errno
 import os
 import signal
 import sys
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-=======
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
->>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
+from typing import TYPE_CHECKING
 
 from nemo_longctx import runs
 from nemo_longctx.checkpoints import checkpoint_to_resume
@@ -42,7 +38,6 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         recipe = load_recipe(compose(overrides))
         check_resumed(recipe, recipe.directory)
 
-<<<<<<< HEAD
         def fit() -> None:
             from nemo_longctx.adapters.nemo.launch.run import build_run
 
@@ -74,22 +69,13 @@ def exit_status(train: Callable[[], object]) -> int:
     try:
         with runs.stops_at_once():
             train()
-    except (ConfigError, OSError, runs.RunError) as error:
-        if os.environ.get("NEMO_LONGCTX_DEBUG"):
-            raise
-        sys.stdout.flush()
-        print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
-        return 1 if isinstance(error, runs.RunError) else 2
     except runs.Stopped as stopped:
         if not stopped.saved and first_process():
             name = signal.Signals(stopped.signum).name
             print(f"\nstopped by {name} before anything new was trained; go on with\n  {runs.own_command()}", file=sys.stderr)
         return 128 + stopped.signum
-=======
-        build_run(recipe).fit()
     except Exception as error:  # the last net: nothing ends in a traceback, unless it is asked for
         return tell(error)
->>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
     return 0
 
 
@@ -106,7 +92,7 @@ def tell(error: Exception) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, runs.RunError)):
         return str(error)
     if not isinstance(error, OSError):
         said = " ".join(str(error).split())

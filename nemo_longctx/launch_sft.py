@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_longctx.compose import compose
-<<<<<<< HEAD
 from nemo_longctx.launch import exit_status, fit_unless_finished
-=======
-from nemo_longctx.launch import tell
->>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
 
 
 def main(overrides: Sequence[str], *, description: str | None) -> int:
@@ -23,7 +19,6 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
 
         recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
 
-<<<<<<< HEAD
         def fit() -> None:
             # The host takes long to import: not before every setting is checked.
             from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
@@ -33,9 +28,3 @@ def main(overrides: Sequence[str], *, description: str | None) -> int:
         fit_unless_finished(recipe, fit)
 
     return exit_status(tune)
-=======
-        build_instruct_run(recipe).fit()
-    except Exception as error:  # the last net: nothing ends in a traceback, unless it is asked for
-        return tell(error)
-    return 0
->>>>>>> 1a4cde9 (The last net: what nobody foresaw ends in one sentence)
