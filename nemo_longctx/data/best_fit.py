@@ -27,9 +27,11 @@ from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.data.order import GROUP, Order
 from nemo_longctx.data.packing import assign_bins, count_windows, plan_bins
 from nemo_longctx.data.permutation import Permutation
-from nemo_longctx.data.windows import ConcatenatedWindows, Sample, Windows, finish_sample, read_documents
+from nemo_longctx.data.seen import Ranges
+from nemo_longctx.data.windows import BLOCK, ConcatenatedWindows, Sample, Windows, finish_sample, read_documents
 from nemo_longctx.files import locked
 
+MOST_BLOCKS = 32  # of a stage, each packed by itself: a plan costs as much as the window is long
 ARRAYS = ("long_documents", "long_starts", "long_ends", "pieces", "bin_ends")
 
 
@@ -114,7 +116,7 @@ def pack_stage(order: Order, stage: Stage, visit: int, skip: int) -> tuple[dict[
         `padding`, tokens; `cut`, documents longer than a window; `delivered`, tokens of each stratum.
     """
     n_windows, length, first_visit, odd_start = stage.end_sample - stage.first_sample, stage.seq_length, visit, 0
-    cuts = [*order.facts["cuts"], len(order.visits)]
+    cuts = sorted({*order.facts["cuts"], *_block_ends(order, stage, visit), len(order.visits)})
     longs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     packed, cut, delivered = _Packed(length), 0, np.zeros(len(order.strata), np.int64)
     while packed.windows < n_windows:
@@ -152,6 +154,17 @@ def pack_stage(order: Order, stage: Stage, visit: int, skip: int) -> tuple[dict[
         "bin_ends": np.cumsum(np.concatenate(packed.bin_sizes)).astype(np.uint32),
     }
     return arrays, facts | {"delivered": delivered.tolist()}
+
+
+def _block_ends(order: Order, stage: Stage, visit: int) -> list[int]:
+    """Visits before which the stage's windows are packed and dealt anew: so many that little is left begun by a change."""
+    n_windows = stage.end_sample - stage.first_sample
+    block = max(BLOCK * stage.global_batch_size, -(-n_windows // MOST_BLOCKS))
+    if n_windows <= block:
+        return []
+    first = order.address_of_visit(visit)
+    addresses = first + stage.seq_length * np.arange(block, n_windows, block)
+    return [(int(group) + 1) * GROUP for group in order.ends.searchsorted(addresses)]
 
 
 def _next_block(order: Order, visit: int, skip: int, limit: int, windows: int, length: int, begun: int) -> _Block:
@@ -260,6 +273,34 @@ class BestFitWindows:
             return True, self._own_before[block] + place
         return False, before - self._own_before[block] + place - self._own[block]
 
+    def read(self, samples: int) -> Ranges:
+        """What the stage's first `samples` samples hold, padding left out."""
+        own, shared = np.zeros(int(sum(self._own)), bool), np.zeros(len(self.bin_ends), bool)
+        for block, start in enumerate(self._block_starts):
+            if start >= samples:
+                break
+            dealt, n_own, own_before = self._permutations[block], self._own[block], self._own_before[block]
+            places = np.arange(len(dealt))
+            if start + len(dealt) > samples:
+                places = np.array([dealt[number] for number in range(samples - start)])
+            own[own_before + places[places < n_own]] = True
+            shared[start - own_before + places[places >= n_own] - n_own] = True
+        length, numbers = self.stage.seq_length, np.flatnonzero(own)
+        which = self.long_ends.searchsorted(numbers, "right")
+        before = np.concatenate([[0], self.long_ends])[which]
+        starts = self.long_starts[which] + (numbers - before) * length
+        pieces = np.flatnonzero(np.repeat(shared, np.diff(self.bin_ends.astype(np.int64), prepend=0)))
+        documents = self.pieces[pieces]
+        ends = self.order.documents.lengths(documents).astype(np.int64)
+        rests = ends - ends % length
+        odd, odd_start = self.facts["odd"]
+        rests[pieces == odd] = odd_start
+        return Ranges(
+            np.concatenate([self.long_documents[which], documents]).astype(np.int64),
+            np.concatenate([starts, rests]),
+            np.concatenate([starts + length, ends]),
+        )
+
     def _own_window(self, number: int) -> Sample:
         """A window out of one document."""
         length = self.stage.seq_length
@@ -330,13 +371,14 @@ def open_windows(
 def pack_windows(order: Order, curriculum: Curriculum, *, packing: Packing, seed: int, document_masking: bool) -> Windows:
     """As `open_windows`, whatever shares they deliver."""
     if packing == "concatenate":
-        stages = [ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking) for stage in curriculum.plan]
+        plan = curriculum.plan_from(order.origin)
+        stages = [ConcatenatedWindows(order, stage, seed=seed, document_masking=document_masking) for stage in plan]
         return Windows(order, curriculum, stages, order.delivered(curriculum))
     if packing != "best_fit":
         raise ConfigError("data.packing", packing, f"one of {', '.join(get_args(Packing))}")
     packed: list[BestFitWindows] = []
     start = (0, 0)
-    for stage in curriculum.plan:
+    for stage in curriculum.plan_from(order.origin):
         packed.append(BestFitWindows(order, stage, start, seed=seed, document_masking=document_masking))
         start = tuple(packed[-1].facts["next"])
     return Windows(order, curriculum, packed, np.array([windows.facts["delivered"] for windows in packed], np.int64))
@@ -356,7 +398,7 @@ def check_delivery(windows: Windows, packing: Packing) -> None:
     """
     strata, tolerance = windows.order.strata, windows.order.share_tolerance
     asked = np.array([stratum.share for stratum in strata])
-    for stage, tokens in zip(windows.curriculum.plan, windows.delivered, strict=True):
+    for stage, tokens in zip(windows.plan, windows.delivered, strict=True):
         shares = tokens / tokens.sum()
         worst = int(np.argmax(np.abs(shares - asked)))
         if abs(shares[worst] - asked[worst]) > tolerance:

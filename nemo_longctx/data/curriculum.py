@@ -196,6 +196,15 @@ class Curriculum:
             step, sample = end_step, end_sample
         return tuple(placed)
 
+    def plan_from(self, token: int) -> tuple[Stage, ...]:
+        """The stages from `token` on, at which an optimizer step begins: the first one is what is left of it."""
+        if not token:
+            return self.plan
+        first = self.stage_at_token(token)
+        step = token // self.tokens_per_step
+        left = dataclasses.replace(first, first_step=step, first_sample=self.samples_at_token(token), first_token=token)
+        return (left, *self.plan[first.number + 1 :])
+
     def stage_at_step(self, step: int) -> Stage:
         """The stage of optimizer step `step` (from 0). A step past the end belongs to the last stage."""
         return self.plan[bisect.bisect_right([stage.first_step for stage in self.plan], max(step, 0)) - 1]

@@ -7,25 +7,20 @@ equally often, so a mix is one number a stratum: its share of the run's tokens.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, check_begin_tokens, fingerprints, open_corpus
+from nemo_longctx.data.documents import CHUNK as CHUNK
+from nemo_longctx.data.documents import Documents
+from nemo_longctx.data.seen import Remaining
 
 Balance = Literal["source", "all"]
 OnCap = Literal["error", "renormalize"]
-CHUNK = 1 << 20  # documents looked at together: keeps temporary memory at a few MB whatever the corpus
 ROUNDING = 1e-12  # shares are float64: what differs by less than this part of it is the same
-GATHER = 64  # documents that a window usually touches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,114 +132,6 @@ def _check_lengths(config: SourceConfig | MixConfig, where: str, *names: str) ->
             raise ConfigError(f"{where}.{name}", value, "a length in tokens, at least 1; null lifts the rule")
 
 
-class Documents:
-    """The documents of all sources, numbered through: sources in the order of the config, shards in that of their source.
-
-    Attributes:
-        names: the sources' names.
-        shards: the opened `.bin/.idx` pairs of all sources.
-        shard_offsets: int64 [shards + 1], first number of each shard, then how many documents there are.
-        source_of_shard: int64 [shards].
-        vocab_size: ids that are read must be below it; None: no window is looked at.
-    """
-
-    vocab_size: int | None = None
-
-    def __init__(self, names: Sequence[str], corpora: Sequence[Corpus]):
-        self.names, self.corpora = tuple(names), tuple(corpora)
-        of_source = [corpus.shards if isinstance(corpus, ShardedCorpus) else (corpus,) for corpus in corpora]
-        self.shards = tuple(shard for shards in of_source for shard in shards)
-        self.source_of_shard = np.repeat(np.arange(len(corpora)), [len(shards) for shards in of_source])
-        self.shard_offsets = np.concatenate([[0], np.cumsum([shard.n_documents for shard in self.shards], dtype=np.int64)])
-        if len(self) > 2**32:
-            mend = "a mix numbers its documents with 32 bits (4.29 billion); split it into several runs"
-            raise ConfigError("data.mix.sources", len(self), mend)
-
-    @classmethod
-    def open(cls, mix: MixConfig) -> Documents:
-        """Open the sources of a mix: a few headers, whatever their size."""
-        names, corpora = [source.label for source in mix.sources], [open_corpus(source.path) for source in mix.sources]
-        check_begin_tokens(names, corpora)
-        return cls(names, corpora)
-
-    def __len__(self) -> int:
-        return int(self.shard_offsets[-1])
-
-    def check(self) -> None:
-        """`IndexedCorpus.check` on every shard."""
-        for shard in self.shards:
-            IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves the process's memory
-
-    def lengths(self, documents: np.ndarray) -> np.ndarray:
-        """Tokens (int32, or int64 where a corpus has them so) of some documents."""
-        if len(self.shards) == 1:
-            return self.shards[0].lengths[documents]
-        if not len(documents):
-            return np.empty(0, np.int64)
-        first, last = self._shards_of(np.array([documents.min(), documents.max()])).tolist()
-        if first == last:
-            return self.shards[first].lengths[documents - self.shard_offsets[first]]
-        shard = self._shards_of(documents)
-        if len(documents) <= 8 * GATHER:  # a few windows' worth: one by one is quicker than by shard
-            shards, offsets = self.shards, self.shard_offsets
-            inside = (documents - offsets[shard]).tolist()
-            return np.array([shards[s].lengths[d] for s, d in zip(shard.tolist(), inside, strict=True)], np.int64)
-        by_shard = np.argsort(shard.astype(np.uint16) if len(self.shards) < 65536 else shard, kind="stable")
-        edges = np.searchsorted(shard[by_shard], np.arange(len(self.shards) + 1)).tolist()
-        lengths = np.empty(len(documents), np.int64)
-        for number, (low, high) in enumerate(itertools.pairwise(edges)):
-            if low < high:
-                chosen = by_shard[low:high]
-                lengths[chosen] = self.shards[number].lengths[documents[chosen] - self.shard_offsets[number]]
-        return lengths
-
-    def places(self, documents: np.ndarray) -> Iterator[tuple[IndexedCorpus, int]]:
-        """For each document: the shard that holds it, and the offset of its first token there."""
-        if len(self.shards) == 1:
-            return zip(itertools.repeat(self.shards[0]), self.shards[0].offsets_of(documents).tolist(), strict=False)
-        shard = self._shards_of(documents)
-        inside = (documents - self.shard_offsets[shard]).tolist()
-        shards = [self.shards[number] for number in shard.tolist()]
-        return ((corpus, int(corpus.offsets_of(number))) for corpus, number in zip(shards, inside, strict=True))
-
-    def sources_of(self, documents: np.ndarray) -> np.ndarray:
-        """Source numbers (int64) of some documents."""
-        return self.source_of_shard[self._shards_of(documents)]
-
-    def label(self, document: int) -> str:
-        """A document as a user can find it: `SOURCE:NUMBER`, numbered in its source from 0."""
-        shard = int(self._shards_of(np.array([document]))[0])
-        source = int(self.source_of_shard[shard])
-        first = int(self.shard_offsets[int(self.source_of_shard.searchsorted(source))])
-        return f"{self.names[source]}:{document - first}"
-
-    def of_source(self, source: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The documents of a source in pieces of bounded size: first number, lengths."""
-        for shard in np.flatnonzero(self.source_of_shard == source):
-            lengths = self.shards[shard].lengths
-            for start in range(0, len(lengths), CHUNK):
-                yield int(self.shard_offsets[shard]) + start, lengths[start : start + CHUNK]
-
-    def stamps(self) -> list[tuple[str, str, int, int, int]]:
-        """Source, file, bytes, and times of change (ns) of the contents and of the file, for every file of every shard."""
-        found = []
-        for source, shard in zip(self.source_of_shard.tolist(), self.shards, strict=True):
-            for path in (os.path.abspath(f"{shard.prefix}.{suffix}") for suffix in ("idx", "bin")):
-                stat = os.stat(path)
-                found.append((self.names[source], path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        return found
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of names and contents: all indices, and all tokens up to 1 GiB, else samples (`IndexedCorpus.fingerprint`)."""
-        names = [self.names[source] for source in self.source_of_shard.tolist()]
-        parts = list(zip(names, fingerprints(self.shards), strict=True))
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def _shards_of(self, documents: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.shard_offsets, documents, side="right") - 1
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stratum:
     """Documents of one source that come equally often.
@@ -287,29 +174,52 @@ class Stratum:
         return members
 
 
-def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int) -> tuple[Stratum, ...]:
+def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int, past: Remaining | None = None) -> tuple[Stratum, ...]:
     """Shares of all strata that get tokens, in the order of the sources, short before long.
 
     Args:
         mix: what is asked.
         documents: its opened sources.
-        total_tokens: tokens of the run.
+        total_tokens: tokens of the run, or of what is left of it.
+        past: what was read before. Natural shares are then those of what is unread, and a cap counts it.
 
     Raises:
         ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
     """
     documents.check()
     strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
+    given = np.zeros(len(strata), np.int64)
+    natural_tokens = np.array([float(stratum.tokens) for stratum in strata])
+    if past is not None:
+        given = np.array([_tokens_read(stratum, documents, past) for stratum in strata])
+        natural_tokens = _unread_first(natural_tokens, given, total_tokens)
     source_tokens = np.zeros(len(mix.sources))
-    for stratum in strata:
-        source_tokens[stratum.source] += stratum.tokens
+    np.add.at(source_tokens, [stratum.source for stratum in strata], natural_tokens)
     weights = np.array([source.weight if source.weight is not None else 0.0 for source in mix.sources])
     weights = weights / weights.sum() if weights.any() else source_tokens / source_tokens.sum()
-    natural = np.array([weights[s.source] * s.tokens / source_tokens[s.source] for s in strata])
+    natural = np.array([weights[s.source] * n / source_tokens[s.source] for s, n in zip(strata, natural_tokens, strict=True)])
     shares = natural if mix.long_share is None else _up_weigh(mix, strata, natural, weights)
     if mix.max_repeats is not None:
-        shares = _cap(mix, mix.max_repeats, strata, shares, total_tokens)
+        shares = _cap(mix, mix.max_repeats, strata, shares, total_tokens, given)
     return tuple(dataclasses.replace(s, share=float(share)) for s, share in zip(strata, shares, strict=True) if share > 0)
+
+
+def _tokens_read(stratum: Stratum, documents: Documents, past: Remaining) -> int:
+    """Tokens of a stratum that were read, each time counted."""
+    read = 0
+    for first, lengths in documents.of_source(stratum.source):
+        inside = (lengths >= stratum.shortest) & (lengths <= stratum.longest)
+        read += past.tokens_read(np.where(inside, lengths, 0), first)
+    return read
+
+
+def _unread_first(tokens: np.ndarray, given: np.ndarray, total_tokens: int) -> np.ndarray:
+    """What each stratum gives by its nature to a run that goes on: what is unread of it, and then alike of all."""
+    level = (given // tokens).min()
+    unread = np.maximum(tokens * (level + 1) - given, 0)
+    more = max(0.0, total_tokens - unread.sum())
+    # What none of gives no share, but each source keeps a little: it has weights of its own to meet.
+    return np.maximum(unread + tokens * (more / tokens.sum()), tokens * 1e-9)
 
 
 def _strata_of(mix: MixConfig, documents: Documents, number: int) -> list[Stratum]:
@@ -363,16 +273,28 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
     return by_source * np.where(is_long, long_share, 1 - long_share)
 
 
-def _cap(mix: MixConfig, max_repeats: float, strata: Sequence[Stratum], shares: np.ndarray, total_tokens: int) -> np.ndarray:
-    """Shares within `max_repeats`: what is over goes to the strata below their cap, in proportion to their shares."""
-    caps = np.array([max_repeats * stratum.tokens / total_tokens for stratum in strata])
+def _cap(
+    mix: MixConfig,
+    max_repeats: float,
+    strata: Sequence[Stratum],
+    shares: np.ndarray,
+    total_tokens: int,
+    given: np.ndarray,
+) -> np.ndarray:
+    """Shares within `max_repeats`: what is over goes to the strata below their cap, in proportion to their shares.
+
+    Tokens that were `given` before count.
+    """
+    allowed = max_repeats * np.array([stratum.tokens for stratum in strata])
+    caps = np.maximum(allowed - given, 0) / total_tokens
     over = shares > caps * (1 + ROUNDING)
     if not over.any():
         return shares
     if mix.on_cap == "error":
-        worst = int(np.argmax(shares / caps))
+        times = (given + shares * total_tokens) / allowed * max_repeats
+        worst = int(np.argmax(np.where(over, times, 0)))
         mend = (
-            f"{strata[worst].name} would have to come {shares[worst] / caps[worst] * max_repeats:.2f} times for "
+            f"{strata[worst].name} would have to come {times[worst]:.2f} times for "
             f"{shares[worst]:.2%} of the tokens; raise the cap, lower its weight, shorten the run, or set on_cap=renormalize"
         )
         raise ConfigError("data.mix.max_repeats", max_repeats, mend)

@@ -5,6 +5,9 @@ curriculum takes from every stratum as many of the next documents as bring the s
 mixes the strata at random, each in its own order. So every stage gets the shares that were asked for, and no document comes
 again before all of its stratum have come, stage or no stage.
 
+An order may begin behind what was read before (`history`): its token 0 is then token `origin` of the run, and what was read
+least comes first. Parts of documents come where only a part was left.
+
 Cost: 4 bytes a visit (its document number) + 8 bytes every 64 visits (tokens up to there). Nothing is kept per sample.
 """
 
@@ -14,31 +17,39 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import math
 import mmap
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.mixture import CHUNK, ROUNDING, Documents, MixConfig, Stratum, mix_dict, plan_mix
+from nemo_longctx.data.documents import CHUNK, Documents, Pieces
+from nemo_longctx.data.drawing import Draw, draw, draw_all
+from nemo_longctx.data.mixture import MixConfig, Stratum, mix_dict, plan_mix
+from nemo_longctx.data.seen import Remaining, Seen
 from nemo_longctx.files import locked, written_atomically
 
 GROUP = 64  # visits between two running ends
-MAGIC = b"nlc-visits-1\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
+MAGIC = b"nlc-visits-2\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
 HYPERGEOMETRIC_BELOW = 10**9  # NumPy draws from no more
-CANDIDATES = 4096  # documents that a stage may end on, to meet a share to the token rather than to the document
 
 
 def build_order(
-    documents: Documents, strata: Sequence[Stratum], curriculum: Curriculum, *, seed: int, file: BinaryIO
+    documents: Documents,
+    strata: Sequence[Stratum],
+    curriculum: Curriculum,
+    *,
+    seed: int,
+    file: BinaryIO,
+    origin: int = 0,
+    past: Remaining | None = None,
 ) -> dict[str, Any]:
-    """Write the visits of a whole run.
+    """Write the visits of a whole run, or of what is left of it.
 
     Args:
         documents: what the strata were planned on.
@@ -46,29 +57,45 @@ def build_order(
         curriculum: the stages.
         seed: of all random choices.
         file: empty and writable.
+        origin: the token of the run at which the order begins.
+        past: what was read before; None: nothing.
 
     Returns:
         The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_tokens` (for each
-        stratum, the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again).
+        stratum, the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again),
+        `origin`, `most_repeats` (of a document of each stratum, what was read before included), `read_again` (tokens of each
+        stratum that had been read before).
     """
+    stages = curriculum.plan_from(origin)
+    ends = [stage.end_token - origin for stage in stages]
+    seeds = [seed] if past is None else [seed, 1 + origin]
+    pieces = Pieces.none() if past is None else past.pieces
+    documents = documents.with_pieces(pieces)
     if len(strata) == 1:
-        draws = [_draw_all(documents, strata[0], curriculum, seed)]
+        draws = [draw_all(documents, strata[0], ends, seeds, past)]
     else:
-        draws = [_draw(documents, stratum, number, curriculum, seed) for number, stratum in enumerate(strata)]
+        draws = [draw(documents, stratum, number, ends, seeds, past) for number, stratum in enumerate(strata)]
     writer = _Writer(file, documents)
     cuts: list[int] = []
     done = np.zeros(len(draws), np.int64)
-    for stage in range(len(curriculum.plan)):
-        until = np.array([draw.stage_visits[stage] for draw in draws])
-        rng = np.random.default_rng([seed, 1, stage])
+    for place, stage in enumerate(stages):
+        until = np.array([each.stage_visits[place] for each in draws])
+        rng = np.random.default_rng([seed, 1, stage.number, *seeds[1:]])
         while (left := until - done).any():
             counts = left if left.sum() <= CHUNK else _counts_of_next(left, rng)
             _interleave(draws, done, counts, rng, writer, cuts)
             done += counts
-    while writer.tokens <= curriculum.total_tokens:  # all strata are at an epoch's end: what follows gives the last label alone
+    while writer.tokens <= ends[-1]:  # all strata are at an epoch's end: what follows gives the last label alone
         writer.append(draws[0].visits[:1])
-    facts = {"stage_tokens": [draw.stage_tokens for draw in draws], "cuts": sorted(cuts)}
-    return writer.finish({"strata": [dataclasses.asdict(stratum) for stratum in strata], **facts})
+    facts = {
+        "strata": [dataclasses.asdict(stratum) for stratum in strata],
+        "stage_tokens": [each.stage_tokens for each in draws],
+        "cuts": sorted(cuts),
+        "origin": origin,
+        "most_repeats": [each.most for each in draws],
+        "read_again": [each.again for each in draws],
+    }
+    return writer.finish(facts, pieces)
 
 
 def _counts_of_next(left: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -83,111 +110,11 @@ def _counts_of_next(left: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.bincount(np.searchsorted(np.cumsum(left), places, side="right"), minlength=len(left))
 
 
-@dataclasses.dataclass
-class _Draw:
-    """A stratum's visits through the run, in order."""
-
-    visits: np.ndarray  # uint32 document numbers
-    stage_visits: list[int]  # visits up to the end of each stage
-    stage_tokens: list[int]  # and their tokens
-    epoch_starts: list[int]  # visits with which a second, third, ... epoch begins
-
-
-def _draw(documents: Documents, stratum: Stratum, number: int, curriculum: Curriculum, seed: int) -> _Draw:
-    """Go through a stratum until it has given its share of every stage's end."""
-    targets = [round(stratum.share * stage.end_token) for stage in curriculum.plan[:-1]]
-    targets.append(_last_target(stratum, curriculum.total_tokens))
-    members = stratum.members(documents)
-    epochs: list[np.ndarray] = []
-    stage_visits: list[int] = []
-    stage_tokens: list[int] = []
-    before = 0  # tokens of whole epochs
-    while len(stage_visits) < len(targets):
-        order = members.copy() if targets[-1] > stratum.tokens else members
-        np.random.default_rng([seed, 0, number, len(epochs)]).shuffle(order)
-        position, tokens = 0, before
-        while len(stage_visits) < len(targets) and targets[len(stage_visits)] <= before + stratum.tokens:
-            last = len(stage_visits) == len(targets) - 1
-            position, tokens = _advance(documents, order, position, tokens, targets[len(stage_visits)], at_least=last)
-            stage_visits.append(len(epochs) * len(members) + position)
-            stage_tokens.append(tokens)
-        epochs.append(order[:position] if len(stage_visits) == len(targets) else order)
-        before += stratum.tokens
-    starts = [epoch * len(members) for epoch in range(1, len(epochs)) if len(epochs[epoch])]
-    return _Draw(epochs[0] if len(epochs) == 1 else np.concatenate(epochs), stage_visits, stage_tokens, starts)
-
-
-def _last_target(stratum: Stratum, total_tokens: int) -> int:
-    """Tokens that a stratum gives at least: its share of one token more than the run, the last window's last label.
-
-    Where the run alone brings it just to an epoch's end, as it does at a cap of its repeats, it begins no other for that label.
-    """
-    of_run = math.ceil(stratum.share * total_tokens * (1 - ROUNDING))
-    if of_run % stratum.tokens == 0:
-        return of_run
-    return math.ceil(stratum.share * (total_tokens + 1))
-
-
-def _draw_all(documents: Documents, stratum: Stratum, curriculum: Curriculum, seed: int) -> _Draw:
-    """As `_draw` for a stratum that is alone: a stage begins where the one before ended, only the run's end is looked for."""
-    ends = [stage.end_token for stage in curriculum.plan]
-    epochs = -(-(ends[-1] + 1) // stratum.tokens)
-    members = stratum.members(documents)
-    orders = []
-    for epoch in range(epochs):
-        orders.append(members.copy() if epochs > 1 else members)
-        np.random.default_rng([seed, 0, 0, epoch]).shuffle(orders[-1])
-    needed, position, tokens = ends[-1] + 1 - (epochs - 1) * stratum.tokens, len(members), stratum.tokens
-    while True:  # from behind: a run is mostly about as long as its epochs
-        low = max(0, position - CHUNK)
-        lengths = documents.lengths(orders[-1][low:position])
-        before = tokens - np.cumsum(lengths[::-1], dtype=np.int64)[::-1]
-        if before[0] < needed:
-            orders[-1] = orders[-1][: low + int(np.searchsorted(before, needed))]
-            break
-        position, tokens = low, int(before[0])
-    visits = orders[0] if epochs == 1 else np.concatenate(orders)
-    starts = [epoch * len(members) for epoch in range(1, epochs)]
-    return _Draw(visits, [len(visits)] * len(ends), ends, starts)
-
-
-def _advance(
-    documents: Documents, order: np.ndarray, position: int, tokens: int, target: int, *, at_least: bool
-) -> tuple[int, int]:
-    """Go on in `order` until the tokens come closest to `target` (or just reach it, where `at_least`).
-
-    The document that ends the walk is chosen for its length among the next few thousand, and changes places with the one that
-    stood there.
-
-    Returns:
-        The position after that document, and the tokens up to it.
-    """
-    while position < len(order) and tokens < target:
-        piece = order[position : position + CHUNK]
-        ends = np.cumsum(documents.lengths(piece), dtype=np.int64) + tokens
-        over = int(np.searchsorted(ends, target))  # the first that reaches the target
-        if over < len(piece):
-            position, tokens = position + over, int(ends[over - 1]) if over else tokens
-            break
-        position, tokens = position + len(piece), int(ends[-1])
-    if position == len(order) or tokens >= target:
-        return position, tokens
-    lengths = documents.lengths(order[position : position + CANDIDATES]).astype(np.int64)
-    miss = lengths - (target - tokens)
-    if at_least:
-        miss = np.where(miss < 0, np.iinfo(np.int64).max, miss)
-    best = int(np.argmin(np.abs(miss)))
-    if not at_least and abs(int(miss[best])) >= target - tokens:
-        return position, tokens  # stopping short is closer than any document
-    order[position], order[position + best] = order[position + best], order[position]
-    return position + 1, tokens + int(lengths[best])
-
-
 def _interleave(
-    draws: Sequence[_Draw], done: np.ndarray, counts: np.ndarray, rng: np.random.Generator, writer: _Writer, cuts: list[int]
+    draws: Sequence[Draw], done: np.ndarray, counts: np.ndarray, rng: np.random.Generator, writer: _Writer, cuts: list[int]
 ) -> None:
     """Write the next `counts` visits of all strata in a random mixture that leaves each stratum in order; note epochs' ends."""
-    base, taken = writer.visits, [draw.visits[a : a + n] for draw, a, n in zip(draws, done, counts, strict=True)]
+    base, taken = writer.visits, [each.visits[a : a + n] for each, a, n in zip(draws, done, counts, strict=True)]
     if len(draws) == 1:
         slots, mixed = None, taken[0]
     else:
@@ -197,9 +124,9 @@ def _interleave(
         mixed = np.empty(len(labels), np.uint32)
         mixed[slots] = np.concatenate(taken)
     firsts = np.cumsum(counts) - counts
-    for draw, first, start, count in zip(draws, firsts, done, counts, strict=True):
-        low, high = bisect.bisect_right(draw.epoch_starts, start), bisect.bisect_right(draw.epoch_starts, start + count)
-        for begins in draw.epoch_starts[low:high]:
+    for each, first, start, count in zip(draws, firsts, done, counts, strict=True):
+        low, high = bisect.bisect_right(each.epoch_starts, start), bisect.bisect_right(each.epoch_starts, start + count)
+        for begins in each.epoch_starts[low:high]:
             last = int(first + begins - 1 - start)  # the last visit of the epoch before
             cuts.append(base + 1 + (last if slots is None else int(slots[last])))
     writer.append(mixed)
@@ -234,12 +161,15 @@ class _Writer:
         """Of all visits so far."""
         return sum(int(sums.sum()) for sums in self._sums) + int(self._rest.sum(dtype=np.int64))
 
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, facts: dict[str, Any], pieces: Pieces) -> dict[str, Any]:
         self._sums.append(self._rest.sum(dtype=np.int64, keepdims=True)[: len(self._rest)])
         ends = np.cumsum(np.concatenate(self._sums))
         self.file.write(bytes(-self.file.tell() % 8))
         self.file.write(ends.tobytes())
-        facts = {"visits": self.visits, "digest": self._digest.hexdigest(), **facts}
+        for column in (pieces.documents, pieces.starts, pieces.stops):
+            self.file.write(column.astype(np.int64).tobytes())
+            self._digest.update(column.astype(np.int64).tobytes())
+        facts = {"visits": self.visits, "pieces": len(pieces), "digest": self._digest.hexdigest(), **facts}
         text = json.dumps(facts).encode()
         self.file.write(text + len(text).to_bytes(8, "little") + MAGIC)
         return facts
@@ -250,12 +180,14 @@ class Order:
 
     Args:
         path: the file.
-        documents: the sources.
+        documents: the sources, without pieces.
         share_tolerance: of the mix, for `check_delivery`; 1: anything goes.
 
     Attributes:
         visits: uint32 [V], document numbers.
         ends: int64 [ceil(V / 64)], tokens up to and with each 64th visit.
+        origin: the token of the run that is token 0 here; addresses in here count from it.
+        documents: the sources, with the pieces that the order has.
         facts: what `build_order` returned.
 
     Raises:
@@ -263,7 +195,7 @@ class Order:
     """
 
     def __init__(self, path: str | os.PathLike[str], documents: Documents, *, share_tolerance: float = 1.0):
-        self.path, self.documents, self.share_tolerance = os.fspath(path), documents, share_tolerance
+        self.path, self._sources, self.share_tolerance = os.fspath(path), documents, share_tolerance
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         head, size = len(MAGIC), len(self._map)
@@ -277,10 +209,15 @@ class Order:
         n_visits = self.facts["visits"]
         n_groups = -(-n_visits // GROUP)
         self.visits = np.frombuffer(self._map, np.uint32, n_visits, head)
-        self.ends = np.frombuffer(self._map, np.int64, n_groups, end - text - 8 * n_groups)
+        n_pieces = self.facts["pieces"]
+        after_ends = end - text - 24 * n_pieces
+        self.ends = np.frombuffer(self._map, np.int64, n_groups, after_ends - 8 * n_groups)
+        columns = np.frombuffer(self._map, np.int64, 3 * n_pieces, after_ends).reshape(3, -1)
+        self.documents = documents.with_pieces(Pieces(*columns))
+        self.origin: int = self.facts["origin"]
 
     def __reduce__(self):  # data loader workers map the file themselves
-        return (type(self), (self.path, self.documents))
+        return (type(self), (self.path, self._sources))
 
     @property
     def digest(self) -> str:
@@ -320,13 +257,15 @@ class Order:
     def delivered(self, curriculum: Curriculum) -> np.ndarray:
         """Tokens of each stratum in each stage, int64 [stages, strata]: exact, from the plan and the visits at stage ends.
 
-        For windows cut from the stream as it comes. `Windows.delivered` is for either packing.
+        Stages are those of `curriculum.plan_from(origin)`. For windows cut from the stream as it comes; `Windows.delivered` is
+        for either packing.
         """
         until = np.array(self.facts["stage_tokens"], np.int64).T
-        for row, stage in enumerate(curriculum.plan):
+        for row, stage in enumerate(curriculum.plan_from(self.origin)):
             planned = int(until[row].sum())  # the visits meant for the stages so far end here, near the stage's end
-            near = self.tokens_by_stratum(min(planned, stage.end_token), max(planned, stage.end_token))
-            until[row] += near if planned < stage.end_token else -near
+            end = stage.end_token - self.origin
+            near = self.tokens_by_stratum(min(planned, end), max(planned, end))
+            until[row] += near if planned < end else -near
         return np.diff(until, axis=0, prepend=0)
 
     def tokens_by_stratum(self, start: int, stop: int) -> np.ndarray:
@@ -342,7 +281,7 @@ class Order:
             return tokens.sum(dtype=np.int64, keepdims=True)
         first, split = self._strata_of_sources
         source = self.documents.sources_of(visits)
-        number = first[source] + (self.documents.lengths(visits) >= split[source])
+        number = first[source] + (self.documents.lengths(self.documents.whole(visits)) >= split[source])
         return np.bincount(number, weights=tokens, minlength=len(self.strata)).astype(np.int64)  # exact up to 2**53
 
     @cached_property
@@ -360,22 +299,43 @@ class Order:
         return first, split
 
 
-def open_order(mix: MixConfig, documents: Documents, curriculum: Curriculum, *, seed: int, cache_dir: str) -> Order:
+class Past(Protocol):
+    """What came before an order: `history.History`."""
+
+    origin: int
+    key: str
+
+    def seen(self) -> Seen:
+        """How often every document was read."""
+
+
+def open_order(
+    mix: MixConfig, documents: Documents, curriculum: Curriculum, *, seed: int, cache_dir: str, past: Past | None = None
+) -> Order:
     """The order of a run, built where `cache_dir` lacks it. Many processes may call this together: one builds.
+
+    Args:
+        mix, documents, curriculum, seed: what it depends on.
+        cache_dir: a folder that can be written.
+        past: what the run, or the run before it, read; None: nothing.
 
     Raises:
         ConfigError: the data does not give what the mix asks; see `plan_mix`.
     """
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    _remember_fingerprint(documents, Path(cache_dir))
-    key = order_key(mix, documents, curriculum, seed)
-    path = Path(cache_dir) / f"{key}.order"
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        _remember_fingerprint(documents, Path(cache_dir))
+    except OSError as error:
+        mend = f"it cannot be written ({error.strerror}); name a folder for the order of documents that can"
+        raise ConfigError("data.cache_dir", cache_dir, mend) from error
+    path = Path(cache_dir) / f"{order_key(mix, documents, curriculum, seed, past)}.order"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                strata = plan_mix(mix, documents, curriculum.total_tokens)
+                origin, remaining = (past.origin, past.seen().of(documents)) if past else (0, None)
+                strata = plan_mix(mix, documents, curriculum.total_tokens - origin, remaining)
                 with written_atomically(path) as file:
-                    build_order(documents, strata, curriculum, seed=seed, file=file)
+                    build_order(documents, strata, curriculum, seed=seed, file=file, origin=origin, past=remaining)
     return Order(path, documents, share_tolerance=mix.share_tolerance)
 
 
@@ -386,16 +346,17 @@ def _remember_fingerprint(documents: Documents, cache_dir: Path) -> None:
     both of its times are the same; a copy is read anew, and gives the same fingerprint.
     """
     stamp = hashlib.sha256(json.dumps(documents.stamps()).encode()).hexdigest()[:32]
-    path = cache_dir / f"{stamp}.fingerprint"
+    path = cache_dir / f"{stamp}.fingerprints"
     with locked(path.with_suffix(".lock")):
         if path.exists():
-            documents.fingerprint = path.read_text("utf-8")
+            known = json.loads(path.read_text("utf-8"))
+            documents.fingerprint, documents.identities = known["all"], known["shards"]
         else:
             with written_atomically(path) as file:
-                file.write(documents.fingerprint.encode())
+                file.write(json.dumps({"all": documents.fingerprint, "shards": documents.identities}).encode())
 
 
-def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int) -> str:
+def order_key(mix: MixConfig, documents: Documents, curriculum: Curriculum, seed: int, past: Past | None = None) -> str:
     """Name of an order: a hash of all it depends on, the data included."""
-    parts = [MAGIC.decode(), documents.fingerprint, mix_dict(mix), curriculum.as_dict(), seed]
+    parts = [MAGIC.decode(), documents.fingerprint, mix_dict(mix), curriculum.as_dict(), seed, past.key if past else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

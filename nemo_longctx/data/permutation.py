@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 
 ROUNDS = 6
+SHORT = 256  # below this the permutation is a shuffled list: a network on so few halves reaches few of the n! orders
 MASK = (1 << 64) - 1
 
 
@@ -13,7 +15,8 @@ class Permutation:
     """A permutation of range(n), a pure function of (n, key): `permutation[i]`.
 
     A Feistel network on pairs (left, right) with left < a, right < b and a * b just over n; results past n are sent through
-    again ("cycle walking": Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains).
+    again ("cycle walking": Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains). A short one is a list shuffled after
+    Fisher and Yates, so that each of its orders comes equally often.
 
     Args:
         n: length of the range.
@@ -33,6 +36,8 @@ class Permutation:
     def __getitem__(self, position: int) -> int:
         if not 0 <= position < self.n:
             raise IndexError(f"position {position} of {self.n}")
+        if self.n < SHORT:
+            return self._shuffled[position]
         a, b, keys = self._a, self._b, self._keys
         while True:
             left, right = position % a, position // a
@@ -42,6 +47,15 @@ class Permutation:
             position = left + a * right
             if position < self.n:
                 return position
+
+    @cached_property
+    def _shuffled(self) -> list[int]:
+        order = list(range(self.n))
+        for last in range(self.n - 1, 0, -1):
+            draw = _mix(self._keys[0] ^ _mix(self._keys[1] + last & MASK))
+            other = draw * (last + 1) >> 64
+            order[last], order[other] = order[other], order[last]
+        return order
 
 
 def _mix(value: int) -> int:

@@ -15,10 +15,13 @@ from typing import NotRequired, Protocol, TypedDict
 import numpy as np
 
 from nemo_longctx.data.curriculum import Curriculum, Stage
-from nemo_longctx.data.mixture import Documents
+from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.order import Order
 from nemo_longctx.data.permutation import Permutation
+from nemo_longctx.data.seen import Ranges
 from nemo_longctx.data.vocabulary import bad_token
+
+BLOCK = 64  # optimizer steps whose windows are dealt in one random order
 
 
 class Sample(TypedDict):
@@ -47,7 +50,8 @@ class ConcatenatedWindows:
     """The windows of one stage, cut from its range of the stream one after the other, and then dealt in random order.
 
     A window may begin and end inside documents, as in the paper and in Megatron's GPTDataset. Windows are permuted between the
-    places where a stratum begins again, so that no document comes a second time before the others have come.
+    places where a stratum begins again, so that no document comes a second time before the others have come, and in blocks of
+    64 optimizer steps: whatever changes in the middle of a stage finds few documents begun.
 
     Args:
         order: the document visits of the run.
@@ -59,9 +63,9 @@ class ConcatenatedWindows:
     def __init__(self, order: Order, stage: Stage, *, seed: int, document_masking: bool):
         self.order, self.stage, self.document_masking = order, stage, document_masking
         n_windows = stage.end_sample - stage.first_sample
-        bounds = {0, n_windows}
+        bounds = {*range(0, n_windows, BLOCK * stage.global_batch_size), n_windows}
         for cut in order.facts["cuts"]:
-            address = order.address_of_visit(cut)
+            address = order.origin + order.address_of_visit(cut)
             if stage.first_token < address < stage.end_token:
                 whole, inside = divmod(address - stage.first_token, stage.seq_length)
                 bounds |= {whole, whole + 1} if inside else {whole}
@@ -81,12 +85,38 @@ class ConcatenatedWindows:
     def sample(self, number: int) -> Sample:
         """The stage's sample `number`."""
         window = self.window(number)
-        return read_window(self.order, window.address, window.seq_length, document_masking=self.document_masking)
+        address = window.address - self.order.origin
+        return read_window(self.order, address, window.seq_length, document_masking=self.document_masking)
+
+    def read(self, samples: int) -> Ranges:
+        """What the stage's first `samples` samples hold."""
+        length, first = self.stage.seq_length, self.stage.first_token - self.order.origin
+        bounds = self._bounds
+        runs: list[list[int]] = []  # windows one after the other, first and end
+        for block, (low, high) in enumerate(itertools.pairwise(bounds)):
+            if low >= samples:
+                break
+            dealt = self._permutations[block]
+            places = [low] if high <= samples else sorted(low + dealt[number] for number in range(samples - low))
+            width = high - low if high <= samples else 1
+            for place in places:
+                if runs and runs[-1][1] == place:
+                    runs[-1][1] = place + width
+                else:
+                    runs.append([place, place + width])
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for begin, end in runs:
+            start, stop = first + begin * length, first + end * length
+            visits, lengths, ends = self.order.span(start, stop)
+            begins = ends - lengths
+            found.append((visits.astype(np.int64), np.maximum(start - begins, 0), np.minimum(stop, ends) - begins))
+        return Ranges(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def documents(self, number: int) -> np.ndarray:
         """The documents, int64 [D], of the stage's sample `number`."""
         window = self.window(number)
-        return self.order.span(window.address, window.address + window.seq_length)[0]
+        address = window.address - self.order.origin
+        return self.order.span(address, address + window.seq_length)[0]
 
 
 class Stream(Protocol):
@@ -209,19 +239,26 @@ class StageWindows(Protocol):
     def documents(self, number: int) -> np.ndarray:
         """The documents, int64 [D], of the stage's sample `number`."""
 
+    def read(self, samples: int) -> Ranges:
+        """What the stage's first `samples` samples hold, padding left out."""
+
 
 class Windows:
     """The run's samples, numbered through across stages: what a dataset of any host wraps. `best_fit.open_windows` makes it.
 
     Args:
-        order: the document visits of the run.
-        curriculum: the stages.
-        stages: the windows of each.
-        delivered: tokens of each stratum that each stage reads, int64 [stages, strata]; padding is of none.
+        order: the document visits of the run, or of what is left of it from token `order.origin` on.
+        curriculum: the stages of the whole run.
+        stages: the windows of each stage of `plan`.
+        delivered: tokens of each stratum that each stage of `plan` reads, int64 [stages, strata]; padding is of none.
+
+    Attributes:
+        plan: the stages from where the order begins.
     """
 
     def __init__(self, order: Order, curriculum: Curriculum, stages: Sequence[StageWindows], delivered: np.ndarray):
         self.order, self.curriculum, self.stages, self.delivered = order, curriculum, tuple(stages), delivered
+        self.plan = curriculum.plan_from(order.origin)
 
     def __len__(self) -> int:
         return self.curriculum.total_samples
@@ -230,17 +267,35 @@ class Windows:
         """Sample number `sample` of the run.
 
         Raises:
-            IndexError: the run has no such sample.
+            IndexError: the run has no such sample, or it lies before the order's first token.
         """
-        stage = self.curriculum.stage_of_sample(sample)
-        return self.stages[stage.number].sample(sample - stage.first_sample)
+        place = self._place(sample)
+        return self.stages[place].sample(sample - self.plan[place].first_sample)
+
+    def _place(self, sample: int) -> int:
+        """Which stage of `plan` a sample of the run lies in."""
+        place = self.curriculum.stage_of_sample(sample).number - self.plan[0].number
+        if place < 0 or sample < self.plan[place].first_sample:
+            raise IndexError(f"sample {sample} lies before token {self.order.origin}, where this part of the stream begins")
+        return place
+
+    def read(self, until: int) -> Ranges:
+        """Which tokens of which documents the samples up to token `until` of the run hold, padding left out."""
+        samples = self.curriculum.samples_at_token(until)
+        parts = [
+            windows.read(min(samples, stage.end_sample) - stage.first_sample)
+            for stage, windows in zip(self.plan, self.stages, strict=True)
+            if stage.first_sample < samples
+        ]
+        columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("documents", "starts", "stops")]
+        return Ranges(*columns)
 
     def documents_of(self, samples: Iterable[int]) -> list[str]:
         """The documents of some samples of the run, each once and in their order: `SOURCE:NUMBER`, numbered in the source."""
         found: dict[int, None] = {}
         for sample in samples:
-            stage = self.curriculum.stage_of_sample(sample)
-            found |= dict.fromkeys(self.stages[stage.number].documents(sample - stage.first_sample).tolist())
+            place = self._place(sample)
+            found |= dict.fromkeys(self.stages[place].documents(sample - self.plan[place].first_sample).tolist())
         return [self.order.documents.label(document) for document in found]
 
     def at_token(self, address: int) -> Sample:

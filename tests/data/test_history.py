@@ -1,0 +1,225 @@
+"""A stream that is extended: what was read stays read, and comes again only when all of its source has come."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemo_longctx.config import build
+from nemo_longctx.data.best_fit import pack_windows
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.documents import Documents, Pieces
+from nemo_longctx.data.history import History, Segment
+from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.data.order import open_order
+from nemo_longctx.data.seen import Ranges, Remaining, Seen, _read_on
+
+STEP = 256
+property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Run:
+    """A run as the data module has it, without a trainer."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir, self.left, self.now, self.windows, self.token = str(cache_dir), [], None, None, 0
+        self.read = []  # token ids in the order of training
+
+    def under(self, sources, stages, steps, *, packing="concatenate", seed=1, **rules):
+        """Begin, or go on, under these settings."""
+        mix = build(MixConfig, {"sources": sources, "share_tolerance": 0.999, **rules})
+        values = {"stages": stages, "tokens_per_step": STEP, "total_tokens": STEP * steps}
+        curriculum, documents = build(Curriculum, values), Documents.open(mix)
+        if self.now is not None:
+            self.left.append(dataclasses.replace(self.now, until=self.token))
+        past = History(self.left, origin=self.token, cache_dir=self.cache_dir) if self.left else None
+        order = open_order(mix, documents, curriculum, seed=seed, cache_dir=self.cache_dir, past=past)
+        self.windows = pack_windows(order, curriculum, packing=packing, seed=seed, document_masking=False)
+        now = Segment.of(mix, documents, curriculum, packing=packing, seed=seed)
+        self.now = dataclasses.replace(now, first_token=self.token, order=order.digest)
+        return self
+
+    def train(self, until):
+        """Read up to optimizer step `until`."""
+        curriculum = self.windows.curriculum
+        for number in range(*map(curriculum.samples_at_token, (self.token, until * STEP))):
+            self.read.append(self.windows[number]["tokens"])
+        self.token = until * STEP
+        return self
+
+    def behind(self, base):
+        """Begin as `data.after` does."""
+        self.left = [*base.left, dataclasses.replace(base.now, until=base.token)]
+        return self
+
+
+def times_of(runs, n_tokens):
+    """How often each token came, by when: the padding's 0 is no document's first token here."""
+    counts = Counter()
+    for window in (window for run in runs for window in run.read):
+        for token in window.tolist():
+            counts[token] += token > 0
+    return counts
+
+
+def again_while_unseen(runs, sources):
+    """Tokens that came again while others of their source had not come as often, over all runs, in order."""
+    source_of = np.repeat(np.arange(len(sources)), [len(lengths) for lengths in sources])
+    size, wrong = [sum(lengths) for lengths in sources], 0
+    times = Counter()
+    at_least = [Counter() for _ in sources]  # how many tokens came so often
+    for window in (window for run in runs for window in run.read):
+        for token in window.tolist():
+            if token == 0:
+                continue  # padding, or one token of document 0
+            source = int(source_of[token // 1000])
+            times[token] += 1
+            at_least[source][times[token]] += 1
+            before = times[token] - 1
+            ready = size[source] - (1 if source == 0 else 0)
+            wrong += before > 0 and at_least[source][before] < ready
+    return wrong
+
+
+TEXT = np.random.default_rng(0).integers(5, 150, 160).tolist()
+MORE = np.random.default_rng(1).integers(5, 150, 80).tolist()
+ONE = [{"until": 1.0, "seq_length": 32}]
+CASES = {
+    "total_up_by_a_fifth": ({}, ONE, 24),
+    "a_stage_added": ({}, [{"until": 0.5, "seq_length": 32}, {"until": 1.0, "seq_length": 128}], 20),
+    "a_stage_split": ({}, [{"until": 0.5, "seq_length": 32}, {"until": 1.0, "seq_length": 32}], 20),
+    "other_lengths": ({}, [{"until": 1.0, "seq_length": 64}], 20),
+    "weights_changed": ({"weights": [0.3, 0.7]}, ONE, 20),
+    "a_source_added": ({"more": True}, ONE, 24),
+    "another_seed": ({"seed": 9}, ONE, 20),
+}
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("at", [7, 10, 20])
+def test_no_token_is_read_again_while_unseen_ones_are_left(telling_corpora, tmp_path, packing, case, at):
+    prefixes = telling_corpora([TEXT, MORE])
+    changed, stages, steps = CASES[case]
+    weighed = "weights" in changed
+    first = [{"path": path, **({"weight": 0.5} if weighed else {})} for path in prefixes[: 2 if weighed else 1]]
+    run = Run(tmp_path).under(first, ONE, 20, packing=packing).train(at)
+    then = prefixes if weighed or "more" in changed else prefixes[:1]
+    weights = changed.get("weights", [None, None])
+    sources = [{"path": path, **({"weight": weight} if weight else {})} for path, weight in zip(then, weights, strict=False)]
+    if at == 20 and steps == 20:
+        steps = 26
+    run.under(sources, stages, steps, packing=packing, seed=changed.get("seed", 1)).train(steps)
+    times = times_of([run], None)
+    unseen = sum(TEXT) + (sum(MORE) if len(then) > 1 else 0) - len(times)
+    assert unseen > 100
+    if weighed:
+        assert again_while_unseen([run], [TEXT, MORE]) == 0
+    else:
+        assert max(times.values()) == 1
+        assert sum(run.windows.order.facts["read_again"]) == 0
+        assert run.windows.order.facts["most_repeats"] == [1] * len(then)
+
+
+@st.composite
+def lives(draw):
+    """Sources, and settings that a run goes through one after the other, with the step at which each is left."""
+    sources = draw(st.lists(st.lists(st.integers(1, 150), min_size=3, max_size=40), min_size=1, max_size=3))
+    parts, step = [], 0
+    for _ in range(draw(st.integers(2, 4))):
+        until = step + draw(st.integers(1, 6))
+        total = until + draw(st.integers(0, 6))
+        cut = draw(st.integers(1, total))
+        lengths = draw(st.lists(st.sampled_from([16, 32, 64, 128]), min_size=2, max_size=2))
+        stages = [{"until": 1.0, "seq_length": lengths[0]}]
+        if cut < total:
+            stages = [{"until": cut / total, "seq_length": lengths[0]}, {"until": 1.0, "seq_length": lengths[1]}]
+        shown = draw(st.integers(1, len(sources)))
+        weights = [draw(st.integers(1, 4)) for _ in range(shown)]
+        parts.append(
+            {
+                "until": until,
+                "steps": total,
+                "stages": stages,
+                "weights": weights,
+                "packing": draw(st.sampled_from(["concatenate", "best_fit"])),
+            }
+        )
+        step = until
+    return sources, parts
+
+
+@property_test
+@given(life=lives(), fork=st.booleans())
+def test_whatever_changes_a_source_is_read_through_before_it_comes_again(telling_corpora, tmp_path_factory, life, fork):
+    sources, parts = life
+    prefixes, cache = telling_corpora(sources), tmp_path_factory.mktemp("cache")
+    run = Run(cache)
+    runs = [run]
+    for number, part in enumerate(parts):
+        total = sum(part["weights"])
+        mix = [{"path": p, "weight": w / total} for p, w in zip(prefixes, part["weights"], strict=False)]
+        if fork and number == 1:  # another run goes on behind this one
+            runs.append(Run(cache).behind(run))
+            run = runs[-1]
+        run.under(mix, part["stages"], part["steps"], packing=part["packing"]).train(part["until"])
+    assert again_while_unseen(runs, sources) == 0
+
+
+def test_a_history_is_read_again_from_what_a_checkpoint_holds_of_it(telling_corpora, tmp_path):
+    (prefix,) = telling_corpora([TEXT])
+    one = Run(tmp_path / "a").under([{"path": prefix}], ONE, 20).train(7).under([{"path": prefix}], ONE, 40)
+    for path in (tmp_path / "a").glob("*.order"):
+        path.unlink()  # a new machine: nothing is kept
+    other = Run(tmp_path / "b")
+    other.left, other.token = one.left, one.token
+    other.under([{"path": prefix}], ONE, 40)
+    assert other.windows.order.digest == one.windows.order.digest
+    assert one.train(30).read[-1].tolist() == other.train(30).read[-1].tolist()
+
+
+@property_test
+@given(data=st.data())
+def test_what_was_read_is_counted_token_by_token(telling_corpora, data):
+    """Against counting one token at a time."""
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    (prefix,) = telling_corpora([lengths])
+    documents = Documents.open(build(MixConfig, {"sources": [{"path": prefix}]}))
+    times = np.array(data.draw(st.lists(st.integers(1, 3), min_size=len(lengths), max_size=len(lengths))), np.int32)
+    counts = [np.full(length, n) for length, n in zip(lengths, times.tolist(), strict=True)]
+    parts = []
+    for document, length in enumerate(lengths):
+        if data.draw(st.booleans()):
+            start = data.draw(st.integers(0, length - 1))
+            stop = data.draw(st.integers(start + 1, length))
+            if stop - start < length:
+                parts.append((document, start, stop))
+                counts[document][start:stop] -= 1
+    pieces = Pieces(*np.array(parts, np.int64).reshape(-1, 3).T)
+    ranges = []
+    for document, length in enumerate(lengths):  # read on from the least read
+        for start, stop in data.draw(st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=3)):
+            inside = np.arange(min(start, stop), max(start, stop))
+            least = counts[document].min()
+            fits = [i for i in inside.tolist() if counts[document][i] == least]
+            for i in fits:
+                ranges.append((document, i, i + 1))
+                counts[document][i] += 1
+    now = _read_on(documents, Remaining(times, pieces), Ranges(*np.array(ranges, np.int64).reshape(-1, 3).T))
+    for document, length in enumerate(lengths):
+        told = np.full(length, now.times[document])
+        for which, start, stop in zip(now.pieces.documents, now.pieces.starts, now.pieces.stops, strict=True):
+            if which == document:
+                told[start:stop] -= 1
+        assert told.tolist() == counts[document].tolist()
+
+
+def test_a_source_that_was_left_out_for_a_while_is_remembered(telling_corpora, tmp_path):
+    prefixes = telling_corpora([TEXT, MORE])
+    both, one = [{"path": path} for path in prefixes], [{"path": prefixes[1]}]
+    run = Run(tmp_path).under(both, ONE, 40).train(10).under(one, ONE, 40).train(14).under(both, ONE, 40).train(40)
+    assert again_while_unseen([run], [TEXT, MORE]) == 0
+    assert Seen().of(run.windows.order.documents).times.sum() == 0
