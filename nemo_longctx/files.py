@@ -20,6 +20,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     os.replace(part, path)
 
 
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made where it is not there: tried, since rights do not say all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def first_process() -> bool:
     """Whether this is the first of the run's processes, under torchrun, Slurm or alone, before any group is made."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))

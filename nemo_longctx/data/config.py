@@ -60,12 +60,14 @@ class DataConfig(_DataSettings):
         mix: the corpora and their shares.
         packing: `concatenate` cuts windows from the stream of documents (the paper); `best_fit` cuts no document that fits.
         document_masking: keep documents apart (`cu_seqlens`, positions that restart); off: causal over the window (the paper).
+        after: a base run (its directory, or a checkpoint): begin behind the documents that it read.
         tokenizer: Hugging Face name or directory, which checkpoints and exports carry; the data are tokens already.
     """
 
     mix: MixConfig
     packing: Packing = "concatenate"
     document_masking: bool = False
+    after: str | None = None
     tokenizer: str | None = None
 
 

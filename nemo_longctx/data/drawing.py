@@ -36,7 +36,8 @@ class _Epochs:
     def __init__(self, documents: Documents, stratum: Stratum, remaining: Remaining | None):
         self.documents, self.tokens = documents, stratum.tokens
         self.members = stratum.members(documents)
-        self.level, self._times, self._known = 0, None, {}
+        self.level, self._most = 0, 0
+        self._known: dict[int, int] = {}
         if remaining is None:
             return
         times = remaining.times[self.members]
@@ -47,8 +48,7 @@ class _Epochs:
         self._pieces = (len(documents) + chosen).astype(np.uint32)
         self._piece_levels = remaining.times[of_piece[chosen]] - 1
         self.level = int(min(times.min(), self._piece_levels.min(initial=np.iinfo(np.int32).max)))
-        if times.max() > 0:
-            self._times = times
+        self._times, self._most = times, int(times.max())
 
     def size(self, epoch: int) -> int:
         """Tokens of an epoch."""
@@ -72,7 +72,7 @@ class _Epochs:
         return tokens == 0 or (tokens > 0 and tokens % self.tokens == 0)
 
     def _is_whole(self, epoch: int) -> bool:
-        return self._times is None or self.level + epoch >= int(self._times.max())
+        return self.level + epoch >= self._most
 
     def _chosen(self, epoch: int) -> np.ndarray:
         level = self.level + epoch
@@ -134,8 +134,9 @@ def _last_target(stratum: Stratum, total_tokens: int, epochs: _Epochs) -> int:
 def draw_all(documents: Documents, stratum: Stratum, ends: Sequence[int], seed: Sequence[int], past: Remaining | None) -> Draw:
     """As `draw` for a stratum that is alone: a stage begins where the one before ended, only the run's end is looked for."""
     epochs = _Epochs(documents, stratum, past)
-    needed, orders, starts = ends[-1] + 1, [], []
-    visits = again = 0
+    orders: list[np.ndarray] = []
+    starts: list[int] = []
+    needed, visits, again = ends[-1] + 1, 0, 0
     while True:
         size = epochs.size(len(orders))
         last = needed <= size

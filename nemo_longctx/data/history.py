@@ -121,7 +121,8 @@ class History:
     """
 
     def __init__(self, segments: Sequence[Segment], *, origin: int, cache_dir: str, sources: Sequence[SourceConfig] = ()):
-        self.segments, self.origin, self.cache_dir, self.sources = tuple(segments), origin, cache_dir, tuple(sources)
+        self.segments, self.cache_dir, self.sources = tuple(segments), cache_dir, tuple(sources)
+        self.origin = origin
 
     @property
     def key(self) -> str:

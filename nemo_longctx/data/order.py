@@ -302,8 +302,13 @@ class Order:
 class Past(Protocol):
     """What came before an order: `history.History`."""
 
-    origin: int
-    key: str
+    @property
+    def origin(self) -> int:
+        """The token of the run at which the order begins."""
+
+    @property
+    def key(self) -> str:
+        """A hash of it."""
 
     def seen(self) -> Seen:
         """How often every document was read."""

@@ -160,7 +160,7 @@ def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], s
         begin = end
     limit = documents.vocab_size
     if limit is not None and out.view(np.uint64).max() >= limit:  # a negative id is beyond all as well
-        raise bad_token(documents.shards, documents.shard_offsets, visits, edges, out, limit)
+        raise bad_token(documents.shards, documents.shard_offsets, documents.whole(visits), edges, out, limit)
     return out
 
 

@@ -1,14 +1,17 @@
 """A stream that is extended: what was read stays read, and comes again only when all of its source has come."""
 
 import dataclasses
-from collections import Counter
+import json
+from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_longctx.config import build
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.base_run import data_state
 from nemo_longctx.data.best_fit import pack_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.documents import Documents, Pieces
@@ -16,6 +19,7 @@ from nemo_longctx.data.history import History, Segment
 from nemo_longctx.data.mixture import MixConfig
 from nemo_longctx.data.order import open_order
 from nemo_longctx.data.seen import Ranges, Remaining, Seen, _read_on
+from nemo_longctx.data.stream import Stream, report
 
 STEP = 256
 property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -152,7 +156,7 @@ def lives(draw):
     return sources, parts
 
 
-@property_test
+@settings(property_test, max_examples=10)
 @given(life=lives(), fork=st.booleans())
 def test_whatever_changes_a_source_is_read_through_before_it_comes_again(telling_corpora, tmp_path_factory, life, fork):
     sources, parts = life
@@ -223,3 +227,115 @@ def test_a_source_that_was_left_out_for_a_while_is_remembered(telling_corpora, t
     run = Run(tmp_path).under(both, ONE, 40).train(10).under(one, ONE, 40).train(14).under(both, ONE, 40).train(40)
     assert again_while_unseen([run], [TEXT, MORE]) == 0
     assert Seen().of(run.windows.order.documents).times.sum() == 0
+
+
+def stream(prefixes, steps, cache_dir, **changes):
+    weights = changes.pop("weights", [None] * len(prefixes))
+    sources = [{"path": p, **({"weight": w} if w else {})} for p, w in zip(prefixes, weights, strict=True)]
+    mix = build(MixConfig, {"sources": sources, "share_tolerance": 0.9, **changes.pop("mix", {})})
+    values = {"stages": changes.pop("stages", ONE), "tokens_per_step": STEP, "total_tokens": STEP * steps}
+    return Stream(mix, build(Curriculum, values), cache_dir=str(cache_dir), **changes)
+
+
+def test_what_a_stream_goes_on_under_unasked_and_what_not(telling_corpora, tmp_path):
+    prefixes, other = telling_corpora([TEXT, MORE]), telling_corpora([TEXT, MORE[1:]])
+    first = stream(prefixes, 20, tmp_path, weights=[0.5, 0.5])
+    first.begin()
+    state, token = json.loads(json.dumps(first.state())), 7 * STEP
+    assert stream(prefixes, 20, tmp_path, weights=[0.5, 0.5]).go_on(state, token) == ([], [])
+    two = [{"until": 0.5, "seq_length": 32}, {"until": 1.0, "seq_length": 64}]
+    for prefix, steps, changes, told, refused in [
+        (prefixes, 24, {}, ["curriculum", "order"], []),
+        (prefixes, 20, {"stages": two}, ["curriculum", "order"], []),
+        (prefixes, 20, {"weights": [0.2, 0.8]}, ["data.mix", "order"], []),
+        (prefixes[1:], 20, {"weights": [1.0]}, ["data", "data.mix", "order"], []),
+        (other, 20, {}, ["data"], ["data"]),
+        (prefixes, 20, {"seed": 2}, ["data.seed", "order"], ["data.seed"]),
+        (prefixes, 20, {"packing": "best_fit"}, ["data.packing"], ["data.packing"]),
+        (prefixes, 20, {"document_masking": True}, ["data.document_masking"], ["data.document_masking"]),
+        (prefixes, 20, {"mix": {"drop_shorter": 9}}, ["data.mix", "order"], ["data.mix"]),
+    ]:
+        now = stream(prefix, steps, tmp_path, **({"weights": [0.5, 0.5]} | changes))
+        assert now.go_on(state, token) == (told, refused)
+        assert (now.windows is None) == bool(refused)
+        assert now.go_on(state, token, allow_change=True)[0] == told
+        assert now.windows.order.origin == (0 if told == ["data.document_masking"] else token)
+        assert [segment.until for segment in now.segments] == ([None] if now.windows.order.origin == 0 else [token, None])
+    again = stream(prefixes, 20, tmp_path, weights=[0.5, 0.5])
+    assert again.go_on(state, token, after="runs/base") == (["data.after"], ["data.after"])
+    done = stream(prefixes, 7, tmp_path, weights=[0.5, 0.5])
+    done.go_on(state, token)
+    assert done.state()["segments"] == state["segments"]  # it stands at its end: nothing of it is forgotten
+
+
+def test_a_run_begins_behind_what_another_one_read(telling_corpora, tmp_path):
+    """As the demo: the extension goes on where its base stopped, whatever its lengths."""
+    torch = pytest.importorskip("torch")
+    prefixes = telling_corpora([TEXT, MORE])
+    base = stream(prefixes[:1], 20, tmp_path / "a")
+    base.begin()
+    module = {"token_address": 20 * STEP, "consumed_samples": 0, "made_of": {}, "history": [], **base.state()}
+    weights = tmp_path / "checkpoint" / "weights"
+    weights.mkdir(parents=True)
+    state = {"state_dict": OrderedDict(w=torch.ones(2)), "rng": np.float64(1), "path": weights, "LongContextDataModule": module}
+    torch.save(state, weights / "common.pt")
+    behind = stream(prefixes, 10, tmp_path / "b", stages=[{"until": 1.0, "seq_length": 128}])
+    behind.begin("runs/base", weights.parent)
+    read = [base.windows[n]["tokens"] for n in range(len(base.windows))]
+    read += [behind.windows[n]["tokens"] for n in range(len(behind.windows))]
+    assert np.unique(np.concatenate(read), return_counts=True)[1].max() == 1
+    resumed = stream(prefixes, 10, tmp_path / "c", stages=[{"until": 1.0, "seq_length": 128}])
+    assert resumed.go_on(json.loads(json.dumps(behind.state())), 4 * STEP, after="runs/base") == ([], [])
+    assert resumed.windows.order.digest == behind.windows.order.digest
+    with pytest.raises(ConfigError, match=r"data\.after='runs/base': it read none of this run's corpora"):
+        stream(telling_corpora([MORE]), 4, tmp_path / "d").begin("runs/base", weights.parent)
+    del module["segments"]
+    torch.save(state, weights / "common.pt")
+    with pytest.raises(ConfigError, match=r"data\.after='runs/base': .* does not say which documents it read"):
+        stream(prefixes, 10, tmp_path / "d").begin("runs/base", weights.parent)
+
+
+def test_a_checkpoint_of_any_content_runs_nothing_when_its_state_is_read(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "weights").mkdir()
+    torch.save({"LongContextDataModule": {"token_address": 3}, "trap": Trap()}, tmp_path / "weights" / "common.pt")
+    assert data_state(tmp_path) == {"token_address": 3}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_changed_data_of_the_past_are_told(telling_corpora, tmp_path):
+    prefixes = telling_corpora([TEXT, MORE])
+    first = stream(prefixes, 20, tmp_path / "a", weights=[0.5, 0.5])
+    first.begin()
+    state = json.loads(json.dumps(first.state()))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for prefix in prefixes:
+        for suffix in ("bin", "idx"):
+            Path(f"{prefix}.{suffix}").rename(moved / f"{Path(prefix).name}.{suffix}")
+    here = [str(moved / Path(prefix).name) for prefix in prefixes]
+    now = stream(here, 24, tmp_path / "b", weights=[0.5, 0.5])
+    assert now.go_on(state, 7 * STEP) == (["curriculum", "order"], [])  # found where its source lies now
+    with pytest.raises(ConfigError, match=r"data\.mix\.sources='source0': up to token 1792 .* where it is no more"):
+        stream(here[1:], 24, tmp_path / "c").go_on(state, 7 * STEP)
+
+
+def test_the_report_tells_what_comes_again(telling_corpora, tmp_path):
+    (prefix,) = telling_corpora([[40] * 130])
+    first = stream([prefix], 20, tmp_path)
+    first.begin()
+    state = first.state()
+    now = stream([prefix], 24, tmp_path)
+    now.go_on(state, 20 * STEP)
+    told = report(now.windows)
+    assert f"the stream goes on at token {20 * STEP} with what was read least before it" in told
+    again = 24 * STEP - 40 * 130
+    assert (
+        f"source0: 130 documents come 0.20 times on average from token {20 * STEP} on, 2 at most in all; {again} tokens"
+        in (told[-1])
+    )

@@ -23,14 +23,17 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler, command_with
+from nemo_longctx.adapters.nemo.model.config import checkpoint_directory
 from nemo_longctx.config import ConfigError, build
-from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
+from nemo_longctx.data.best_fit import Packing
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationSet, EvaluationWindows, blank
-from nemo_longctx.data.mixture import Documents, MixConfig, mix_dict
-from nemo_longctx.data.order import open_order
+from nemo_longctx.data.mixture import MixConfig, mix_dict
+from nemo_longctx.data.stream import Stream, report
 from nemo_longctx.data.windows import Sample, Windows
+from nemo_longctx.files import can_be_written
 
 
 class LongContextDataModule(pl.LightningDataModule, IOMixin):
@@ -45,8 +48,11 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         packing: `concatenate` cuts windows from the stream of documents (the paper); `best_fit` cuts no document that fits.
         document_masking: keep documents apart (`cu_seqlens`, positions that restart); off: causal over the window (the paper).
         seed: of all random choices.
-        cache_dir: where the order of documents is kept, for all processes; None: `order_cache` beside the first source.
-        allow_change: go on from a checkpoint whose data or config differ, instead of stopping.
+        cache_dir: where the order of documents is kept, for all processes; None: `order_cache` beside the first source, or in
+            the run's own folder where that cannot be written.
+        after: a base run (its directory, or a checkpoint): begin behind the documents that it read, where they are in this mix.
+        allow_change: go on from a checkpoint under changes that are refused otherwise. More tokens, other stages, lengths and
+            weights, and more sources need it not: the stream goes on with what was not read yet (`nemo_longctx.data.history`).
         num_workers: data loader processes of each rank.
         pin_memory: page-locked batches; None: where there is CUDA.
         persistent_workers: keep the processes of a loader when it is done.
@@ -68,6 +74,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         document_masking: bool = False,
         seed: int = 1234,
         cache_dir: str | None = None,
+        after: str | None = None,
         allow_change: bool = False,
         num_workers: int = 2,
         pin_memory: bool | None = None,
@@ -78,16 +85,18 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         super().__init__()
         values: dict[str, Any] = {"mix": mix, "packing": packing, "document_masking": document_masking}
         values |= {"validation": validation, "test": test, "cache_dir": cache_dir, "allow_change": allow_change}
+        values["after"] = after
         values |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": persistent_workers}
         config = build(DataConfig, {**values, "output_log": output_log}, where="data")
         self.curriculum_values, self.seed, self.tokenizer = dict(curriculum), seed, tokenizer
         self.mix, self.packing, self.document_masking = config.mix, config.packing, config.document_masking
-        self.cache_dir = config.cache_dir or str(Path(_first_path(self.mix)).parent / "order_cache")
+        self.cache_dir, self.after = config.cache_dir, config.after
         self._take_settings(config)
         # Until the trainer tells the length, each stage has at least one step: enough for batch sizes and lengths.
         self.curriculum = self._curriculum(max_steps=None)
         self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=document_masking, output_log=output_log)
         self.windows: Windows | None = None
+        self.stream: Stream | None = None
         self.history: list[dict[str, Any]] = []  # changes of data or config that a user allowed
         self._restored: dict[str, Any] | None = None
 
@@ -126,20 +135,39 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         return self.curriculum.plan[0].global_batch_size
 
     def setup(self, stage: str = "") -> None:
-        """Fix the run's length, open the data, and build or find their order."""
+        """Fix the run's length, open the data, and build or find their order: on a restart once the checkpoint is read."""
         if self.trainer is not None and stage in ("", "fit"):
             self.curriculum = self._curriculum(max_steps=self.trainer.max_steps)
             self._agree_on_length()
             self.data_sampler.curriculum = self.curriculum
-            documents = Documents.open(self.mix)
-            documents.vocab_size = self._vocab_size
-            self._check_window(documents)
-            order = open_order(self.mix, documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir)
-            self.windows = open_windows(
-                order, self.curriculum, packing=self.packing, seed=self.seed, document_masking=self.document_masking
-            )
-            self._report(self.windows)
+            settings: dict[str, Any] = {"packing": self.packing, "document_masking": self.document_masking, "seed": self.seed}
+            self.stream = Stream(self.mix, self.curriculum, cache_dir=self._cache_dir(), **settings)
+            self.stream.documents.vocab_size = self._vocab_size
+            self._check_window(self.stream.documents)
+            if not getattr(self.trainer, "ckpt_path", None):
+                self._begin()
         self._check_restored()
+
+    def _begin(self) -> None:
+        """Open the stream of a run that begins, behind its base run if it has one."""
+        if self.stream is None:
+            raise RuntimeError("setup('fit') comes first: it opens the data")
+        checkpoint = None
+        if self.after is not None:
+            try:
+                checkpoint = checkpoint_directory(self.after)
+            except ConfigError as error:
+                raise ConfigError("data.after", self.after, error.mend) from error
+            rank_zero_info(f"data.after: the stream begins behind what {checkpoint} read")
+        self.windows = self.stream.begin(self.after, checkpoint)
+        self._report(self.windows)
+
+    def _cache_dir(self) -> str:
+        """Where the order goes: a folder that can be written."""
+        if self.cache_dir:
+            return self.cache_dir
+        beside = Path(_first_path(self.mix)).parent / "order_cache"
+        return str(beside if can_be_written(beside) else Path(self.trainer.default_root_dir) / "order_cache")
 
     def train_dataloader(self) -> WrappedDataLoader:
         """One loader for all stages, from the address where the run stands."""
@@ -148,10 +176,10 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if missing:
             what = f"stage {stage.number} begins here and needs other parallel sizes; start it with {command_with(missing)}"
             raise ConfigError("curriculum.stages", stage.config.parallel_sizes, what)
-        if self.windows is None:
-            raise RuntimeError("setup('fit') comes first: it opens the data")
+        if self.windows is None:  # a restart from a checkpoint that says nothing of the data
+            self._begin()
         self._align_trainer()
-        return self._loader(WindowDataset(self.windows), "train")
+        return self._loader(WindowDataset(self.windows), "train")  # type: ignore[arg-type]  # `_begin` opened it
 
     def val_dataloader(self) -> WrappedDataLoader | list[Any]:
         """All validation sets, one after the other; [] without any."""
@@ -192,7 +220,11 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             "consumed_samples": self.curriculum.samples_at_token(token),
             "made_of": self.made_of,
             "history": self.history,
+            **self._stream_state(),
         }
+
+    def _stream_state(self) -> dict[str, Any]:
+        return self.stream.state() if self.stream is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the checkpoint's token address.
@@ -221,26 +253,49 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
 
     def _check_restored(self) -> None:
-        """Compare a loaded state with what was set up, once both are there."""
-        if self._restored is None or self.windows is None:
+        """Go on from a loaded state, once data and state are both there."""
+        if self._restored is None or not self._is_set_up:
             return
         state, self._restored = self._restored, None
-        now, token = self.made_of, state["token_address"]
-        changed = sorted(name for name in now if state["made_of"].get(name) != now[name])
-        self.history = list(state["history"])
-        if changed:
-            what = f"{', '.join(changed)} changed since the checkpoint at {token} tokens"
-            if not self.allow_change:
-                raise ConfigError("data.allow_change", False, f"{what}; restore them, or set it to true to go on from there")
-            self.history.append({"token_address": token, "changed": changed, "made_of": now})
-            rank_zero_info(f"{what}; going on at this address of the new stream, as data.allow_change says")
+        token = state["token_address"]
         if token % self.curriculum.tokens_per_step:
             mend = f"the checkpoint stands at {token} tokens, which is no whole number of such steps; keep the old value"
             raise ConfigError("curriculum.tokens_per_step", self.curriculum.tokens_per_step, mend)
         if token > self.curriculum.total_tokens:
             mend = f"the run is shorter than what the checkpoint has behind it, {token} tokens; set at least that"
             raise ConfigError("curriculum.total_tokens", self.curriculum.total_tokens, mend)
+        self.history = list(state["history"])
+        changed, refused = self._go_on(state)
+        if changed:
+            what = f"{', '.join(changed)} changed since the checkpoint at {token} tokens"
+            if refused and not self.allow_change:
+                raise ConfigError("data.allow_change", False, f"{what}; restore them, or set it to true to go on from there")
+            self.history.append({"token_address": token, "changed": changed, "made_of": self.made_of})
+            how = ", as data.allow_change says" if refused else ": what was read stays read, and comes last"
+            rank_zero_info(f"{what}; going on at this address of the new stream{how}")
         self.data_sampler.resume_at(token)
+
+    @property
+    def _is_set_up(self) -> bool:
+        return self.stream is not None
+
+    def _go_on(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Open the stream behind a checkpoint's. Returns what changed since, and what of it needs `allow_change`."""
+        if self.stream is None:
+            raise RuntimeError("setup('fit') comes first: it opens the data")
+        if not state.get("segments"):  # an earlier version's: what it read is not known
+            self.windows = self.stream.windows or self.stream.begin()
+            return (self._compared(state),) * 2
+        found = self.stream.go_on(state, state["token_address"], after=self.after, allow_change=self.allow_change)
+        if self.stream.windows is not None and self.stream.windows is not self.windows:
+            self.windows = self.stream.windows
+            self._report(self.windows)
+        return found
+
+    def _compared(self, state: Mapping[str, Any]) -> list[str]:
+        """What of `made_of` is not as the checkpoint says."""
+        now = self.made_of
+        return sorted(name for name in now if state["made_of"].get(name) != now[name])
 
     def _curriculum(self, *, max_steps: int | None) -> Curriculum:
         """The curriculum for a trainer that makes `max_steps` (None: not known yet)."""
@@ -288,21 +343,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
 
     def _report(self, windows: Windows) -> None:
         """What the run will get, by source and stage, before its first step."""
-        strata = windows.order.strata
-        for stage, tokens in zip(self.curriculum.plan, windows.delivered, strict=True):
-            shares = ", ".join(
-                f"{stratum.name} {count / tokens.sum():.2%} (asked {stratum.share:.2%})"
-                for stratum, count in zip(strata, tokens, strict=True)
-            )
-            rank_zero_info(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
-        for packed in windows.stages:
-            if isinstance(packed, BestFitWindows):
-                share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
-                cut = f"{packed.facts['cut']} documents cut, all longer than a window"
-                rank_zero_info(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
-        for stratum in strata:
-            repeats, most = (f(self.curriculum.total_tokens) for f in (stratum.repeats, stratum.most_repeats))
-            rank_zero_info(f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average, {most} at most")
+        for line in report(windows):
+            rank_zero_info(line)
 
     @property
     def _vocab_size(self) -> int | None:

@@ -100,8 +100,7 @@ class LongInstructDataModule(LongContextDataModule):
         self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=True, output_log=output_log)
         self.windows: InstructionWindows | None = None  # type: ignore[assignment]
         self.pretraining_order: Order | None = None
-        self.history = []
-        self._restored = None
+        self.history, self.stream, self._restored = [], None, None
 
     @cached_property
     def hf_tokenizer(self) -> Any:
@@ -165,7 +164,7 @@ class LongInstructDataModule(LongContextDataModule):
         values = {"stages": [{"until": 1.0, "seq_length": self.seq_length}], "tokens_per_step": self.seq_length}
         curriculum = build(Curriculum, values | {"total_tokens": n_windows * self.seq_length}, where="data.pretraining")
         documents = Documents.open(self.mix)
-        self.pretraining_order = open_order(self.mix, documents, curriculum, seed=self.seed, cache_dir=self.cache_dir)
+        self.pretraining_order = open_order(self.mix, documents, curriculum, seed=self.seed, cache_dir=str(self.cache_dir))
         return open_windows(self.pretraining_order, curriculum, packing="concatenate", seed=self.seed, document_masking=True)
 
     def _report_blend(self, windows: InstructionWindows) -> None:
@@ -173,6 +172,13 @@ class LongInstructDataModule(LongContextDataModule):
         listed = ", ".join(f"{count} {name}" for name, count in counts.items())
         dropped = f"; {windows.too_long} instances too long for a window were dropped" if windows.too_long else ""
         rank_zero_info(f"{len(windows)} windows of {self.seq_length} tokens: {listed}{dropped}")
+
+    @property
+    def _is_set_up(self) -> bool:
+        return self.windows is not None
+
+    def _go_on(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        return (self._compared(state),) * 2
 
     @property
     def made_of(self) -> dict[str, str]:

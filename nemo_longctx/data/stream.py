@@ -1,0 +1,164 @@
+"""A run's stream over its life: it begins, maybe behind another run, and goes on, maybe under other settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.base_run import consumed, left_at
+from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.documents import Documents
+from nemo_longctx.data.history import History, Segment, changes
+from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.data.order import open_order
+from nemo_longctx.data.windows import Windows
+
+MOVES = {"curriculum", "data.mix", "data.seed"}  # what the order of documents follows
+
+
+class Stream:
+    """The samples of a run, and what a checkpoint has to know to go on with them.
+
+    Args:
+        mix, curriculum, packing, document_masking, seed: as in `LongContextDataModule`.
+        cache_dir: where orders are kept.
+
+    Attributes:
+        documents: the opened sources.
+        windows: the samples, once `begin` or `go_on` was called.
+        after: the base run that it began behind, as the user named it.
+    """
+
+    def __init__(
+        self,
+        mix: MixConfig,
+        curriculum: Curriculum,
+        *,
+        packing: Packing = "concatenate",
+        document_masking: bool = False,
+        seed: int = 1234,
+        cache_dir: str,
+    ):
+        self.mix, self.curriculum, self.packing, self.document_masking = mix, curriculum, packing, document_masking
+        self.seed, self.cache_dir = seed, cache_dir
+        self.documents = Documents.open(mix)
+        self.after: str | None = None
+        self.windows: Windows | None = None
+        self._left: list[Segment] = []  # behind it
+        self._finished: list[Segment] = []  # all, where a checkpoint stands at the run's end
+
+    def begin(self, after: str | None = None, checkpoint: Path | None = None) -> Windows:
+        """Open it from token 0 on.
+
+        Args:
+            after: a base run; what it read comes behind what it did not.
+            checkpoint: of that run.
+
+        Raises:
+            ConfigError: the base run read nothing of this mix, or its checkpoint does not say what.
+        """
+        self.after, base = after, []
+        if after is not None and checkpoint is not None:
+            base = consumed(after, checkpoint)
+            known = {identity for segment in base for _, identity in segment.shards}
+            if known.isdisjoint(self.documents.identities):
+                mend = "it read none of this run's corpora, so there is nothing to begin behind; leave it out"
+                raise ConfigError("data.after", after, mend)
+        return self._open(base, origin=0)
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint, plain values."""
+        segments = [dataclasses.asdict(segment) for segment in self.segments]
+        return {"segments": segments, "document_masking": self.document_masking, "after": self.after}
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What the stream was made of part by part; the last is the one that it is in. None before it is open."""
+        if self._finished or self.windows is None:
+            return self._finished
+        order = self.windows.order
+        return [*self._left, dataclasses.replace(self._now(), first_token=order.origin, order=order.digest)]
+
+    def go_on(
+        self, state: Mapping[str, Any], token: int, *, after: str | None = None, allow_change: bool = False
+    ) -> tuple[list[str], list[str]]:
+        """Open it behind `token` of the run, where a checkpoint stands.
+
+        Args:
+            state: `state` of the stream that the checkpoint is of.
+            token: consumed tokens.
+            after: the base run that is named now.
+            allow_change: go on under any change.
+
+        Returns:
+            What changed since, and what of it needs `allow_change`; where something does and has it not, nothing is opened.
+            More tokens, other stages, lengths and weights and more sources need it not.
+
+        Raises:
+            ConfigError: what was read cannot be told any more; what the mix asks cannot be given.
+        """
+        saved = [Segment(**values) for values in state["segments"]]
+        changed, refused = changes(saved[-1], self._now())
+        stays = not changed
+        now = {"data.document_masking": self.document_masking, "data.after": after}
+        before = {"data.document_masking": state["document_masking"], "data.after": state["after"]}
+        beside = [name for name in now if now[name] != before[name]]
+        changed, refused = sorted([*changed, *beside]), sorted([*refused, *beside])
+        if MOVES.intersection(changed):
+            changed.append("order")
+        if refused and not allow_change:
+            return changed, refused
+        self.after = state["after"]  # it is said once, where a run begins
+        if token == self.curriculum.total_tokens:  # nothing is left to read
+            if self.windows is None:
+                self._open([], origin=0)
+            self._finished = saved
+        elif stays:
+            self._open(saved[:-1], origin=saved[-1].first_token)
+            if self.segments[-1].order != saved[-1].order:
+                return ["order"], ["order"]
+        else:
+            self._open(left_at(saved, token), origin=token)
+        return changed, refused
+
+    def _open(self, left: Sequence[Segment], *, origin: int) -> Windows:
+        past = History(left, origin=origin, cache_dir=self.cache_dir, sources=self.mix.sources) if left else None
+        order = open_order(self.mix, self.documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir, past=past)
+        settings: dict[str, Any] = {"seed": self.seed, "document_masking": self.document_masking}
+        self.windows = open_windows(order, self.curriculum, packing=self.packing, **settings)
+        self._left = list(left)
+        return self.windows
+
+    def _now(self) -> Segment:
+        return Segment.of(self.mix, self.documents, self.curriculum, packing=self.packing, seed=self.seed)
+
+
+def report(windows: Windows) -> list[str]:
+    """What a run gets, by stage and source, one sentence a line."""
+    order, strata, lines = windows.order, windows.order.strata, []
+    if order.origin:
+        lines.append(f"the stream goes on at token {order.origin} with what was read least before it")
+    for stage, tokens in zip(windows.plan, windows.delivered, strict=True):
+        shares = ", ".join(
+            f"{stratum.name} {count / tokens.sum():.2%} (asked {stratum.share:.2%})"
+            for stratum, count in zip(strata, tokens, strict=True)
+        )
+        lines.append(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
+    for packed in windows.stages:
+        if isinstance(packed, BestFitWindows):
+            share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)
+            cut = f"{packed.facts['cut']} documents cut, all longer than a window"
+            lines.append(f"stage {packed.stage.number}: {share:.4%} padding, {cut}")
+    for stratum, most, again in zip(strata, order.facts["most_repeats"], order.facts["read_again"], strict=True):
+        repeats = stratum.repeats(windows.curriculum.total_tokens - order.origin)
+        read = f"{again} tokens come again" if again else "none comes again"
+        from_here = f" from token {order.origin} on" if order.origin else ""
+        lines.append(
+            f"{stratum.name}: {stratum.documents} documents come {repeats:.2f} times on average{from_here}, {most} at most "
+            f"in all; {read}"
+        )
+    return lines
