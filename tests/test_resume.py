@@ -46,10 +46,10 @@ def test_every_setting_has_a_rule():
 @pytest.mark.parametrize(
     ("key", "rule"),
     [("optimizer.lr", "applied"), ("optimizer.distributed", "equal"), ("rope.base", "equal"), ("model.num_layers", "equal"),
-     ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "equal"),
+     ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "applied"),
      ("data.mix.sources[3].path", "free"), ("data.validation[0].samples", "applied"), ("data.num_workers", "free"),
      ("curriculum.stages[0].micro_batch_size", "free"), ("curriculum.stages[0].context_parallel_size", "free"),
-     ("curriculum.stages[1].seq_length", "equal"), ("trainer.devices", "free"), ("trainer.precision", "equal"),
+     ("curriculum.stages[1].seq_length", "applied"), ("data.mix.long_share", "equal"), ("data.after", "equal"), ("trainer.devices", "free"), ("trainer.precision", "equal"),
      ("eval.tasks", "applied"), ("checkpoint.keep", "applied")],
 )  # fmt: skip
 def test_the_rule_of(key, rule):
@@ -99,13 +99,20 @@ def test_what_made_the_run_is_refused_with_both_values(overrides, key, before):
         (["curriculum.stages=[{until: 0.5, seq_length: 128}, {until: 1.0, seq_length: 256}]"], "curriculum.stages"),
     ],
 )
-def test_the_stream_changes_where_that_is_allowed_and_is_noted(overrides, key):
+def test_the_stream_goes_on_under_another_curriculum_and_that_is_noted(overrides, key):
     change = found(*overrides)
+    refuse(change, where="the run", allow_change=False)
+    assert key in applied(change)
+
+
+def test_other_rules_of_the_mix_need_to_be_allowed():
+    before = plain(recipe("data.packing=concatenate"))
+    change = changes(before, plain(recipe("data.packing=best_fit")))
     with pytest.raises(ConfigError, match=r"data\.allow_change=true to go on") as error:
         refuse(change, where="the run", allow_change=False)
-    assert error.value.key == key
+    assert error.value.key == "data.packing"
     refuse(change, where="the run", allow_change=True)
-    assert key in applied(change)
+    assert "data.packing" in applied(change)
 
 
 def test_a_base_that_was_moved_is_the_same_base(tmp_path):

@@ -384,26 +384,37 @@ def pack_windows(order: Order, curriculum: Curriculum, *, packing: Packing, seed
     return Windows(order, curriculum, packed, np.array([windows.facts["delivered"] for windows in packed], np.int64))
 
 
+SLIGHT = 0.02  # a share missed by less may be missed by two windows for each part of the mix, else by one in all
 REASONS = {
     "concatenate": "as its documents are too long to meet it; set drop_longer, lengthen the stage",
     "best_fit": "as best_fit leaves what does not fit to the next stage; set drop_longer or packing=concatenate, lengthen it",
 }
 
 
-def check_delivery(windows: Windows, packing: Packing) -> None:
+def check_delivery(windows: Windows, packing: Packing) -> list[str]:
     """Make sure that each stage gets the shares that the mix asks, of the tokens that it reads: padding is of no source.
 
+    A stage of few windows cannot meet a share to the tolerance: it may miss it by a window, or by `SLIGHT` and a few windows.
+
+    Returns:
+        What misses the tolerance by no more than that, one sentence a stage.
+
     Raises:
-        ConfigError: a share is off by more than `share_tolerance`.
+        ConfigError: a share is off by more than `share_tolerance`, and by more than a stage's windows explain.
     """
-    strata, tolerance = windows.order.strata, windows.order.share_tolerance
+    strata, tolerance, told = windows.order.strata, windows.order.share_tolerance, []
     asked = np.array([stratum.share for stratum in strata])
     for stage, tokens in zip(windows.plan, windows.delivered, strict=True):
         shares = tokens / tokens.sum()
         worst = int(np.argmax(np.abs(shares - asked)))
-        if abs(shares[worst] - asked[worst]) > tolerance:
-            mend = (
-                f"stage {stage.number} would get {shares[worst]:.3%} of its tokens from {strata[worst].name}, not the "
-                f"{asked[worst]:.3%} asked, {REASONS[packing]}, or accept it with a larger tolerance"
-            )
-            raise ConfigError("data.mix.share_tolerance", tolerance, mend)
+        off = abs(shares[worst] - asked[worst])
+        if off <= tolerance:
+            continue
+        what = f"{shares[worst]:.3%} of its tokens from {strata[worst].name}, not the {asked[worst]:.3%} asked"
+        n_windows = stage.end_sample - stage.first_sample
+        if off * n_windows <= (2 * len(strata) if off < SLIGHT else 1):
+            told.append(f"stage {stage.number} gets {what}: it has only {n_windows} windows of {stage.seq_length} tokens")
+            continue
+        mend = f"stage {stage.number} would get {what}, {REASONS[packing]}, or accept it with a larger tolerance"
+        raise ConfigError("data.mix.share_tolerance", tolerance, mend)
+    return told

@@ -192,12 +192,14 @@ class IndexedCorpus:
         with open(f"{self.prefix}.idx", "rb") as index:
             return _sums(index, range(0, len(self._index), PIECE), PIECE)
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Read the whole index (no token) and make sure that it does not lie. Linear in documents: about 10 ns each.
 
+        Returns:
+            How many documents have no token, as Megatron's own tools write them for empty text: they are read past.
+
         Raises:
-            ConfigError: a negative length, pointers that are not the running sum of lengths, documents out of order, or a
-                document without tokens (which no window can hold).
+            ConfigError: a negative length, pointers that are not the running sum of lengths, or documents out of order.
         """
         lengths, pointers, indices = self._sequence_lengths, self._sequence_pointers, self._document_indices
         position = 0
@@ -225,9 +227,7 @@ class IndexedCorpus:
             if steps.min() < 0:
                 raise self._broken(f"document {start + int(steps.argmin())} ends before it begins")
             self._index.madvise(mmap.MADV_DONTNEED)
-        if np.count_nonzero(self.lengths) < self.n_documents:
-            empty = np.flatnonzero(self.lengths == 0)
-            raise self._broken(f"{empty.size} documents have no tokens, the first is document {int(empty[0])}")
+        return self.n_documents - int(np.count_nonzero(self.lengths))
 
     def _broken(self, what: str) -> ConfigError:
         return ConfigError("corpus", self.prefix, f"{what}; write it again with `nemo-longctx prepare`")
@@ -317,10 +317,9 @@ class ShardedCorpus:
         """A hash of the shards' own fingerprints, in order; `whole_below` is for all together."""
         return hashlib.sha256("".join(fingerprints(self.shards, whole_below)).encode()).hexdigest()
 
-    def check(self) -> None:
+    def check(self) -> int:
         """`IndexedCorpus.check` on every shard."""
-        for shard in self.shards:
-            shard.check()
+        return sum(shard.check() for shard in self.shards)
 
 
 Corpus = IndexedCorpus | ShardedCorpus

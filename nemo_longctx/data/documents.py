@@ -59,6 +59,7 @@ class Documents:
         shard_offsets: int64 [shards + 1], first number of each shard, then how many documents there are.
         source_of_shard: int64 [shards].
         vocab_size: ids that are read must be below it; None: no window is looked at.
+        empty: documents without tokens, which no stratum holds; known after `check`.
         pieces: parts of documents, which have the numbers after the last document's; None: no parts.
     """
 
@@ -67,6 +68,7 @@ class Documents:
     def __init__(self, names: Sequence[str], corpora: Sequence[Corpus]):
         self.names, self.corpora = tuple(names), tuple(corpora)
         self.pieces: Pieces | None = None
+        self.empty = 0
         of_source = [corpus.shards if isinstance(corpus, ShardedCorpus) else (corpus,) for corpus in corpora]
         self.shards = tuple(shard for shards in of_source for shard in shards)
         self.source_of_shard = np.repeat(np.arange(len(corpora)), [len(shards) for shards in of_source])
@@ -86,9 +88,9 @@ class Documents:
         return int(self.shard_offsets[-1])
 
     def check(self) -> None:
-        """`IndexedCorpus.check` on every shard."""
-        for shard in self.shards:
-            IndexedCorpus(shard.prefix).check()  # through maps of its own, so that what it reads leaves the process's memory
+        """`IndexedCorpus.check` on every shard; counts the documents without tokens (`empty`)."""
+        # Through maps of its own, so that what it reads leaves the process's memory.
+        self.empty = sum(IndexedCorpus(shard.prefix).check() for shard in self.shards)
 
     def with_pieces(self, pieces: Pieces) -> Documents:
         """The same documents with numbers for parts of them.

@@ -95,7 +95,9 @@ class EvaluationWindows:
         low, high = int(self.ends.searchsorted(start, "right")), int(self.ends.searchsorted(stop, "left")) + 1
         visits = np.arange(low, high)
         ends = self.ends[low:high]
-        return visits, self.documents.lengths(visits), ends
+        lengths = self.documents.lengths(visits)
+        some = lengths > 0  # documents without tokens are read past
+        return visits[some], lengths[some], ends[some]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ class SourceConfig:
     Attributes:
         path: prefix of a `.bin/.idx` pair, a directory of shards, or a list of either, read as one corpus.
         name: what reports call it; None takes the last part of the path.
-        weight: share of the run's tokens; None in every source: natural shares (by tokens left after the length rules).
+        weight: share of the run's tokens, as a part of all sources' sum ([7, 3] is [0.7, 0.3]); None in every source: natural
+            shares (by tokens left after the length rules).
         drop_shorter: leave out documents of fewer tokens; None: as the mix.
         drop_longer: leave out documents of more tokens; None: as the mix.
     """
@@ -95,8 +96,8 @@ class MixConfig:
         if given and len(given) < len(weights):
             raise ConfigError("data.mix.sources.weight", weights, "weigh every source, or none for natural shares")
         if given and not math.isclose(sum(given), 1.0, abs_tol=1e-6):
-            mend = f"weights are shares of tokens and add up to 1, these to {sum(given):g}; divide each by that"
-            raise ConfigError("data.mix.sources.weight", weights, mend)
+            shares = [dataclasses.replace(s, weight=weight / sum(given)) for s, weight in zip(self.sources, given, strict=True)]
+            object.__setattr__(self, "sources", tuple(shares))
         labels = [source.label for source in self.sources]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
@@ -184,7 +185,7 @@ def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int, past: Rema
         past: what was read before. Natural shares are then those of what is unread, and a cap counts it.
 
     Raises:
-        ConfigError: zero-length documents, a source or a side of it that is empty after the rules, a cap that cannot be met.
+        ConfigError: an index that lies, a source or a side of it that is empty after the rules, a cap that cannot be met.
     """
     documents.check()
     strata = [stratum for number in range(len(mix.sources)) for stratum in _strata_of(mix, documents, number)]
@@ -193,11 +194,13 @@ def plan_mix(mix: MixConfig, documents: Documents, total_tokens: int, past: Rema
     if past is not None:
         given = np.array([_tokens_read(stratum, documents, past) for stratum in strata])
         natural_tokens = _unread_first(natural_tokens, given, total_tokens)
-    source_tokens = np.zeros(len(mix.sources))
-    np.add.at(source_tokens, [stratum.source for stratum in strata], natural_tokens)
+    of_source = np.array([stratum.source for stratum in strata])
+    source_tokens = np.bincount(of_source, weights=natural_tokens)
     weights = np.array([source.weight if source.weight is not None else 0.0 for source in mix.sources])
     weights = weights / weights.sum() if weights.any() else source_tokens / source_tokens.sum()
-    natural = np.array([weights[s.source] * n / source_tokens[s.source] for s, n in zip(strata, natural_tokens, strict=True)])
+    used_up = source_tokens[of_source] == 0  # where a weight asks for it nevertheless, it comes as it is
+    natural_tokens[used_up] = np.array([stratum.tokens for stratum in strata])[used_up]
+    natural = weights[of_source] * natural_tokens / np.bincount(of_source, weights=natural_tokens)[of_source]
     shares = natural if mix.long_share is None else _up_weigh(mix, strata, natural, weights)
     if mix.max_repeats is not None:
         shares = _cap(mix, mix.max_repeats, strata, shares, total_tokens, given)
@@ -218,8 +221,7 @@ def _unread_first(tokens: np.ndarray, given: np.ndarray, total_tokens: int) -> n
     level = (given // tokens).min()
     unread = np.maximum(tokens * (level + 1) - given, 0)
     more = max(0.0, total_tokens - unread.sum())
-    # What none of gives no share, but each source keeps a little: it has weights of its own to meet.
-    return np.maximum(unread + tokens * (more / tokens.sum()), tokens * 1e-9)
+    return unread + tokens * (more / tokens.sum())
 
 
 def _strata_of(mix: MixConfig, documents: Documents, number: int) -> list[Stratum]:

@@ -63,8 +63,8 @@ def build_order(
     Returns:
         The facts written at the end of the file: `visits`, `digest` (of all visits), `strata`, `stage_tokens` (for each
         stratum, the tokens meant for the stages up to each one's end), `cuts` (visits before which a stratum began again),
-        `origin`, `most_repeats` (of a document of each stratum, what was read before included), `read_again` (tokens of each
-        stratum that had been read before).
+        `origin`, `empty` (documents without tokens), `most_repeats` (of a document of each stratum, what was read before
+        included), `read_again` (tokens of each stratum that had been read before).
     """
     stages = curriculum.plan_from(origin)
     ends = [stage.end_token - origin for stage in stages]
@@ -92,6 +92,7 @@ def build_order(
         "stage_tokens": [each.stage_tokens for each in draws],
         "cuts": sorted(cuts),
         "origin": origin,
+        "empty": documents.empty,
         "most_repeats": [each.most for each in draws],
         "read_again": [each.again for each in draws],
     }

@@ -29,7 +29,7 @@ class LengthCounts:
 
     @classmethod
     def of(cls, pieces: Iterable[np.ndarray]) -> LengthCounts:
-        """Count lengths (integer arrays of any size, each above 0) that come in pieces."""
+        """Count lengths (integer arrays of any size) that come in pieces; documents without tokens are left out."""
         counts = np.zeros(_COUNTED, np.int64)
         long: list[np.ndarray] = []
         for lengths in pieces:
@@ -38,6 +38,7 @@ class LengthCounts:
                 long.append(lengths[~fits].astype(np.int64))
                 lengths = lengths[fits]
             counts += np.bincount(lengths, minlength=_COUNTED)
+        counts[0] = 0
         values = np.flatnonzero(counts)
         long_values, long_counts = np.unique(np.concatenate([np.empty(0, np.int64), *long]), return_counts=True)
         return cls(values=np.concatenate([values, long_values]), counts=np.concatenate([counts[values], long_counts]))

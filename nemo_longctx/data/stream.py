@@ -9,12 +9,12 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.base_run import consumed, left_at
-from nemo_longctx.data.best_fit import BestFitWindows, Packing, open_windows
+from nemo_longctx.data.best_fit import BestFitWindows, Packing, check_delivery, open_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.history import History, Segment, changes
 from nemo_longctx.data.mixture import MixConfig
-from nemo_longctx.data.order import open_order
+from nemo_longctx.data.order import Order, open_order
 from nemo_longctx.data.windows import Windows
 
 MOVES = {"curriculum", "data.mix", "data.seed"}  # what the order of documents follows
@@ -128,10 +128,23 @@ class Stream:
     def _open(self, left: Sequence[Segment], *, origin: int) -> Windows:
         past = History(left, origin=origin, cache_dir=self.cache_dir, sources=self.mix.sources) if left else None
         order = open_order(self.mix, self.documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir, past=past)
+        self._check_window(order)
         settings: dict[str, Any] = {"seed": self.seed, "document_masking": self.document_masking}
         self.windows = open_windows(order, self.curriculum, packing=self.packing, **settings)
         self._left = list(left)
         return self.windows
+
+    def _check_window(self, order: Order) -> None:
+        """A window that holds all that the mix has would only repeat it."""
+        longest = max(stage.seq_length for stage in self.curriculum.plan)
+        tokens = sum(stratum.tokens for stratum in order.strata)
+        if tokens > longest:
+            return
+        there = sum(shard.n_tokens for shard in self.documents.shards)
+        has = f"the corpus has only {tokens:,} tokens"
+        if there > longest:
+            has = f"the length rules (drop_shorter, drop_longer) and caps leave only {tokens:,} of {there:,} tokens"
+        raise ConfigError("curriculum.stages.seq_length", longest, f"{has}; take a shorter window or more text")
 
     def _now(self) -> Segment:
         return Segment.of(self.mix, self.documents, self.curriculum, packing=self.packing, seed=self.seed)
@@ -140,6 +153,8 @@ class Stream:
 def report(windows: Windows) -> list[str]:
     """What a run gets, by stage and source, one sentence a line."""
     order, strata, lines = windows.order, windows.order.strata, []
+    if order.facts["empty"]:
+        lines.append(f"{order.facts['empty']} documents have no tokens; they are read past")
     if order.origin:
         lines.append(f"the stream goes on at token {order.origin} with what was read least before it")
     for stage, tokens in zip(windows.plan, windows.delivered, strict=True):
@@ -148,6 +163,8 @@ def report(windows: Windows) -> list[str]:
             for stratum, count in zip(strata, tokens, strict=True)
         )
         lines.append(f"stage {stage.number}, {stage.end_token - stage.first_token} tokens: {shares}")
+    packing: Packing = "best_fit" if isinstance(windows.stages[0], BestFitWindows) else "concatenate"
+    lines += check_delivery(windows, packing)
     for packed in windows.stages:
         if isinstance(packed, BestFitWindows):
             share = packed.facts["padding"] / (packed.stage.end_token - packed.stage.first_token)

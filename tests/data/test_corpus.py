@@ -11,8 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
+from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.data.statistics import LengthCounts
+from nemo_longctx.data.stream import Stream, report
 from nemo_longctx.data.writer import CorpusWriter
 
 
@@ -183,15 +188,36 @@ def test_check_finds_lies_inside_the_index(prefix, name):
         IndexedCorpus(prefix).check()
 
 
-def test_check_finds_documents_without_tokens(prefix):
-    def change(raw):
-        struct.pack_into("<i", raw, LENGTHS + 4, 3)  # document 1 takes the tokens of document 2
-        struct.pack_into("<i", raw, LENGTHS + 8, 0)
-        struct.pack_into("<q", raw, POINTERS + 16, 12)
-
-    edit(prefix.with_suffix(".idx"), change)
-    with pytest.raises(ConfigError, match="1 documents have no tokens, the first is document 2"):
-        IndexedCorpus(prefix).check()
+def test_documents_without_tokens_are_counted_and_read_past(tmp_path):
+    """As Megatron's tools write them for empty text: as a sequence of no tokens, or as a document of no sequence."""
+    rng, texts = np.random.default_rng(0), []
+    for builder_of in ("sequence", "none"):
+        prefix = tmp_path / builder_of
+        lengths = [0, 30, 0, 0, 40, 26, 0, *[25] * 40, 0]
+        texts = [rng.integers(1, 99, length).astype(np.uint16) for length in lengths]
+        prefix.with_suffix(".bin").write_bytes(b"".join(text.tobytes() for text in texts))
+        own = lengths if builder_of == "sequence" else [length for length in lengths if length]
+        ends = range(len(lengths) + 1) if builder_of == "sequence" else np.cumsum([0, *(length > 0 for length in lengths)])
+        pointers = 2 * (np.cumsum(own) - own)
+        head = HEADER.pack(b"MMIDIDX\0\0", 1, 8, len(own), len(lengths) + 1)
+        index = np.array(own, np.int32).tobytes() + np.array(pointers, np.int64).tobytes() + np.array(ends, np.int64).tobytes()
+        prefix.with_suffix(".idx").write_bytes(head + index)
+        assert IndexedCorpus(prefix).check() == 5
+        counts = LengthCounts.of([IndexedCorpus(prefix).lengths])
+        assert (counts.documents, counts.tokens, int(counts.values[0])) == (43, 1096, 25)
+        mix = build(MixConfig, {"sources": [{"path": str(prefix)}]})
+        for packing in ("concatenate", "best_fit"):
+            curriculum = Curriculum.constant(seq_length=32, global_batch_size=4, total_steps=6)
+            stream = Stream(mix, curriculum, packing=packing, document_masking=True, cache_dir=str(tmp_path / "cache"))
+            windows = stream.begin()
+            assert report(windows)[0] == "5 documents have no tokens; they are read past"
+            assert not np.isin(windows.order.visits, np.flatnonzero(np.array(lengths) == 0)).any()
+        held_out = EvaluationWindows(EvaluationConfig(name="h", path=str(prefix), seq_length=32), document_masking=True)
+        joined = np.concatenate(texts).astype(np.int64)
+        for number in range(len(held_out)):
+            sample = held_out[number]
+            assert sample["tokens"].tolist() == joined[32 * number : 32 * number + 32].tolist()
+            assert (np.diff(sample["cu_seqlens"]) > 0).all()
 
 
 def test_missing_files_and_directories_without_shards(tmp_path, prefix):

@@ -20,6 +20,7 @@ from nemo_longctx.data.mixture import MixConfig
 from nemo_longctx.data.order import open_order
 from nemo_longctx.data.seen import Ranges, Remaining, Seen, _read_on
 from nemo_longctx.data.stream import Stream, report
+from nemo_longctx.files import can_be_written
 
 STEP = 256
 property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -339,3 +340,21 @@ def test_the_report_tells_what_comes_again(telling_corpora, tmp_path):
         f"source0: 130 documents come 0.20 times on average from token {20 * STEP} on, 2 at most in all; {again} tokens"
         in (told[-1])
     )
+
+
+def test_rules_that_leave_less_than_a_window_are_refused(telling_corpora, tmp_path):
+    """It would come again and again in every window."""
+    prefixes = telling_corpora([[50, *[90] * 100]])
+    long = [{"until": 1.0, "seq_length": 64}]
+    with pytest.raises(ConfigError, match=r"seq_length=64: the length rules .* leave only 50 of 9,050 tokens"):
+        stream(prefixes, 20, tmp_path, stages=long, mix={"drop_longer": 60}).begin()
+    with pytest.raises(ConfigError, match=r"seq_length=128: the corpus has only 50 tokens; take a shorter window"):
+        stream(telling_corpora([[50]]), 20, tmp_path, stages=[{"until": 1.0, "seq_length": 128}]).begin()
+
+
+def test_an_order_that_cannot_be_written_names_the_setting(telling_corpora, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir='.*taken': it cannot be written"):
+        stream(telling_corpora([TEXT]), 20, tmp_path / "taken").begin()
+    assert not can_be_written(tmp_path / "taken")
+    assert can_be_written(tmp_path / "new" / "folder")

@@ -94,7 +94,6 @@ def test_a_cap_is_an_error_or_gives_to_the_others(prefixes):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"weights": (0.5, 0.6)}, r"add up to 1, these to 1\.1"),
         ({"weights": (0.5, None)}, "weigh every source, or none"),
         ({"weights": (1.0, 0.0)}, "a share above 0"),
         ({"long_length": 10}, "go together"),
@@ -136,6 +135,13 @@ def test_rules_that_leave_nothing(prefixes, rules, message):
 def test_a_source_has_lengths_of_at_least_one_token():
     with pytest.raises(ConfigError, match=r"data\.mix\.sources\.drop_longer=-1"):
         SourceConfig(path="a", drop_longer=-1)
+
+
+@pytest.mark.parametrize("weights", [(7, 3), (0.7, 0.3), (70.0, 30)])
+def test_weights_are_parts_of_their_sum(prefixes, weights):
+    mix = mix_of(prefixes, weights)
+    assert [source.weight for source in mix.sources] == pytest.approx([0.7, 0.3])
+    assert [stratum.share for stratum in strata_of(mix).values()] == pytest.approx([0.7, 0.3])
 
 
 def test_two_sources_of_one_name(prefixes):

@@ -1,6 +1,7 @@
 """Best-fit packing: the plan is best-fit-decreasing, and a packed run cuts, loses and repeats nothing that it need not."""
 
 import bisect
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.best_fit import open_windows, pack_stage
+from nemo_longctx.data.best_fit import check_delivery, open_windows, pack_stage
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.order import open_order
@@ -198,5 +199,22 @@ def test_what_best_fit_delivers_is_what_the_tolerance_is_for(telling_corpora, tm
     order = open_order(mix, Documents.open(mix), curriculum, seed=1, cache_dir=str(tmp_path))
     told = open_windows(order, curriculum, seed=1, document_masking=False).delivered
     np.testing.assert_allclose(told / told.sum(axis=1, keepdims=True), 0.5, atol=0.001)
-    with pytest.raises(ConfigError, match=r"share_tolerance=0\.001: stage \d would get .* best_fit"):
-        open_windows(order, curriculum, packing="best_fit", seed=1, document_masking=False)
+    packed = open_windows(order, curriculum, packing="best_fit", seed=1, document_masking=False)  # off by a part of a window
+    (told, _) = check_delivery(packed, "best_fit")
+    assert re.fullmatch(r"stage 0 gets .* not the 50\.000% asked: it has only 192 windows of 32 tokens", told)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 50, 200])
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_short_run_may_mix_sources(telling_corpora, tmp_path, packing, steps):
+    """A few windows cannot meet a share to 0.1 %: that is told, and no reason to refuse it."""
+    rng = np.random.default_rng(steps)
+    prefixes = telling_corpora([np.minimum(rng.lognormal(4, 1, n).astype(int) + 2, 700).tolist() for n in (900, 700, 300)])
+    mix = MixConfig(sources=[SourceConfig(path=path, weight=weight) for path, weight in zip(prefixes, (5, 3, 2), strict=True)])
+    curriculum = Curriculum.constant(seq_length=128, global_batch_size=4, total_steps=steps)
+    order = open_order(mix, Documents.open(mix), curriculum, seed=1, cache_dir=str(tmp_path))
+    windows = open_windows(order, curriculum, packing=packing, seed=1, document_masking=False)
+    shares = windows.delivered.sum(0) / windows.delivered.sum()
+    off = np.abs(shares - [0.5, 0.3, 0.2]).max()
+    assert off <= (6 if off < 0.02 else 1) / (4 * steps)
+    assert len(check_delivery(windows, packing)) == (off > 0.001)

@@ -28,7 +28,6 @@ from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import Packing
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationSet, EvaluationWindows, blank
 from nemo_longctx.data.mixture import MixConfig, mix_dict
 from nemo_longctx.data.stream import Stream, report
@@ -143,7 +142,6 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             settings: dict[str, Any] = {"packing": self.packing, "document_masking": self.document_masking, "seed": self.seed}
             self.stream = Stream(self.mix, self.curriculum, cache_dir=self._cache_dir(), **settings)
             self.stream.documents.vocab_size = self._vocab_size
-            self._check_window(self.stream.documents)
             if not getattr(self.trainer, "ckpt_path", None):
                 self._begin()
         self._check_restored()
@@ -322,13 +320,6 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if self.trainer.accumulate_grad_batches != 1:
             mend = "micro batches are accumulated by the host already; set it to 1"
             raise ConfigError("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, mend)
-
-    def _check_window(self, documents: Documents) -> None:
-        """A window that holds the whole corpus would only repeat it."""
-        tokens = sum(shard.n_tokens for shard in documents.shards)
-        if tokens <= self.seq_length:
-            mend = f"the corpus has only {tokens:,} tokens; take a shorter window or more text"
-            raise ConfigError("curriculum.stages.seq_length", self.seq_length, mend)
 
     def _align_trainer(self) -> None:
         """Let the trainer count the batches of a resumed run by its tokens.
