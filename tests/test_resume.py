@@ -49,7 +49,8 @@ def test_every_setting_has_a_rule():
      ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "applied"),
      ("data.mix.sources[3].path", "free"), ("data.validation[0].samples", "applied"), ("data.num_workers", "free"),
      ("curriculum.stages[0].micro_batch_size", "free"), ("curriculum.stages[0].context_parallel_size", "free"),
-     ("curriculum.stages[1].seq_length", "applied"), ("data.mix.long_share", "equal"), ("data.after", "equal"), ("trainer.devices", "free"), ("trainer.precision", "equal"),
+     ("data.mix.long_share", "equal"), ("data.after", "equal"), ("curriculum.stages[1].seq_length", "applied"),
+     ("trainer.devices", "free"), ("trainer.precision", "equal"),
      ("eval.tasks", "applied"), ("checkpoint.keep", "applied")],
 )  # fmt: skip
 def test_the_rule_of(key, rule):

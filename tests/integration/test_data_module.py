@@ -290,6 +290,39 @@ def test_a_checkpoint_holds_the_address_and_refuses_other_data(monkeypatch, corp
         restored(monkeypatch, corpus, tmp_path, state, curriculum=other, allow_change=True)
 
 
+def test_a_longer_run_goes_on_with_what_was_not_read(monkeypatch, corpus, tmp_path):
+    """No leave is asked for, and what a checkpoint holds of it survives NeMo's ways."""
+    state = pickle.loads(pickle.dumps(state_of(corpus, tmp_path, 6)))
+    longer = {**CURRICULUM, "total_tokens": 12 * 256}
+    data = restored(monkeypatch, corpus, tmp_path, state, curriculum=longer)
+    assert data.history[0]["changed"] == ["curriculum", "order"]
+    assert data.windows.order.origin == 6 * 256
+    assert data.windows.order.facts["read_again"] == [0]
+    again = attach(data, global_step=9).state_dict()
+    assert [segment["until"] for segment in again["segments"]] == [6 * 256, None]
+    onward = restored(monkeypatch, corpus, tmp_path, again, curriculum=longer)
+    assert (onward.windows.order.digest, len(onward.history)) == (data.windows.order.digest, 1)
+
+
+def test_a_restart_opens_the_stream_once_its_checkpoint_is_read(monkeypatch, corpus, tmp_path):
+    state = state_of(corpus, tmp_path, 6)
+    data = attach(module(corpus, tmp_path), ckpt_path="a checkpoint")
+    monkeypatch.setattr(type(data.data_sampler), "data_parallel_size", 1)
+    data.setup("fit")
+    assert data.windows is None
+    data.load_state_dict(state)
+    assert len(data.windows) == data.curriculum.total_samples
+
+
+def test_a_corpus_that_cannot_be_written_beside_has_its_order_in_the_run(corpus, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(corpus + suffix, tmp_path / f"text{suffix}")
+    (tmp_path / "order_cache").write_text("no folder can be here")
+    data = attach(module(str(tmp_path / "text"), tmp_path, cache_dir=None), default_root_dir=str(tmp_path / "run"))
+    data.setup("fit")
+    assert Path(data.windows.order.path).parent == tmp_path / "run" / "order_cache"
+
+
 def test_a_run_that_is_shorter_than_its_checkpoint_is_refused(monkeypatch, corpus, tmp_path):
     state = state_of(corpus, tmp_path, 6)
     shorter = {**CURRICULUM, "total_tokens": 4 * 256}
