@@ -318,7 +318,8 @@ def test_a_corpus_that_cannot_be_written_beside_has_its_order_in_the_run(corpus,
     for suffix in (".bin", ".idx"):
         shutil.copy(corpus + suffix, tmp_path / f"text{suffix}")
     (tmp_path / "order_cache").write_text("no folder can be here")
-    data = attach(module(str(tmp_path / "text"), tmp_path, cache_dir=None), default_root_dir=str(tmp_path / "run"))
+    mix = {"sources": [{"path": str(tmp_path / "text")}]}
+    data = attach(LongContextDataModule(mix, CURRICULUM, num_workers=0), default_root_dir=str(tmp_path / "run"))
     data.setup("fit")
     assert Path(data.windows.order.path).parent == tmp_path / "run" / "order_cache"
 

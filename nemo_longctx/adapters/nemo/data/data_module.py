@@ -96,6 +96,7 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         self.data_sampler = CurriculumDataSampler(self.curriculum, document_masking=document_masking, output_log=output_log)
         self.windows: Windows | None = None
         self.stream: Stream | None = None
+        self.run_directory: str | None = None  # of the run, where a launcher knows it; else the trainer's root
         self.history: list[dict[str, Any]] = []  # changes of data or config that a user allowed
         self._restored: dict[str, Any] | None = None
 
@@ -165,7 +166,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         if self.cache_dir:
             return self.cache_dir
         beside = Path(_first_path(self.mix)).parent / "order_cache"
-        return str(beside if can_be_written(beside) else Path(self.trainer.default_root_dir) / "order_cache")
+        if can_be_written(beside):
+            return str(beside)
+        return str(Path(self.run_directory or self.trainer.default_root_dir) / "order_cache")
 
     def train_dataloader(self) -> WrappedDataLoader:
         """One loader for all stages, from the address where the run stands."""

@@ -87,6 +87,7 @@ def build_run(recipe: RecipeConfig) -> Run:
     changes = begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=source, recompute=recompute)
     check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
+    data.run_directory = str(run_directory(recipe))
     _check_vocabulary(data, model.config, recipe.data.tokenizer)
     callbacks = parts.recipe_callbacks(recipe, results=run_directory(recipe) / "results")
     return Run(
