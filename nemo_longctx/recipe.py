@@ -67,6 +67,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}", getattr(self, name), "set a decay rate in [0, 1)")
+        if self.epsilon >= 1:
+            raise ConfigError("optimizer.epsilon", self.epsilon, "set a number far below 1, such as 1e-5")
         for name in ("warmup_tokens", "weight_decay", "clip_grad", "epsilon"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optimizer.{name}", getattr(self, name), "it cannot be negative")

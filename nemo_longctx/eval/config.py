@@ -11,6 +11,9 @@ from nemo_longctx.eval import probes
 from nemo_longctx.eval.guard import GuardConfig
 
 
+MOST_BINS = 1_000_000  # sums and counts of each are kept for each document
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionTask:
     """Loss by position over documents of an indexed corpus.
@@ -36,8 +39,8 @@ class PositionTask:
         for name in ("seq_length", "documents"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name}", getattr(self, name), "give a positive number")
-        if self.bins < 0:
-            raise ConfigError("eval.bins", self.bins, "give a number of bins, or 0 for bins that grow")
+        if not 0 <= self.bins <= MOST_BINS:
+            raise ConfigError("eval.bins", self.bins, f"give up to {MOST_BINS:,} bins, or 0 for bins that grow")
 
     @property
     def name(self) -> str:

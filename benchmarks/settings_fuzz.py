@@ -1,0 +1,133 @@
+"""Mistyped settings through compose and schema: each ends in one sentence or is taken, none in a traceback, none hangs.
+
+    python benchmarks/settings_fuzz.py [--settings 20000] [--seed 0] [--output fuzz.json]
+
+Every key of the schema, nested ones and fields of the model too, gets values of other kinds: text, NaN, infinities, negative,
+zero and huge numbers, true, null, lists and mappings, and slips of its own name. Recipes are composed once; a setting is put in
+as Hydra would. What is taken is listed by key and value, to be read by eye.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.recipe import load_instruct_recipe, load_recipe
+
+NAN, INF = float("nan"), float("inf")
+VALUES: tuple[Any, ...] = (
+    None, True, False, "", "no", "off", "abc", "???", "1", "1e-4", -1, 0, 1, 2, 3, 2**31, 2**63, 10**30, -0.5, 0.5, 1.5, 1e300,
+    NAN, INF, -INF, [], [1], ["a"], [None], [[1]], [{"a": 1}], {}, {"a": 1}, {"kind": "position"}, "a/b", "\0", "x" * 5000,
+)  # fmt: skip
+PRETRAINING = ["recipe=tiny_cpu_long", "recipe=llama2_7b", "recipe=llama3_8b", "recipe=tiny_cpu_base"]
+TUNING = ["restore_from=base", "data.tokenizer=t", "data.short=[a]", "data.long=[b]", "trainer=cpu"]
+MORE_KEYS = (
+    "data.packing", "data.num_workers", "data.allow_change", "data.document_masking", "data.cache_dir", "data.test",
+    "data.mix.long_length", "data.mix.long_share", "data.mix.max_repeats", "data.mix.balance", "data.mix.on_cap",
+    "eval.every", "eval.guard", "eval.tasks", "eval.time_budget", "eval.max_length", "optimizer.epsilon", "optimizer.beta1",
+    "trainer.virtual_pipeline_model_parallel_size", "trainer.context_parallel_size", "trainer.sequence_parallel",
+    "trainer.recompute", "trainer.offload", "trainer.limit_val_batches", "trainer.log_every_n_steps", "rope.factor",
+    "model.num_layers", "model.hidden_dropout", "model.window_size", "model.init_method_std", "model.seq_length",
+    "model.forward_step_fn", "model.rotary_base", "model.add_qkv_bias", "lora", "lora.dim", "data.prompt_loss_weight",
+    "data.on_too_long", "data.pretraining", "data.template", "restore_from",
+)  # fmt: skip
+
+
+def places(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all keys and places in a composed mapping."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [path for name, item in inner for path in [(*key, name), *places(item, (*key, name))]]
+
+
+def put(values: dict[str, Any], path: tuple[Any, ...], value: Any, rename: str | None = None) -> dict[str, Any]:
+    """A copy of `values` with `value` at `path`, under another last name where `rename` is one."""
+    made = copy.deepcopy(values)
+    at: Any = made
+    for name in path[:-1]:
+        if isinstance(at, dict) and not isinstance(at.get(name), (dict, list)):
+            at[name] = {}
+        at = at[name]
+    at[path[-1] if rename is None else rename] = value
+    return made
+
+
+def outcome(load: Any, values: dict[str, Any], seconds: int) -> str:
+    """`refused`, `taken`, `hang`, or the name of what escaped."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        load(values)
+    except ConfigError as error:
+        return "refused" if "\n" not in str(error) else "two lines"
+    except TimeoutError:
+        return "hang"
+    except Exception as error:  # what the fuzz looks for
+        return f"{type(error).__name__}: {error}"[:200]
+    finally:
+        signal.alarm(0)
+    return "taken"
+
+
+def fuzz(settings: int, seed: int, seconds: int = 5) -> dict[str, Any]:
+    """Try so many settings; counts, what escaped, and what was taken (key -> values)."""
+    bases = [(load_recipe, compose([recipe])) for recipe in PRETRAINING]
+    bases.append((load_instruct_recipe, compose(TUNING, config_name="sft")))
+    tries = []
+    for load, values in bases:
+        paths = places(values) + [tuple(key.split(".")) for key in MORE_KEYS]
+        tries += [(load, values, path, value, None) for path in dict.fromkeys(paths) for value in VALUES]
+        named = [path for path in paths if isinstance(path[-1], str)]
+        tries += [(load, values, path, 1, f"{path[-1]}x") for path in named]
+    random.Random(seed).shuffle(tries)
+    counts: Counter[str] = Counter()
+    escaped: list[dict[str, Any]] = []
+    taken: dict[str, set[str]] = {}
+    for load, values, path, value, rename in (tries * (settings // len(tries) + 1))[:settings]:
+        found = outcome(load, put(values, path, value, rename), seconds)
+        counts[found if found in ("refused", "taken", "hang") else "escaped"] += 1
+        key = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, [*path[:-1], rename or path[-1]])))
+        if found == "taken":
+            taken.setdefault(key, set()).add(repr(value)[:40])
+        elif found != "refused":
+            escaped.append({"key": key, "value": repr(value)[:60], "what": found})
+    return {
+        "settings": settings,
+        "distinct": len(tries),
+        "counts": dict(counts),
+        "escaped": escaped,
+        "taken": {key: sorted(of) for key, of in sorted(taken.items())},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    began = time.monotonic()
+    found = fuzz(args.settings, args.seed)
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{args.settings} settings in {time.monotonic() - began:.0f} s: {found['counts']}")
+    for each in found["escaped"][:40]:
+        print(f"  {each['key']}={each['value']}: {each['what']}")
+    return 1 if found["escaped"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
