@@ -10,7 +10,6 @@ from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.eval import probes
 from nemo_longctx.eval.guard import GuardConfig
 
-
 MOST_BINS = 1_000_000  # sums and counts of each are kept for each document
 
 
