@@ -185,7 +185,7 @@ def _from_sentencepiece(directory: str) -> tuple[Tokenizer, dict[str, str]]:
         model = import_protobuf().ModelProto()
         model.ParseFromString(Path(path).read_bytes())
         if model.trainer_spec.model_type == 2 and model.trainer_spec.byte_fallback:
-            tokenizer = LlamaTokenizerFast(vocab_file=path).backend_tokenizer
+            tokenizer = LlamaTokenizerFast.from_pretrained(directory, legacy=True).backend_tokenizer
         else:
             tokenizer = SpmConverter(SimpleNamespace(vocab_file=path)).converted()
     spec = model.trainer_spec

@@ -106,3 +106,80 @@ def test_training_text_is_spread_over_the_input_without_the_holdout(tmp_path):
     taken = {name: sum(len(text) for text in texts if text.startswith(name)) for name in "abcd"}
     assert 40_000 <= sum(taken.values()) < 41_000
     assert all(9_000 < amount < 11_000 for amount in taken.values())
+
+
+def sentencepiece_model(directory, model_type, **options):
+    """A directory as people have it: SentencePiece's own file, and nothing else."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory.mkdir()
+    (directory / "text").write_text("\n".join(TEXTS * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=options.pop("vocab_size", 330),
+        model_type=model_type,
+        minloglevel=2,
+        **options,
+    )
+    (directory / "text").unlink()
+    (directory / "tokenizer.vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+
+
+LLAMA2 = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize("settings", [False, True])
+def test_a_sentencepiece_model_gives_its_own_tokens(tmp_path, settings):
+    theirs = sentencepiece_model(tmp_path / "tok", "bpe", **LLAMA2)
+    if settings:
+        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+        (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(config))
+    info = load_tokenizer(str(tmp_path / "tok"))
+    assert (info.eod_token, info.eod_id, info.bos_token, info.bos_id) == ("</s>", 2, "<s>", 1)
+    ours = Tokenizer.from_str(info.definition)
+    for text in ("The old dog runs.", "  two  spaces", "line\nends", "汉字 🎉", "x"):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+
+
+def test_a_unigram_sentencepiece_model_gives_its_own_tokens(tmp_path):
+    theirs = sentencepiece_model(tmp_path / "tok", "unigram", vocab_size=60, hard_vocab_limit=False)
+    info = load_tokenizer(str(tmp_path / "tok"))
+    assert info.eod_token == "</s>"
+    ours = Tokenizer.from_str(info.definition)
+    for text in ("The old dog runs.", "The long context runs over 12 hills."):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+
+
+def test_a_model_file_that_is_none_is_one_sentence(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match=r"^tokenizer="):
+        load_tokenizer(str(tmp_path))
+
+
+EOS = {
+    "special_tokens_map.json": ({}, {"eos_token": "<|pad|>"}, "<|pad|>"),
+    "as a token of its own": ({}, {"eos_token": {"content": "<|pad|>", "lstrip": False}}, "<|pad|>"),
+    "the map wins in an old directory": ({"eos_token": "<|endoftext|>"}, {"eos_token": "<|pad|>"}, "<|pad|>"),
+    "the map is not read in a new one": (
+        {"eos_token": "<|endoftext|>", "added_tokens_decoder": {}},
+        {"eos_token": "<|pad|>"},
+        "<|endoftext|>",
+    ),
+    "the class": ({"tokenizer_class": "GPT2TokenizerFast"}, {}, "<|endoftext|>"),
+    "none": ({}, {}, None),
+}
+
+
+@pytest.mark.parametrize("name", EOS)
+def test_eos_is_found_where_transformers_finds_it(directory, tmp_path, name):
+    settings, special, wanted = EOS[name]
+    (tmp_path / "tokenizer.json").write_text((directory / "tokenizer.json").read_text())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if special:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    assert load_tokenizer(str(tmp_path)).eod_token == wanted
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == wanted
