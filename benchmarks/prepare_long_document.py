@@ -1,6 +1,6 @@
 """Peak memory of `prepare` on one document: a fresh process for each size; what it needs above a document of 100 kB.
 
-    python benchmarks/prepare_long_document.py --megabytes 5 50 200
+python benchmarks/prepare_long_document.py --megabytes 5 50 200
 """
 
 from __future__ import annotations
@@ -15,7 +15,36 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = "the of and to in is it that was for on are with as his they at be this have from or had by hot but some what".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "it",
+    "that",
+    "was",
+    "for",
+    "on",
+    "are",
+    "with",
+    "as",
+    "his",
+    "they",
+    "at",
+    "be",
+    "this",
+    "have",
+    "from",
+    "or",
+    "had",
+    "by",
+    "hot",
+    "but",
+    "some",
+    "what",
+]
 
 
 def main() -> None:

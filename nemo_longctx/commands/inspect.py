@@ -6,13 +6,14 @@ import argparse
 import csv
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_longctx.commands.prepare import size
-from nemo_longctx.config import ConfigError, build
+from nemo_longctx.config import ConfigError, build, did_you_mean
 
 EPILOG = """\
 examples:
@@ -43,6 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--figure", metavar="PNG", help="histogram, with its data beside it as CSV (default: PREFIX.lengths.png)"
     )
     parser.add_argument("--no-figure", action="store_true", help="write no files")
+    parser.add_argument("--show", type=int, metavar="N", help="print N windows as the model gets them: text, seams, ids, loss")
+    parser.add_argument("--at", type=size, metavar="TOKEN", help="with --show: from the window at this token of the run on")
+    parser.add_argument("--source", metavar="NAME", help="with --show: only windows that hold a document of this source")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="with --show: of the text (default: what prepare noted)")
+    parser.add_argument("--document-masking", action="store_true", help="with --show: documents kept apart, as in such a run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.data.mixture import Documents, MixConfig
     from nemo_longctx.data.statistics import LengthCounts, describe
 
-    has_plan = any(value is not None for value in (args.mix, args.curriculum, args.total_tokens, args.seq_length))
+    has_plan = any(value is not None for value in (args.mix, args.curriculum, args.total_tokens, args.seq_length, args.show))
     _check(args, has_plan)
     mix = build(MixConfig, _mix_values(args), where="data.mix")
     documents = Documents.open(mix)
@@ -65,9 +71,17 @@ def run(args: argparse.Namespace) -> int:
     error = None
     if has_plan:
         report["plan"], error = _plan(args, mix, documents)
+    unwritten = None
     if not args.no_figure:
-        report["figure"] = _draw(args, report)
+        try:
+            report["figure"] = _draw(args, report)
+        except OSError as failed:  # a corpus that may only be read: the report does not depend on its picture
+            unwritten = failed
     print(json.dumps(report, indent=1)) if args.json else _print(report)
+    if unwritten is not None:
+        if args.figure is not None:
+            raise unwritten
+        print(f"no figure ({unwritten}); name a path by --figure, or use --no-figure", file=sys.stderr)
     if error is not None:
         raise error
     return 0
@@ -81,6 +95,11 @@ def _check(args: argparse.Namespace, has_plan: bool) -> None:
             raise ConfigError(name, value, mend)
     if args.seed is not None and args.seed < 0:
         raise ConfigError("seed", args.seed, "a whole number of at least 0")
+    if args.show is not None and args.show < 1:
+        raise ConfigError("show", args.show, "how many windows to print, at least 1")
+    for name in ("at", "source", "tokenizer", "document_masking"):
+        if args.show is None and getattr(args, name):
+            raise ConfigError(name, getattr(args, name), "it has no effect without --show")
     for name in ("packing", "seed"):
         if not has_plan and getattr(args, name) is not None:
             mend = "it has no effect without a plan; give --seq-length, --total-tokens, --mix or --curriculum"
@@ -168,7 +187,9 @@ def _plan(args: argparse.Namespace, mix: Any, documents: Any) -> tuple[dict[str,
         with open(path, "wb") as file:
             build_order(documents, strata, curriculum, seed=seed, file=file)
         order = Order(path, documents, share_tolerance=mix.share_tolerance)
-        windows = pack_windows(order, curriculum, packing=packing, seed=seed, document_masking=False)
+        windows = pack_windows(order, curriculum, packing=packing, seed=seed, document_masking=args.document_masking)
+        if args.show is not None:
+            _show(args, windows, documents)
         delivered = windows.delivered
         try:
             check_delivery(windows, packing)
@@ -199,6 +220,35 @@ def _plan(args: argparse.Namespace, mix: Any, documents: Any) -> tuple[dict[str,
     if args.total_tokens is not None:
         plan["total_tokens_given"] = args.total_tokens
     return plan | {"strata": rows, "stages": stages}, error
+
+
+def _show(args: argparse.Namespace, windows: Any, documents: Any) -> None:
+    """Print windows of the run, on stderr where the report is JSON."""
+    from nemo_longctx.data.show import show_windows
+    from nemo_longctx.data.tokenization import load_tokenizer
+
+    if args.source is not None and args.source not in documents.names:
+        raise ConfigError("source", args.source, did_you_mean(args.source, documents.names))
+    last = windows.curriculum.total_tokens
+    if args.at is not None and not 0 <= args.at < last:
+        raise ConfigError("at", args.at, f"the run has {last:,} tokens; name one of them")
+    name = args.tokenizer or documents.corpora[0].provenance.get("tokenizer", {}).get("name")
+    tokenizer = None
+    if name is not None:
+        try:
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_str(load_tokenizer(name).definition)
+        except ConfigError:
+            if args.tokenizer is not None:
+                raise
+            print(f"the tokenizer {name} is not there; name it by --tokenizer to see text", file=sys.stderr)
+    stage = windows.curriculum.stage_at_token(args.at or 0)
+    first = stage.first_sample + ((args.at or 0) - stage.first_token) // stage.seq_length
+    out = sys.stderr if args.json else sys.stdout
+    colour = out.isatty() and "NO_COLOR" not in os.environ
+    for line in show_windows(windows, tokenizer, first=first, count=args.show, source=args.source, colour=colour):
+        print(line, file=out)
 
 
 def _draw(args: argparse.Namespace, report: dict[str, Any]) -> str:

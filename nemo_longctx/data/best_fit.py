@@ -301,6 +301,28 @@ class BestFitWindows:
             np.concatenate([starts + length, ends]),
         )
 
+    def parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """What sample `number` is made of: documents, the token of each it begins with, and tokens of each, in order."""
+        block = bisect.bisect_right(self._block_starts, number) - 1
+        before, length = self._block_starts[block], self.stage.seq_length
+        place = self._permutations[block][number - before]
+        if place < self._own[block]:
+            own = self._own_before[block] + place
+            which = int(self.long_ends.searchsorted(own, "right"))
+            inside = own - (int(self.long_ends[which - 1]) if which else 0)
+            documents = self.long_documents[which : which + 1]
+            start = int(self.long_starts[which]) + inside * length
+            return documents, [start], [min(length, int(self.order.documents.lengths(documents)[0]) - start)]
+        shared = before - self._own_before[block] + place - self._own[block]
+        low, high = int(self.bin_ends[shared - 1]) if shared else 0, int(self.bin_ends[shared])
+        documents = self.pieces[low:high]
+        lengths = self.order.documents.lengths(documents)
+        starts = lengths - lengths % length
+        odd, odd_start = self.facts["odd"]
+        if low <= odd < high:
+            starts[odd - low] = odd_start
+        return documents, starts.tolist(), (lengths - starts).tolist()
+
     def _own_window(self, number: int) -> Sample:
         """A window out of one document."""
         length = self.stage.seq_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_longctx.data.windows import Windows
+from nemo_longctx.data.windows import StageWindows, Windows
 
 _BOLD, _DIM, _RED, _PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
 _AROUND = 4  # tokens listed on each side of a seam
@@ -45,7 +45,8 @@ def show_windows(
             end = min(begin + length, len(tokens))
             if end <= begin:
                 continue
-            yield f"{bold}--- {name}: document {document} of {prefix}, from its token {start:,}, {end - begin:,} tokens ---{plain}"
+            where = f"document {document} of {prefix}, from its token {start:,}"
+            yield f"{bold}--- {name}: {where}, {end - begin:,} tokens ---{plain}"
             if tokenizer is not None:
                 yield _text(tokenizer, tokens[begin:end])
             begin = end
@@ -74,16 +75,12 @@ def _listed(origins: list[tuple[str, str, int, int, int]], size: int) -> list[in
     return sorted({place for edge in edges for place in range(edge - _AROUND, edge + _AROUND) if 0 <= place < size})
 
 
-def _origins(windows: Windows, place: Any, number: int) -> list[tuple[str, str, int, int, int]]:
+def _origins(windows: Windows, place: StageWindows, number: int) -> list[tuple[str, str, int, int, int]]:
     """(source, its file's prefix, document there, first token of it, tokens) of each part of a window, in order."""
-    window = place.window(number)
-    visits, lengths, ends = windows.order.span(window.address, window.address + window.seq_length)
     documents = windows.order.documents
     found = []
-    for visit, length, end in zip(visits.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-        low, high = max(end - length, window.address), min(end, window.address + window.seq_length)
+    for visit, start, size in zip(*place.parts(number), strict=True):
         shard = int(documents.shard_offsets.searchsorted(visit, side="right")) - 1
         name = documents.names[int(documents.source_of_shard[shard])]
-        inside = visit - int(documents.shard_offsets[shard])
-        found.append((name, documents.shards[shard].prefix, inside, low - (end - length), high - low))
+        found.append((name, documents.shards[shard].prefix, int(visit) - int(documents.shard_offsets[shard]), start, size))
     return found

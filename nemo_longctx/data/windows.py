@@ -82,6 +82,14 @@ class ConcatenatedWindows:
         place = low + self._permutations[block][number - low]
         return Window(self.stage.first_token + place * self.stage.seq_length, self.stage.seq_length)
 
+    def parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """What sample `number` is made of: documents, the token of each it begins with, and tokens of each, in order."""
+        window = self.window(number)
+        first, last = window.address, window.address + window.seq_length
+        documents, lengths, ends = self.order.span(first, last)
+        begins = np.maximum(ends - lengths, first)
+        return documents, (begins - (ends - lengths)).tolist(), (np.minimum(ends, last) - begins).tolist()
+
     def sample(self, number: int) -> Sample:
         """The stage's sample `number`."""
         window = self.window(number)
@@ -232,6 +240,9 @@ def _ones(length: int) -> np.ndarray:
 
 class StageWindows(Protocol):
     """A stage's samples by number."""
+
+    def parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """Documents of sample `number`, the token of each it begins with, and tokens of each."""
 
     def sample(self, number: int) -> Sample:
         """The stage's sample `number`."""

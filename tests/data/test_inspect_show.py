@@ -1,0 +1,65 @@
+"""`inspect --show`: a window's parts are the documents whose tokens it holds; a report comes before its picture."""
+
+import os
+
+import numpy as np
+import pytest
+from tiny_models import byte_tokenizer
+
+from nemo_longctx.cli import main
+from nemo_longctx.config import build
+from nemo_longctx.data.best_fit import pack_windows
+from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.data.mixture import Documents, MixConfig, plan_mix
+from nemo_longctx.data.order import Order, build_order
+from nemo_longctx.data.show import show_windows
+from nemo_longctx.data.writer import CorpusWriter
+
+
+def windows_of(prefixes, directory, packing):
+    mix = build(MixConfig, {"sources": [{"path": prefix} for prefix in prefixes]})
+    documents = Documents.open(mix)
+    curriculum = Curriculum.constant(seq_length=64, global_batch_size=1, total_steps=12)
+    with open(directory / "order", "wb") as file:
+        build_order(documents, plan_mix(mix, documents, curriculum.total_tokens), curriculum, seed=1, file=file)
+    order = Order(str(directory / "order"), documents, share_tolerance=1.0)
+    return pack_windows(order, curriculum, packing=packing, seed=1, document_masking=True)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_the_parts_of_a_window_are_the_tokens_that_it_holds(telling_corpora, tmp_path, packing):
+    prefixes = telling_corpora([[100, 7, 30, 64, 200, 3, 90], [31, 5, 128, 40, 60, 61]])
+    windows = windows_of(prefixes, tmp_path, packing)
+    for number in range(len(windows)):
+        documents, starts, sizes = windows.stages[0].parts(number)
+        held = [1000 * int(d) + np.arange(start, start + size) for d, start, size in zip(documents, starts, sizes, strict=True)]
+        sample = windows[number]
+        whole = np.concatenate(held)
+        assert sample["tokens"][: len(whole)].tolist() == whole.tolist()
+        assert not sample["loss_mask"][len(whole) :].any()
+        lines = list(show_windows(windows, None, first=number, count=1))
+        assert sum(line.startswith("--- source") for line in lines) == len(documents)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    tokenizer = byte_tokenizer(["the old dog runs over long hills"])
+    tokenizer.save_pretrained(tmp_path / "tok")
+    for name in ("books", "web"):
+        with CorpusWriter(str(tmp_path / name), np.uint16) as writer:
+            for number in range(12):
+                writer.add_document([*tokenizer.encode(f"{name} number {number} " * 3), tokenizer.eos_token_id])
+    return tmp_path
+
+
+def test_the_report_of_a_corpus_that_may_only_be_read_comes_without_its_picture(corpus, capsys, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(13, "Permission denied", "books.lengths.png")
+
+    monkeypatch.setattr("nemo_longctx.report.lengths.plot_lengths", refused)  # root may write anywhere
+    assert main(["inspect", str(corpus / "books")]) == 0
+    captured = capsys.readouterr()
+    assert "books: 12 documents" in captured.out
+    assert "no figure" in captured.err
+    assert main(["inspect", str(corpus / "books"), "--figure", os.devnull + "/x.png"]) != 0
+    assert "books: 12 documents" in capsys.readouterr().out
