@@ -77,6 +77,18 @@ def test_a_run_that_reads_everything_once_reads_it_once(telling_corpora, tmp_pat
     assert times.max() == 1
 
 
+@pytest.mark.parametrize("sources", [1, 2])
+def test_each_epoch_has_an_order_of_its_own(telling_corpora, tmp_path, sources):
+    prefixes = telling_corpora([[16] * 40] * sources)
+    curriculum = Curriculum.constant(seq_length=32, global_batch_size=4, total_steps=15 * sources)
+    visits = windows_of(prefixes, curriculum, tmp_path).order.visits
+    for source in range(sources):
+        own = visits[(visits >= 40 * source) & (visits < 40 * source + 40)]
+        epochs = [own[at : at + 40].tolist() for at in (0, 40)]
+        assert [sorted(epoch) for epoch in epochs] == [list(range(40 * source, 40 * source + 40))] * 2
+        assert epochs[0] != epochs[1]
+
+
 def test_data_is_read_once_for_its_fingerprint_until_a_file_is_touched(telling_corpora, tmp_path, monkeypatch):
     (prefix,) = telling_corpora([[100] * 50])
     curriculum = Curriculum.constant(seq_length=64, global_batch_size=4, total_steps=4)
