@@ -9,7 +9,7 @@ from pathlib import Path
 import nemo_longctx
 
 PACKAGE = Path(nemo_longctx.__file__).parent
-CORES = ("rope", "attention", "data", "instruct", "eval", "planning", "report")
+CORES = ("rope", "attention", "data", "instruct", "eval", "planning", "report", "ablation")
 
 HOST = ("nemo", "megatron", "lightning", "lm_eval", "nemo_run")
 

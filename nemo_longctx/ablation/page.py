@@ -50,12 +50,20 @@ def measure_table(measure: Measure, arms: Mapping[str, NDArray[np.float64]], ref
 
 
 def write_study(
-    directory: Path, study: Study, found: Found, *, scale: str, provenance: Mapping[str, Any], ended: str = ""
+    directory: Path,
+    study: Study,
+    found: Found,
+    *,
+    scale: str,
+    provenance: Mapping[str, Any],
+    ended: str = "",
+    paths: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `index.html`, `README.md`, a CSV and a PNG a measure and `claims.csv`; returns the page.
 
     Args:
         found: measure -> arm -> values [S, D]; arms that a scale leaves out are missing.
+        paths: where each measure lies at this scale, for the page; default, as the study says.
         ended: why the study ended before its arms were run (the gate), as a sentence.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +80,14 @@ def write_study(
         table = measure_table(measure, arms, next(iter(arms)))
         _write(directory / f"{name}.csv", table)
         figure = plot_effects(arms, directory / f"{name}.png", title=measure.text)
-        sections.append(Section(heading=measure.text, note=f"Measured as {measure.path}.", figures=[figure], table=table))
+        sections.append(
+            Section(
+                heading=measure.text,
+                note=f"Measured as {(paths or {}).get(name, measure.path)}.",
+                figures=[figure],
+                table=table,
+            )
+        )
     made = json.dumps(provenance, indent=1, default=str)
     sections.append(Section(heading="What made this", code=made))
     write_text(directory / "README.md", _markdown(study, sections))

@@ -137,7 +137,13 @@ class Runner:
             "commit": commit(),
         }
         return write_study(
-            self.out / "page" / self.study.name, self.study, self.found(), scale=self.name, provenance=provenance, ended=ended
+            self.out / "page" / self.study.name,
+            self.study,
+            self.found(),
+            scale=self.name,
+            provenance=provenance,
+            ended=ended,
+            paths={name: measure.path for name, measure in self._measures().items()},
         )
 
 

@@ -70,6 +70,7 @@ def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
     before = len(last.done)
     assert last() is not None
     assert len(machine.ran) == len(last.commands()) - before
+    assert "Measured as context/context_4032/2048." in (tmp_path / "whole/page/position/README.md").read_text()
     made = tables(tmp_path / "whole")
     assert made == tables(tmp_path / "killed")
     assert len(made) == 7

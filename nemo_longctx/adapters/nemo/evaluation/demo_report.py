@@ -101,7 +101,7 @@ def _compare(output: Path) -> tuple[list[PositionRow], dict[str, SuiteResult], d
     found: dict[str, SuiteResult] = {}
     tokenizer = AutoTokenizer.from_pretrained(output / "data" / "tokenizer")
     for name in (BASE, LONG):
-        model, config, _ = load_model(output / name, seq_length=LONG_LENGTH)
+        model, config, _ = load_model(output / name, seq_length=LONG_LENGTH + TARGETS)  # and room for an answer
         rows += loss_by_position(model, corpus, edges=edges, max_windows=MAX_WINDOWS, name=name).rows(name)
         with evaluating(model):
             read = MCoreCausalModel(model, vocab_size=config.vocab_size, max_length=LONG_LENGTH + TARGETS)
