@@ -19,12 +19,23 @@ from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.retrieval_text import RECORDS, draw_number
+from nemo_longctx.eval import ruler
 from nemo_longctx.files import write_text
 
 # Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
 PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
-KINDS = ("first_sentence", "passkey", "record", "needle", "needle_multi_key", "needle_multi_value", "variable_tracking")
-WITHOUT_DEPTH = ("first_sentence", "variable_tracking")
+KINDS = (
+    "first_sentence",
+    "passkey",
+    "record",
+    "needle",
+    "needle_multi_key",
+    "needle_multi_value",
+    "variable_tracking",
+    *ruler.KINDS,
+)
+WITHOUT_DEPTH = ("first_sentence", "variable_tracking", *ruler.KINDS)
+SUITES = {"ruler": ruler.KINDS}
 WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
     "knoll", "lotus", "maple", "nectar", "olive", "pearl", "quill", "raven", "sable", "tulip",
@@ -45,7 +56,8 @@ class ProbeConfig:
     """Which probes to make.
 
     Args:
-        kinds: any of `KINDS`. lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
+        suite: `ruler` in place of kinds: all of its tasks that need no data of their own. kinds: any of `KINDS`.
+        lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
         samples: probes of each kind, length and depth. seed: of their texts, names and numbers.
         max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
     """
@@ -56,8 +68,13 @@ class ProbeConfig:
     samples: int = 5
     seed: int = 0
     max_new_tokens: int = 32
+    suite: str = ""
 
     def __post_init__(self) -> None:
+        if self.suite:
+            if self.suite not in SUITES:
+                raise ConfigError("probes.suite", self.suite, f"unknown suite, {did_you_mean(str(self.suite), SUITES)}")
+            object.__setattr__(self, "kinds", SUITES[self.suite])
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ConfigError("probes.kinds", kind, f"unknown probe, {did_you_mean(kind, KINDS)}")
@@ -175,7 +192,19 @@ class _Maker:
 
     def make(self, kind: str, length: int, depth: float, sample: int) -> Probe:
         rng = random.Random(f"{self.config.seed} {kind} {length} {depth} {sample}")
-        if kind == "first_sentence":
+        ruled = 0
+        if kind in ruler.KINDS:
+            parts, answers, ruled = ruler.make(
+                kind,
+                rng,
+                length,
+                encode=self.encode,
+                prefix=self.prefix,
+                essay=lambda tokens: self._filler(rng.randrange(max(1, len(self.text))), tokens),
+                fill=lambda tokens, text: self._filler(0, tokens, text * max(1, 4096 // len(text))),
+                spread=self._spread,
+            )
+        elif kind == "first_sentence":
             parts, answers = self._first_sentence(rng, length)
         elif kind == "variable_tracking":
             parts, answers = self._variables(rng, length)
@@ -195,7 +224,7 @@ class _Maker:
             prompt=parts,
             answers=answers,
             first=first,
-            max_new_tokens=max(new, len(self.encode(" " + ", and ".join(answers), after=":")) + 4),
+            max_new_tokens=ruled or max(new, len(self.encode(" " + ", and ".join(answers), after=":")) + 4),
         )
 
     def _room(self, kind: str, length: int, *fixed: list[int]) -> int:

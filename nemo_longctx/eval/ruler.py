@@ -1,0 +1,232 @@
+"""RULER's tasks (Hsieh et al. 2024; settings and prompts of hsiehjackson/RULER at e40fae1) as probes of exact length.
+
+Like there, a length is that of the prompt and of the tokens that may be generated, together. Haystacks of essays are the user's
+own text, and words are made of syllables, so that nothing is fetched. RULER's two question answering tasks need data of their
+own and are not among these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from nemo_longctx.config import ConfigError
+
+PREFIX = "ruler_"
+THRESHOLD = 0.856  # Llama 2 7B's score at 4K, from which RULER calls a length effective
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needles:
+    """One of RULER's needle tasks: what hides it, what keys and values are, and how many keys, values a key, keys asked."""
+
+    haystack: str = "essay"
+    key: str = "words"
+    value: str = "numbers"
+    keys: int = 1
+    values: int = 1
+    asked: int = 1
+
+
+NIAH = {
+    "niah_single_1": Needles(haystack="repeat"),
+    "niah_single_2": Needles(),
+    "niah_single_3": Needles(value="uuids"),
+    "niah_multikey_1": Needles(keys=4),
+    "niah_multikey_2": Needles(haystack="needle"),
+    "niah_multikey_3": Needles(haystack="needle", key="uuids", value="uuids"),
+    "niah_multivalue": Needles(values=4),
+    "niah_multiquery": Needles(keys=4, asked=4),
+}
+# Tokens that RULER lets a model generate.
+NEW_TOKENS = dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50}
+KINDS = tuple(PREFIX + name for name in NEW_TOKENS)
+
+Encode = Callable[..., list[int]]
+
+
+def make(
+    kind: str,
+    rng: random.Random,
+    length: int,
+    *,
+    encode: Encode,
+    prefix: list[int],
+    essay: Callable[[int], list[int]],
+    fill: Callable[[int, str], list[int]],
+    spread: Callable[[list[int], list[tuple[float, list[int]]]], list[int]],
+) -> tuple[list[int], list[str], int]:
+    """(prompt, answers, tokens to generate) of one probe; prompt and generation together are `length` tokens.
+
+    Args:
+        encode: text -> tokens as after other text. prefix: tokens in front (BOS).
+        essay: so many tokens of the user's text. fill: so many tokens of a given text, repeated.
+        spread: puts texts into a filler at depths.
+
+    Raises:
+        ConfigError: the length is too short.
+    """
+    name = kind.removeprefix(PREFIX)
+    new = NEW_TOKENS[name]
+
+    def room(*fixed: list[int]) -> int:
+        left = length - new - len(prefix) - sum(map(len, fixed))
+        if left < 0:
+            raise ConfigError("probes.lengths", length, f"too short for a {kind} probe, which needs {length - left} tokens")
+        return left
+
+    if name in NIAH:
+        head, hidden, other, question, answers = _niah(NIAH[name], rng, length)
+        needles = [(rng.random(), encode(" " + text)) for text in hidden]
+        start, end = encode(head, after=""), encode(question)
+        left = room(start, end, *(tokens for _, tokens in needles))
+        filler = essay(left) if other is None else fill(left, other)
+        return [*prefix, *start, *spread(filler, needles), *end], answers, new
+    if name == "vt":
+        example, _ = _variables(rng, 3)
+        hidden, asked = _variables(rng, 5)
+        intro = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+        shown = intro + " ".join(f"{line}. {NOISE}" for line in example) + _asked(example, shown=True) + "\n\n"
+        start, end = encode(shown + intro, after=""), encode(_asked(hidden, shown=False))
+        needles = list(zip(sorted(rng.random() for _ in hidden), (encode(f" {line}.") for line in hidden), strict=True))
+        filler = fill(room(start, end, *(tokens for _, tokens in needles)), NOISE + "\n")
+        return [*prefix, *start, *spread(filler, needles), *end], asked, new
+    text, question, answers = (_common if name == "cwe" else _frequent)(rng, length)
+    end = encode(question)
+    body = _most(text, room(end), encode, length)
+    pad = encode("\n", after="x")[-1:] * (room(end) - len(body))
+    return [*prefix, *body, *pad, *end], answers, new
+
+
+def _most(text: Callable[[int], str], budget: int, encode: Encode, length: int) -> list[int]:
+    """Tokens of the largest text(n) within the budget, by halving."""
+    low, high, best = 1, 2, encode(text(1), after="")
+    if len(best) > budget:
+        mend = f"too short for a list of words, which needs {len(best)} tokens and has {budget}"
+        raise ConfigError("probes.lengths", length, mend)
+    while high < 1 << 20 and len(encode(text(high), after="")) <= budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(encode(text(middle), after="")) <= budget else (low, middle)
+    return encode(text(low), after="")
+
+
+def _word(rng: random.Random, syllables: int = 3) -> str:
+    return "".join(rng.choice(SYLLABLES) for _ in range(syllables))
+
+
+def _random(kind: str, rng: random.Random) -> str:
+    if kind == "numbers":
+        return str(rng.randrange(10**6, 10**7))
+    return f"{_word(rng)}-{_word(rng)}" if kind == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _niah(task: Needles, rng: random.Random, length: int) -> tuple[str, list[str], str | None, str, list[str]]:
+    """Text before the haystack, needles, what the haystack repeats (None: essays), the question, the answers."""
+
+    def needle(key: str, value: str) -> str:
+        return f"One of the special magic {task.value} for {key} is: {value}."
+
+    keys = [_random(task.key, rng) for _ in range(task.keys)]
+    values = {key: [_random(task.value, rng) for _ in range(task.values)] for key in keys}
+    hidden = [needle(key, value) for key in keys for value in values[key]]
+    rng.shuffle(hidden)
+    asked = rng.sample(keys, task.asked)
+    query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
+    one = task.asked * task.values == 1
+    some, many, are = ("A", task.value[:-1], "is") if one else ("Some", task.value, "are all")
+    hides, verb = ("is", "is") if one else ("are", "are")
+    head = f"{some} special magic {many} {hides} hidden within the following text. Make sure to memorize it. "
+    head += f"I will quiz you about the {many} afterwards.\n"
+    question = f"\nWhat {are} the special magic {many} for {query} mentioned in the provided text?"
+    question += f" The special magic {many} for {query} mentioned in the provided text {verb}"
+    other = None if task.haystack == "essay" else NOISE + "\n"
+    if task.haystack == "needle":
+        other = "\n".join(needle(_random(task.key, rng), _random(task.value, rng)) for _ in range(length // 8 + 8)) + "\n"
+    return head, hidden, other, question, [value for key in asked for value in values[key]]
+
+
+def _variables(rng: random.Random, letters: int, hops: int = 4) -> tuple[list[str], list[str]]:
+    """A chain of assignments, and its variables."""
+    names: list[str] = []
+    while len(names) <= hops:
+        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
+        names += [name] if name not in names else []
+    lines = [f"VAR {names[0]} = {rng.randrange(10_000, 99_999)}"]
+    return lines + [f"VAR {after} = VAR {before}" for before, after in itertools.pairwise(names)], names
+
+
+def _asked(lines: list[str], *, shown: bool) -> str:
+    value, names = lines[0].rpartition(" ")[2], [line.split()[1] for line in lines]
+    text = f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+    text += (
+        f"chain(s) of variable assignment in the text above, {len(names)} variables are assigned the value {value}, they are:"
+    )
+    return text + (" " + " ".join(names) if shown else "")
+
+
+def _common(rng: random.Random, length: int) -> tuple[Callable[[int], str], str, list[str]]:
+    """A numbered list in which ten words stand more often than the others, behind a solved example."""
+    intro = "Below is a numbered list of words. In these words, some appear more often than others. "
+    intro += "Memorize the ones that appear most often.\n"
+    question = "\nQuestion: What are the 10 most common words in the above list? "
+    question += "Answer: The top 10 words that appear most often in the list are:"
+    often, seldom = (6, 1) if length < 4096 else (30, 3)
+    words = list(dict.fromkeys(_word(rng) for _ in range(length // 4 + 200)))
+    seed = rng.random()
+
+    def listed(common: list[str], others: Iterable[str], often: int, seldom: int) -> str:
+        entries = [*common * often, *list(others) * seldom]
+        random.Random(seed).shuffle(entries)
+        return " ".join(f"{number}. {word}" for number, word in enumerate(entries, start=1))
+
+    few = (3, 1) if length < 4096 else (10, 3)
+    example = intro + listed(words[:10], words[10 : 20 if length < 4096 else 40], *few) + question
+    example += " " + " ".join(f"{number}. {word}" for number, word in enumerate(words[:10], start=1)) + "\n"
+    common = words[40:50]
+    return lambda n: example + intro + listed(common, words[50 : 50 + n], often, seldom), question, common
+
+
+def _frequent(rng: random.Random, length: int) -> tuple[Callable[[int], str], str, list[str]]:
+    """Coded words whose numbers follow a zeta distribution (exponent 2); the commonest is noise, the next three are asked."""
+    coded = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(max(8, length // 50))]
+    vocabulary = ["...", *dict.fromkeys(coded)]
+    seed, total = rng.random(), 1.6449340668482264  # zeta(2)
+
+    def text(n: int) -> str:
+        counts = [int(20 * n / (rank**2 * total)) for rank in range(1, len(vocabulary) + 1)]
+        words = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
+        random.Random(seed).shuffle(words)
+        intro = "Read the following coded text and track the frequency of each coded word. "
+        return intro + "Find the three most frequently appeared coded words. " + " ".join(words)
+
+    question = "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+    question += "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
+    return text, question + "appeared words are:", vocabulary[1:4]
+
+
+def averages(scores: Iterable[tuple[str, int, float]]) -> dict[int, float]:
+    """RULER's average at each length, over its tasks; lengths at which a task was not scored have none.
+
+    Args:
+        scores: (kind, length, score) of each cell.
+    """
+    by_length: dict[int, list[float]] = {}
+    for kind, length, score in scores:
+        if kind.startswith(PREFIX):
+            by_length.setdefault(length, []).append(score)
+    means = {length: sum(some) / len(some) for length, some in sorted(by_length.items())}
+    return {length: mean for length, mean in means.items() if mean == mean}
+
+
+def effective_length(means: dict[int, float]) -> int:
+    """The longest length up to which every average reaches RULER's threshold; 0 for none."""
+    reached = itertools.takewhile(lambda length: means[length] >= THRESHOLD, sorted(means))
+    return max(reached, default=0)
