@@ -9,7 +9,7 @@ from pathlib import Path
 import nemo_longctx
 
 PACKAGE = Path(nemo_longctx.__file__).parent
-CORES = ("rope", "attention", "data", "instruct", "eval", "planning", "report", "ablation")
+CORES = ("hf", "rope", "attention", "data", "instruct", "eval", "planning", "report", "ablation")
 
 HOST = ("nemo", "megatron", "lightning", "lm_eval", "nemo_run")
 
@@ -48,6 +48,7 @@ def core_modules() -> list[str]:
         "nemo_longctx.recipe",
         "nemo_longctx.compose",
         "nemo_longctx.capability",
+        "nemo_longctx.nemo_files",
         "nemo_longctx.cli",
     ]
     for core in CORES:

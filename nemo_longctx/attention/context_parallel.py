@@ -35,6 +35,7 @@ def context_parallel_attention(
     group: dist.ProcessGroup,
     windows: int = 1,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of this rank's queries to the keys of the whole group.
 
@@ -42,6 +43,7 @@ def context_parallel_attention(
         q_BNHD, k_BNKD, v_BNKD: this rank's tokens, zig-zag halves of `windows` windows one after another.
         segments: `documents.context_parallel_segments` for this rank.
         group: the context-parallel group; all its ranks call this together, forward and backward.
+        sliding_window: tokens that a query looks back on at most, itself included; None for all that it may see.
 
     Returns:
         out_BNHD for this rank's queries. Gradients of keys and values are summed over the group.
@@ -54,7 +56,7 @@ def context_parallel_attention(
         segments = _in_turn(segments)
 
     if not torch.is_grad_enabled() or not seen.requires_grad or not gathers_again(q_BNHD.device, q_BNHD.dtype):
-        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
+        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale, window=sliding_window)
 
     # Which of k (0) and v (1) a saved tensor is shows by where it lies; the tensors themselves would be kept by the closure.
     places = [(part.data_ptr(), part.numel()) for part in seen]
@@ -74,7 +76,7 @@ def context_parallel_attention(
         return again.pop(part).view(shape)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale)
+        return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale, window=sliding_window)
 
 
 def keys_by_segment(device: torch.device, dtype: torch.dtype) -> bool:

@@ -3,7 +3,8 @@
 | where | kernel |
 | --- | --- |
 | CPU, any float dtype | torch's flash kernel for the CPU, one gradient buffer for all segments (`cpu_kernel.py`) |
-| CUDA, bf16/fp16, segments | flash-attn's varlen kernel where installed, else torch's own (`torch.nn.attention.varlen`) |
+| CUDA, bf16/fp16, segments or a window | flash-attn's varlen kernel where installed, else `torch.nn.attention.varlen` |
+| CUDA, fp32, a window | `scaled_dot_product_attention` by blocks of one window, one mask of window x 2 windows for all |
 | CUDA, everything else | `scaled_dot_product_attention`, restricted to its flash, cuDNN and memory-efficient kernels |
 
 Shapes: B batch, S query tokens, T key tokens, H query heads, K key/value heads (H is a multiple of K: grouped queries),
@@ -48,6 +49,7 @@ def causal_attention(
     *,
     segments: Sequence[Segment] | None = None,
     scale: float | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v over the keys that each query may see.
 
@@ -58,6 +60,7 @@ def causal_attention(
         segments: which query rows see which key rows (`documents.py`), the same for every row of the batch; they cover
             every query row once.
         scale: factor of the scores; None means D ** -0.5.
+        window: tokens that a query looks back on at most, itself included (a sliding window); None for all that it may see.
 
     Returns:
         out_BSHD in q's dtype; softmax and accumulation are in float32 for half-precision inputs. Differentiable once.
@@ -71,12 +74,18 @@ def causal_attention(
     whole = (Segment(0, S, 0, T),)
     parts = whole if segments is None else tuple(segments)
     _check_segments(parts, S, T)
-    backend = backend_name(q_BSHD.device, q_BSHD.dtype, segmented=parts != whole or S != T)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ConfigError("window", window, "must be a number of tokens, 1 or more, or None")
+    if window is not None and window >= max(part.k_end - part.k_start for part in parts):
+        window = None  # covers all that any query may see
+    backend = backend_name(q_BSHD.device, q_BSHD.dtype, segmented=parts != whole or S != T or window is not None)
     if backend == "cpu-flash":
-        return cpu_segment_attention(q_BSHD, k_BTKD, v_BTKD, parts, scale)
+        return cpu_segment_attention(q_BSHD, k_BTKD, v_BTKD, parts, scale, window)
     if backend == "sdpa":
-        return _sdpa_segments(q_BSHD, k_BTKD, v_BTKD, parts, scale)
-    return _varlen(q_BSHD, k_BTKD, v_BTKD, parts, scale, use_flash_attn=backend == "flash-attn-varlen")
+        sdpa = _sdpa_segments if window is None else functools.partial(sdpa_windows, window=window)
+        return sdpa(q_BSHD, k_BTKD, v_BTKD, parts, scale)
+    use_flash_attn = backend == "flash-attn-varlen"
+    return _varlen(q_BSHD, k_BTKD, v_BTKD, parts, scale, window, use_flash_attn=use_flash_attn)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -127,12 +136,43 @@ def _sdpa_segments(
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
+def sdpa_windows(
+    q_BSHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float,
+    *,
+    window: int,
+) -> torch.Tensor:
+    """A sliding window by public SDPA: blocks of `window` queries against the two windows of keys that end with them.
+
+    Memory is linear in the window's length: one mask of [window, 2 * window] serves every block.
+    """
+    outs = []
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    behind = torch.arange(window, device=q_BSHD.device)[:, None] + window - torch.arange(2 * window, device=q_BSHD.device)
+    band = (behind >= 0) & (behind < window)  # [query, key]: how far the key lies behind
+    for segment in segments:
+        for first in range(segment.q_start, segment.q_end, window):
+            last = min(first + window, segment.q_end)
+            key = segment.k_start + segment.prefix + first - segment.q_start  # the first query's own row
+            begin = max(segment.k_start, key - window)
+            end = key + last - first
+            mask = band[: last - first, begin - key + window : end - key + window]
+            q, k, v = (x.transpose(1, 2) for x in (q_BSHD[:, first:last], k_BTKD[:, begin:end], v_BTKD[:, begin:end]))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+            outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
 def _varlen(
     q_BSHD: torch.Tensor,
     k_BTKD: torch.Tensor,
     v_BTKD: torch.Tensor,
     segments: tuple[Segment, ...],
     scale: float,
+    window: int | None,
     *,
     use_flash_attn: bool,
 ) -> torch.Tensor:
@@ -147,10 +187,11 @@ def _varlen(
     q_lengths = tuple(s.q_end - s.q_start for s in segments) * B
     k_lengths = tuple(s.k_end - s.k_start for s in segments) * B
     cu_q, cu_k = device_boundaries(q_lengths, q_BSHD.device), device_boundaries(k_lengths, q_BSHD.device)
+    sides = (-1, 0) if window is None else (window - 1, 0)  # keys before the query and after it; -1 for all
     q_NHD, k_MKD, v_MKD = q_BSHD.flatten(0, 1), k_packed.flatten(0, 1), v_packed.flatten(0, 1)
     if use_flash_attn:
         out_NHD = _flash_varlen()(
-            q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths), softmax_scale=scale, causal=True
+            q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths), softmax_scale=scale, causal=True, window_size=sides
         )
         if isinstance(out_NHD, tuple):  # some releases of 3 hand on the logsumexp as well
             out_NHD = out_NHD[0]
@@ -160,7 +201,7 @@ def _varlen(
         # window_size (-1, 0) is causal, aligned at the last key, as flash-attn is since its version 2.1.
         out_NHD = varlen_attn(
             q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths),
-            scale=scale, window_size=(-1, 0), enable_gqa=k_BTKD.shape[2] != H,
+            scale=scale, window_size=sides, enable_gqa=k_BTKD.shape[2] != H,
         )  # fmt: skip
     return out_NHD.view(B, S, H, D)
 

@@ -1,11 +1,11 @@
-"""Segmented causal attention on the CPU over torch's flash kernel, forward and backward.
+"""Segmented causal attention on the CPU over torch's flash kernel, forward and backward, with or without a sliding window.
 
 Why not `scaled_dot_product_attention` itself: on the CPU it has no form for more keys than queries (its `is_causal` aligns the
 first rows; any mask is S x T in memory), and slicing documents out of a packed window makes autograd write a zero-filled
 window of gradients for each document. Here every segment writes into one gradient buffer.
 
-More keys than queries are split into a rectangle that every query sees in full and a causal square. The two results are
-merged by their log-sum-exp; in the backward each part is given the merged output and log-sum-exp, which makes its
+What a block of queries sees is split into parts that the kernel knows, a rectangle and triangles (`windows.py`). The results
+are merged by their log-sum-exp; in the backward each part is given the merged output and log-sum-exp, which makes its
 probabilities and its row sums those of the whole (as in Ring Attention, Liu et al. 2023).
 """
 
@@ -16,43 +16,94 @@ from typing import Any
 import torch
 
 from nemo_longctx.attention.documents import Segment
+from nemo_longctx.attention.windows import Block, Part, blocks_of
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def cpu_segment_attention(
-    q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segments: tuple[Segment, ...], scale: float
+    q_BSHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """`core.causal_attention` on the CPU; `segments` are checked by the caller."""
-    return _SegmentAttention.apply(q_BSHD, k_BTKD, v_BTKD, segments, scale)
+    return _SegmentAttention.apply(q_BSHD, k_BTKD, v_BTKD, blocks_of(segments, window), scale)
 
 
-def _heads_first(x: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Rows [start, end) of [B, S, H, D] as the view [B, H, rows, D] that the kernel wants."""
-    return x[:, start:end].transpose(1, 2)
+def _rows(x: torch.Tensor, block: Block, part: Part | None = None) -> torch.Tensor:
+    """The rows of [B, S, H, D] that a part needs, as [B * repeats, H, rows, D] in the order that its kernel wants."""
+    start, size, drop = (block.q_start, block.rows, 0) if part is None else (part.start, part.size, part.size - part.used)
+    if block.repeats == 1:
+        found = x[:, start : start + size - drop].transpose(1, 2)
+    else:
+        folded = x[:, start : start + size * block.repeats].unflatten(1, (block.repeats, size)).flatten(0, 1)
+        found = folded[:, : size - drop].transpose(1, 2)
+    return found.flip(2) if part is not None and part.reversed else found
 
 
-def _segment_forward(
-    q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, segment: Segment, scale: float
+def _queries(x_BHnD: torch.Tensor, part: Part) -> torch.Tensor:
+    """Of a block's queries, heads first, those that see a part; a reversed part's in reverse."""
+    return x_BHnD[:, :, : part.queries].flip(2) if part.reversed else x_BHnD
+
+
+def _attend(
+    q_BHnD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, block: Block, part: Part, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, n, D] and log-sum-exp [B, H, n] of one segment."""
-    q = _heads_first(q_BSHD, segment.q_start, segment.q_end)
-    edge = segment.k_start + segment.prefix
+    """out and log-sum-exp of a block's queries over one part, in the part's order."""
+    k, v = _rows(k_BTKD, block, part), _rows(v_BTKD, block, part)
+    return _forward_kernel(_queries(q_BHnD, part), k, v, 0.0, part.causal, scale=scale)
 
-    def attend(start: int, end: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward_kernel(q, _heads_first(k_BTKD, start, end), _heads_first(v_BTKD, start, end), 0.0, causal, scale=scale)
 
-    if q.shape[2] == 1:
-        return attend(segment.k_start, segment.k_end, False)
-    out, lse = attend(edge, segment.k_end, True)
-    if segment.prefix:
-        out_prefix, lse_prefix = attend(segment.k_start, edge, False)
-        merged = torch.logaddexp(lse, lse_prefix)
-        weight, weight_prefix = (lse - merged).exp(), (lse_prefix - merged).exp()
-        out = (out * weight.unsqueeze(-1) + out_prefix * weight_prefix.unsqueeze(-1)).to(out.dtype)
-        lse = merged
+def _block_forward(
+    q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, block: Block, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B * repeats, H, n, D] and log-sum-exp [B * repeats, H, n] of one block."""
+    q = _rows(q_BSHD, block)
+    out, lse = _attend(q, k_BTKD, v_BTKD, block, block.parts[0], scale)  # the first part is seen by all
+    for part in block.parts[1:]:
+        more, more_lse = _attend(q, k_BTKD, v_BTKD, block, part, scale)
+        if part.reversed:
+            more, more_lse = more.flip(2), more_lse.flip(2)
+        seen, seen_lse = out[:, :, : part.queries], lse[:, :, : part.queries]
+        merged = torch.logaddexp(seen_lse, more_lse)
+        weight, weight_more = (seen_lse - merged).exp(), (more_lse - merged).exp()
+        seen.copy_(seen * weight.unsqueeze(-1) + more * weight_more.unsqueeze(-1))
+        seen_lse.copy_(merged)
     return out, lse
+
+
+def _block_backward(
+    grads: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...], lse_BHS: torch.Tensor, block: Block, scale: float
+) -> None:
+    """Add one block's gradients to (dq, dk, dv); `tensors` are (grad, q, k, v, out)."""
+    dq, dk, dv = grads
+    grad, q, out = (_rows(tensors[i], block) for i in (0, 1, 4))
+    lse = lse_BHS[:, :, block.q_start : block.q_end]
+    if block.repeats > 1:
+        lse = lse.unflatten(2, (block.repeats, block.rows)).transpose(1, 2).flatten(0, 1)
+    for part in block.parts:
+        k, v = _rows(tensors[2], block, part), _rows(tensors[3], block, part)
+        seen = [_queries(x, part) for x in (grad, q)]
+        lse_part = lse[:, :, : part.queries].flip(2) if part.reversed else lse
+        parts = _backward_kernel(*seen, k, v, _queries(out, part), lse_part, 0.0, part.causal, scale=scale)
+        more = [x.flip(2) if part.reversed else x for x in parts]
+        _add(dq, more[0], block.q_start, block.rows, block.repeats)
+        for target, x in ((dk, more[1]), (dv, more[2])):
+            _add(target, x, part.start, part.size, block.repeats)
+
+
+def _add(target_BSHD: torch.Tensor, x_BHnD: torch.Tensor, start: int, size: int, count: int) -> None:
+    """Add rows to those of `target` that `_rows` took, of which the last may be none's."""
+    rows = target_BSHD[:, start : start + size * count]
+    x = x_BHnD.transpose(1, 2)
+    if count == 1:
+        rows[:, : x.shape[1]].add_(x)
+    else:
+        rows.unflatten(1, (count, size))[:, :, : x.shape[1]].add_(x.unflatten(0, (-1, count)))
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -62,45 +113,41 @@ class _SegmentAttention(torch.autograd.Function):
         q_BSHD: torch.Tensor,
         k_BTKD: torch.Tensor,
         v_BTKD: torch.Tensor,
-        segments: tuple[Segment, ...],
+        blocks: tuple[Block, ...],
         scale: float,
     ) -> torch.Tensor:
         B, S, H, _ = q_BSHD.shape
-        if len(segments) == 1:
-            out, lse_BHS = _segment_forward(q_BSHD, k_BTKD, v_BTKD, segments[0], scale)
+        if len(blocks) == 1 and blocks[0].count == 1:
+            out, lse_BHS = _block_forward(q_BSHD, k_BTKD, v_BTKD, blocks[0], scale)
             out_BSHD = out.transpose(1, 2)
         else:
             out_BSHD = torch.empty_like(q_BSHD, memory_format=torch.contiguous_format)
             accumulate = torch.promote_types(q_BSHD.dtype, torch.float32)
             lse_BHS = torch.empty(B, S, H, dtype=accumulate, device=q_BSHD.device).transpose(1, 2)
-            for segment in segments:
-                out, lse = _segment_forward(q_BSHD, k_BTKD, v_BTKD, segment, scale)
-                out_BSHD[:, segment.q_start : segment.q_end] = out.transpose(1, 2)
-                lse_BHS[:, :, segment.q_start : segment.q_end] = lse
+            for block in blocks:
+                out, lse = _block_forward(q_BSHD, k_BTKD, v_BTKD, block, scale)
+                rows = slice(block.q_start, block.q_end)
+                out_BSHD[:, rows].unflatten(1, (block.repeats, block.rows)).copy_(
+                    out.transpose(1, 2).unflatten(0, (B, block.repeats))
+                )
+                lse_BHS[:, :, rows].unflatten(2, (block.repeats, block.rows)).copy_(
+                    lse.unflatten(0, (B, block.repeats)).transpose(1, 2)
+                )
         ctx.save_for_backward(q_BSHD, k_BTKD, v_BTKD, out_BSHD, lse_BHS)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.blocks, ctx.scale = blocks, scale
         return out_BSHD
 
     @staticmethod
     def backward(ctx: Any, grad_BSHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_BSHD, k_BTKD, v_BTKD, out_BSHD, lse_BHS = ctx.saved_tensors
-        segments: tuple[Segment, ...] = ctx.segments
-        if segments == (Segment(0, q_BSHD.shape[1], 0, k_BTKD.shape[1]),) and segments[0].prefix == 0:
+        blocks: tuple[Block, ...] = ctx.blocks
+        first = blocks[0]
+        if len(blocks) == 1 and first.count == 1 and first.parts == (Part(0, k_BTKD.shape[1], causal=True),):
             grads = _backward_kernel(
                 *(x.transpose(1, 2) for x in (grad_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD)), lse_BHS, 0.0, True, scale=ctx.scale
             )
             return (*(g.transpose(1, 2) for g in grads), None, None)
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_BSHD, k_BTKD, v_BTKD))
-        for segment in segments:
-            q, grad, out = (_heads_first(x, segment.q_start, segment.q_end) for x in (q_BSHD, grad_BSHD, out_BSHD))
-            lse = lse_BHS[:, :, segment.q_start : segment.q_end]
-            edge = segment.k_start + segment.prefix
-            for start, end, causal in ((segment.k_start, edge, False), (edge, segment.k_end, True)):
-                if start == end:
-                    continue
-                k, v = _heads_first(k_BTKD, start, end), _heads_first(v_BTKD, start, end)
-                parts = _backward_kernel(grad, q, k, v, out, lse, 0.0, causal, scale=ctx.scale)
-                _heads_first(dq, segment.q_start, segment.q_end).add_(parts[0])
-                _heads_first(dk, start, end).add_(parts[1])
-                _heads_first(dv, start, end).add_(parts[2])
-        return dq, dk, dv, None, None
+        made = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_BSHD, k_BTKD, v_BTKD))
+        for block in blocks:
+            _block_backward(made, (grad_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD), lse_BHS, block, ctx.scale)
+        return (*made, None, None)

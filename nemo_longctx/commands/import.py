@@ -17,6 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant came along."""
+    from nemo_longctx.hf.directory import check_directory
+
+    check_directory(args.source)  # what cannot be converted is said before the host is imported
     from nemo_longctx.adapters.nemo.checkpoint.convert import import_hf
 
     variant = import_hf(args.source, args.target, verify=not args.no_verify, verify_tokens=args.verify_tokens)

@@ -10,6 +10,8 @@ from typing import Any
 
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.hf.families import DEFAULTS
+from nemo_longctx.nemo_files import embedding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +180,13 @@ MODELS: dict[str, ModelShape] = {
     ),
 }
 
-# Of a Hugging Face config.json: sizes that it must name, and what transformers 4.57 takes for those that it leaves out
-# (a null for num_key_value_heads is another thing than none: it means one for each query head).
+# Of a Hugging Face config.json: sizes that it must name; what transformers takes for the others is in hf/families.py.
 _HF_SIZES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_attention_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
-}
-_HF_DEFAULTS: dict[str, dict[str, int | None]] = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
 }
 _HF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -216,16 +212,16 @@ def model_from_hf(path: Path) -> ModelShape:
     config = json_mapping(path, key="model")
     where = str(path)
     kind = config.get("model_type")
-    if kind not in _HF_DEFAULTS:
-        raise ConfigError("model", where, f"model_type={kind!r} is not planned for; known: {', '.join(_HF_DEFAULTS)}")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise ConfigError("model", where, f"model_type={kind!r} is not planned for; known: {', '.join(DEFAULTS)}")
     experts = [key for key in _HF_EXPERTS if config.get(key)]
     if experts:
         raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
     missing = [key for key in _HF_SIZES if config.get(key) is None]
     if missing:
         raise ConfigError("model", where, f"its config.json lacks {', '.join(missing)}")
-    config = {**_HF_DEFAULTS[kind], **config}
-    windowed = kind == "mistral" or (kind == "qwen2" and _hf_flag(config, "use_sliding_window", where))
+    config = {**DEFAULTS[kind], **config}
+    windowed = kind == "mistral" or (kind != "llama" and _hf_flag(config, "use_sliding_window", where))
     return ModelShape(
         **{ours: _hf_size(config, theirs, where) for theirs, ours in _HF_SIZES.items()},
         num_query_groups=_hf_size(config, "num_key_value_heads", where),
@@ -288,6 +284,8 @@ def model_from_nemo(path: Path) -> ModelShape:
         raise ConfigError("model", where, "has no config, which a NeMo checkpoint's context/model.yaml has")
     if config.get("num_moe_experts"):
         raise ConfigError("model", where, f"num_moe_experts={config['num_moe_experts']}: FLOPs of experts are not counted")
+    if config.get("vocab_size") is None:  # left to the tokenizer, NeMo's default: the weights know
+        config = {**config, "vocab_size": embedding_rows(path.parent.parent)}
     missing = [f.name for f in fields(ModelShape) if f.default is MISSING and config.get(f.name) is None]
     if missing:
         raise ConfigError("model", where, f"its config lacks {', '.join(missing)}")

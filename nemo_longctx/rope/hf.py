@@ -50,9 +50,7 @@ def read(config: Mapping[str, Any]) -> Found:
         raise ConfigError("config", config, "must be a mapping, as a config.json holds or PretrainedConfig.to_dict() gives")
     params = _parameters(config)
     rope_type = _rope_type(params, config)
-    # transformers 4 reads the base from the top of the config alone.
-    base = params.get("rope_theta", config.get("rope_theta")) if _is_v5(config) else config.get("rope_theta")
-    params["base"] = 10_000.0 if base is None else _number("rope_theta", base)
+    params["base"] = _base(params, config)
     try:
         return _FROM_HF[rope_type](params, config)
     except KeyError as error:
@@ -72,6 +70,25 @@ def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
     raise ConfigError("rope_type", rope_type, f"says {name!r}, not {wanted!r}; read it with RopeVariant.from_hf")
 
 
+# The base of a config that names none, where it is another than RoPE's own 10,000: transformers' classes of these families.
+_BASES = {
+    "mixtral": 1e6, "gemma3": 1e6, "gemma3_text": 1e6, "smollm3": 2e6, "llama4_text": 5e5, "gpt_oss": 1.5e5,
+}  # fmt: skip
+
+
+def _base(params: Keys, config: Mapping[str, Any]) -> float:
+    """`rope_theta`, which transformers 4 reads from the top of the config alone; a null is refused, since it fails there."""
+    places = [params, config] if _is_v5(config) else [config]
+    for place in places:
+        if "rope_theta" in place:
+            if place["rope_theta"] is None:
+                mend = "null, of which no reader makes frequencies; write the base that the model was trained with"
+                raise ConfigError("rope_theta", None, mend)
+            return _number("rope_theta", place["rope_theta"])
+    family = config.get("model_type")
+    return _BASES.get(family, 10_000.0) if isinstance(family, str) else 10_000.0
+
+
 def _is_v5(config: Mapping[str, Any]) -> bool:
     """Whether `config` has the keys of transformers 5, whose rules then hold, not those of 4."""
     return bool(config.get("rope_parameters"))
@@ -79,7 +96,9 @@ def _is_v5(config: Mapping[str, Any]) -> bool:
 
 def _parameters(config: Mapping[str, Any]) -> Keys:
     key = "rope_parameters" if _is_v5(config) else "rope_scaling"
-    params = config.get(key) or {}
+    params = config.get(key)
+    if params is None:
+        return {}
     if not isinstance(params, Mapping):
         raise ConfigError(key, params, "must be a mapping with rope_type and what it needs, or null")
     if any(isinstance(v, Mapping) for v in params.values()):
@@ -108,7 +127,8 @@ def _number(key: str, value: Any) -> float:
 
 
 def _length(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and is_finite(value) and value.is_integer())
+    if isinstance(value, bool) or not whole or value < 1:
         raise ConfigError(key, value, "must be a whole number of tokens, 1 or more")
     return int(value)
 
@@ -192,7 +212,7 @@ def _linear_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
 
 def _dynamic_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
     # Not rope_scaling's own original length: transformers starts to stretch at max_position_embeddings.
-    trained = config["max_position_embeddings"]
+    trained = _length("max_position_embeddings", config["max_position_embeddings"])
     return "dynamic_ntk", {"base": params["base"], "factor": params["factor"], "original_max_position_embeddings": trained}
 
 

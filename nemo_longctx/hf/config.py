@@ -1,0 +1,348 @@
+"""`config.json` of the families that convert: every field that says something, with transformers' own defaults, checked.
+
+A field that no model of the family reads is dropped; one that would be lost, or that transformers cannot read either, is a
+ConfigError. Both forms are taken: transformers 4's (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5's (`rope_parameters`,
+`dtype`, `layer_types`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError, is_finite
+from nemo_longctx.hf.families import DEFAULTS, FIXED, refusal
+from nemo_longctx.rope.base import RopeVariant
+
+KEY = "HF_DIR"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ALSO_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")  # with a default, or null
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPES = ("float32", "float16", "bfloat16")
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
+_LARGEST = {"head_dim": 2**16, "num_hidden_layers": 2**16, "num_attention_heads": 2**20, "hidden_size": 2**24}
+_ROPE_FIELDS = (
+    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFConfig:
+    """What a `config.json` says, all of it checked.
+
+    Attributes:
+        values: the keys that transformers 4 needs to build the model and read its RoPE, and no others.
+        variant: its RoPE.
+        windows: tokens that each layer's queries look back on, themselves included; None for all of them.
+        no_rope: whether each layer leaves q and k unrotated.
+        notes: what was dropped or read otherwise than it stands there, a sentence each.
+    """
+
+    values: Mapping[str, Any]
+    variant: RopeVariant
+    windows: tuple[int | None, ...]
+    no_rope: tuple[bool, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        return self.values["model_type"]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head."""
+        return self.values["head_dim"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a directory, which must be a mapping.
+
+    Raises:
+        ConfigError: absent, not text, not JSON, or another thing than a mapping.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(KEY, str(path), f"cannot be read ({error.strerror or type(error).__name__})") from error
+    except (ValueError, RecursionError) as error:  # also bytes that are no text
+        raise ConfigError(KEY, str(path), f"is not JSON ({error}); copy or download it again") from error
+    if not isinstance(values, dict):
+        raise ConfigError(KEY, str(path), f"holds a {type(values).__name__}, where a mapping of settings was looked for")
+    return values
+
+
+def read_config(raw: Mapping[str, Any]) -> HFConfig:
+    """Check what a `config.json` holds.
+
+    Raises:
+        ConfigError: another architecture, quantised weights, a field that would be lost or that says nothing usable.
+    """
+    _refuse_quantised(raw)
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in DEFAULTS:
+        raise refusal(family, raw)
+    notes: list[str] = []
+    found = {**DEFAULTS[family], **{key: raw[key] for key in raw if key not in ROPE_KEYS}}
+    values: dict[str, Any] = {"model_type": family}
+    values |= {key: _size(found, key) for key in SIZES}
+    values |= {key: _size(found, key, optional=True) for key in ALSO_SIZES}
+    values |= {key: _flag(found, key) for key in FLAGS if key in found}
+    values |= {"rms_norm_eps": _number(found, "rms_norm_eps"), "initializer_range": _number(found, "initializer_range")}
+    _heads(values)
+    _check_fixed(family, found, values)
+    values |= {key: token_numbers(found, key, values["vocab_size"], notes) for key in TOKENS}
+    values |= _dtype(found)
+    windows = _windows(family, found, values, notes)
+    no_rope = _no_rope(family, found, values)
+    values |= _rope_values(raw, family, values)
+    if raw.get("rope_parameters"):
+        notes.append(
+            "transformers 4 does not read rope_parameters; it is given the same RoPE as rope_theta and rope_scaling, so a "
+            "comparison cannot show how transformers 5 would read them"
+        )
+    try:
+        variant = RopeVariant.from_hf(values)
+        for length in (2, values["max_position_embeddings"]):
+            variant.inv_freq(values["head_dim"], length)
+        _ = variant.attention_scaling
+    except (ArithmeticError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        said = raw.get("rope_scaling") or raw.get("rope_parameters")
+        raise ConfigError("rope_scaling", said, f"gives no frequencies: {error}") from error
+    values |= _attention_values(family, windows, no_rope)
+    return HFConfig(values=values, variant=variant, windows=windows, no_rope=no_rope, notes=tuple(notes))
+
+
+def _refuse_quantised(raw: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        settings = raw.get(key)
+        if settings is None:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        mend = (
+            "its weights are quantised; import the original in bf16 or fp32, or dequantise it first (transformers: "
+            "model.dequantize(), then save_pretrained)"
+        )
+        raise ConfigError(key, method or settings, mend)
+
+
+def _size(found: Mapping[str, Any], key: str, *, optional: bool = False) -> int | None:
+    value = found.get(key)
+    if value is None and optional:
+        return None
+    if value is None:
+        raise ConfigError(key, None, "missing in config.json; take it from the model that the weights are of")
+    if isinstance(value, float) and is_finite(value) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(key, value, "must be a whole number of 1 or more, in config.json")
+    if value > _LARGEST.get(key, 2**31):  # what follows makes tables of these sizes
+        raise ConfigError(key, value, f"is beyond every model ({_LARGEST.get(key, 2**31):,} at most); mend config.json")
+    return value
+
+
+def _number(found: Mapping[str, Any], key: str) -> float:
+    value = found.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value) or value < 0:
+        raise ConfigError(key, value, "must be a number of 0 or more, in config.json")
+    return float(value)
+
+
+def _flag(found: Mapping[str, Any], key: str) -> bool:
+    value = found.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(key, value, "must be true or false, in config.json")
+    return bool(value)
+
+
+def _heads(values: dict[str, Any]) -> None:
+    """Resolve the sizes that may be null, and refuse those that do not go together."""
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    if heads % values["num_key_value_heads"]:
+        raise ConfigError("num_key_value_heads", values["num_key_value_heads"], f"must divide num_attention_heads={heads}")
+    if values["head_dim"] is None and values["hidden_size"] % heads:
+        raise ConfigError("num_attention_heads", heads, f"does not divide hidden_size={values['hidden_size']}; set head_dim")
+    values["head_dim"] = _size({"head_dim": values["head_dim"] or values["hidden_size"] // heads}, "head_dim")
+    if values["max_position_embeddings"] is None:
+        raise ConfigError("max_position_embeddings", None, "write the longest input in tokens that the model was trained on")
+
+
+def _check_fixed(family: str, found: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Refuse what the host's class cannot be."""
+    act = found.get("hidden_act")
+    if act not in ("silu", "swish"):
+        raise ConfigError("hidden_act", act, f"a {family} model of the host has 'silu' and would not compute the same")
+    values["hidden_act"] = "silu"
+    for key, wanted in FIXED[family].items():
+        if values.get(key, wanted) != wanted:
+            mend = f"a {family} model of the host has {wanted!r} there and would not compute the same"
+            raise ConfigError(key, values[key], mend)
+    dropout = found.get("attention_dropout")
+    if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, (int, float))):
+        raise ConfigError("attention_dropout", dropout, "must be a number, in config.json")
+
+
+def token_numbers(found: Mapping[str, Any], key: str, vocab_size: int, notes: list[str], *, file: str = "config.json") -> Any:
+    """A special token's number, a list of them, or None, all within the vocabulary.
+
+    Raises:
+        ConfigError: no whole number, or one beyond the embedding.
+    """
+    value = found.get(key)
+    if value is None:
+        return None
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError(key, value, f"must be a token's number, in {file}")
+        if number >= vocab_size:
+            mend = (
+                f"outside the {vocab_size} rows of the embedding, in {file}; set a token that the model has, or resize its "
+                "embedding (transformers: model.resize_token_embeddings) and save it again"
+            )
+            raise ConfigError(key, value, mend)
+    if isinstance(value, list) and (not value or key != "eos_token_id"):
+        raise ConfigError(key, value, f"must be one token's number, in {file}")
+    if isinstance(value, int) and value < 0:
+        notes.append(f"{key}={value} in {file} means none")
+        return None
+    if isinstance(value, list) and min(value) < 0:
+        raise ConfigError(key, value, f"must be numbers of 0 or more, in {file}")
+    return value
+
+
+def _dtype(found: Mapping[str, Any]) -> dict[str, str]:
+    """The type of the weights under its name in transformers 4.57; nothing where the weights themselves say it."""
+    value = found.get("dtype", None)
+    value = found.get("torch_dtype") if value is None else value
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name is None or name == "auto":
+        return {}
+    if name not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ConfigError("dtype", value, f"weights of this type cannot be trained; known: {known} (dequantise others first)")
+    return {"dtype": name}
+
+
+def _windows(family: str, found: Mapping[str, Any], values: dict[str, Any], notes: list[str]) -> tuple[int | None, ...]:
+    """How far each layer looks back, as transformers 4.57 and 5 read it."""
+    layers, longest = values["num_hidden_layers"], values["max_position_embeddings"]
+    window: int | None = values["sliding_window"]
+    if family != "llama" and family != "mistral" and not values.get("use_sliding_window"):
+        window = None
+    sliding = [family == "mistral"] * layers
+    if family in ("qwen2", "qwen3"):
+        first = found.get("max_window_layers")
+        if window is None:
+            first = layers
+        elif isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ConfigError("max_window_layers", first, "must be the number of layers before the first window, 0 or more")
+        sliding = [i >= first for i in range(layers)]
+    if family == "smollm3":
+        sliding = [window is not None and not unrotated for unrotated in _no_rope(family, found, values)]
+    said = found.get("layer_types")
+    if said is not None and family != "llama":
+        if not isinstance(said, list) or len(said) != layers or set(map(str, said)) - {FULL, SLIDING}:
+            raise ConfigError("layer_types", said, f"must be {layers} of {FULL!r} and {SLIDING!r}, one a layer")
+        if family == "mistral" and [kind == SLIDING for kind in said] != sliding and window is not None:
+            raise ConfigError("layer_types", said, "Mistral's layers all have the window; transformers ignores these")
+        sliding = [kind == SLIDING for kind in said] if family != "mistral" else sliding
+        if any(sliding) and window is None and family != "mistral":
+            raise ConfigError("sliding_window", None, f"layer_types names {SLIDING!r}; set the window, or {FULL!r} everywhere")
+    if window is None or family == "llama" or not any(sliding):
+        return (None,) * layers
+    if window >= longest:
+        notes.append(f"sliding_window={window} covers all of max_position_embeddings={longest}: taken as full attention")
+        return (None,) * layers
+    return tuple(window if slides else None for slides in sliding)
+
+
+def _no_rope(family: str, found: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which layers have no RoPE: SmolLM3's `no_rope_layers` says 1 where there is one."""
+    layers = values["num_hidden_layers"]
+    if family != "smollm3":
+        return (False,) * layers
+    said, interval = found.get("no_rope_layers"), found.get("no_rope_layer_interval")
+    if said is None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ConfigError("no_rope_layer_interval", interval, "must be a whole number of layers, 1 or more")
+        return tuple((i + 1) % interval == 0 for i in range(layers))
+    if not isinstance(said, list) or len(said) != layers or any(each not in (0, 1) for each in said):
+        raise ConfigError("no_rope_layers", said, f"must be {layers} numbers, 1 for a layer with RoPE and 0 for one without")
+    return tuple(not each for each in said)
+
+
+def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The RoPE keys in transformers 4's form, without what no reader of them knows.
+
+    Raises:
+        ConfigError: a partial rotation, or the two forms side by side with different words.
+    """
+    longest = {"max_position_embeddings": values["max_position_embeddings"], "model_type": family}
+    given = {key: raw[key] for key in ROPE_KEYS if key in raw} | longest
+    nested = given.get("rope_parameters")
+    for where in (given, nested if isinstance(nested, Mapping) else {}):
+        share = where.get("partial_rotary_factor")
+        if share is not None and (isinstance(share, bool) or share != 1):
+            raise ConfigError("partial_rotary_factor", share, f"a {family} model of the host rotates whole heads")
+    variant = RopeVariant.from_hf(given)
+    if nested and (given.get("rope_scaling") or given.get("rope_theta") is not None):
+        old = RopeVariant.from_hf({key: value for key, value in given.items() if key != "rope_parameters"})
+        if old != variant:
+            mend = f"says {variant}, but rope_theta and rope_scaling beside it say {old}; leave one of the two out"
+            raise ConfigError("rope_parameters", nested, mend)
+    if nested:
+        keys = variant.to_hf(rotary_dim=values["head_dim"], max_position_embeddings=values["max_position_embeddings"])
+        if keys["max_position_embeddings"] != values["max_position_embeddings"]:  # dynamic NTK's is the trained length
+            raise ConfigError("rope_parameters", nested, "a trained length unlike max_position_embeddings is not read alike")
+        return keys
+    scaling = given.get("rope_scaling") or None
+    keys = {"rope_theta": float(variant.base), "rope_scaling": None}
+    if scaling:
+        rope_type = scaling.get("rope_type", scaling.get("type"))
+        keys["rope_scaling"] = {key: scaling[key] for key in _ROPE_FIELDS if key in scaling} | {"rope_type": rope_type}
+    if given.get("original_max_position_embeddings") is not None:
+        keys["original_max_position_embeddings"] = _size(given, "original_max_position_embeddings")
+    return keys
+
+
+def _attention_values(family: str, windows: tuple[int | None, ...], no_rope: tuple[bool, ...]) -> dict[str, Any]:
+    """The keys that say windows and layers without RoPE to transformers 4, for `windows` as they were resolved."""
+    window = next((each for each in windows if each is not None), None)
+    if family == "llama":
+        return {"sliding_window": None}
+    if family == "mistral":
+        return {"sliding_window": window}
+    kinds = [FULL if each is None else SLIDING for each in windows]
+    keys: dict[str, Any] = {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds}
+    if family == "smollm3":
+        keys["no_rope_layers"] = [int(not each) for each in no_rope]
+    else:
+        keys["max_window_layers"] = 0 if window is not None else len(windows)
+    return keys
+
+
+def attention_values(family: str, windows: tuple[int | None, ...], no_rope: tuple[bool, ...]) -> dict[str, Any]:
+    """The keys of a `config.json` that say each layer's window and lack of RoPE.
+
+    Raises:
+        ConfigError: a mixture that the family's model in transformers cannot have.
+    """
+    sizes = sorted({each for each in windows if each is not None})
+    if len(sizes) > 1:
+        raise ConfigError("window_size", sizes, "transformers has one window for all layers with one")
+    if any(no_rope) and family != "smollm3":
+        raise ConfigError("no_rope_freq", [int(each) for each in no_rope], f"transformers' {family} has RoPE in every layer")
+    if family == "llama" and any(windows):
+        raise ConfigError("window_size", windows[0], "transformers' llama has no window; its mistral has")
+    if family == "mistral" and len(set(windows)) > 1:
+        raise ConfigError("window_attn_skip_freq", list(windows), "transformers' mistral has one window in every layer")
+    return _attention_values(family, windows, no_rope)

@@ -1,0 +1,82 @@
+"""A whole Hugging Face directory, looked at before anything is converted, and the copy of it that transformers 4 loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import KEY, HFConfig, read_config, read_json
+from nemo_longctx.hf.generation import FILE as GENERATION
+from nemo_longctx.hf.generation import read_generation_config
+from nemo_longctx.hf.tokenizer import check_tokenizer, copy_tokenizer, has_tokenizer
+from nemo_longctx.hf.weights import check_weights
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFDirectory:
+    """A directory that converts.
+
+    Attributes:
+        path: where it is.
+        config: what its `config.json` says.
+        generation: the fields of its `generation_config.json`, or of the model's config where there is none.
+        has_tokenizer: whether it holds one.
+        notes: what is left out or read otherwise than it stands there, a sentence each.
+    """
+
+    path: Path
+    config: HFConfig
+    generation: dict[str, Any]
+    has_tokenizer: bool
+    notes: tuple[str, ...]
+
+
+def check_directory(path: str | Path) -> HFDirectory:
+    """Look at every file of a Hugging Face model directory.
+
+    Raises:
+        ConfigError: what it holds cannot be converted without loss; nothing is loaded or written.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(KEY, str(path), "no such directory; give a Hugging Face model directory")
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            mend = "holds a LoRA adapter alone; merge it into its base (peft: merge_and_unload) and save that"
+            raise ConfigError(KEY, str(path), mend)
+        raise ConfigError(KEY, str(path), "no config.json there; give a Hugging Face model directory")
+    config = read_config(read_json(path / "config.json"))
+    vocab_size = config.values["vocab_size"]
+    generation: dict[str, Any] = {}
+    notes = list(config.notes)
+    if (path / GENERATION).is_file():
+        generation, more = read_generation_config(read_json(path / GENERATION), vocab_size)
+        notes += more
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.values.get(key) is not None:
+            generation.setdefault(key, config.values[key])
+    tokenizer = has_tokenizer(path)
+    if tokenizer:
+        check_tokenizer(path, vocab_size)
+    notes += check_weights(path, config)
+    return HFDirectory(path=path, config=config, generation=generation, has_tokenizer=tokenizer, notes=tuple(notes))
+
+
+def write_copy(directory: HFDirectory, target: Path) -> Path:
+    """The directory as transformers 4 loads it: checked config and generation config, tokenizer, links to the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sorted(os.listdir(directory.path)):
+        if name.endswith(_WEIGHTS):
+            (target / name).symlink_to((directory.path / name).resolve())
+    if directory.has_tokenizer:
+        copy_tokenizer(directory.path, target)
+    (target / "config.json").write_text(json.dumps(dict(directory.config.values)), encoding="utf-8")
+    if directory.generation:
+        (target / GENERATION).write_text(json.dumps(directory.generation), encoding="utf-8")
+    return target

@@ -1,0 +1,108 @@
+"""The families of transformers: which convert, what their `config.json` may leave out, and why the others do not convert.
+
+Defaults are those of transformers 4.57's config classes, which a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_longctx.config import ConfigError
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "sliding_window": None,
+}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+
+# What transformers takes for a field that config.json leaves out. A null is another thing: it is what it says.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+    "mistral": {**_COMMON, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {**_COMMON, **_QWEN},
+    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128, "attention_bias": False},
+    "smollm3": {
+        **_COMMON,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "no_rope_layer_interval": 4,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "pad_token_id": 128004,
+    },
+}
+
+# What must hold, since the host's class of the family has it so.
+FIXED: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"attention_bias": False},
+    "smollm3": {"attention_bias": False, "mlp_bias": False},
+}
+
+_EXPERTS = "it has experts, whose layers need Transformer Engine's grouped kernels here"
+_MULTIMODAL = "it is multimodal; save its language model alone (model.language_model.save_pretrained)"
+_HOST = "NeMo's converter of it needs Transformer Engine and reads no RoPE but plain; use nemo.collections.llm.import_ckpt"
+WHY_NOT: dict[str, str] = {
+    "gemma": _HOST,
+    "gemma2": "its layers alternate windows, soft-cap scores and norm twice; use nemo.collections.llm.import_ckpt",
+    "gemma3_text": "its layers have RoPE of two bases (rope_local_base_freq), and one variant holds for all layers here",
+    "gemma3": "its layers have RoPE of two bases (rope_local_base_freq), and it is multimodal",
+    "phi3": _HOST,
+    "starcoder2": _HOST,
+    "nemotron": _HOST,
+    "chatglm": _HOST,
+    "baichuan": _HOST,
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": f"{_EXPERTS}, and attention sinks",
+    "deepseek_v2": "its latent attention keeps a RoPE of its own in each layer",
+    "deepseek_v3": "its latent attention keeps a RoPE of its own in each layer",
+    "olmo2": "it norms after attention and MLP, and q and k over all heads at once, which the host has not",
+    "olmo3": "it norms after attention and MLP, and q and k over all heads at once, which the host has not",
+    "cohere": "its attention and MLP run side by side, which the host has not",
+    "cohere2": "its attention and MLP run side by side, which the host has not",
+    "llama4": _MULTIMODAL,
+    "llama4_text": f"{_EXPERTS}, and chunked attention",
+    "ministral": "say model_type mistral in config.json if all of its layers have one window",
+}
+_FOR_MULTIMODAL = ("text_config", "vision_config", "audio_config", "language_config", "llm_config")
+
+
+def refusal(family: object, raw: Mapping[str, Any]) -> ConfigError:
+    """Why a `model_type` that is none of `DEFAULTS` does not convert, in one sentence."""
+    known = ", ".join(DEFAULTS)
+    if not isinstance(family, str) or not family:
+        return ConfigError("model_type", family, f"config.json must name its architecture; {known} can be converted")
+    plain = family.lower().replace("-", "_")
+    if plain != family and plain in DEFAULTS:
+        return ConfigError("model_type", family, f"transformers writes it {plain!r}; mend config.json")
+    if family in WHY_NOT:
+        why = WHY_NOT[family]
+    elif any(isinstance(raw.get(key), Mapping) for key in _FOR_MULTIMODAL):
+        why = _MULTIMODAL
+    elif raw.get("auto_map"):
+        why = "its code comes with the directory (auto_map), and nothing here knows what it computes"
+    elif any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        why = _EXPERTS
+    else:
+        why = "no converter knows it"
+    return ConfigError("model_type", family, f"cannot be converted: {why}; the families that can: {known}")

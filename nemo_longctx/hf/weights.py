@@ -1,0 +1,189 @@
+"""Weight files without a model: names, types and shapes, and the tensors that a model of transformers would drop.
+
+safetensors' header is read here: 8 bytes of length, then JSON (its format's specification), so that no tensor is loaded
+before it is known that all are there. Pickled weights (`pytorch_model.bin`) are left to transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import KEY, HFConfig, read_json
+from nemo_longctx.rope.variants import Rope
+
+INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale"
+    r"|absmax|quant_map|SCB|weight_format)$|\.weight\.(absmax|quant_map|nested_absmax|quant_state)"
+)
+_QUANTISED_FILES = ("quant_config.json", "quantize_config.json", "hf_quant_config.json")
+_OTHERS = {
+    "adapter_config.json": "a LoRA adapter alone; merge it into its base (peft: merge_and_unload) and save that",
+    "params.json": "Meta's own format; take the Hugging Face one (transformers has convert_llama_weights_to_hf.py)",
+    "tf_model.h5": "TensorFlow's weights; load them with transformers (from_tf=True) and save again",
+    "flax_model.msgpack": "Flax's weights; load them with transformers (from_flax=True) and save again",
+}
+ROUNDING = {"F64": 4e-6, "F32": 4e-6, "F16": 2e-3, "BF16": 1.6e-2}  # of stored frequencies, as a share of the unscaled ones
+_CHUNK = 1 << 24  # bytes compared at once
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: where its bytes are."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def raw(self) -> np.ndarray:
+        """Its bytes, mapped."""
+        return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.start, shape=(self.end - self.start,))
+
+    def numbers(self) -> np.ndarray:
+        """Its numbers, float32."""
+        raw = np.asarray(self.raw())
+        if self.dtype == "BF16":
+            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return raw.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[self.dtype]).astype(np.float32)
+
+
+def check_weights(directory: Path, config: HFConfig) -> tuple[str, ...]:
+    """What can be said of a directory's weights from their headers: all there, trainable, and nothing dropped that says more.
+
+    Returns:
+        a sentence for each thing that is left out although it stands there.
+
+    Raises:
+        ConfigError: files missing, cut short or quantised; tied heads that differ; stored frequencies unlike the config's.
+    """
+    for name in _QUANTISED_FILES:
+        if (directory / name).is_file():
+            mend = f"its weights are quantised ({name}); import the original in bf16 or fp32, or dequantise it first"
+            raise ConfigError(KEY, str(directory), mend)
+    if not any((directory / name).is_file() for name in (INDEX, ONE_FILE)):
+        if any((directory / name).is_file() for name in _PICKLED):
+            return ("pickled weights: what they hold beside the model's is not looked at before they are loaded",)
+        raise ConfigError(KEY, str(directory), _nothing_there(directory))
+    stored = stored_tensors(directory)
+    quantised = sorted(name for name, each in stored.items() if _QUANTISED.search(name) or each.dtype not in (*_DTYPES, "I64"))
+    if quantised:
+        mend = (
+            f"{len(quantised)} weights are quantised ({quantised[0]}, {stored[quantised[0]].dtype}); import the original in "
+            "bf16 or fp32, or dequantise it first (transformers: model.dequantize(), then save_pretrained)"
+        )
+        raise ConfigError(KEY, str(directory), mend)
+    return (*_tied_head(stored, config), *_frequencies(stored, config))
+
+
+def _nothing_there(directory: Path) -> str:
+    for name, told in _OTHERS.items():
+        if (directory / name).is_file():
+            return f"holds {told}"
+    if any(directory.glob("*.gguf")):
+        return "holds a GGUF file, whose weights are quantised or another tool's; take the model's safetensors"
+    return f"has no weights: neither {ONE_FILE} nor {INDEX}"
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a directory's safetensors files, by name.
+
+    Raises:
+        ConfigError: a file of the index that is missing or cut short, or a tensor that its file does not hold.
+    """
+    if (directory / ONE_FILE).is_file() and not (directory / INDEX).is_file():
+        return _header(directory / ONE_FILE)
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, dict) or any(not isinstance(name, str) for name in index.values()):
+        raise ConfigError(KEY, str(directory / INDEX), "has no weight_map of tensors to files; copy or download it again")
+    found: dict[str, Stored] = {}
+    headers: dict[str, dict[str, Stored]] = {}
+    for tensor, name in index.items():
+        if Path(name).name != name or not (directory / name).is_file():
+            mend = f"names {name} for {tensor}, which is not there; copy or download it again"
+            raise ConfigError(KEY, str(directory / INDEX), mend)
+        if name not in headers:
+            headers[name] = _header(directory / name)
+        if tensor not in headers[name]:
+            mend = f"says that {name} holds {tensor}, which it does not; copy or download both again"
+            raise ConfigError(KEY, str(directory / INDEX), mend)
+        found[tensor] = headers[name][tensor]
+    return found
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    damaged = "transformers cannot load its weights; if they are damaged, copy or download them again"
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, 10**8):
+                raise ValueError("the header is longer than the file")
+            entries = json.loads(file.read(length))
+        start = 8 + length
+        found = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
+                if start + end > size or begin > end:
+                    raise ValueError(f"{name} ends at byte {start + end} of {size}")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(KEY, str(path), f"{damaged} ({error})") from error
+    return found
+
+
+def _tied_head(stored: dict[str, Stored], config: HFConfig) -> tuple[str, ...]:
+    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if not config.values["tie_word_embeddings"] or head is None:
+        return ()
+    if table is not None and _same_bytes(head, table):
+        return ()
+    mend = (
+        "lm_head.weight in the files is not the embedding: transformers 4 drops it and 5 uses it; write false to keep it, "
+        "or take it out of the files"
+    )
+    raise ConfigError("tie_word_embeddings", True, mend)
+
+
+def _same_bytes(one: Stored, other: Stored) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    a, b = one.raw(), other.raw()
+    return all(np.array_equal(a[i : i + _CHUNK], b[i : i + _CHUNK]) for i in range(0, len(a), _CHUNK))
+
+
+def _frequencies(stored: dict[str, Stored], config: HFConfig) -> tuple[str, ...]:
+    """Old releases stored each layer's frequencies; transformers drops them, so they must say what the config says."""
+    names = sorted(name for name in stored if name.endswith("rotary_emb.inv_freq"))
+    length = config.values["max_position_embeddings"]
+    wanted: list[Any] = [config.variant.inv_freq(config.rotary_dim, n).astype(np.float64) for n in (2, length)]
+    plain = Rope(base=config.variant.base).theta(config.rotary_dim)
+    wanted.append(plain)  # linear scaling was once of the positions
+    for name in names:
+        entry = stored[name]
+        if entry.dtype not in ROUNDING:
+            raise ConfigError(name, entry.dtype, "stored frequencies of a type that says nothing; take them out of the files")
+        found = entry.numbers().reshape(-1)
+        same = found.shape == plain.shape and any(
+            (np.abs(found - each) <= ROUNDING[entry.dtype] * plain).all() for each in wanted
+        )
+        if not same:
+            first = float(found[1]) if len(found) > 1 else found.tolist()
+            mend = (
+                f"is unlike config.json's RoPE ({config.variant}: {float(wanted[0][1]) if len(plain) > 1 else plain.tolist()} "
+                "at pair 1); transformers drops it, so correct rope_theta or take it out of the files"
+            )
+            raise ConfigError(name, first, mend)
+    return ()

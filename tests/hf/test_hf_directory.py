@@ -1,0 +1,273 @@
+"""Hugging Face directories with the peculiarities of real ones: each loads, or ends in one sentence with the mend."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hf_files import config_of, word_tokenizer, write_safetensors
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import attention_values, read_config
+from nemo_longctx.hf.directory import check_directory, write_copy
+from nemo_longctx.hf.generation import read_generation_config
+from nemo_longctx.planning.models import model_from_hf
+from nemo_longctx.rope import PiRope, Rope, YarnRope
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def refused(folder, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_directory(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor=None: missing"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type=None: missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "missing; rope_type 'llama3' needs it"),
+        ({"rope_scaling": [{"type": "linear", "factor": 2.0}]}, "rope_scaling=.*must be a mapping"),
+        ({"rope_scaling": []}, "rope_scaling=.*must be a mapping"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4.0"}}, "rope.factor='4.0': not a number"),
+        ({"rope_theta": None}, "rope_theta=None: null"),
+        ({"rope_theta": 0}, "rope.base=0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_theta": 10000.0, "rope_parameters": YARN | {"rope_theta": 5e5}}, "beside it say"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set a layer type"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config='awq': its weights are quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config='gptq'"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config='compressed-tensors'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config='bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': cannot be converted: no converter knows it; .*llama, mistral"),
+        ({"model_type": "ministral"}, "model_type='ministral': cannot be converted: say model_type mistral"),
+        ({"model_type": "llava", "text_config": {}}, "it is multimodal; save its language model alone"),
+        ({"model_type": "gemma3_text"}, "RoPE of two bases"),
+        ({"model_type": "Llama"}, "transformers writes it 'llama'"),
+        ({"model_type": None}, "must name its architecture"),
+        ({"model_type": "afmoe", "auto_map": {"AutoConfig": "x.Y"}}, "its code comes with the directory"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_size": "64"}, "hidden_size='64': must be a whole number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: must divide"),
+        ({"pad_token_id": 100}, "pad_token_id=100: outside the 100 rows"),
+        ({"eos_token_id": [2, 128009]}, "eos_token_id=.*outside the 100 rows"),
+    ],
+)
+def test_a_config_that_would_be_lost_is_refused_in_a_sentence(directory, changes, message):
+    refused(directory(**changes), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variant"),
+    [
+        ({"rope_scaling": {}}, Rope()),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, PiRope(factor=2)),
+        ({"rope_scaling": {"rope_type": "default"}, "pad_token_id": -1}, Rope()),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 128.0}},
+         YarnRope(factor=4.0, original_max_position_embeddings=128)),
+        ({"head_dim": None, "num_key_value_heads": None}, Rope()),
+        ({"torch_dtype": "bfloat16", "unheard_of": {"a": [1]}, "id2label": 7}, Rope()),
+    ],
+)  # fmt: skip
+def test_what_says_enough_is_taken(directory, changes, variant):
+    assert check_directory(directory(**changes)).config.variant == variant
+
+
+def test_rope_parameters_of_transformers_5_are_written_in_keys_that_4_reads():
+    raw = {key: value for key, value in config_of().items() if key != "rope_theta"}
+    found = read_config(raw | {"rope_parameters": YARN | {"rope_theta": 5e5}})
+    assert found.variant == YarnRope(base=5e5, factor=4.0, original_max_position_embeddings=128)
+    assert found.values["rope_theta"] == 5e5
+    assert "does not read rope_parameters" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "windows"),
+    [
+        ("mistral", {"sliding_window": 128}, [128] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("mistral", {"sliding_window": 512}, [None] * 4),
+        ("mistral", {}, [None] * 4),  # the default of 4,096 covers 512
+        ("mistral", {"max_position_embeddings": 8192}, [4096] * 4),
+        ("qwen2", {"sliding_window": 128}, [None] * 4),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 4}, [None] * 4),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 128]),
+        ("qwen3", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 0}, [128] * 4),
+        ("llama", {"sliding_window": 128}, [None] * 4),  # transformers' llama reads none
+    ],
+)
+def test_windows_are_those_of_transformers(model_type, changes, windows):
+    assert list(read_config(config_of(model_type, **changes)).windows) == windows
+
+
+def test_smollm3s_layers_without_rope():
+    assert read_config(config_of("smollm3", pad_token_id=None)).no_rope == (False, False, False, True)
+    said = read_config(config_of("smollm3", pad_token_id=None, no_rope_layers=[0, 1, 1, 0]))
+    assert said.no_rope == (True, False, False, True)
+    assert said.values["no_rope_layers"] == [0, 1, 1, 0]
+    with pytest.raises(ConfigError, match="has RoPE in every layer"):
+        attention_values("qwen2", (None, None), (True, False))
+
+
+def test_defaults_are_those_of_transformers():
+    from transformers import AutoConfig
+
+    from nemo_longctx.hf.families import DEFAULTS
+
+    for family, defaults in DEFAULTS.items():
+        theirs = AutoConfig.for_model(family, **({"use_sliding_window": True} if family.startswith("qwen") else {}))
+        for key, value in defaults.items():
+            if key in ("head_dim", "num_key_value_heads", "use_sliding_window") and value in (None, False):
+                continue  # resolved by the class
+            assert getattr(theirs, key, None) == value, (family, key)
+        assert theirs.rope_theta == read_config({"model_type": family, "hidden_act": "silu", **{
+            key: getattr(theirs, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                                  "num_attention_heads")}}).variant.base  # fmt: skip
+
+
+def test_sampling_without_do_sample_is_made_sampling():
+    """Llama 2 chat's and Vicuna's file: transformers refuses to save it, and servers use its numbers."""
+    from transformers import GenerationConfig
+
+    kept, notes = read_generation_config({"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "pad_token_id": -1}, 100)
+    assert kept == {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "do_sample": True}
+    assert "without do_sample" in notes[1]
+    GenerationConfig(**kept).validate(strict=True)
+    with pytest.raises(ConfigError, match="temperature='hot'"):
+        read_generation_config({"temperature": "hot"}, 100)
+
+
+def test_tokens_of_the_config_are_kept_where_nothing_else_says_them(directory):
+    assert check_directory(directory(eos_token_id=[2, 5])).generation == {"bos_token_id": 1, "eos_token_id": [2, 5]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": word_tokenizer(**{"[PAD]": 100})}, r"tokenizer='\[PAD\]': is number 100 beyond .*100 rows"),
+        ({"tokenizer.json": word_tokenizer(512)}, "tokenizer='w100': is number 100, one of 412 tokens"),
+        ({"tokenizer.json": word_tokenizer(), "added_tokens.json": {"<x>": 101}}, "tokenizer='<x>'"),
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, "neither tokenizer.json nor tokenizer.model"),
+        ({"tokenizer.model": "no model"}, "is no SentencePiece model"),
+        ({"tokenizer.json": "{"}, "is not JSON"),
+        ({"generation_config.json": {"pad_token_id": 100}}, "pad_token_id=100: outside .*generation_config.json"),
+        ({"quantize_config.json": {"bits": 4}}, "quantised .quantize_config.json"),
+    ],
+)
+def test_files_that_do_not_fit_the_model_are_refused(directory, files, message):
+    refused(directory(files=files), message)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "dtypes", "changes", "message"),
+    [
+        (
+            {"lm_head.weight": np.ones((100, 64), np.float32)},
+            None,
+            {"tie_word_embeddings": True},
+            "tie_word_embeddings=True: lm_",
+        ),
+        ({"a.qweight": np.ones((4, 4), np.int32)}, None, {}, r"1 weights are quantised \(a.qweight, I32\)"),
+        ({"a.weight": np.ones((4, 4), np.uint8)}, {"a.weight": "F8_E4M3"}, {}, "a.weight, F8_E4M3"),
+        ({"model.layers.0.self_attn.rotary_emb.inv_freq": Rope(base=5e5).inv_freq(16)}, None, {}, "unlike config.json's RoPE"),
+    ],
+)
+def test_tensors_that_would_be_dropped_are_looked_at(directory, tensors, dtypes, changes, message):
+    refused(directory(tensors=tensors, dtypes=dtypes, **changes), message)
+
+
+def test_stored_frequencies_that_agree_are_dropped(directory):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    check_directory(directory(tensors={name: Rope().inv_freq(16)}, tie_word_embeddings=True))
+    check_directory(directory(tensors={name: Rope().inv_freq(16).astype(np.float16)}))
+    check_directory(directory(tensors={name: Rope().inv_freq(16)}, rope_scaling={"type": "linear", "factor": 4.0}))
+
+
+def test_an_index_is_followed_and_holes_in_it_are_named(directory):
+    folder = directory()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_directory(folder)
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "holds model.norm.weight, which it does not")
+    index["weight_map"]["model.norm.weight"] = "../model-00002-of-00001.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "which is not there")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "params.json", "tf_model.h5", "x.gguf"])
+def test_a_directory_of_another_format_is_named(directory, name):
+    folder = directory(files={name: "{}"})
+    (folder / "model.safetensors").unlink()
+    refused(folder, "holds ")
+
+
+def test_a_directory_of_transformers_5_is_loaded_by_4(directory, tmp_path):
+    """Class, list of special tokens and chat template as 5.24 writes them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    settings = {
+        "backend": "tokenizers", "bos_token": "w1", "eos_token": "w2", "extra_special_tokens": ["w1", "w5", "w6"],
+        "is_local": True, "local_files_only": False, "model_max_length": 1e30, "tokenizer_class": "TokenizersBackend",
+    }  # fmt: skip
+    folder = directory(
+        dtype="bfloat16",
+        pad_token_id=None,
+        files={"tokenizer_config.json": settings, "tokenizer.json": word_tokenizer(), "chat_template.jinja": "{{ messages }}"},
+    )
+    copy = write_copy(check_directory(folder), tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    assert tokenizer("w5 w7")["input_ids"] == [5, 7]
+    assert (tokenizer.eos_token, tokenizer.additional_special_tokens) == ("w2", ["w5", "w6"])
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert str(AutoConfig.from_pretrained(copy).dtype) == "torch.bfloat16"
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer(directory, tmp_path):
+    """Its conversion reads a protobuf message: the locked releases must go together."""
+    import io
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"a quick brown fox {i}" for i in range(50)]), model_writer=made, vocab_size=40,
+        model_type="bpe", minloglevel=9, hard_vocab_limit=False,
+    )  # fmt: skip
+    folder = directory(files={"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}})
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    copy = write_copy(check_directory(folder), tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    assert tokenizer.is_fast
+    assert tokenizer.decode(tokenizer("quick fox")["input_ids"], skip_special_tokens=True) == "quick fox"
+    (folder / "config.json").write_text(json.dumps(config_of(vocab_size=8)))
+    write_safetensors(folder / "model.safetensors", {"x": np.ones(1, np.float32)})
+    refused(folder, "beyond the embedding's 8 rows")
+
+
+def test_plan_reads_qwen3s_config(directory):
+    shape = model_from_hf(directory("qwen3", use_sliding_window=False) / "config.json")
+    assert (shape.head_dim, shape.sliding_window, shape.query_groups) == (16, None, 2)
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "gpt2"}, {"rope_scaling": {"factor": 2.0}}])
+def test_the_command_refuses_before_the_host_is_imported(directory, changes):
+    code = (
+        "import sys; from nemo_longctx.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert not {'nemo', 'torch', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "import", str(directory(**changes)), "unused"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,61 @@
+"""What a NeMo checkpoint's files say without NeMo: two descriptions that must agree, and a vocabulary left to the tokenizer."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.nemo_files import check_context, embedding_rows, io_config, padded_by_host
+from nemo_longctx.planning.models import parse_model
+
+CONFIG = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "seq_length": 256,
+          "rotary_base": 10000, "vocab_size": None}  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of stock NeMo, as far as its files say: io.json in fiddle's form, model.yaml, the weights' metadata."""
+
+    def write(shown=None, **loaded):
+        values = CONFIG | loaded
+        items = [
+            [f"Attr(name={k!r})", {"type": "leaf", "value": v, "paths": [f"<root>.model.config.{k}"]}]
+            for k, v in values.items()
+        ]
+        (tmp_path / "context").mkdir(exist_ok=True)
+        graph = {
+            "root": {"type": "ref", "key": "a"},
+            "objects": {"llama_config_1": {"items": items}, "a_set_1": {"items": [["a", "b"]]}},
+            "version": "0.0.1",
+        }
+        (tmp_path / "context" / "io.json").write_text(json.dumps(graph))
+        (tmp_path / "context" / "model.yaml").write_text(json.dumps({"config": values | (shown or {})}))
+        dcp.save(
+            {"module.embedding.word_embeddings.weight": torch.zeros(512, 4)}, checkpoint_id=tmp_path / "weights", no_dist=True
+        )
+        return tmp_path
+
+    return write
+
+
+def test_a_base_that_the_two_descriptions_disagree_on_is_refused(checkpoint):
+    check_context(checkpoint())
+    with pytest.raises(ConfigError, match=r"rotary_base=10000: in context/io.json.* but 500000 in context/model.yaml"):
+        check_context(checkpoint({"rotary_base": 500000}))
+
+
+def test_a_vocabulary_left_to_the_tokenizer_is_the_embeddings(checkpoint):
+    """Stock NeMo's default: `vocab_size=None`. plan reads the padded rows, where it said that the size was lacking."""
+    made = checkpoint()
+    assert (embedding_rows(made), padded_by_host(made), io_config(made)["rotary_base"]) == (512, True, 10000)
+    assert parse_model(str(made))[1].vocab_size == 512
+    assert not padded_by_host(checkpoint(vocab_size=512))
+
+
+def test_a_context_of_another_tool_is_refused(checkpoint):
+    made = checkpoint()
+    (made / "context" / "io.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not what NeMo writes"):
+        check_context(made)
