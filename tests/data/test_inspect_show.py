@@ -63,3 +63,19 @@ def test_the_report_of_a_corpus_that_may_only_be_read_comes_without_its_picture(
     assert "no figure" in captured.err
     assert main(["inspect", str(corpus / "books"), "--figure", os.devnull + "/x.png"]) != 0
     assert "books: 12 documents" in capsys.readouterr().out
+
+
+def test_windows_from_a_token_on_that_hold_a_source_are_printed(tmp_path, capsys):
+    for name in ("books", "web"):
+        with CorpusWriter(str(tmp_path / name), np.uint16) as writer:
+            for _ in range(12):
+                writer.add_document(np.arange(30))
+    common = ["inspect", str(tmp_path / "books"), str(tmp_path / "web"), "--seq-length", "64", "--no-figure"]
+    assert main([*common, "--show", "1", "--at", "200", "--source", "web"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("window 3 (stage 0, 64 tokens, 64 count for the loss)")
+    assert f"--- web: document 2 of {tmp_path / 'web'}, from its token 0, 30 tokens ---" in out
+    assert main([*common, "--at", "200"]) == 2
+    assert "no effect without --show" in capsys.readouterr().err
+    assert main([*common, "--show", "1", "--source", "wbe"]) == 2
+    assert "did you mean 'web'" in capsys.readouterr().err
