@@ -1,0 +1,100 @@
+"""`--print-config` and `--dry-run`: what a run would be, without the host."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from nemo_longctx import dry_run
+from nemo_longctx.compose import compose, groups
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.explain import explained, sources_of
+from nemo_longctx.recipe import load_recipe
+from nemo_longctx.resume import plain
+
+TINY = [
+    "recipe=tiny_cpu_base", "curriculum.total_tokens=40960", "optimizer.warmup_tokens=2048", "trainer.val_every_tokens=0",
+    "checkpoint.every_tokens=0", "data.tokenizer=null", "eval=none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", groups()["recipe"])
+def test_what_is_printed_is_the_run_that_was_asked_for(recipe):
+    values = yaml.safe_load(explained([f"recipe={recipe}"]))
+    assert plain(load_recipe(values)) == plain(load_recipe(compose([f"recipe={recipe}"])))
+
+
+def test_each_value_says_where_it_comes_from():
+    text = explained(["recipe=tiny_cpu_long", "rope=yarn", "optimizer.beta1=0.8"])
+    said = {line.partition("#")[0].strip(): line.rpartition("#")[2].strip() for line in text.splitlines() if "#" in line}
+    assert said["variant: yarn"] == "conf/rope/yarn.yaml"
+    assert said["beta1: 0.8"] == "command line"
+    assert said["lr: 0.002"] == "conf/recipe/tiny_cpu_long.yaml"
+    assert said["accelerator: cpu"] == "conf/trainer/cpu.yaml"
+    assert said["weight_decay: 0.1"] == "default"
+
+
+def test_a_user_s_own_recipe_is_a_source(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [tiny_cpu_base, _self_]\nname: mine\noptimizer: {lr: 0.5}\n")
+    sources = sources_of([f"recipe={mine}"])
+    assert sources["optimizer.lr"] == sources["name"] == str(mine)
+    assert sources["optimizer.min_lr"] == "conf/recipe/tiny_cpu_base.yaml"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    with CorpusWriter(str(tmp_path / "all"), np.uint16) as writer:
+        for _ in range(70):
+            writer.add_document(np.arange(700) % 512)
+    return tmp_path / "all"
+
+
+def test_a_dry_run_tells_what_would_be_read_and_written(corpus, tmp_path):
+    recipe = load_recipe(compose([*TINY, f"output_dir={tmp_path / 'runs'}", f"data.mix.sources=[{{path: {corpus}}}]",
+                                  f"data.validation=[{{name: v, path: {corpus}, seq_length: 256}}]"]))  # fmt: skip
+    checked = dry_run.check(recipe)
+    assert not checked.errors
+    text = "\n".join(checked.lines)
+    assert "70 documents: all 100.0%" in text
+    assert "v: 70 documents" in text
+    assert "M parameters, from random weights" in text
+    assert "GiB free, two checkpoints take" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_names_all_that_is_missing_at_once(tmp_path):
+    recipe = load_recipe(compose([*TINY, f"output_dir={tmp_path}", f"restore_from={tmp_path / 'no_checkpoint'}",
+                                  f"data.mix.sources=[{{path: {tmp_path / 'nothing'}}}]", "data.validation=[]"]))  # fmt: skip
+    keys = [error.key for error in dry_run.check(recipe).errors]
+    assert "restore_from" in keys
+    assert len(keys) == 2
+
+
+def test_a_dry_run_needs_neither_torch_nor_the_host(corpus):
+    code = (
+        "import sys\nfrom nemo_longctx import dry_run\nfrom nemo_longctx.compose import compose\n"
+        "from nemo_longctx.recipe import load_recipe\n"
+        "print(dry_run.check(load_recipe(compose(sys.argv[1:]))).lines)\n"
+        "heavy = {'torch', 'nemo', 'megatron', 'lightning', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    argv = [*TINY, f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]"]
+    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_rehearsal_is_one_step_of_each_stage_in_a_place_of_its_own(tmp_path):
+    recipe = load_recipe(compose([*TINY[:1], "curriculum=256_to_2048_at_50", f"output_dir={tmp_path}", "eval=none"]))
+    with dry_run.rehearsal(recipe) as cut:
+        assert [(stage.first_step, stage.end_step, stage.seq_length) for stage in cut.curriculum.plan] == [
+            (0, 1, 256),
+            (1, 2, 2048),
+        ]
+        place = cut.directory
+        assert place.parent.parent == tmp_path
+        place.mkdir()
+    assert not place.exists()
+    assert not list(tmp_path.iterdir())
