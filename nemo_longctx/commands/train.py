@@ -1,24 +1,84 @@
-"""`nemo-longctx train`: continual pretraining, the same as `examples/megatron_gpt_continual.py`."""
+"""`nemo-longctx train`: continual pretraining at a longer context, through NeMo's trainer."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Sequence
 
-from nemo_longctx import launch
+from nemo_longctx.compose import compose, groups
+from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.reference import settings
 
-EPILOG = """Groups and keys are those of conf/: `nemo-longctx train --keys` lists them. On several processes:
-torchrun --nproc-per-node 8 -m nemo_longctx train recipe=llama2_7b restore_from=/ckpt/llama2_7b.
-Started again after a kill, the same command goes on from its last checkpoint."""
+DRY_RUNS = ("files", "full")
+
+EPILOG = """on several processes:
+  torchrun --nproc-per-node 8 -m nemo_longctx train recipe=llama2_7b restore_from=/ckpt/llama2_7b
+started again after a kill, the same command goes on from its last checkpoint
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Overrides of the recipe, as the example script takes them."""
-    parser.epilog = EPILOG
+    """Overrides of the recipe, and ways to look before training."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{EPILOG}\n{keys()}"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=tiny_cpu_base optimizer.lr=1e-4 ...")
-    parser.add_argument("--keys", action="store_true", help="list groups, choices and keys with their defaults, and exit")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        const=DRY_RUNS[0],
+        metavar="full",
+        help="check all that can be seen without NeMo; =full also trains a step of each stage, saves and evaluates, in a "
+        "directory that is removed",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every value and where it comes from, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and return the run's exit status."""
-    overrides = ["--help"] if args.keys else args.overrides
-    return launch.main(overrides, description="Groups and keys of a recipe.")
+    """Train, or look; the exit status."""
+    from nemo_longctx import launch
+
+    overrides = list(args.overrides)
+    if args.dry_run is not None and args.dry_run not in DRY_RUNS:  # argparse took an override for its value
+        overrides.insert(0, args.dry_run)
+        args.dry_run = DRY_RUNS[0]
+    if args.print_config:
+        from nemo_longctx.explain import explained
+
+        print(explained(overrides), end="")
+        return 0
+    if args.dry_run is not None:
+        return dry_run(overrides, full=args.dry_run == "full")
+    return launch.main(overrides)
+
+
+def dry_run(overrides: Sequence[str], *, full: bool) -> int:
+    """Print what a run would read, need and write. Status 2 where it would end with an error."""
+    from nemo_longctx.dry_run import check, rehearsal
+
+    recipe = load_recipe(compose(overrides))
+    checked = check(recipe)
+    print(*checked.lines, sep="\n", flush=True)
+    if checked.errors:
+        return 2
+    if not full:
+        print("all of this holds; nothing was loaded. --dry-run=full builds the model and trains a step of each stage")
+        return 0
+    from nemo_longctx.adapters.nemo.launch.run import build_run
+
+    with rehearsal(recipe) as cut:
+        build_run(cut).fit()
+    print("a step of each stage was trained, saved, validated and evaluated; what it wrote is removed")
+    return 0
+
+
+def keys() -> str:
+    """Groups and their choices, and each key with type, default and meaning."""
+    lines = ["groups (group=choice):"]
+    lines += [f"  {group:12} {', '.join(choices)}" for group, choices in groups().items() if group != "sft"]
+    lines += ["", "keys (key=value; [] is any place in a list):"]
+    for each in settings(RecipeConfig):
+        default = "has to be set" if each.default is None else f"default {each.default}"
+        lines.append(f"  {each.key}  ({each.kind}; {default})")
+        lines += textwrap.wrap(each.meaning, 96, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
