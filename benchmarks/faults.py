@@ -80,7 +80,7 @@ class Start:
             }  # fmt: skip
             from nemo_longctx.launch import main
 
-            status = main(arguments, description=None)
+            status = main(arguments)
         except SystemExit as left:
             status = int(left.code or 0)
         except BaseException:

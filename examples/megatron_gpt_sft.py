@@ -1,4 +1,4 @@
-"""Instruction tuning of an extended model on short conversations and generated long ones: compose, build, fit.
+"""Instruction tuning of an extended model on short and long conversations: what `nemo-longctx sft` does, as a script.
 
     python examples/megatron_gpt_sft.py restore_from=runs/llama2_7b_32k data.tokenizer=/models/llama2_7b \\
         'data.short=[chat.jsonl]' 'data.long=[out/instances.jsonl]'
@@ -11,7 +11,7 @@ self_instruct_prompt_loss. Started again after a kill, the same command goes on 
 
 import sys
 
-from nemo_longctx.launch_sft import main
+from nemo_longctx.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], description=__doc__))
+    sys.exit(main(["sft", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What the example scripts share: overrides -> recipe -> run, with every mistake said in one sentence before any work.
+"""What `nemo-longctx train` and `sft` share: overrides -> recipe -> run, every mistake said in one sentence before any work.
 
 NeMo is imported only when a run is built, so that `--help` and a wrong key answer at once, and the processes that Megatron-Core
 spawns to write checkpoints, which import the main script again, do not import the host with it.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nemo_longctx import runs
 from nemo_longctx.checkpoints import checkpoint_to_resume
-from nemo_longctx.compose import compose, groups
+from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.files import first_process
 
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     from nemo_longctx.recipe import RunConfig
 
 
-def main(overrides: Sequence[str], *, description: str | None) -> int:
+def main(overrides: Sequence[str]) -> int:
     """Compose, build and fit. Returns the exit status: 0, or 2 after a user's mistake, told in one sentence."""
-    if {"-h", "--help"} & set(overrides):
-        print(_help(description))
-        return 0
 
     def train() -> None:
         from nemo_longctx.recipe import load_recipe
@@ -107,36 +104,5 @@ def _frames(error: Exception) -> list[traceback.FrameSummary]:
     return list(traceback.extract_tb(error.__traceback__))
 
 
-def _help(description: str | None) -> str:
-    lines = [(description or "").strip(), "", "Groups (group=choice):"]
-    lines += [f"  {group:12} {', '.join(choices)}" for group, choices in groups().items()]
-    lines += ["", "Keys (key=value), with their defaults:"]
-    return "\n".join(lines + [f"  {line}" for line in _keys()])
-
-
-def _keys() -> list[str]:
-    import dataclasses
-    import typing
-
-    from nemo_longctx.recipe import RecipeConfig
-
-    lines = []
-    hints = typing.get_type_hints(RecipeConfig)
-    for field in dataclasses.fields(RecipeConfig):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inner = dataclasses.fields(hints[field.name])
-            lines += [f"{field.name}.{f.name}{_default(f)}" for f in inner]
-        else:
-            lines.append(f"{field.name}{_default(field)}")
-    return lines
-
-
-def _default(field: object) -> str:
-    import dataclasses
-
-    default = field.default  # type: ignore[attr-defined]
-    return "" if default is dataclasses.MISSING else f"={default}"
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], description=__doc__))
+    sys.exit(main(sys.argv[1:]))

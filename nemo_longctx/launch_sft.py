@@ -1,4 +1,4 @@
-"""What the example of instruction tuning calls: overrides -> recipe -> run, every mistake in one sentence before any work."""
+"""What `nemo-longctx sft` calls: overrides -> recipe -> run, every mistake in one sentence before any work."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from nemo_longctx.compose import compose
 from nemo_longctx.launch import exit_status, fit_unless_finished
 
 
-def main(overrides: Sequence[str], *, description: str | None) -> int:
+def main(overrides: Sequence[str]) -> int:
     """Compose conf/sft.yaml with `overrides`, build and fit. Returns the exit status: 0, or 2 after a user's mistake."""
-    if {"-h", "--help"} & set(overrides):
-        print((description or "").strip())
-        return 0
 
     def tune() -> None:
         from nemo_longctx.recipe import load_instruct_recipe

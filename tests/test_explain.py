@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from nemo_longctx import dry_run
+from nemo_longctx.cli import main
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.explain import explained, sources_of
@@ -84,6 +85,17 @@ def test_a_dry_run_needs_neither_torch_nor_the_host(corpus):
     argv = [*TINY, f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]"]
     result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_command_looks_without_training(corpus, tmp_path, capsys):
+    argv = [*TINY, f"output_dir={tmp_path / 'runs'}", f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]"]
+    assert main(["train", "--dry-run", *argv]) == 0  # argparse takes the first override for the option's value
+    assert main(["train", *argv, "--dry-run"]) == 0
+    assert main(["train", *argv, "--print-config"]) == 0
+    assert "# command line" in capsys.readouterr().out
+    assert main(["train", *argv, "data.mix.sources=[{path: nowhere}]", "--dry-run"]) == 2
+    assert "ERROR" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_rehearsal_is_one_step_of_each_stage_in_a_place_of_its_own(tmp_path):

@@ -125,4 +125,4 @@ def test_the_script_says_what_is_wrong_in_one_sentence_and_helps():
     helped = subprocess.run([sys.executable, EXAMPLE, "--help"], capture_output=True, text=True, timeout=60)
     assert helped.returncode == 0
     assert "tiny_cpu_long" in helped.stdout
-    assert "optimizer.lr=2e-05" in helped.stdout
+    assert "optimizer.lr  (number; default 2e-05)" in helped.stdout

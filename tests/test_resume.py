@@ -153,7 +153,7 @@ def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_dir
     Path(f"{checkpoint}-unfinished").touch()
     check_resumed(recipe(*asked), run_directory / "run")
     Path(f"{checkpoint}-unfinished").unlink()
-    assert launch.main([*RUN, f"output_dir={run_directory}", *asked], description=None) == 2
+    assert launch.main([*RUN, f"output_dir={run_directory}", *asked]) == 2
     printed = capsys.readouterr().err
     assert "rope.base=1000000.0" in printed
     assert "trained with 500000.0" in printed

@@ -40,7 +40,7 @@ def test_the_same_command_at_once_is_refused_and_after_a_kill_it_is_not(tmp_path
     refuse_nemo(monkeypatch)
     other = hold(tmp_path / "mine")
     try:
-        assert launch.main([*RUN, f"output_dir={tmp_path}"], description=None) == 2
+        assert launch.main([*RUN, f"output_dir={tmp_path}"]) == 2
         said = capsys.readouterr().err
         assert "error: name='mine': process" in said
         assert str(other.pid) in said
@@ -65,7 +65,7 @@ def test_only_the_first_process_takes_the_lock(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, capsys, monkeypatch):
     refuse_nemo(monkeypatch)
     (tmp_path / "file").write_text("no directory")
-    assert launch.main([*RUN, f"output_dir={tmp_path}/file"], description=None) == 2
+    assert launch.main([*RUN, f"output_dir={tmp_path}/file"]) == 2
     assert "error: output_dir=" in capsys.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_a_finished_run_says_so_at_once_without_nemo(tmp_path, capsys, monkeypat
     refuse_nemo(monkeypatch)
     finished(tmp_path / "mine")
     began = time.process_time()  # of this process: other work on the machine does not count
-    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK], description=None) == 0
+    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK]) == 0
     assert time.process_time() - began < 2
     said = capsys.readouterr().out
     for part in ("is finished already", "set curriculum.total_tokens above 40960", "training loss 4.5000", "books 4.7500",
@@ -114,7 +114,7 @@ def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
 def test_a_torn_checkpoint_is_named_without_nemo(tmp_path, capsys, monkeypatch):
     refuse_nemo(monkeypatch)
     truncate(make(tmp_path / "mine", 5) / "weights" / "__0_0.distcp")
-    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK], description=None) == 2
+    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK]) == 2
     assert "step=5-last, cannot be read: weights/__0_0.distcp" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ started again after a kill, the same command goes on from its last checkpoint
 def configure(parser: argparse.ArgumentParser) -> None:
     """Overrides of the recipe, and ways to look before training."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"{EPILOG}\n{keys()}"
+    parser.epilog = f"{EPILOG}\n{keys(RecipeConfig)}"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=tiny_cpu_base optimizer.lr=1e-4 ...")
     parser.add_argument(
         "--dry-run",
@@ -72,12 +72,13 @@ def dry_run(overrides: Sequence[str], *, full: bool) -> int:
     return 0
 
 
-def keys() -> str:
-    """Groups and their choices, and each key with type, default and meaning."""
+def keys(recipe: type) -> str:
+    """Groups and their choices, and each key of `recipe` with type, default and meaning."""
+    apart = "sft" if recipe is RecipeConfig else "recipe"  # each is a group of one of the two alone
     lines = ["groups (group=choice):"]
-    lines += [f"  {group:12} {', '.join(choices)}" for group, choices in groups().items() if group != "sft"]
+    lines += [f"  {group:12} {', '.join(choices)}" for group, choices in groups().items() if group != apart]
     lines += ["", "keys (key=value; [] is any place in a list):"]
-    for each in settings(RecipeConfig):
+    for each in settings(recipe):
         default = "has to be set" if each.default is None else f"default {each.default}"
         lines.append(f"  {each.key}  ({each.kind}; {default})")
         lines += textwrap.wrap(each.meaning, 96, initial_indent="      ", subsequent_indent="      ")
