@@ -67,7 +67,8 @@ def _keep_steps_apart(optimizer: Any) -> None:
         put(model_param, tensors | ({"step": state["step"]} if "step" in state else {}))
 
     def load_with_own_steps(state_dict: Any) -> None:
-        load(state_dict)
+        with torch.no_grad():  # fp32 weights are read into views of the model's own
+            load(state_dict)
         for state in optimizer.optimizer.state.values():
             if "step" in state:  # else one tensor would be counted up once a parameter
                 state["step"] = state["step"].clone()
