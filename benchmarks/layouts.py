@@ -2,8 +2,9 @@
 
     python benchmarks/layouts.py --out docs/layouts
 
-A tiny Llama goes through a change of length on this machine's CPU, one process a rank over gloo. First each layout trains from
-the start to the end; then one run changes its layout at every checkpoint. Every window that any rank reads is hashed. It writes
+A tiny Llama goes through a change of length on this machine's CPU, one process a rank over gloo. All begin with the weights of
+one base, since random weights differ by layout. First each layout trains from the start to the end; then one run changes its
+layout at every checkpoint. Every window that any rank reads is hashed. It writes
 OUT.csv (losses of every step) and OUT.md (the largest difference from one process), and ends with 1 where a window differs or a
 loss differs by more than `TOLERANCE`. The host is imported once; the ranks are forked from it.
 """
@@ -54,7 +55,7 @@ def overrides(folder: Path, name: str, layout: dict[str, int], every: int) -> li
         "curriculum.stages=[{until: 0.5, seq_length: 32}, {until: 1.0, seq_length: 64}]", "curriculum.tokens_per_step=256",
         f"curriculum.total_tokens={256 * STEPS}", f"checkpoint.every_tokens={256 * every}", "trainer.val_every_tokens=0",
         "optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.warmup_tokens=0", f"trainer.devices={ranks}",
-        *(f"trainer.{key}={n}" for key, n in sizes.items()),
+        *(f"trainer.{key}={n}" for key, n in sizes.items()), *([] if name == "base" else [f"restore_from={folder}/base"]),
     ]  # fmt: skip
 
 
@@ -147,6 +148,7 @@ def main() -> int:
             writer.add_document(rng.integers(0, 128, rng.integers(3, 120)))
     import nemo_longctx.adapters.nemo.launch.run  # noqa: F401  once for all ranks
 
+    launch(folder, "base", {}, every=2, stop=2)
     curves, streams = {}, {}
     for label, layout in LAYOUTS.items():
         name = label.replace(" ", "_")
