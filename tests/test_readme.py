@@ -44,6 +44,9 @@ def test_commands_exist(words):
         option = {"doctor": "--model", "plan": "--recipe"}.get(words[1])
         if option in words:
             assert words[words.index(option) + 1] in groups()["recipe"]
+    elif words[0] == "torchrun" and "nemo_longctx" in words:
+        assert words[words.index("nemo_longctx") + 1] in COMMANDS
+        compose([word for word in words if "=" in word and not word.startswith("-")])
     else:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()
