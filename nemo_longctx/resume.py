@@ -245,9 +245,24 @@ def check_resumed(recipe: Any, directory: Path) -> None:
         return
     now, where = plain(recipe), f"the run in {directory}"
     allow_change = bool((now.get("data") or {}).get("allow_change"))
-    refuse(changes(plain(record["recipe"]), now), where=where, allow_change=allow_change)
-    asked = {f"rope.{key}": value for key, value in (now.get("rope") or {}).items()}
-    check_live(live_settings(record), asked, where=where)
+    was = plain(record["recipe"])
+    refuse(changes(was, now), where=where, allow_change=allow_change)
+    check_live(live_settings(record), _asked_rope(was.get("rope"), now.get("rope")), where=where)
+
+
+# Variants that the host's own field of the base says whole: a model that has one is a plain RoPE of another base.
+SAID_BY_THE_BASE = ("abf", "ntk")
+
+
+def _asked_rope(was: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `now` asks of RoPE in the words of a live model, where the run's record had not asked the same."""
+    if not now or now == was:
+        return {}
+    asked = dict(now)
+    if asked.get("variant") in SAID_BY_THE_BASE:
+        made = asked.pop("variant") == "ntk"  # by its factor, which the live model does not know
+        asked = {} if made else {"variant": "rope", **asked}
+    return {f"rope.{key}": value for key, value in asked.items()}
 
 
 def check_resumed_live(live: Mapping[str, Any], directory: Path) -> None:

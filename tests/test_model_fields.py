@@ -129,9 +129,9 @@ def test_what_nobody_foresaw_ends_in_one_sentence(monkeypatch, capsys, debug):
     if debug:
         monkeypatch.setenv("NEMO_LONGCTX_DEBUG", "1")
         with pytest.raises(ZeroDivisionError):
-            launch.main([], description="")
+            launch.main([])
         return
-    assert launch.main([], description="") == 1
+    assert launch.main([]) == 1
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ZeroDivisionError in fails of test_model_fields.py")
     assert len(said.splitlines()) == 1

@@ -160,3 +160,31 @@ def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_dir
     check_resumed(recipe("rope.variant=abf", "rope.base=500000", "optimizer.lr=1e-2"), run_directory / "run")
     (run_directory / "run" / "results" / "settings.json").write_text("{")  # unreadable: the checkpoint itself will tell
     check_resumed(recipe(*asked), run_directory / "run")
+
+
+@pytest.mark.parametrize(
+    ("asked", "live", "refused"),
+    [
+        ("rope=abf", {"rope.variant": "rope", "rope.base": 500000.0}, None),
+        ("rope=abf", {"rope.variant": "rope", "rope.base": 10000.0}, "rope.base"),
+        ("rope=ntk", {"rope.variant": "rope", "rope.base": 83000.0}, None),  # its base is compared where the model is made
+        ("rope=yarn", {"rope.variant": "rope", "rope.base": 10000.0}, "rope.variant"),
+    ],
+)
+def test_a_variant_that_is_a_base_alone_is_known_again_in_the_live_model(tmp_path, asked, live, refused):
+    """ABF is the host's `rotary_base`: its live model is a plain RoPE. Resuming such a run was refused."""
+
+    def of(*overrides):
+        return load_recipe(compose(["recipe=tiny_cpu_base", "name=run", *overrides]))
+
+    (tmp_path / "checkpoints" / "step=1-last").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    settings = {key: {"before": value, "run": value} for key, value in live.items()}
+    for before in (["rope=null"], [asked]):
+        record = {"recipe": plain(of(*before)), "settings": settings}
+        (tmp_path / "results" / "settings.json").write_text(json.dumps(record))
+        if refused is None or before == [asked]:
+            check_resumed(of(asked), tmp_path)
+        else:
+            with pytest.raises(ConfigError, match=refused):
+                check_resumed(of(asked), tmp_path)

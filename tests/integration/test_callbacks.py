@@ -48,7 +48,16 @@ def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):
 
 
 def result(loss):
-    empty = {"position": {}, "documents": {}, "probes": [], "tasks": {}, "truncations": [], "errors": {}, "skipped": []}
+    empty = {
+        "position": {},
+        "context": {},
+        "documents": {},
+        "probes": [],
+        "tasks": {},
+        "truncations": [],
+        "errors": {},
+        "skipped": [],
+    }
     return SuiteResult(model="step 1", watched={"loss_position_64": [loss] * 20}, seconds={}, **empty)
 
 

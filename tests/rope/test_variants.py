@@ -93,7 +93,7 @@ def test_a_dimension_that_makes_no_pairs_is_refused(name, rotary_dim):
         ({"variant": "pi", "factor": 0.25}, "at least 1"),
         ({"variant": "abf", "base": "5e5"}, "not a number"),
         ({"variant": "abf", "base": 1}, "above 1"),
-        ({"variant": "abf", "base": math.nan}, "not a number"),
+        ({"variant": "abf", "base": math.nan}, "must be a finite number"),
         ({"variant": "abf", "base": True}, "not a number"),
         ({"variant": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096.5}, "whole number"),
         ({"variant": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096, "beta_fast": 1}, "above beta_slow=1"),
@@ -103,7 +103,7 @@ def test_a_dimension_that_makes_no_pairs_is_refused(name, rotary_dim):
         ({"variant": ["yarn"]}, "rope.variant=.*did you mean 'yarn'"),
         (None, "rope=None: must be a mapping"),
         ([], "must be a mapping"),
-        ({"variant": "rope", "base": 10**400}, "not a number"),
+        ({"variant": "rope", "base": 10**400}, "must be a finite number"),
     ],
 )
 def test_a_mistake_is_named_with_its_mend(values, message):
