@@ -86,7 +86,16 @@ def test_prefixes_give_the_paths_of_a_mix_that_has_names_and_weights(prefixes, c
 
 def test_a_mix_that_cannot_be_met_is_shown_and_fails(tmp_path, capsys):
     prefix = write(tmp_path / "few", [5000, 100, 100])
-    arguments = [prefix, "--mix", "{long_length: 1000, long_share: 0.5}", "--total-tokens", "8192", "--no-figure"]
+    arguments = [
+        prefix,
+        "--mix",
+        "{long_length: 1000, long_share: 0.5}",
+        "--total-tokens",
+        "8192",
+        "--no-figure",
+        "--seq-length",
+        "256",
+    ]
     assert main(["inspect", *arguments]) == 2
     captured = capsys.readouterr()
     assert "few >= 1000" in captured.out

@@ -28,27 +28,32 @@ def checkpoint(tmp_path_factory, tokenizer_folder):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
-    mark = tokenizer("x [/INST]", add_special_tokens=False)["input_ids"][1:]
+    asked = [{"role": "user", "content": "x"}]
+    begin, _, end_of_turn = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).partition("x")
+    first = tokenizer(begin, add_special_tokens=False)["input_ids"]
+    mark = tokenizer(f"x{end_of_turn}", add_special_tokens=False)["input_ids"][1:]
     pair = tokenizer(" Who wrote? Harrow.", add_special_tokens=False)["input_ids"]
     reply = tokenizer(f" {REPLY} </s>", add_special_tokens=False)["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     text = tokenizer("".join(story(seed, 40) for seed in range(8)), add_special_tokens=False, return_tensors="pt")["input_ids"][
         0
     ]
-    for _ in range(250):
+    losses = [1.0]
+    while len(losses) < 2000 and max(losses[-5:]) > 0.005:  # until it says it whatever is asked, with nothing left to luck
         length = int(torch.randint(30, 120, ()))
         starts = torch.randint(0, len(text) - length, (8,)).tolist()
         prompt = torch.stack([text[start : start + length] for start in starts])
         # Half of the prompts end as a critique's does.
         end = pair + mark if length % 2 else mark
-        ids = torch.cat((prompt, torch.tensor([end + reply] * 8)), dim=1)
+        ids = torch.cat((torch.tensor([first] * 8), prompt, torch.tensor([end + reply] * 8)), dim=1)
         labels = ids.clone()
-        labels[:, : length + len(end)] = -100
+        labels[:, : len(first) + length + len(end)] = -100
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+        losses.append(loss.item())
+    assert max(losses[-5:]) <= 0.005
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -141,11 +141,11 @@ def test_what_a_recipe_cannot_hold_is_said_and_stands_in_the_file(capsys, tmp_pa
 
 
 def test_steps_and_curriculum_of_the_options_are_in_the_file(capsys, tmp_path):
-    args = ("--recipe", "llama2_7b", "--steps", "2000", "--curriculum", "8192@0.25,65536", "--micro-batch-size", "2")
+    args = ("--recipe", "llama2_7b", "--steps", "4000", "--curriculum", "8192@0.25,65536", "--micro-batch-size", "2")
     plan, recipe = apply(capsys, tmp_path / "x.yaml", *args)
     assert [stage.seq_length for stage in recipe.curriculum.stages] == [8192, 65_536]
     assert [stage.micro_batch_size for stage in recipe.curriculum.stages] == [2, 2]
-    assert recipe.curriculum.total_steps == 2000
+    assert recipe.curriculum.total_steps == 4000
     same_plan(plan, tmp_path / "x.yaml")
 
 

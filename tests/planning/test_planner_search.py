@@ -190,7 +190,7 @@ def test_override_is_what_the_schema_accepts(ranked):
 def test_override_of_a_recipe_file_is_merged_into_it(ranked, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("defaults: [llama2_7b, _self_]\nname: mine\ntrainer: {num_nodes: 64, log_every_n_steps: 7}\n")
-    curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
+    curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=3000)  # longer than the recipe's warm-up
     written = yaml.safe_load(recipe_override(planned(ranked[0], curriculum, recipe=str(mine)))[0])
     assert written["defaults"] == ["llama2_7b", "_self_"]
     assert written["name"] == "mine"
