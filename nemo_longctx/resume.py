@@ -200,7 +200,7 @@ def check_live(before: Mapping[str, Any], run: Mapping[str, Any], *, where: str)
     Raises:
         ConfigError: one that differs, with both values.
     """
-    for key in before:
+    for key in sorted(before, key=lambda name: not name.startswith("rope.")):  # the user's words before the host's
         row = rule_of(key if key.startswith("rope") else f"model.{key}")
         if key in run and row is not None and row.rule == "equal" and before[key] != run[key]:
             mend = f"{where} was trained with {before[key]!r}; set that again, or another `name` for another run"

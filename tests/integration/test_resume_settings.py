@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def started(tmp_path_factory):
 
 
 def steps_of(log):
-    return [json.loads(line.partition(" ")[2]) for line in log.splitlines() if line.startswith("step [")]
+    """What the worker printed of each step, also where a progress bar had left its line open."""
+    return [json.loads(found) for found in re.findall(r"step (\[\d+, [^\n]*?\], [\d.]+\])", log)]
 
 
 @pytest.mark.slow
@@ -107,5 +109,7 @@ def test_another_rope_is_refused_with_both_values(started):
     _, _, logs = started
     assert "rope.base=1000000.0" in logs[1] or "rope.variant='abf'" in logs[1]
     assert "'rope'" in logs[1] or "10000.0" in logs[1]
-    assert "rope.base=2000000.0: the checkpoint at step 4 has 10000" in logs[2]  # no record beside it: the checkpoint's own
+    assert (
+        "rope.base=2000000.0: the checkpoint at step 4 was trained with 10000" in logs[2]
+    )  # no record beside it: the checkpoint's own
     assert not steps_of(logs[1]) + steps_of(logs[2])
