@@ -1,7 +1,7 @@
 """What transformers and vLLM read from a written directory: its longest input and its attention factor, and where they differ.
 
-vLLM's rules are those of its source, release 0.11 (`vllm/config/model.py`, `_get_and_verify_max_len`;
-`vllm/model_executor/layers/rotary_embedding`): it multiplies `max_position_embeddings` by the factor of linear and dynamic
+vLLM's rules are written down here as they are understood, not run against a release (see `_get_and_verify_max_len` and
+`rotary_embedding` in its source; they may change): it multiplies `max_position_embeddings` by the factor of linear and dynamic
 scaling, YaRN's trained length by YaRN's, takes no factor of llama3 and longrope, and cuts the result at the tokenizer's
 `model_max_length`.
 """
