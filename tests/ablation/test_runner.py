@@ -57,6 +57,7 @@ def tables(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.csv")) if "page" in path.parts}
 
 
+@pytest.mark.slow
 def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
     whole = runner(tmp_path / "whole")
     Machine(whole)

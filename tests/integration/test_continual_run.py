@@ -171,6 +171,7 @@ def test_groups_that_do_not_divide_the_heads_are_refused(text, tmp_path):
         build(base(text, tmp_path, "model.num_attention_heads=4", "model.num_query_groups=3"))
 
 
+@pytest.mark.slow
 def test_text_without_a_window_is_refused(text, tmp_path):
     with CorpusWriter(str(tmp_path / "short"), np.uint16) as writer:
         writer.add_document([1, 2, 3])

@@ -54,6 +54,7 @@ def rows_of(output):
     return [row for row in rows if "loss" in row], [row for row in rows if "validation_loss" in row]
 
 
+@pytest.mark.slow
 def test_a_length_changes_in_one_run_and_its_curve_says_so(corpora, tmp_path):
     run(command(corpora, tmp_path, "[{until: 0.5, seq_length: 32, micro_batch_size: 2}, {until: 1.0, seq_length: 128}]"))
     trained, validated = rows_of(tmp_path)

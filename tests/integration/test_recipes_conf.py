@@ -198,6 +198,7 @@ def test_a_checkpoint_in_half_precision_takes_14_bytes_a_parameter():
     assert [checkpoint_bytes(10, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [120, 140, 140]
 
 
+@pytest.mark.slow
 def test_a_broken_entry_point_is_only_printed_by_nemo_run_and_fails_our_check(tmp_path):
     """The check that `nemo` below makes is one that can fail."""
     folder = tmp_path / "broken-1.0.dist-info"

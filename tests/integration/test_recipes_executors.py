@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # the worker imports NeMo
+
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):

@@ -112,6 +112,7 @@ def test_search_apply_and_longest(capsys, tmp_path):
     assert recipe.optimizer.lr == 2e-5  # llama2_7b's, with which the file begins
 
 
+@pytest.mark.slow
 def test_the_example_script_takes_an_applied_plan(tmp_path):
     """Composed, checked by the schema and its parts begun: what stops it is that this process may see no GPU."""
     file = tmp_path / "mine.yaml"
