@@ -19,10 +19,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, verify, and say which RoPE variant was written."""
+    """Convert, verify, and say which RoPE variant was written and what others read from it."""
     from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 
-    variant = export_hf(
+    exported = export_hf(
         args.source,
         args.target,
         verify=not args.no_verify,
@@ -31,5 +31,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
     )
     checked = "not verified" if args.no_verify else "verified by loading it again"
-    print(f"{args.target}: transformers model of {args.source}, RoPE {variant}, {checked}")
+    print(f"{args.target}: transformers model of {args.source}, RoPE {exported.variant}, {checked}")
+    for note in exported.notes:
+        print(f"  {note}")
     return 0

@@ -24,6 +24,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from nemo_longctx.attention.context_parallel import context_parallel_attention
 from nemo_longctx.attention.core import backend_name, causal_attention
@@ -82,13 +83,45 @@ def check_attention_config(config: Any) -> None:
     """Refuse a model config that asks for what a linear-memory kernel cannot do.
 
     Raises:
-        ConfigError: dropout on attention, a sliding window, a learned sink, or latent attention.
+        ConfigError: dropout on attention, a window that is no causal one, a learned sink, or latent attention.
     """
-    refused = {"attention_dropout": 0.0, "window_size": None, "softmax_type": "vanilla", "multi_latent_attention": False}
+    refused = {"attention_dropout": 0.0, "softmax_type": "vanilla", "multi_latent_attention": False}
     for name, needed in refused.items():
         value = getattr(config, name, needed)
         if value != needed:
             raise ConfigError(name, value, f"must be {needed!r} with this attention, or use Transformer Engine")
+    layer_window(config, 1)
+
+
+def layer_window(config: Any, layer_number: int) -> int | None:
+    """Tokens that a layer's queries look back on at most, themselves included; None for all of them.
+
+    Args:
+        config: Megatron-Core's: `window_size` is (tokens before the query, tokens after it), -1 for all of them, and
+            `window_attn_skip_freq` says which layers have it.
+        layer_number: from 1.
+
+    Raises:
+        ConfigError: a window that looks ahead, or fields of another form than Megatron-Core's.
+    """
+    size = getattr(config, "window_size", None)
+    if not size:
+        return None
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) and n >= -1 for n in size):
+        raise ConfigError("window_size", size, "must be [tokens before the query, 0], such as [4095, 0] for a window of 4,096")
+    before, after = size
+    if after > 0:
+        raise ConfigError("window_size", size, "looks ahead, where attention is causal; write 0 for the second number")
+    skip = getattr(config, "window_attn_skip_freq", None)
+    if isinstance(skip, (tuple, list)) and len(skip) != config.num_layers:
+        mend = f"must be one number for each of the {config.num_layers} layers, 1 for those with the window"
+        raise ConfigError("window_attn_skip_freq", skip, mend)
+    if isinstance(skip, (tuple, list)):
+        skip = list(skip)
+    elif skip is not None and (isinstance(skip, bool) or not isinstance(skip, int) or skip < 1):
+        mend = "must be N (each Nth layer sees all) or one number a layer, 1 for those with the window"
+        raise ConfigError("window_attn_skip_freq", skip, mend)
+    return before + 1 if before >= 0 and is_layer_window_attention((before, after), skip, layer_number) else None
 
 
 class LongContextAttention(MegatronModule):
@@ -118,6 +151,7 @@ class LongContextAttention(MegatronModule):
             raise ValueError(str(error)) from error
         self.layer_number = layer_number
         self.scale = softmax_scale
+        self.window = layer_window(config, layer_number)
         groups = model_comm_pgs if pg_collection is None else pg_collection
         self.cp_group = parallel_state.get_context_parallel_group() if groups is None else groups.cp
 
@@ -147,7 +181,7 @@ class LongContextAttention(MegatronModule):
             out = self._context_parallel(q, k, v, packed_seq_params)
         else:
             segments = None if packed_seq_params is None else document_segments(_boundaries(packed_seq_params, q.shape[1]))
-            out = causal_attention(q, k, v, segments=segments, scale=self.scale)
+            out = causal_attention(q, k, v, segments=segments, scale=self.scale, window=self.window)
         return out.flatten(2).squeeze(0) if packed else out.transpose(0, 1).flatten(2)
 
     def _context_parallel(
@@ -161,7 +195,14 @@ class LongContextAttention(MegatronModule):
         window = getattr(packed_seq_params, "window", 0) or tokens
         segments: tuple[Segment, ...] = context_parallel_segments(boundaries, window, rank, size)
         return context_parallel_attention(
-            q, k, v, segments=segments, group=self.cp_group, windows=tokens // window, scale=self.scale
+            q,
+            k,
+            v,
+            segments=segments,
+            group=self.cp_group,
+            windows=tokens // window,
+            scale=self.scale,
+            sliding_window=self.window,
         )
 
 
@@ -257,4 +298,5 @@ def _describe(core: torch.nn.Module, model: torch.nn.Module) -> str:
     weight = next(model.parameters())
     whole, packed = (backend_name(weight.device, weight.dtype, segmented=s) for s in (False, True))
     shared = f", context parallel over {core.cp_group.size()} ranks" if core.cp_group.size() > 1 else ""
-    return f"LongContextAttention on {whole}" + (f", packed on {packed}" if packed != whole else "") + shared
+    looks_back = f", window of {core.window:,}" if core.window else ""
+    return f"LongContextAttention on {whole}{looks_back}" + (f", packed on {packed}" if packed != whole else "") + shared

@@ -21,6 +21,7 @@ from nemo_longctx.adapters.megatron.rope_module import (
     YARN_FIELDS,
     TableRotaryEmbedding,
     check_supported,
+    has_no_rope,
     rotary_dim_of,
     score_scale,
     self_attentions,
@@ -200,14 +201,14 @@ def _verify_layer(model: Any, attention: Any, variant: RopeVariant, rotary_dim: 
     )
     out = rotary(local * cp_size)
     angles = out[0] if isinstance(out, tuple) else out
-    unrotated = config.no_rope_freq and config.no_rope_freq[attention.layer_number - 1]
+    unrotated = has_no_rope(attention)
     mscale = variant.attention_scaling if type(rotary) is YarnRotaryEmbedding else 1.0
     expected = [query, key]
     if not unrotated:
         group = groups_of(attention).cp
         expected = [apply_rotary_pos_emb(x, angles, config=config, mscale=mscale, cp_group=group) for x in expected]
     needs_scale = mscale == 1.0 and (variant.attention_scaling != 1.0 or variant.xpos_zeta(rotary_dim) is not None)
-    if needs_scale:
+    if needs_scale and not unrotated:
         expected = list(score_scale(variant, model, rotary_dim)(attention.core_attention, tuple(expected), {})[0])
     where = f"layer {attention.layer_number}"
     try:

@@ -102,6 +102,8 @@ def transform_rope(model: Any, variant: RopeVariant) -> None:
     scale = score_scale(variant, model, rotary_dim)
     handles = []
     for attention in self_attentions(model):
+        if has_no_rope(attention):
+            continue
         handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
         handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
     model._rope_hooks = tuple(handles)
@@ -126,6 +128,12 @@ def temporary_rope(model: Any, variant: RopeVariant) -> Iterator[None]:
         for handle in () if isinstance(was, TableRotaryEmbedding) else model._rope_hooks:
             handle.remove()
         model.rotary_pos_emb, model.position_embedding_type = was, kind
+
+
+def has_no_rope(attention: Any) -> bool:
+    """Whether a built self-attention leaves q and k unrotated, and so unscaled (`no_rope_freq`; NoPE)."""
+    layers = getattr(attention.config, "no_rope_freq", None)
+    return bool(layers and layers[attention.layer_number - 1])
 
 
 def score_scale(variant: RopeVariant, model: Any, rotary_dim: int) -> ScoreScale:

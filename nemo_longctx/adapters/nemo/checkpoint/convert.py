@@ -6,7 +6,10 @@ the frequencies and attention factor that transformers makes at every length tha
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,12 +21,12 @@ from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config  # the base class, which nemo.collections.llm does not give out
 from nemo.lightning import io
 from nemo.lightning.pytorch.callbacks import ModelTransform
+from transformers import GenerationConfig
 
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of
 from nemo_longctx.adapters.nemo.checkpoint.hf_verify import (
     VERIFY_TOKENS,
-    as_installed,
     source_model,
     verify_export,
     verify_same,
@@ -34,6 +37,7 @@ from nemo_longctx.adapters.nemo.checkpoint.hf_weights import (
     family_of_nemo,
     hf_fields,
     nemo_config,
+    stored_dtype,
     to_hugging_face,
     to_megatron,
 )
@@ -41,15 +45,24 @@ from nemo_longctx.adapters.nemo.checkpoint.load import load_model
 from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model
 from nemo_longctx.adapters.nemo.model.rope import place_rope, variant_of
 from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import token_numbers
+from nemo_longctx.hf.directory import HFDirectory, check_directory, write_copy
+from nemo_longctx.hf.generation import read_generation_config
+from nemo_longctx.hf.serving import reading_lines, vllm_length
+from nemo_longctx.hf.tokenizer import check_numbers, copy_tokenizer, has_tokenizer, load_hf_tokenizer, with_limit
+from nemo_longctx.nemo_files import padded_by_host
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import DynamicNtkRope, Llama3Rope
+
+logger = logging.getLogger(__name__)
 
 
 def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, verify_tokens: int | None = None) -> RopeVariant:
     """A Hugging Face directory -> a NeMo checkpoint, on the CPU.
 
     Args:
-        source: directory with `config.json` and weights (Llama, Mistral, Qwen2, Qwen3), and a tokenizer if there is one.
+        source: directory with `config.json` and weights of a family that `hf.families` knows, and a tokenizer if there is one;
+            as transformers 4.46 to 5 write it.
         target: checkpoint directory to make; nothing is left there unless the import succeeds.
         verify: load the result and compare it with the model that transformers makes of `source`.
         verify_tokens: length of the random input whose logits are compared; None takes `VERIFY_TOKENS`.
@@ -64,25 +77,27 @@ def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, ve
     from transformers import AutoConfig
 
     source, target = Path(source), Path(target).absolute()
-    if not (source / "config.json").is_file():
-        raise ConfigError("HF_DIR", str(source), "no config.json there; give a Hugging Face model directory")
+    found = check_directory(source)
     _check_free(target)
     tokens = _checked_tokens(verify, verify_tokens)
-    config = AutoConfig.from_pretrained(source)
-    family, variant = family_of_hf(config), RopeVariant.from_hf(config.to_dict())
+    for note in found.notes:
+        logger.warning("%s: %s", source, note)
+    family, variant = family_of_hf(found.config), found.config.variant
     # Llama 3.1's scaling has a config class of its own, which stock tools then recognise.
     is_llama31 = family.model_type == "llama" and isinstance(variant, Llama3Rope)
     cpu.install()
-    with cpu.stock_configs():
-        nemo = nemo_config(config, family, Llama31Config if is_llama31 else family.config_class, _generation_config(source))
-    config = as_installed(config, variant)
-    weights = source_model(source, config, dtype="auto").state_dict()
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder,
+        tempfile.TemporaryDirectory(prefix="nemo_longctx_hf_") as folder,
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside,
     ):
-        model = family.model_class(nemo, tokenizer=_nemo_tokenizer(source, Path(folder)))
+        model_copy = write_copy(found, Path(folder) / "model")
+        config = AutoConfig.from_pretrained(model_copy)
+        weights = source_model(model_copy, config, dtype="auto", named=source).state_dict()
+        with cpu.stock_configs():
+            dtype = stored_dtype(config, weights)
+            nemo = nemo_config(found, family, Llama31Config if is_llama31 else family.config_class, dtype)
+        model = family.model_class(nemo, tokenizer=_nemo_tokenizer(found, model_copy, Path(folder) / "tokenizer"))
         place_rope(model, variant)
         made = Path(beside) / target.name
         _save_nemo(model, weights, made)
@@ -90,11 +105,24 @@ def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, ve
             del model, weights
             gc.collect()  # the trainer holds the model in a cycle, and two more are loaded now
             module, nemo, _ = load_model(made)
-            theirs = source_model(source, config, dtype=torch.float32)
+            theirs = source_model(model_copy, config, dtype=torch.float32, named=source)
             longest = config.max_position_embeddings
             verify_same(module, theirs, variant, rotary_dim=rotary_dim_of(nemo), tokens=tokens, longest=longest)
         made.rename(target)
     return variant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        variant: its RoPE.
+        notes: what transformers and vLLM read from it, and where they differ, a line each.
+    """
+
+    variant: RopeVariant
+    notes: tuple[str, ...]
 
 
 def export_hf(
@@ -105,7 +133,7 @@ def export_hf(
     verify_tokens: int | None = None,
     max_position_embeddings: int | None = None,
     tokenizer: str | Path | None = None,
-) -> RopeVariant:
+) -> Exported:
     """A NeMo checkpoint -> a Hugging Face directory that transformers loads; LoRA adapters are merged into the weights.
 
     Args:
@@ -117,10 +145,11 @@ def export_hf(
         tokenizer: a Hugging Face tokenizer directory, where the checkpoint carries none.
 
     Returns:
-        the RoPE variant that was written.
+        the RoPE variant that was written, and what transformers and vLLM read from the directory.
 
     Raises:
-        ConfigError: transformers cannot say this variant or architecture, `target` exists, or the comparison fails.
+        ConfigError: transformers cannot say this variant or architecture, `target` exists, a token has no row in the
+            embedding, the checkpoint's two descriptions disagree, or the comparison fails.
     """
     target = Path(target).absolute()
     _check_free(target)
@@ -137,9 +166,15 @@ def export_hf(
     rotary_dim = rotary_dim_of(described.config)
     family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
     variant.to_hf(rotary_dim=rotary_dim, max_position_embeddings=longest)
-    module, config, nemo_tokenizer = load_model(checkpoint, merge=True)
-    hf_tokenizer = _hf_tokenizer(nemo_tokenizer, tokenizer)
+    hf_tokenizer = _hf_tokenizer(described.tokenizer, tokenizer)
+    _check_tokens(hf_tokenizer, described.config)
+    module, config, _ = load_model(checkpoint, merge=True)
+    if padded_by_host(checkpoint_directory(checkpoint)) and described.tokenizer is not None:
+        config.vocab_size = described.tokenizer.vocab_size  # the rest are rows that the host added and nobody trained
     exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
+    limit = _lengths_together(
+        exported, hf_tokenizer, described.config.seq_length if max_position_embeddings is None else longest
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
@@ -152,7 +187,7 @@ def export_hf(
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return variant
+    return Exported(variant=variant, notes=tuple(reading_lines(exported.config.to_dict(), variant, limit)))
 
 
 def hf_model(
@@ -176,7 +211,7 @@ def hf_model(
     weights = {name: w.cpu() for name, w in module.state_dict().items() if isinstance(w, torch.Tensor)}
     _load_strictly(exported, to_hugging_face(weights, config))
     if config.generation_config is not None:
-        exported.generation_config = config.generation_config
+        exported.generation_config = _saveable(config.generation_config, config.vocab_size)
     return exported
 
 
@@ -203,29 +238,60 @@ def _load_strictly(model: torch.nn.Module, weights: Weights) -> None:
         raise ConfigError("weights", missing or unexpected, "have no counterpart in transformers' model; cannot be exported")
 
 
-def _generation_config(source: Path) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(source) if (source / "generation_config.json").is_file() else None
-
-
-def _nemo_tokenizer(source: Path, folder: Path) -> Any:
+def _nemo_tokenizer(found: HFDirectory, made: Path, folder: Path) -> Any:
     """NeMo's tokenizer over a copy of the tokenizer's files alone, which the checkpoint's context then takes in."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-    from transformers import AutoTokenizer as HFTokenizer
 
-    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not found.has_tokenizer:
         return None
-    HFTokenizer.from_pretrained(source).save_pretrained(folder)
+    load_hf_tokenizer(made, named=found.path).save_pretrained(folder)
     return AutoTokenizer(str(folder))
 
 
 def _hf_tokenizer(nemo_tokenizer: Any, directory: str | Path | None) -> Any:
-    from transformers import AutoTokenizer
-
+    """A transformers tokenizer of our own, whose length limit is changed."""
     if directory is not None:
-        return AutoTokenizer.from_pretrained(directory)
-    return getattr(nemo_tokenizer, "tokenizer", None)
+        if not has_tokenizer(Path(directory)):
+            raise ConfigError("--tokenizer", str(directory), "no tokenizer there; give a Hugging Face tokenizer's directory")
+        with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
+            copy_tokenizer(Path(directory), Path(folder))
+            return load_hf_tokenizer(Path(folder), named=Path(directory))
+    return copy.deepcopy(getattr(nemo_tokenizer, "tokenizer", None))
+
+
+def _check_tokens(tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer or special tokens that the embedding has no rows for, before weights are read."""
+    if tokenizer is not None:
+        check_numbers(tokenizer.get_vocab(), config.vocab_size)
+    numbers = _token_numbers(config.generation_config, tokenizer)
+    for key in numbers:
+        token_numbers(numbers, key, config.vocab_size, [], file="the checkpoint")
+
+
+def _saveable(generation: Any, vocab_size: int) -> Any:
+    """A generation config that transformers saves: other tools' checkpoints carry fields without effect, which it refuses."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return GenerationConfig(**read_generation_config(generation.to_diff_dict(), vocab_size)[0])
+    return copy.deepcopy(generation)
+
+
+def _lengths_together(exported: Any, tokenizer: Any, longest: int) -> int | None:
+    """Let generation config and tokenizer end where the model does; returns the tokenizer's limit, None where there is none.
+
+    A tokenizer without a limit stays so, unless vLLM would then take inputs that the model was not made for.
+    """
+    generation = exported.generation_config
+    if generation.max_length != GenerationConfig().max_length:
+        generation.max_length = longest
+    if tokenizer is None:
+        return None
+    limit = with_limit(tokenizer.model_max_length, longest)
+    if vllm_length(exported.config.to_dict(), limit) > longest:
+        limit = longest
+    tokenizer.model_max_length = limit
+    return limit
 
 
 def _token_numbers(generation_config: Any, tokenizer: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,19 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import Rope
 
-logger = logging.getLogger(__name__)
-
 VERIFY_TOKENS = 512  # length of the random input whose logits are compared
 TOLERANCE = 1e-4  # of logits, both models in fp32, as a share of the largest where that is above 1
 FREQUENCY_ROUNDING = 4e-6  # transformers computes frequencies in float32: share of the unscaled one
 
 
-def as_installed(config: Any, variant: RopeVariant) -> Any:
-    """`config` with its RoPE in keys that the installed transformers reads: release 4 ignores 5's `rope_parameters`."""
-    import transformers
-
-    if getattr(config, "rope_parameters", None) and int(transformers.__version__.split(".")[0]) < 5:
-        logger.warning(
-            "transformers %s does not read rope_parameters; it is given the same RoPE as rope_theta and rope_scaling, so the "
-            "comparison cannot show how transformers 5 would read them",
-            transformers.__version__,
-        )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        keys = variant.to_hf(rotary_dim=head_dim, max_position_embeddings=config.max_position_embeddings, version=4)
-        for key, value in keys.items():
-            setattr(config, key, value)
-    return config
-
-
-def source_model(source: Path, config: Any, *, dtype: Any) -> Any:
+def source_model(source: Path, config: Any, *, dtype: Any, named: Path | None = None) -> Any:
     """The transformers model of a directory: every weight of it is read, and every weight that it needs is there.
 
     Args:
         source: directory with weights.
         config: its transformers config.
         dtype: of the weights, or "auto".
+        named: the directory as the user knows it, for messages; None is `source`.
 
     Raises:
         ConfigError: weights that cannot be read, are missing, left over or of another shape than the config says.
@@ -53,6 +34,7 @@ def source_model(source: Path, config: Any, *, dtype: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    named = source if named is None else named
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -60,7 +42,7 @@ def source_model(source: Path, config: Any, *, dtype: Any) -> Any:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         mend = f"transformers cannot load its weights ({line}); if they are damaged, copy or download them again"
-        raise ConfigError("HF_DIR", str(source), mend) from error
+        raise ConfigError("HF_DIR", str(named), mend) from error
     mend = "config.json and weights disagree; take both from the same model"
     wrong = {
         "mismatched": "have another shape",
@@ -72,7 +54,7 @@ def source_model(source: Path, config: Any, *, dtype: Any) -> Any:
         names = sorted(each if isinstance(each, str) else each[0] for each in info[f"{kind}_keys"])
         if names:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-            raise ConfigError("HF_DIR", str(source), f"{len(names)} weights {told} ({shown}): {mend}")
+            raise ConfigError("HF_DIR", str(named), f"{len(names)} weights {told} ({shown}): {mend}")
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Weights and shapes of the Llama family, Hugging Face <-> Megatron-Core: Llama, Mistral, Qwen2, Qwen3 (dense).
+"""Weights and shapes of the Llama family, Hugging Face <-> Megatron-Core: Llama, Mistral, Qwen2, Qwen3 (dense), SmolLM3.
 
 The host's converters know Transformer Engine's names of the norms only; these take whichever names the built model has.
 Shapes: H query heads, G groups (key and value heads), D head size, E hidden size.
@@ -7,14 +7,18 @@ Shapes: H query heads, G groups (key and value heads), D head size, E hidden siz
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from transformers import GenerationConfig
 
-from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.adapters.megatron.attention import layer_window
+from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import HFConfig, attention_values
+from nemo_longctx.hf.directory import HFDirectory
+from nemo_longctx.hf.families import FIXED
 
 Weights = dict[str, torch.Tensor]
 
@@ -26,98 +30,98 @@ class Family:
     Attributes:
         model_type: transformers' name.
         config_class, model_class: NeMo's.
-        fixed: what a transformers config must say, since the NeMo class does.
     """
 
     model_type: str
     config_class: type[GPTConfig]
     model_class: type[GPTModel]
-    fixed: Mapping[str, Any]
 
 
-# Most derived first: Qwen3Config is a Qwen2Config.
+# Most derived first: Qwen3Config is a Qwen2Config. SmolLM3 is NeMo's Llama whose config leaves some layers without RoPE.
 FAMILIES = (
-    Family(
-        model_type="qwen3",
-        config_class=llm.Qwen3Config,
-        model_class=llm.Qwen3Model,
-        fixed={"attention_bias": False, "use_sliding_window": False},
-    ),
-    Family(model_type="qwen2", config_class=llm.Qwen2Config, model_class=llm.Qwen2Model, fixed={"use_sliding_window": False}),
-    Family(
-        model_type="mistral", config_class=llm.MistralConfig7B, model_class=llm.MistralModel, fixed={"sliding_window": None}
-    ),
-    Family(
-        model_type="llama",
-        config_class=llm.LlamaConfig,
-        model_class=llm.LlamaModel,
-        fixed={"attention_bias": False, "mlp_bias": False},
-    ),
+    Family(model_type="qwen3", config_class=llm.Qwen3Config, model_class=llm.Qwen3Model),
+    Family(model_type="qwen2", config_class=llm.Qwen2Config, model_class=llm.Qwen2Model),
+    Family(model_type="mistral", config_class=llm.MistralConfig7B, model_class=llm.MistralModel),
+    Family(model_type="smollm3", config_class=llm.LlamaConfig, model_class=llm.LlamaModel),
+    Family(model_type="llama", config_class=llm.LlamaConfig, model_class=llm.LlamaModel),
 )
 
 
-def family_of_hf(config: Any) -> Family:
-    """The family of a transformers config, checked to be one that converts without loss.
-
-    Raises:
-        ConfigError: another architecture, or a setting that the NeMo model would not have.
-    """
-    by_type = {family.model_type: family for family in FAMILIES}
-    if config.model_type not in by_type:
-        raise ConfigError("model_type", config.model_type, f"cannot be converted, {did_you_mean(config.model_type, by_type)}")
-    family = by_type[config.model_type]
-    for key, value in {"hidden_act": "silu", "partial_rotary_factor": 1.0, **family.fixed}.items():
-        if getattr(config, key, value) != value:
-            mend = f"only {value!r} converts without loss; if that is what you want, say so in config.json"
-            raise ConfigError(key, getattr(config, key), mend)
-    return family
+def family_of_hf(config: HFConfig) -> Family:
+    """The family of a checked `config.json`."""
+    return next(family for family in FAMILIES if family.model_type == config.model_type)
 
 
 def family_of_nemo(config: GPTConfig) -> Family:
     """The family of a NeMo config.
 
     Raises:
-        ConfigError: another architecture, experts, or a sliding window.
+        ConfigError: another architecture, experts, or layers that the family's model in transformers cannot have.
     """
-    family = next((f for f in FAMILIES if isinstance(config, f.config_class)), None)
+    no_rope = any(no_rope_of(config))
+    family = next((f for f in FAMILIES if isinstance(config, f.config_class) and (f.model_type != "smollm3" or no_rope)), None)
     if family is None or config.num_moe_experts is not None:
         known = ", ".join(f.model_type for f in FAMILIES)
         raise ConfigError(
             "model.config", type(config).__name__, f"cannot be exported; the families that can, without experts: {known}"
         )
-    for key, value in (("window_size", None), ("rotary_percent", 1.0), ("rotary_interleaved", False)):
+    for key, value in (("rotary_percent", 1.0), ("rotary_interleaved", False)):
         if getattr(config, key) != value:
             raise ConfigError(key, getattr(config, key), f"only {value!r} can be exported to transformers' {family.model_type}")
+    attention_values(family.model_type, windows_of(config), no_rope_of(config))
     return family
 
 
-def nemo_config(source: Any, family: Family, config_class: type[GPTConfig], generation_config: Any) -> GPTConfig:
-    """A NeMo config with the sizes of a transformers config; RoPE is placed afterwards."""
-    heads = source.num_attention_heads
-    dtype = getattr(source, "dtype", None) or torch.float32
+def windows_of(config: GPTConfig) -> tuple[int | None, ...]:
+    """Tokens that each layer's queries look back on, themselves included, of a NeMo config; None for all of them."""
+    return tuple(layer_window(config, layer + 1) for layer in range(config.num_layers))
+
+
+def no_rope_of(config: GPTConfig) -> tuple[bool, ...]:
+    """Whether each layer of a NeMo config leaves q and k unrotated."""
+    said = getattr(config, "no_rope_freq", None)
+    if isinstance(said, int):  # a class that has not been through its own checks yet
+        return tuple((layer + 1) % said == 0 for layer in range(config.num_layers))
+    return tuple(bool(each) for each in said) if said else (False,) * config.num_layers
+
+
+def stored_dtype(config: Any, weights: Weights) -> torch.dtype:
+    """The type that a model is trained in: what its config says, else that of its weights."""
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else next(w.dtype for w in weights.values() if w.is_floating_point())
+
+
+def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig], dtype: torch.dtype) -> GPTConfig:
+    """A NeMo config with the sizes of a checked directory; RoPE is placed afterwards."""
+    source, windows = found.config.values, found.config.windows
     fields: dict[str, Any] = {
-        "num_layers": source.num_hidden_layers,
-        "hidden_size": source.hidden_size,
-        "ffn_hidden_size": source.intermediate_size,
-        "num_attention_heads": heads,
-        "num_query_groups": source.num_key_value_heads,
-        "kv_channels": getattr(source, "head_dim", None) or source.hidden_size // heads,
-        "vocab_size": source.vocab_size,
-        "layernorm_epsilon": source.rms_norm_eps,
-        "init_method_std": source.initializer_range,
-        "share_embeddings_and_output_weights": bool(source.tie_word_embeddings),
-        "seq_length": source.max_position_embeddings,
+        "num_layers": source["num_hidden_layers"],
+        "hidden_size": source["hidden_size"],
+        "ffn_hidden_size": source["intermediate_size"],
+        "num_attention_heads": source["num_attention_heads"],
+        "num_query_groups": source["num_key_value_heads"],
+        "kv_channels": source["head_dim"],
+        "vocab_size": source["vocab_size"],
+        "layernorm_epsilon": source["rms_norm_eps"],
+        "init_method_std": source["initializer_range"],
+        "share_embeddings_and_output_weights": source["tie_word_embeddings"],
+        "seq_length": source["max_position_embeddings"],
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "fp16": dtype == torch.float16,
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
-        "generation_config": generation_config,
+        "generation_config": GenerationConfig(**found.generation) if found.generation else None,
+        "window_size": None,
     }
-    if family.model_type == "mistral":
-        fields["window_size"] = None
+    window = next((each for each in windows if each is not None), None)
+    if window is not None:
+        fields["window_size"] = (window - 1, 0)  # Megatron-Core counts the tokens before the query
+        fields["window_attn_skip_freq"] = None if None not in windows else [int(each is not None) for each in windows]
+    if any(found.config.no_rope):
+        fields["no_rope_freq"] = [int(each) for each in found.config.no_rope]
     if family.model_type == "qwen3":
-        fields["max_position_embeddings"] = source.max_position_embeddings
+        fields["max_position_embeddings"] = source["max_position_embeddings"]
     return config_class(**fields)
 
 
@@ -135,7 +139,8 @@ def hf_fields(config: GPTConfig, family: Family) -> dict[str, Any]:
         "rms_norm_eps": config.layernorm_epsilon,
         "initializer_range": config.init_method_std,
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
-        **family.fixed,
+        **FIXED[family.model_type],
+        **attention_values(family.model_type, windows_of(config), no_rope_of(config)),
     }
 
 

@@ -21,12 +21,14 @@ from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 from nemo_longctx.activations import megatron_fields, recompute_name
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.attention import long_context_layer_spec
+from nemo_longctx.adapters.megatron.rope_module import check_supported
 from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.adapters.nemo.model.rope import place_rope, set_config_field, variant_of
 from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.nemo_files import check_context, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.trust import check_checkpoint
 
@@ -94,8 +96,14 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
         mend = "holds LoRA adapters alone; merge them by `nemo-longctx export`, and begin from what `nemo-longctx import` makes"
         raise ConfigError("restore_from", str(directory), mend)
     check_checkpoint(directory)
+    check_context(directory)
     with cpu.stock_configs():
         model = io.load_context(directory / "context", subpath="model")
+    if model.config.vocab_size is None:  # NeMo's default: the tokenizer's, padded
+        rows = embedding_rows(directory)
+        if rows is not None:
+            set_config_field(model, "vocab_size", rows)
+    check_supported(model.config)
     fields = dict(overrides)
     if "config" in fields:
         named = fresh_model(fields).config
@@ -247,6 +255,7 @@ def _config_class(name: str) -> type[GPTConfig]:
 def _check_config(config: GPTConfig) -> None:
     if config.position_embedding_type not in ("rope", "yarn"):
         raise ConfigError("model.position_embedding_type", config.position_embedding_type, "only RoPE models can be extended")
+    check_supported(config)
     if config.vocab_size is None:
         raise ConfigError("model.vocab_size", None, "set it, so that no tokenizer changes the model's shape in silence")
     heads, groups = config.num_attention_heads, config.num_query_groups
