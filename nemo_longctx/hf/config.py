@@ -305,7 +305,9 @@ def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any])
             raise ConfigError("rope_parameters", nested, "a trained length unlike max_position_embeddings is not read alike")
         return keys
     scaling = given.get("rope_scaling") or None
-    keys = {"rope_theta": float(variant.base), "rope_scaling": None}
+    # As the file has it, not as we read it: an import is compared with what transformers makes of this.
+    theta = given.get("rope_theta")
+    keys = {"rope_theta": float(variant.base if theta is None else theta), "rope_scaling": None}
     if scaling:
         rope_type = scaling.get("rope_type", scaling.get("type"))
         keys["rope_scaling"] = {key: scaling[key] for key in _ROPE_FIELDS if key in scaling} | {"rope_type": rope_type}

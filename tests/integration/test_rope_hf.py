@@ -287,7 +287,7 @@ def test_weights_that_are_not_the_configs_are_refused(changes, message, tmp_path
 def test_weights_that_cannot_be_read_are_refused_in_a_sentence(damage, tmp_path):
     source = plain_source(tmp_path / "hf")
     damage(source / "model.safetensors")
-    with pytest.raises(ConfigError, match="transformers cannot load its weights") as caught:
+    with pytest.raises(ConfigError, match=r"transformers cannot load its weights|has no weights") as caught:
         import_hf(source, tmp_path / "checkpoint")
     assert "\n" not in str(caught.value)
 

@@ -136,7 +136,7 @@ def test_what_it_cannot_do_is_refused(pair):
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1: must be 0\.0"):
         small_gpt.build(small_gpt.config(attention_dropout=0.1))
     with pytest.raises(ConfigError, match="window_size"):
-        check_attention_config(small_gpt.config(window_size=(128, 0)))
+        check_attention_config(small_gpt.config(window_size=(128, 4)))  # looks ahead
     ids, positions, _ = small_gpt.tokens(1, 8)
     with pytest.raises(ConfigError, match="packed_seq_params"):
         pair[0](ids, positions, small_gpt.causal_mask(8))
