@@ -216,9 +216,10 @@ def test_five_kills_change_no_bit(text, tmp_path):
     assert len(curves[0]) >= 90
 
 
-# What a user of stock NeMo types, but for the CPU adapter.
+# What a user of stock NeMo types with this package imported, and the CPU adapter.
 STOCK_EXPORT = """
 import sys
+import nemo_longctx.adapters.nemo
 from nemo.collections import llm
 from nemo_longctx.adapters.megatron import cpu
 

@@ -159,7 +159,7 @@ class LongContextEvalCallback(Callback):
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
         try:
             page = write_results(self.directory, self.results, provenance=provenance, marks=old, guard=self.guard)
-            logger.info("evaluation at %s: %s", result.model, page)
+            print(f"evaluation at {result.model}: {page}", flush=True)
         except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
             logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
 
@@ -174,7 +174,7 @@ class LongContextEvalCallback(Callback):
             for name, change in verdict.changes.items():
                 limit, seen = self.guard.limit(name), verdict.power[name]
                 what = f"{name} {change.mean:+.4f} ± {change.standard_error:.4f}, p = {change.p_value:.3f}"
-                logger.info("guard: %s; a change of %g would be seen with %.0f %%", what, limit, 100 * seen)
+                print(f"guard: {what}; a change of {limit:g} would be seen with {100 * seen:.0f} %", flush=True)
             for each in trainer.loggers:
                 each.log_metrics({f"guard/{n}": c.mean for n, c in verdict.changes.items()}, step=trainer.global_step)
             for alarm in verdict.alarms:
