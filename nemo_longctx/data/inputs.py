@@ -150,7 +150,8 @@ def _in_directory(given: str, globs: Sequence[str], exclude: Collection[str], pa
     here: dict[str, str] = {}
     if globs:
         taken = [path for path in inside if any(_matches(below[path], glob) for glob in globs)]
-        here = {path: f"not {' '.join(globs)}" for path in inside if path not in set(taken)}
+        others = set(inside).difference(taken)
+        here = {path: f"not {' '.join(globs)}" for path in inside if path in others}
     else:
         kinds = {path: _reason_against(path) for path in inside}
         taken = [path for path in inside if kinds[path] == ""]

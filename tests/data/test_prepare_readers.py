@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data import inputs
 from nemo_longctx.data.inputs import find_files, format_of
 from nemo_longctx.data.readers import Part, lines_before, read_part, split_file
 
@@ -163,3 +165,14 @@ def test_directories_yield_data_files_or_what_the_globs_say(tmp_path):
         find_files([str(tmp_path / "gone")], ())
     with pytest.raises(ConfigError, match="named twice"):
         find_files([str(tmp_path / "b"), str(tmp_path / "b" / "x.jsonl")], ())
+
+
+def test_what_globs_leave_is_listed_in_the_time_of_one_look_at_each(monkeypatch, tmp_path):
+    names = [str(tmp_path / f"{n}.{kind}") for n in range(20_000) for kind in ("py", "so")]
+    monkeypatch.setattr(inputs, "_walk", lambda *_: names)
+    passed_over: dict[str, str] = {}
+    began = time.process_time()
+    taken = inputs._in_directory(str(tmp_path), ["*.py"], (), passed_over)
+    assert time.process_time() - began < 5  # a look at every other file for each would take half a minute
+    assert (len(taken), len(passed_over)) == (20_000, 20_000)
+    assert passed_over[names[1]] == "not *.py"
