@@ -73,6 +73,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--holdout", type=float, metavar="SHARE", help="share of documents for PREFIX_holdout (default 0)")
     parser.add_argument("--max-input-bytes", type=size, metavar="SIZE", help="a random choice of whole files, up to this size")
+    parser.add_argument(
+        "--max-file-bytes", type=size, metavar="SIZE", help="pass over larger files, so that none is a large part"
+    )
     parser.add_argument("--seed", type=int, help="of the holdout and that choice (default 1234)")
     parser.add_argument("--workers", type=int, help="processes, or Ray tasks at a time (default: one a core)")
     parser.add_argument("--engine", help="processes (default) or ray (RAY_ADDRESS names a cluster; shared file system)")

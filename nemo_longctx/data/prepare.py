@@ -100,7 +100,15 @@ def _find(config: PrepareConfig, output: str) -> Found:
     if config.globs and not any(os.path.isdir(path) or is_url(path) for path in config.inputs):
         mend = "has no effect: no input is a directory, and files that are named are all taken; leave it out"
         raise ConfigError("glob", " ".join(config.globs), mend)
-    return find_files(config.inputs, config.globs, exclude=own_files(output))
+    found = find_files(config.inputs, config.globs, exclude=own_files(output))
+    if config.max_file_bytes is not None:
+        sizes = {path: size_of(path) for path in found.files}
+        found.passed_over.update({path: "too large" for path in found.files if sizes[path] > config.max_file_bytes})
+        found.files = [path for path in found.files if sizes[path] <= config.max_file_bytes]
+        if not found.files:
+            mend = f"every file is larger, the smallest has {min(sizes.values()):,} bytes; allow as much, or leave it out"
+            raise ConfigError("max_file_bytes", config.max_file_bytes, mend)
+    return found
 
 
 def _sources(config: PrepareConfig, paths: list[str]) -> list[list[Part]]:
@@ -265,7 +273,16 @@ def _provenance(
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "settings": {
             key: getattr(config, key)
-            for key in ("keys", "globs", "format", "on_error", "replace_invalid", "holdout", "max_input_bytes")
+            for key in (
+                "keys",
+                "globs",
+                "format",
+                "on_error",
+                "replace_invalid",
+                "holdout",
+                "max_input_bytes",
+                "max_file_bytes",
+            )
         },
         "seed": config.seed,
         "added_tokens_spelled": spelled,

@@ -30,6 +30,7 @@ class PrepareConfig:
         replace_invalid: put U+FFFD for bytes that are not UTF-8 and for half a surrogate pair, rather than call a record bad.
         holdout: share of the documents, by a hash of their text, for the holdout corpus.
         max_input_bytes: take whole files, in an order drawn from `seed`, until they hold so much; None takes all.
+        max_file_bytes: pass over larger files, so that no single one is a large part of the corpus or of its holdout.
         seed: of the holdout and the choice of files.
         workers: processes; None is one a core.
         engine: `processes` or `ray`.
@@ -56,6 +57,7 @@ class PrepareConfig:
     replace_invalid: bool = False
     holdout: float = 0.0
     max_input_bytes: int | None = None
+    max_file_bytes: int | None = None
     seed: int = 1234
     workers: int | None = None
     engine: str = "processes"
@@ -67,7 +69,7 @@ class PrepareConfig:
         for key, known in {"format": ("auto", *FORMATS), "on_error": ("fail", "skip"), "engine": tuple(ENGINES)}.items():
             if getattr(self, key) not in known:
                 raise ConfigError(key, getattr(self, key), did_you_mean(str(getattr(self, key)), known))
-        for key in ("train_tokenizer_bytes", "max_input_bytes", "workers", "shard_bytes"):
+        for key in ("train_tokenizer_bytes", "max_input_bytes", "max_file_bytes", "workers", "shard_bytes"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "use 1 or more")
         if not 0 <= self.holdout < 1:

@@ -268,6 +268,16 @@ def test_max_input_bytes_takes_whole_files_by_the_seed(tmp_path, tok):
     assert made["documents"]["train"] == 1  # never none
 
 
+def test_files_over_a_size_are_passed_over_and_told(tmp_path, tok):
+    for name, size in (("a", 100), ("b", 5000), ("c", 120)):
+        write_rows(tmp_path / f"{name}.jsonl", ["x" * size])
+    made, _ = run(tmp_path / "s", sorted(tmp_path.glob("*.jsonl")), tok, max_file_bytes=1000)
+    assert [each["path"][-7:] for each in made["source_files"]] == ["a.jsonl", "c.jsonl"]
+    assert made["passed_over"] == {str(tmp_path / "b.jsonl"): "too large"}
+    with pytest.raises(ConfigError, match="the smallest has"):
+        run(tmp_path / "t", sorted(tmp_path.glob("*.jsonl")), tok, max_file_bytes=10)
+
+
 def test_where_a_killed_worker_was_is_known(tmp_path, tok, monkeypatch):
     write_rows(tmp_path / "a.jsonl", ["x" * 400] * 50)
     parts = split_file(str(tmp_path / "a.jsonl"), "jsonl", 8000)
