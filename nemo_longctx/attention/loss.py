@@ -8,11 +8,17 @@ count: `weights_N`, the loss mask. Where the gradient that comes back is proport
 with any scale, the gradients made in the forward are scaled and done. Where it is not, they are computed anew, chunk by
 chunk: slower, equally exact.
 
+On a GPU the host never waits for the device here: nothing is read back, so that kernels of the next layers queue up behind
+these. What a read would tell shows as NaN instead, which the watch over a run's numbers names: the loss of a label outside the
+vocabulary, and the gradients where the one that comes back is not proportional to the weights. NEMO_LONGCTX_DEBUG=1 reads: such
+labels are then named at once, and such gradients computed anew, as on the CPU, where a read costs nothing.
+
 Shapes: N tokens, C hidden size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -28,8 +34,13 @@ CHUNK_LIMITS = {"cpu": (512, 64 * 2**20), "cuda": (4096, 2 * 2**30)}
 
 def chunk_length(n_tokens: int, vocabulary: int, device_type: str) -> int:
     """Tokens in a chunk: a multiple of 64, and 64 at least, but for a smaller whole."""
-    tokens, logit_bytes = CHUNK_LIMITS[device_type]
+    tokens, logit_bytes = CHUNK_LIMITS["cpu" if device_type == "cpu" else "cuda"]
     return min(max(min(tokens, logit_bytes // (4 * vocabulary)) // 64 * 64, 64), max(n_tokens, 1))
+
+
+def may_read(device: torch.device) -> bool:
+    """Whether the host may look at values on `device`: on the CPU it waits for nobody, elsewhere only to find a fault."""
+    return device.type == "cpu" or os.environ.get("NEMO_LONGCTX_DEBUG", "") not in ("", "0")
 
 
 def chunked_cross_entropy(
@@ -38,6 +49,7 @@ def chunked_cross_entropy(
     labels_N: torch.Tensor,
     *,
     weights_N: torch.Tensor | None = None,
+    count: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Cross entropy of softmax(hidden weight^T) at `labels`, one loss a token.
@@ -48,6 +60,8 @@ def chunked_cross_entropy(
         labels_N: vocabulary indices (int64), those of the whole vocabulary; read only where the weight is not 0.
         weights_N: how much each token counts in the loss (a mask of 0 and 1, or any number); None counts all alike. A
             token of weight 0 is left out: its loss is 0 and it costs nothing.
+        count: how many weights are not 0, where the host knows: on a GPU the others are then left out of the work too. A
+            number too high costs time alone; one too low leaves tokens out.
         group: the tensor-parallel group that holds the vocabulary; None means that this rank holds it all.
 
     Returns:
@@ -55,29 +69,42 @@ def chunked_cross_entropy(
         rank's part of a sum over `group`, as that of any column-parallel product. Differentiable once.
 
     Raises:
-        ConfigError: shapes that do not fit, or a label outside the vocabulary.
+        ConfigError: shapes that do not fit, or (where the host reads) a label outside the vocabulary.
     """
     N = hidden_NC.shape[0]
     if hidden_NC.dim() != 2 or weight_VC.dim() != 2 or hidden_NC.shape[1] != weight_VC.shape[1]:
         raise ConfigError("hidden", tuple(hidden_NC.shape), f"must be [N, C] for a weight of {tuple(weight_VC.shape)}")
     if labels_N.shape != (N,) or (weights_N is not None and weights_N.shape != (N,)):
         raise ConfigError("labels", tuple(labels_N.shape), f"labels and weights must be [N] = [{N}]")
-    used_N = torch.ones(N, dtype=torch.bool, device=labels_N.device) if weights_N is None else weights_N != 0
-    everything = bool(used_N.all())
-    labels_M = labels_N if everything else labels_N[used_N]
-    hidden_MC = hidden_NC if everything else hidden_NC[used_N]
-    weights_M = hidden_MC.new_ones(hidden_MC.shape[0]) if weights_N is None else weights_N[used_N]
     size = 1 if group is None else group.size()
     vocabulary = weight_VC.shape[0] * size
-    if labels_M.numel() and not 0 <= int(labels_M.min()) <= int(labels_M.max()) < vocabulary:
+    index_M = _tokens_that_count(weights_N, count)
+    hidden_MC, labels_M, weights_M = hidden_NC, labels_N, weights_N
+    if index_M is not None:
+        hidden_MC, labels_M = hidden_NC.index_select(0, index_M), labels_N.index_select(0, index_M)
+        weights_M = None if weights_N is None else weights_N.index_select(0, index_M)
+    if weights_M is None:
+        weights_M = hidden_MC.new_ones(hidden_MC.shape[0])
+    outside_M = ((labels_M < 0) | (labels_M >= vocabulary)) & (weights_M != 0)
+    if may_read(labels_M.device) and bool(outside_M.any()):
         mend = f"must lie in [0, {vocabulary}); give tokens that do not count the weight 0"
         raise ConfigError("labels", (int(labels_M.min()), int(labels_M.max())), mend)
     if not torch.is_grad_enabled():  # a Parameter would have its gradient computed all the same: `apply` does not ask
         hidden_MC, weight_VC = hidden_MC.detach(), weight_VC.detach()
     losses_M = _ChunkedCrossEntropy.apply(hidden_MC, weight_VC, labels_M, weights_M, group)
-    if everything:
-        return losses_M
-    return losses_M.new_zeros(N).masked_scatter(used_N, losses_M)
+    if not may_read(labels_M.device):
+        losses_M = losses_M.masked_fill(outside_M, torch.nan).masked_fill(weights_M == 0, 0)
+    return losses_M if index_M is None else losses_M.new_zeros(N).index_copy(0, index_M, losses_M)
+
+
+def _tokens_that_count(weights_N: torch.Tensor | None, count: int | None) -> torch.Tensor | None:
+    """Indices of the tokens whose weight is not 0, in their order; None for all, also where only the device knows which."""
+    if weights_N is None or count == weights_N.shape[0]:
+        return None
+    used_N = weights_N != 0
+    if may_read(weights_N.device):
+        return None if bool(used_N.all()) else used_N.nonzero().squeeze(1)
+    return None if count is None else used_N.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
 class _Chunks:
@@ -161,12 +188,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         hidden_MC, weight_VC, labels_M, weights_M = ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None  # the buffers become the gradients: a second backward computes them anew
-        factor = _common_factor(grad_M, weights_M)
-        if ready is not None and factor is not None:
+        factor_1 = _common_factor(grad_M, weights_M)
+        if ready is not None and not (may_read(grad_M.device) and bool(factor_1.isnan())):
             dh_MC, dw_VC = ready
             for gradient in ready:
-                if gradient is not None and factor != 1.0:
-                    gradient.mul_(factor)
+                if gradient is not None:
+                    _scale(gradient, factor_1)
             # The weight's is scaled first: a sum over many tokens may be beyond float16, where their mean is not.
             return dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype), None, None, None
         chunks = _Chunks(hidden_MC, weight_VC, labels_M, ctx.group)
@@ -177,11 +204,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dh_MC, None if dw_VC is None else dw_VC.to(weight_VC.dtype), None, None, None
 
 
-def _common_factor(grad_M: torch.Tensor, weights_M: torch.Tensor) -> float | None:
-    """The number f with grad = f * weights to rounding, or None. Weights are not 0 here."""
+def _common_factor(grad_M: torch.Tensor, weights_M: torch.Tensor) -> torch.Tensor:
+    """The number f [1] with grad = f * weights to rounding, NaN where there is none; what comes back at weight 0 is not asked."""
     if grad_M.numel() == 0:
-        return 1.0
-    ratio = grad_M / weights_M
-    factor = ratio[0]
-    same = (ratio - factor).abs().max() <= 1e-6 * factor.abs()
-    return float(factor) if bool(same) else None
+        return grad_M.new_ones(1)
+    largest_1 = weights_M.abs().argmax().view(1)
+    grad_1, weight_1 = (x.index_select(0, largest_1).to(grad_M.dtype) for x in (grad_M, weights_M))
+    factor_1 = (grad_1 / weight_1).masked_fill(weight_1 == 0, 0)  # where no token counts
+    expected_M = factor_1 * weights_M
+    same_M = ((grad_M - expected_M).abs() <= 1e-6 * expected_M.abs()) | (weights_M == 0)
+    return factor_1.masked_fill(~same_M.all(), torch.nan)
+
+
+def _scale(gradient: torch.Tensor, factor_1: torch.Tensor) -> None:
+    """Multiply in place by a factor that is kept in its own precision."""
+    if may_read(gradient.device):
+        if float(factor_1) != 1.0:
+            gradient.mul_(float(factor_1))
+        return
+    for rows in gradient.split(4096):  # a float32 copy of some rows at a time
+        rows.copy_(rows * factor_1.view(1, 1))

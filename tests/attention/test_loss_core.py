@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_longctx.attention import loss as module
 from nemo_longctx.attention.loss import chunked_cross_entropy
@@ -107,8 +108,6 @@ def test_labels_are_read_only_where_they_count():
 
 
 def test_nothing_as_large_as_the_logits_is_made():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -143,3 +142,76 @@ def test_a_sum_beyond_float16_does_not_spoil_the_mean():
     expected = torch.full((V,), 600.0 / V)
     expected[5] -= 600.0
     torch.testing.assert_close(weight.grad[:, 0].float(), expected, rtol=1e-2, atol=0.0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, and shapes that depend on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        mask_index = name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+            for arg in args[1:]
+            for x in (arg if isinstance(arg, (list, tuple)) else [arg])
+        )
+        if name in self.WAITS or (mask_index and name in ("index", "index_put", "index_put_")):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("count", [None, 60])
+def test_the_host_waits_for_no_device(masked, count):
+    """On the meta device a read has no answer: forward and backward pass without one."""
+    hidden, weight = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((N, C), (V, C)))
+    labels = torch.zeros(N, dtype=torch.int64, device="meta")
+    mask = torch.ones(N, device="meta") if masked else None
+    losses = chunked_cross_entropy(hidden, weight, labels, weights_N=mask, count=count if masked else None)
+    losses.sum().backward()
+    assert losses.shape == (N,)
+    assert hidden.grad.shape == hidden.shape
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(module, "may_read", lambda device: False)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("reduction", ["masked mean", "scaled sum", "zero"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_without_reading_the_values_are_the_same(as_on_a_gpu, reduction, known, dtype, bound):
+    hidden, weight, labels, mask = problem(dtype)
+    wild = labels.where(mask != 0, -100)
+    with Reads() as reads:
+        ours = chunked_cross_entropy(hidden, weight, wild, weights_N=mask, count=int((mask != 0).sum()) if known else None)
+        mine = torch.autograd.grad(REDUCTIONS[reduction](ours, mask), (hidden, weight))
+    assert [name for name in reads.found if name != "_local_scalar_dense"] == []
+    assert len(reads.found) <= known  # the test's own count
+    theirs = full_losses(hidden, weight, labels) * mask
+    assert (ours.double() - theirs).norm() / theirs.norm() < bound
+    for a, b in zip(mine, torch.autograd.grad(REDUCTIONS[reduction](theirs, mask), (hidden, weight)), strict=True):
+        assert (a.double() - b.double()).norm() <= bound * b.double().norm()
+
+
+def test_what_is_not_read_shows_as_nan(as_on_a_gpu):
+    hidden, weight, labels, mask = problem()
+    labels[7], mask[7] = V, 1
+    losses = chunked_cross_entropy(hidden, weight, labels, weights_N=mask)
+    assert losses.isnan().nonzero().tolist() == [[7]]
+    labels[7] = 0
+    losses = chunked_cross_entropy(hidden, weight, labels, weights_N=mask)
+    assert all(x.isnan().all() for x in torch.autograd.grad(losses.pow(2).sum(), (hidden, weight)))
+
+
+def test_a_debug_switch_reads(monkeypatch):
+    cuda = torch.device("cuda")
+    assert not module.may_read(cuda)
+    monkeypatch.setenv("NEMO_LONGCTX_DEBUG", "1")
+    assert module.may_read(cuda)

@@ -54,17 +54,19 @@ class _ChunkedLossModel:
     """Mixed into the class of a `GPTModel` that has an output layer."""
 
     _loss_mask: torch.Tensor | None = None
+    _loss_tokens: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         model: Any = self
         labels = args[4] if len(args) > 4 else kwargs.get("labels")  # input_ids, position_ids, mask, decoder_input, labels
         model.output_layer.defers = labels is not None
         model._loss_mask = kwargs.get("loss_mask")
+        model._loss_tokens = kwargs.pop("loss_tokens", None)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             model.output_layer.defers = False
-            model._loss_mask = None
+            model._loss_mask = model._loss_tokens = None
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor | HeadInput) -> torch.Tensor:
         """Losses [b, s] of labels [b, s]; tokens that the loss mask leaves out have the loss 0."""
@@ -79,6 +81,7 @@ class _ChunkedLossModel:
             logits.weight,
             labels.t().reshape(-1),
             weights_N=mask,
+            count=None if mask is None else model._loss_tokens,
             group=tensor_group if get_pg_size(tensor_group) > 1 else None,
         )
         return losses.view(s, b).t().contiguous()
@@ -127,7 +130,8 @@ def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) 
     Args:
         model: NeMo's `GPTModel` (its `module` is called, since its own forward passes no loss mask), or Megatron-Core's.
         batch: this rank's `tokens`, `position_ids`, `labels`, `loss_mask`, each [b, s], and `packed_seq_params`
-            (`attention.packed_documents`). What a pipeline stage does not need may be None or absent.
+            (`attention.packed_documents`); `loss_tokens`, how many of them the mask counts, where the host knows it, so that
+            no work is done for the others (`chunked_cross_entropy(count=)`). What a pipeline stage does not need may be None or absent.
 
     Returns:
         losses [b, s] in float32, 0 where the loss mask is 0.
@@ -136,11 +140,13 @@ def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) 
     inner = host
     while not isinstance(inner, GPTModel):  # precision's and data parallelism's wrappers
         inner = inner.module
-    use_chunked_loss(inner)
+    has_head = bool(use_chunked_loss(inner))
     names = ("tokens", "position_ids", "labels", "loss_mask")
     fields = {name: batch.get(name) for name in names}
     shape = next((x.shape for x in fields.values() if x is not None), None)
-    extra = {}
+    extra: dict[str, Any] = {}
+    if has_head and batch.get("loss_tokens") is not None:
+        extra["loss_tokens"] = batch["loss_tokens"]
     if batch.get("packed_seq_params") is not None:
         extra["packed_seq_params"] = batch["packed_seq_params"]
         # The windows of a packed batch go through the layers, and from stage to stage of a pipeline, as one row.
