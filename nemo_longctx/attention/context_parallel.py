@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from nemo_longctx.attention.core import backend_name, causal_attention
 from nemo_longctx.attention.documents import Segment, zigzag_chunks
+from nemo_longctx.attention.saved import kept_by_the_outer, saved_tensors_hooks
 
 
 def slice_zigzag(x: torch.Tensor, cp_rank: int, cp_size: int, *, dim: int = 1) -> torch.Tensor:
@@ -65,6 +66,9 @@ def context_parallel_attention(
         place = (tensor.data_ptr(), tensor.numel())
         return (places.index(place), tensor.shape) if place in places else tensor
 
+    # This rank's own keys and values, from which the backward gathers, lie where the hooks around this one put what is saved.
+    keep, restore = kept_by_the_outer()
+    own = keep(kv_2BNKD.detach())
     again: dict[int, torch.Tensor] = {}
 
     def unpack(saved: torch.Tensor | tuple[int, torch.Size]) -> torch.Tensor:
@@ -72,10 +76,10 @@ def context_parallel_attention(
             return saved
         part, shape = saved
         if not again:
-            again.update(enumerate(_select(_gather(kv_2BNKD.detach(), group, windows), chosen)))
+            again.update(enumerate(_select(_gather(restore(own), group, windows), chosen)))
         return again.pop(part).view(shape)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(pack, unpack):
         return causal_attention(q_BNHD, seen[0], seen[1], segments=segments, scale=scale, window=sliding_window)
 
 

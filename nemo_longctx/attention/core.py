@@ -3,8 +3,8 @@
 | where | kernel |
 | --- | --- |
 | CPU, any float dtype | torch's flash kernel for the CPU, one gradient buffer for all segments (`cpu_kernel.py`) |
-| CUDA, bf16/fp16, segments or a window | flash-attn's varlen kernel where installed, else `torch.nn.attention.varlen` |
-| CUDA, fp32, a window | `scaled_dot_product_attention` by blocks of one window, one mask of window x 2 windows for all |
+| CUDA, bf16/fp16, segments or a window | flash-attn's varlen kernel where installed, else torch's (`nn.attention.varlen`) |
+| CUDA, fp32 (any, where neither is), a window | `scaled_dot_product_attention` by blocks of one window, one mask of window x 2 windows for all |
 | CUDA, everything else | `scaled_dot_product_attention`, restricted to its flash, cuDNN and memory-efficient kernels |
 
 Shapes: B batch, S query tokens, T key tokens, H query heads, K key/value heads (H is a multiple of K: grouped queries),
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +39,9 @@ def backend_name(device: torch.device, dtype: torch.dtype, *, segmented: bool) -
     if device.type == "cpu":
         return "cpu-flash"
     if segmented and dtype in (torch.float16, torch.bfloat16):
-        return "flash-attn-varlen" if flash_attention() else "torch-varlen"
+        if flash_attention():
+            return "flash-attn-varlen"
+        return "torch-varlen" if torch_varlen() else "sdpa"
     return "sdpa"
 
 
@@ -117,10 +120,7 @@ def _sdpa_segments(
 ) -> torch.Tensor:
     """Public SDPA, one call a segment. `causal_lower_right` is a marker for the kernels, no mask in memory."""
     outs = []
-    shared = q_BSHD.shape[2] // k_BTKD.shape[2]
-    # In float32 only the memory-efficient kernel runs on CUDA, and it takes no grouped queries: it gets each key's copies.
-    copies = shared if q_BSHD.dtype in (torch.float32, torch.float64) else 1
-    grouped = shared > copies
+    copies, grouped = _shared_heads(q_BSHD, k_BTKD)
     queries = q_BSHD.split([s.q_end - s.q_start for s in segments], dim=1)
     with sdpa_kernel(LINEAR_MEMORY_KERNELS):
         for segment, q in zip(segments, queries, strict=True):
@@ -134,6 +134,16 @@ def _sdpa_segments(
             )
             outs.append(out.transpose(1, 2))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _shared_heads(q_BSHD: torch.Tensor, k_BTKD: torch.Tensor) -> tuple[int, bool]:
+    """Copies of each key head that SDPA is given, and whether it is to share the keys itself (`enable_gqa`).
+
+    In float32 only the memory-efficient kernel runs on CUDA, and it takes no grouped queries: it gets each key's copies.
+    """
+    shared = q_BSHD.shape[2] // k_BTKD.shape[2]
+    copies = shared if q_BSHD.dtype in (torch.float32, torch.float64) else 1
+    return copies, shared > copies
 
 
 def sdpa_windows(
@@ -150,7 +160,7 @@ def sdpa_windows(
     Memory is linear in the window's length: one mask of [window, 2 * window] serves every block.
     """
     outs = []
-    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    copies, grouped = _shared_heads(q_BSHD, k_BTKD)
     behind = torch.arange(window, device=q_BSHD.device)[:, None] + window - torch.arange(2 * window, device=q_BSHD.device)
     band = (behind >= 0) & (behind < window)  # [query, key]: how far the key lies behind
     for segment in segments:
@@ -161,6 +171,8 @@ def sdpa_windows(
             end = key + last - first
             mask = band[: last - first, begin - key + window : end - key + window]
             q, k, v = (x.transpose(1, 2) for x in (q_BSHD[:, first:last], k_BTKD[:, begin:end], v_BTKD[:, begin:end]))
+            if copies > 1:
+                k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
             outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1)
@@ -196,10 +208,8 @@ def _varlen(
         if isinstance(out_NHD, tuple):  # some releases of 3 hand on the logsumexp as well
             out_NHD = out_NHD[0]
     else:
-        from torch.nn.attention.varlen import varlen_attn
-
         # window_size (-1, 0) is causal, aligned at the last key, as flash-attn is since its version 2.1.
-        out_NHD = varlen_attn(
+        out_NHD = torch_varlen()(  # type: ignore[misc]
             q_NHD, k_MKD, v_MKD, cu_q, cu_k, max(q_lengths), max(k_lengths),
             scale=scale, window_size=sides, enable_gqa=k_BTKD.shape[2] != H,
         )  # fmt: skip
@@ -214,6 +224,16 @@ def device_boundaries(lengths: tuple[int, ...], device: torch.device) -> torch.T
     would make the host wait.
     """
     return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
+
+
+@functools.cache
+def torch_varlen() -> Callable[..., Any] | None:
+    """torch's own varlen kernel, or None where this torch has none, or one without windows and grouped queries (before 2.11)."""
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    return function if {"scale", "window_size", "enable_gqa"} <= inspect.signature(function).parameters.keys() else None
 
 
 @functools.cache

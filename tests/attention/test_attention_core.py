@@ -143,4 +143,4 @@ def test_backend_by_capability():
     assert backend_name(cpu, torch.bfloat16, segmented=True) == "cpu-flash"
     assert backend_name(cuda, torch.float32, segmented=True) == "sdpa"
     assert backend_name(cuda, torch.bfloat16, segmented=False) == "sdpa"
-    assert backend_name(cuda, torch.bfloat16, segmented=True).endswith("varlen")
+    assert backend_name(cuda, torch.bfloat16, segmented=True) in ("flash-attn-varlen", "torch-varlen", "sdpa")

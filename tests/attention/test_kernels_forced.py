@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ def tensors(dtype=torch.float32):
     return [torch.randn(2, 48, heads, 16, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
 
 
+@pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_float32_asks_no_kernel_for_grouped_queries(monkeypatch, segments):
+def test_float32_asks_no_kernel_for_grouped_queries(monkeypatch, segments, window):
     """torch's memory-efficient kernel, the only one for float32 on CUDA, refuses `enable_gqa`."""
     leaves = tensors()
-    expected = causal_attention(*leaves, segments=segments)
+    expected = causal_attention(*leaves, segments=segments, window=window)
     expected_grads = torch.autograd.grad(expected.pow(2).sum(), leaves)
     asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
 
@@ -34,12 +36,25 @@ def test_float32_asks_no_kernel_for_grouped_queries(monkeypatch, segments):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient_only)
     monkeypatch.setattr(core, "backend_name", lambda *args, **kwargs: "sdpa")
-    out = causal_attention(*leaves, segments=segments)
+    out = causal_attention(*leaves, segments=segments, window=window)
     assert asked
     assert not any(asked)
     torch.testing.assert_close(out, expected)
     for mine, other in zip(torch.autograd.grad(out.pow(2).sum(), leaves), expected_grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def old_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """torch 2.10's: neither scale, nor windows, nor grouped queries."""
+
+
+@pytest.mark.parametrize("module", [None, types.SimpleNamespace(varlen_attn=old_varlen_attn)])
+def test_a_torch_without_this_varlen_kernel_runs_on_sdpa(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)  # None: not there to import
+    monkeypatch.setattr(core, "flash_attention", lambda: None)
+    core.torch_varlen.cache_clear()
+    assert core.backend_name(torch.device("cuda"), torch.bfloat16, segmented=True) == "sdpa"
+    core.torch_varlen.cache_clear()
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,

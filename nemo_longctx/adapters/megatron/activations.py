@@ -3,7 +3,7 @@
 Recomputation is the host's own (`recompute_granularity`, `_method`, `_num_layers`, `_modules`). The host reads what concerns
 whole layers at every forward, and what concerns parts of a layer when it builds the layer: both places are set.
 
-Offload is torch's `saved_tensors_hooks` around the host's transformer block, on any layer spec. Megatron-Core's own
+Offload is hooks on what autograd saves (`attention/saved.py`), around the host's transformer block, on any layer spec. Megatron-Core's own
 `cpu_offloading` needs Transformer Engine, one pipeline stage and no recomputation, and cannot be changed between steps.
 """
 
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from nemo_longctx.activations import megatron_fields, offloaded_layers, recompute_name, recomputed_layers
 from nemo_longctx.adapters.megatron.host import captures_graphs
+from nemo_longctx.attention.saved import saved_tensors_hooks
 from nemo_longctx.config import ConfigError
 
 # Smaller tensors stay: a transfer of so little costs more than it frees.
@@ -94,7 +95,7 @@ class _OffloadingBlock:
         if not block.offload_layers or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hooks = HostMemory(block)
-        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+        with saved_tensors_hooks(hooks.pack, hooks.unpack):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
