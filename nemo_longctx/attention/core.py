@@ -4,7 +4,7 @@
 | --- | --- |
 | CPU, any float dtype | torch's flash kernel for the CPU, one gradient buffer for all segments (`cpu_kernel.py`) |
 | CUDA, bf16/fp16, segments or a window | flash-attn's varlen kernel where installed, else torch's (`nn.attention.varlen`) |
-| CUDA, fp32 (any, where neither is), a window | `scaled_dot_product_attention` by blocks of one window, one mask of window x 2 windows for all |
+| CUDA, fp32 (any, where neither is), a window | `scaled_dot_product_attention` by blocks of one window, one mask for all |
 | CUDA, everything else | `scaled_dot_product_attention`, restricted to its flash, cuDNN and memory-efficient kernels |
 
 Shapes: B batch, S query tokens, T key tokens, H query heads, K key/value heads (H is a multiple of K: grouped queries),
@@ -228,7 +228,7 @@ def device_boundaries(lengths: tuple[int, ...], device: torch.device) -> torch.T
 
 @functools.cache
 def torch_varlen() -> Callable[..., Any] | None:
-    """torch's own varlen kernel, or None where this torch has none, or one without windows and grouped queries (before 2.11)."""
+    """torch's own varlen kernel, or None where this torch has none, or one without windows and grouped queries (2.10)."""
     try:
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except ImportError:

@@ -205,7 +205,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _common_factor(grad_M: torch.Tensor, weights_M: torch.Tensor) -> torch.Tensor:
-    """The number f [1] with grad = f * weights to rounding, NaN where there is none; what comes back at weight 0 is not asked."""
+    """The number f [1] with grad = f * weights to rounding, NaN where there is none; at weight 0 nothing is asked."""
     if grad_M.numel() == 0:
         return grad_M.new_ones(1)
     largest_1 = weights_M.abs().argmax().view(1)

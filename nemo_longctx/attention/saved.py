@@ -1,7 +1,7 @@
 """Hooks on what autograd saves, one inside another: torch itself asks only the innermost pair.
 
-Offload wraps a whole transformer block, context parallelism the attention inside it. What the inner pair leaves as it is goes to
-the outer one here, so that attention's queries and outputs reach host memory too.
+Offload wraps a whole transformer block, context parallelism the attention inside it. What the inner pair leaves as it is goes
+to the outer one here, so that attention's queries and outputs reach host memory too.
 """
 
 from __future__ import annotations

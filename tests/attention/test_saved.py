@@ -1,4 +1,4 @@
-"""Hooks inside hooks: what attention under context parallelism keeps for its backward goes where the hooks around it send it."""
+"""Hooks inside hooks: what attention under context parallelism keeps for its backward goes where those around it send it."""
 
 import pytest
 import torch

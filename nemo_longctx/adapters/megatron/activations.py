@@ -3,8 +3,9 @@
 Recomputation is the host's own (`recompute_granularity`, `_method`, `_num_layers`, `_modules`). The host reads what concerns
 whole layers at every forward, and what concerns parts of a layer when it builds the layer: both places are set.
 
-Offload is hooks on what autograd saves (`attention/saved.py`), around the host's transformer block, on any layer spec. Megatron-Core's own
-`cpu_offloading` needs Transformer Engine, one pipeline stage and no recomputation, and cannot be changed between steps.
+Offload is hooks on what autograd saves (`attention/saved.py`), around the host's transformer block, on any layer spec.
+Megatron-Core's own `cpu_offloading` needs Transformer Engine, one pipeline stage and no recomputation, and cannot be changed
+between steps.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def forward_with_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any]) 
         model: NeMo's `GPTModel` (its `module` is called, since its own forward passes no loss mask), or Megatron-Core's.
         batch: this rank's `tokens`, `position_ids`, `labels`, `loss_mask`, each [b, s], and `packed_seq_params`
             (`attention.packed_documents`); `loss_tokens`, how many of them the mask counts, where the host knows it, so that
-            no work is done for the others (`chunked_cross_entropy(count=)`). What a pipeline stage does not need may be None or absent.
+            no work is done for the others (`chunked_cross_entropy(count=)`). What a pipeline
+            stage does not need may be None or absent.
 
     Returns:
         losses [b, s] in float32, 0 where the loss mask is 0.
