@@ -29,10 +29,12 @@ def main(overrides: Sequence[str]) -> int:
     """Compose, build and fit. Returns the exit status: 0, or 2 after a user's mistake, told in one sentence."""
 
     def train() -> None:
+        from nemo_longctx.loggers import check_loggers
         from nemo_longctx.recipe import load_recipe
         from nemo_longctx.resume import check_resumed
 
         recipe = load_recipe(compose(overrides))
+        check_loggers(recipe.logger)
         check_resumed(recipe, recipe.directory)
 
         def fit() -> None:

@@ -12,9 +12,11 @@ def main(overrides: Sequence[str]) -> int:
     """Compose conf/sft.yaml with `overrides`, build and fit. Returns the exit status: 0, or 2 after a user's mistake."""
 
     def tune() -> None:
+        from nemo_longctx.loggers import check_loggers
         from nemo_longctx.recipe import load_instruct_recipe
 
         recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
+        check_loggers(recipe.logger)
 
         def fit() -> None:
             # The host takes long to import: not before every setting is checked.

@@ -16,6 +16,7 @@ from nemo_longctx.config import ConfigError, build, did_you_mean, is_finite, ref
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import check_layout, check_model
 from nemo_longctx.rope.request import RopeRequest, parse_request
 
@@ -225,6 +226,8 @@ class RunConfig:
             trained length and factor that are not set are the checkpoint's (`nemo_longctx.rope.request`).
         data: what is read.
         eval: what is measured while the model trains; None measures nothing.
+        logger: where figures and pictures go besides the run's own files: "none", "tensorboard", "wandb", "mlflow", "csv", or
+            a list of several (`nemo_longctx.loggers`).
         curriculum: `stages`, `tokens_per_step`, `total_tokens` (`nemo_longctx.data.curriculum`).
     """
 
@@ -242,8 +245,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     resume: ResumeConfig = dataclasses.field(default_factory=ResumeConfig)
     bad_numbers: BadNumbersConfig = dataclasses.field(default_factory=BadNumbersConfig)
+    logger: str | tuple[str, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "logger", logger_names(self.logger))
         if not 1 <= self.seed < 2**32:
             raise ConfigError("seed", self.seed, "set a whole number of at least 1, below 2^32")
         _check_name(self.name)

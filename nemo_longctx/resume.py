@@ -85,6 +85,7 @@ TABLE = (
     Row("trainer.log_every_n_steps", "applied", "logging"),
     Row("checkpoint.*", "applied", "what is kept from now on"),
     Row("resume.*", "free", "how a start finds its checkpoint"),
+    Row("logger", "free", "where figures go besides the run's own files"),
     Row("bad_numbers.*", "applied", "what is done from now on where loss or gradient go wrong"),
     Row("lora*", "equal", "the adapters have that shape"),
     Row("lora.dropout", "applied", "from the checkpoint's step on"),

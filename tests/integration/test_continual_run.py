@@ -237,12 +237,17 @@ def checkpoint_of(run: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["pi", "yarn", "xpos_abf"])
-def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp_path, choice):
-    """Variants by the host's field, by our transform, and one that transformers cannot say; by the host's exporter too."""
+def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp_path, choice, monkeypatch):
+    """Variants by the host's field, by our transform, and one that transformers cannot say; by the host's exporter too.
+    What one of the runs logs arrives in every logger, before the kill and after it."""
     base_run, _ = trained
     rope = ["rope.original_max_position_embeddings=64"] if choice == "yarn" else []
     word = [f"rope={choice}", f"restore_from={base_run}/tiny_cpu_base", *rope]
     run = [*long(text, tmp_path), *word, "checkpoint.every_tokens=512"]
+    if choice == "pi":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        position = f"{{kind: position, corpus: {text}/corpus_holdout, seq_length: 64, documents: 4, guard: true}}"
+        run += ["logger=[tensorboard,wandb,csv]", f"eval={{tasks: [{position}], guard: {{loss: 9}}}}"]
     process = start(run)
     log = tmp_path / "tiny_cpu_long" / "results" / "training.csv"
     while process.poll() is None and len(read_training_log(log)) < 2:
@@ -251,6 +256,8 @@ def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp
     process.communicate()
     assert "RoPE verified live" in finish(start(run))
     assert [row["step"] for row in read_training_log(log) if "loss" in row] == [1, 2, 3]
+    if choice == "pi":
+        check_loggers(tmp_path / "tiny_cpu_long")
     exported = cli(["export", str(tmp_path / "tiny_cpu_long"), str(tmp_path / "hf")])
     assert exported == (2 if choice == "xpos_abf" else 0)
     assert (tmp_path / "hf" / "config.json").exists() == (choice != "xpos_abf")
@@ -265,3 +272,29 @@ def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "stock"))
     assert theirs == ours
     assert theirs["rope_scaling"]["rope_type"] == {"pi": "linear", "yarn": "yarn"}[choice]
+
+
+LOGGED = {
+    "reduced_train_loss", "lr", "grad_norm", "consumed_tokens", "seq_length", "tokens_per_second", "tflops_per_gpu", "val_loss",
+    "val_loss_held_out", "eval/", "guard/",
+}  # fmt: skip
+
+
+def check_loggers(run: Path) -> None:
+    """Every figure by its name, and the pictures, in TensorBoard, W&B and CSV."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    board.Reload()
+    scalars, pictures = board.Tags()["scalars"], board.Tags()["images"]
+    assert {name for name in LOGGED if not any(tag.startswith(name) for tag in scalars)} == set()
+    assert "figures/training" in pictures
+    assert len(pictures) >= 2
+    assert {event.step for event in board.Scalars("consumed_tokens")} == {1, 2, 3}
+    runs = sorted((run / "wandb").glob("offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in runs}) == 1  # killed and gone on with: one run
+    kept = b"".join(file.read_bytes() for folder in runs for file in folder.glob("*.wandb"))
+    assert {name for name in LOGGED if name.encode() not in kept} == set()
+    assert list((run / "wandb").rglob("training_*.png"))
+    head = [line for file in (run / "csv").rglob("metrics.csv") for line in file.read_text().splitlines()[:1]]
+    assert {name for name in LOGGED if not any(name in line for line in head)} == set()

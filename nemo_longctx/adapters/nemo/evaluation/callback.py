@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, data_group, evaluating, model_digest
 from nemo_longctx.adapters.megatron.rope_module import temporary_rope
+from nemo_longctx.adapters.nemo.loggers import figures_in, log_pictures
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
@@ -160,6 +161,7 @@ class LongContextEvalCallback(Callback):
         try:
             page = write_results(self.directory, self.results, provenance=provenance, marks=old, guard=self.guard)
             print(f"evaluation at {result.model}: {page}", flush=True)
+            log_pictures(trainer, figures_in(self.directory))
         except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
             logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
 

@@ -21,6 +21,7 @@ from nemo.lightning.pytorch.callbacks import PEFT
 from nemo_longctx.adapters.megatron.attention import attention_summary
 from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
 from nemo_longctx.adapters.nemo.launch.optimizer_settings import apply_optimizer_settings, optimizer_settings
+from nemo_longctx.adapters.nemo.loggers import log_pictures, note_ids
 from nemo_longctx.adapters.nemo.model.config import SettingChange, mcore_modules, settings_table, shape_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
@@ -114,6 +115,9 @@ class LongContextSettingsCallback(Callback):
         for change in history[-1:] if history and history[-1]["step"] == trainer.global_step else []:
             for key, values in change["changed"].items():
                 print(f"{key}: {values['before']} -> {values['run']} from step {change['step']} on", flush=True)
+        for each in trainer.loggers:
+            each.log_hyperparams(plain(self.recipe))
+        note_ids(trainer, self.directory.parent)
         more = {"source": start.source, "verified": seen, "attention": kernel, "parameters": parameters}
         write_json(self.directory / "settings.json", self._record | more | {"versions": versions()})
 
@@ -177,11 +181,13 @@ class TrainingLogCallback(Callback):
             return
         before, began = self._last or (step - 1, time.perf_counter())
         now = time.perf_counter()
-        tokens = self.curriculum.tokens_per_step
+        tokens, seq_length = self.curriculum.tokens_per_step, self.curriculum.stage_at_step(step - 1).seq_length
+        for each in trainer.loggers:
+            each.log_metrics({"consumed_tokens": step * tokens, "seq_length": seq_length}, step=step)
         self._append(
             step=step,
             tokens=step * tokens,
-            seq_length=self.curriculum.stage_at_step(step - 1).seq_length,
+            seq_length=seq_length,
             loss=_number(trainer.callback_metrics.get("reduced_train_loss")),
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             grad_norm=_number(trainer.callback_metrics.get("grad_norm")),
@@ -217,7 +223,9 @@ class TrainingLogCallback(Callback):
             (float(after.first_token), f"{before.seq_length:,} -> {after.seq_length:,} tokens")
             for before, after in itertools.pairwise(stages)
         ]
-        plot_training_curve(read_training_log(self.path), self.path.with_suffix(".png"), switches=switches)
+        picture = self.path.with_suffix(".png")
+        plot_training_curve(read_training_log(self.path), picture, switches=switches)
+        log_pictures(trainer, {"figures/training": picture})
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallb
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint, LongContextResume
 from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback
 from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
+from nemo_longctx.adapters.nemo.loggers import logger_parts
 from nemo_longctx.config import ConfigError, build, plain, to_values
 from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
@@ -183,7 +184,8 @@ def optimizer_config(recipe: RunConfig) -> run.Config:
 
 
 def logger_config(recipe: RunConfig, *, directory: str, name: str) -> run.Config:
-    """NeMo's logger and its checkpoints: the newest `checkpoint.keep_last`, and the best `checkpoint.keep` by their losses."""
+    """NeMo's logger with those that the recipe names, and its checkpoints:
+    the newest `checkpoint.keep_last`, and the best `checkpoint.keep` by their losses."""
     every = recipe.steps("checkpoint.every_tokens", recipe.checkpoint.every_tokens) or recipe.curriculum.total_steps
     checkpoint = run.Config(
         LongContextCheckpoint,
@@ -192,7 +194,8 @@ def logger_config(recipe: RunConfig, *, directory: str, name: str) -> run.Config
         keep=recipe.checkpoint.keep,
         keep_last=recipe.checkpoint.keep_last,
     )
-    return run.Config(nl.NeMoLogger, log_dir=directory, name=name, use_datetime_version=False, ckpt=checkpoint)
+    loggers = logger_parts(recipe.logger, directory=Path(directory) / name, run_name=name)
+    return run.Config(nl.NeMoLogger, log_dir=directory, name=name, use_datetime_version=False, ckpt=checkpoint, **loggers)
 
 
 def restore_config(path: str | None) -> run.Config | None:

@@ -27,6 +27,7 @@ from nemo_longctx.adapters.nemo.model.config import (
 )
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.vocabulary import check_corpora
+from nemo_longctx.loggers import check_loggers
 from nemo_longctx.recipe import RecipeConfig, RunConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
 
@@ -76,6 +77,7 @@ def build_run(recipe: RecipeConfig) -> Run:
         ConfigError: a setting that this machine, checkpoint or corpus contradicts.
     """
     check_resumed(recipe, run_directory(recipe))
+    check_loggers(recipe.logger)
     prepare_device(recipe)
     pl.seed_everything(recipe.seed, verbose=False)
     if recipe.restore_from:
