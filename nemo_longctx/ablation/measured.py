@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,6 +63,11 @@ def of_result(path: str, result: SuiteResult, name: str) -> Array:
 
 
 def _training(what: str, run: Run) -> Array:
+    if what == "flops":
+        path = run.folder / "results" / "throughput.json"
+        if not path.exists():
+            raise ValueError(f"{run.name} has no throughput.json yet")
+        return np.array([float(json.loads(path.read_text())["planned_total_flops"])])
     rows = [row for row in read_training_log(run.folder / "results" / "training.csv") if "loss" in row]
     if not rows:
         raise ValueError(f"{run.name} has no training.csv yet")
@@ -72,7 +78,7 @@ def _training(what: str, run: Run) -> Array:
         steps = np.diff([0, *tokens])
         return np.array([sum(n / row["tokens_per_second"] for n, row in zip(steps, rows, strict=True)
                              if row.get("tokens_per_second")) / 3600])  # fmt: skip
-    raise ValueError(f"training/{what} is no measure; there are training/loss and training/hours")
+    raise ValueError(f"training/{what} is no measure; there are training/loss, training/hours and training/flops")
 
 
 def table(measure: Measure, runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Array]:

@@ -45,8 +45,13 @@ def measure_table(measure: Measure, arms: Mapping[str, NDArray[np.float64]], ref
     for arm, values in arms.items():
         against = "–" if arm == reference else str(effect(values, arms[reference]))
         paper = f"{measure.paper[arm]:g}" if arm in measure.paper else "–"
-        table.append([arm, f"{values.mean():.4f}", against, paper])
+        table.append([arm, number(float(values.mean())), against, paper])
     return table
+
+
+def number(value: float) -> str:
+    """Four decimals; four digits of what is too large for them (operations)."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def write_study(
@@ -58,18 +63,24 @@ def write_study(
     provenance: Mapping[str, Any],
     ended: str = "",
     paths: Mapping[str, str] | None = None,
+    more: Sequence[Section] = (),
 ) -> Path:
     """Write `index.html`, `README.md`, a CSV and a PNG a measure and `claims.csv`; returns the page.
 
     Args:
         found: measure -> arm -> values [S, D]; arms that a scale leaves out are missing.
         paths: where each measure lies at this scale, for the page; default, as the study says.
+        more: sections after the measures.
         ended: why the study ended before its arms were run (the gate), as a sentence.
     """
     directory.mkdir(parents=True, exist_ok=True)
     claims = claim_table(study, found)
     _write(directory / "claims.csv", claims)
-    note = f"{study.paper}. Scale: {scale}. Differences are paired: arms of one seed share weights, stream and documents."
+    note = f"{study.paper}. Scale: {scale}. Differences are paired: arms of one seed share weights, stream and documents. "
+    note += (
+        "A verdict rests on a 95 % interval, so one in twenty of those that should say “cannot be told” says more: of the "
+        f"{len(study.claims)} here, {0.05 * len(study.claims):.2g} on average."
+    )
     if ended:
         note = f"{ended} {note}"
     sections = [Section(heading="What can be said", note=note, table=claims)]
@@ -88,6 +99,7 @@ def write_study(
                 table=table,
             )
         )
+    sections += more
     made = json.dumps(provenance, indent=1, default=str)
     sections.append(Section(heading="What made this", code=made))
     write_text(directory / "README.md", _markdown(study, sections))
@@ -108,7 +120,7 @@ def plot_effects(arms: Mapping[str, NDArray[np.float64]], path: Path, *, title: 
         seeds = arms[arm].mean(axis=1) - arms[reference].mean(axis=1)
         axes.plot(seeds, [place] * len(seeds), "|", color=INK, markersize=7, alpha=0.5, zorder=2)
     axes.axvline(0, color="#777777", linewidth=1)
-    axes.set_yticks(range(len(names)), [f"{arm} ({arms[arm].mean():.4f})" for arm in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [f"{arm} ({number(float(arms[arm].mean()))})" for arm in names], fontsize=9)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
     axes.set_xlabel(f"difference from {reference}; bars: 95 %, ticks: single seeds", fontsize=9.5, color=INK)

@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_longctx.ablation.drawn import decay_section, law_section
 from nemo_longctx.ablation.measured import last_result, of_result, table
 from nemo_longctx.ablation.page import write_study
 from nemo_longctx.ablation.study import BASE, Measure, Run, Scale, Study, filled
 from nemo_longctx.files import write_text
+from nemo_longctx.report.html import Section
 
 Execute = Callable[[list[str], Path], int]
 Say = Callable[[str], None]
@@ -94,9 +96,11 @@ class Runner:
     def _gate(self, name: str) -> str:
         """Why the study ends here, after the run of this name; empty where it goes on."""
         run = next((r for r in self.runs if r.name == name and r.arm == BASE), None)
-        if run is None or not self.study.gate or not self.scale.gate or self.executor:
+        if run is None or not self.study.gate or not self.scale.gate:
             return ""
         result = last_result(run)
+        if result is None and self.executor:  # handed to a cluster, whose end nobody waits for here
+            return ""
         for kind, needed in self.study.gate.items():
             path = f"probes/{kind}/{self.scale.values.get('short')}"
             if result is None:
@@ -144,7 +148,25 @@ class Runner:
             provenance=provenance,
             ended=ended,
             paths={name: measure.path for name, measure in self._measures().items()},
+            more=self._drawn(self.out / "page" / self.study.name),
         )
+
+    def _drawn(self, directory: Path) -> list[Section]:
+        """Figures beside the measures, of the arms of this scale."""
+        values, sections = self.scale.values, []
+        arms: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.arm != BASE:
+                arms.setdefault(run.arm, []).append(run)
+        if "score_decay" in self.study.figures:
+            first = [runs[0] for runs in arms.values()]
+            sections.append(decay_section(first, directory, short=values["short"], distances=values["twice"]))
+        if "context_law" in self.study.figures:
+            done = {arm: [r for r in runs if self._is_done(r.name, r.command(self.executor))] for arm, runs in arms.items()}
+            whole = {arm: runs for arm, runs in done.items() if len(runs) == len(self.scale.seeds)}
+            law = law_section(whole, values["task"], directory)
+            sections += [law] if law else []
+        return sections
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ class Measure:
         path: where it lies in the last evaluation of a run: `context/TASK/READ`, each document's loss after a read of so many
             tokens; `gain/TASK`, what the longest context takes off it; `watched/NAME`, each document's loss;
             `probes/KIND/LENGTH`, the score, depths averaged; `training/loss`, the mean of the last tenth of the run;
-            `training/hours`, its time.
+            `training/hours`, its time; `training/flops`, its operations as the plan counts them.
         paper: arm -> the paper's number, printed beside ours. paper_text: what that number is.
     """
 
@@ -45,6 +45,7 @@ class Measure:
             raise ConfigError("measures.path", self.path, f"begins with one of its roots, {did_you_mean(root, ROOTS)}")
 
 
+FIGURES = ("score_decay", "context_law")
 ROOTS = ("context", "gain", "watched", "probes", "training")
 
 
@@ -84,7 +85,9 @@ class Study:
 
     Args:
         name, title, paper: what it is and where in the paper. arms: name -> overrides. measures: by name. claims: in order.
-        gate: probe kind -> score that the base must reach at its own length, or the study ends there; see `gate_length`.
+        gate: probe kind -> score that the base must reach at its own length, or the study ends there.
+        figures: what is drawn beside the measures: `score_decay` of the arms' position encodings (Figure 4), `context_law` of
+            each arm (Figure 1).
     """
 
     name: str
@@ -95,12 +98,16 @@ class Study:
     claims: tuple[Any, ...]
     scales: Mapping[str, Any]
     gate: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    figures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"ablation/{self.name}"
         measures = {name: build(Measure, values, where=f"{where}.measures.{name}") for name, values in self.measures.items()}
         claims = tuple(build(Claim, values, where=f"{where}.claims[{n}]") for n, values in enumerate(self.claims))
         scales = {name: build(Scale, values, where=f"{where}.scales.{name}") for name, values in self.scales.items()}
+        for figure in self.figures:
+            if figure not in FIGURES:
+                raise ConfigError(f"{where}.figures", figure, did_you_mean(str(figure), FIGURES))
         for name in scales:
             if name not in SCALES:
                 raise ConfigError(f"{where}.scales", name, did_you_mean(name, SCALES))

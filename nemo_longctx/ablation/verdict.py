@@ -9,6 +9,7 @@ Shapes: S seeds, D documents.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -33,8 +34,12 @@ class Effect:
 
     def __str__(self) -> str:
         if not math.isfinite(self.low):
-            return f"{self.mean:+.4f} (no interval: {self.seeds} seed, {self.documents} documents)"
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+            return f"{self._told(self.mean)} (no interval: {self.seeds} seed, {self.documents} documents)"
+        return f"{self._told(self.mean)} ({self._told(self.low)} to {self._told(self.high)})"
+
+    @staticmethod
+    def _told(value: float) -> str:
+        return f"{value:+.4f}" if abs(value) < 1e5 else f"{value:+.4g}"
 
 
 def effect(first_SD: ArrayLike, second_SD: ArrayLike) -> Effect:
@@ -63,6 +68,7 @@ def effect(first_SD: ArrayLike, second_SD: ArrayLike) -> Effect:
     return Effect(mean=mean, low=mean - half, high=mean + half, seeds=S, documents=D)
 
 
+@functools.cache
 def t_quantile(freedom: float, probability: float = 0.975) -> float:
     """Quantile of Student's t: bisection on its integral (fractional degrees of freedom included)."""
     log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)

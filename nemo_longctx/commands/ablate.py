@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import shlex
+import signal
+import sys
 import sysconfig
+import traceback
 from pathlib import Path
+from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
 
@@ -41,12 +47,17 @@ def run(args: argparse.Namespace) -> int:
     chosen = {n: s for n, s in loaded.items() if args.study != "all" or args.scale in s.scales}
     out = args.out or Path("runs/ablate") / args.scale
     text = shlex.join(args.text) if args.text else shlex.quote(sysconfig.get_path("purelib"))
-    runners = [Runner(study, args.scale, out, text=text, executor=args.executor) for study in chosen.values()]
-    for runner in runners:  # a mistake in the last study is told before the first one runs
-        check(runner)
+    runners = [Runner(study, args.scale, out, text=text, executor=args.executor, run=here) for study in chosen.values()]
+    # A mistake in the last study is told before the first one runs.
+    recipes = {runner.study.name: check(runner) for runner in runners}
     if args.dry_run:
         for runner in runners:
             print(f"# {runner.study.title}")
+            if args.scale == "gpu":
+                from nemo_longctx.ablation.estimate import planned_hours
+
+                hours = len(runner.scale.seeds) * sum(planned_hours(recipes[runner.study.name]).values())
+                print(f"# by the plan, training takes {60 * hours:.0f} min on one H100; starts and evaluations come on top")
             for name, command in runner.commands():
                 print(f"{shlex.join(command)}  # {name}")
         return 0
@@ -59,8 +70,50 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check(runner) -> None:
-    """Compose every run of a study, of its first seed: the others differ in nothing that can be wrong.
+def here(command: list[str], log: Path) -> int:
+    """Run one of our commands in a fork of this process, its output in `log`; the exit status.
+
+    The host takes half a minute to import, a tiny run a few seconds: it is imported once, here, and every run begins as a copy
+    of this process. Commands of others (`nemo`, on a cluster) run as they are.
+    """
+    from nemo_longctx.ablation.runner import execute
+    from nemo_longctx.cli import main
+
+    if command[0] != "nemo-longctx" or sys.platform != "linux":
+        return execute(command, log)
+    if command[1] in ("train", "sft"):
+        import nemo_longctx.adapters.nemo.launch.run  # noqa: F401  (for its children)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        try:
+            _, status = os.waitpid(child, 0)
+        except KeyboardInterrupt:  # the child has it too, and ends as it does alone
+            os.waitpid(child, 0)
+            raise
+        return os.waitstatus_to_exitcode(status)
+    status = 1
+    try:
+        pr_set_pdeathsig = 1  # prctl(2): end with the study, so that no two processes write to one directory
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status = main(command[1:])
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # the parent's code must not run on in its copy
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def check(runner) -> dict[str, Any]:
+    """Arm -> recipe of every run of a study, of its first seed: the others differ in nothing that can be wrong.
 
     Raises:
         ConfigError: a recipe that does not compose, by its run.
@@ -68,8 +121,10 @@ def check(runner) -> None:
     from nemo_longctx.compose import compose
     from nemo_longctx.recipe import load_recipe
 
+    recipes = {}
     for each in (run for run in runner.runs if run.seed == runner.scale.seeds[0]):
         try:
-            load_recipe(compose(each.overrides))
+            recipes[each.arm] = load_recipe(compose(each.overrides))
         except ConfigError as error:
             raise ConfigError(error.key, error.value, f"{error.mend} (in {runner.study.name}: {each.name})") from error
+    return recipes

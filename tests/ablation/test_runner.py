@@ -1,5 +1,7 @@
 """Studies as files and their runner: every run composes, a killed study goes on, a weak base ends it before its arms."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -74,7 +76,7 @@ def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
     assert "Measured as context/context_4032/2048." in (tmp_path / "whole/page/position/README.md").read_text()
     made = tables(tmp_path / "whole")
     assert made == tables(tmp_path / "killed")
-    assert len(made) == 7
+    assert len(made) == 8  # a table a measure, the claims, and the decay of scores
     again = runner(tmp_path / "killed")
     machine = Machine(again)
     again()
@@ -104,10 +106,12 @@ def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
 @pytest.mark.parametrize("name", studies())
 def test_every_run_of_every_scale_composes(name, tmp_path, capsys):
     study = load_study(name)
-    for scale in study.scales:
+    for scale in set(study.scales) - {"smoke"}:  # which a slow test runs
         assert main(["ablate", name, "--scale", scale, "--out", str(tmp_path), "--dry-run"]) == 0
         said = capsys.readouterr().out
         assert all(run.told(study.scales[scale].executor) in said for run in study.runs(scale, tmp_path))
+        if scale == "gpu":  # what issue and page promise: half an hour on one H100, by the plan
+            assert int(re.search(r"training takes (\d+) min on one H100", said).group(1)) <= 25
 
 
 def test_mistakes_in_a_study_are_named(capsys):
@@ -122,4 +126,4 @@ def test_mistakes_in_a_study_are_named(capsys):
     assert set(SCALES) == {"smoke", "laptop", "gpu", "paper"}
     assert main(["ablate", "positions", "--scale", "smoke"]) == 2
     assert "did you mean 'position'" in capsys.readouterr().err
-    assert main(["ablate", "position", "--scale", "gpu", "--dry-run"]) == 2
+    assert main(["ablate", "curriculum", "--scale", "paper", "--dry-run"]) == 2

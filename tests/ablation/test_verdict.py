@@ -47,17 +47,18 @@ def test_one_seed_or_one_number_says_nothing_of_the_next():
     assert verdict(claim(), effect([[1.0], [1.1], [0.9]], [[3.0], [3.2], [3.1]])) == HOLDS  # scores: one number a run
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    rng, inside, wrong = np.random.default_rng(0), 0, 0
-    for _ in range(400):
-        document = rng.normal(0, 0.05, (1, 12))
-        first = 0.02 + document + rng.normal(0, 0.03, (3, 1)) + rng.normal(0, 0.05, (3, 12))
-        seen = effect(first, np.zeros((3, 12)))
+@pytest.mark.parametrize(("seed_noise", "document_noise", "noise"), [(0.03, 0, 0.0), (0.03, 0.05, 0.05), (0, 0.05, 0.02)])
+def test_a_dead_arm_is_told_from_its_equal_in_one_study_of_twenty_at_most(seed_noise, document_noise, noise):
+    rng, S, D, studies_run = np.random.default_rng(0), 3, 12, 1000
+    wrong = inside = 0
+    for _ in range(studies_run):
+        found = rng.normal(0, seed_noise, (S, 1)) + rng.normal(0, document_noise, (1, D)) + rng.normal(0, noise, (S, D))
+        wrong += verdict(claim(), effect(found, np.zeros((S, D)))) != UNKNOWN
+        seen = effect(found + 0.02, np.zeros((S, D)))
         inside += seen.low <= 0.02 <= seen.high
-        null = effect(first - 0.02, np.zeros((3, 12)))
-        wrong += verdict(claim(), null) != UNKNOWN
-    assert inside / 400 >= 0.93
-    assert wrong / 400 <= 0.07
+    error = 3 * math.sqrt(0.05 * 0.95 / studies_run)  # of counting so many studies
+    assert wrong / studies_run <= 0.05 + error
+    assert inside / studies_run >= 0.95 - error
 
 
 def test_quantiles_are_those_of_the_tables():
