@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.scale import scaled
 from nemo_longctx.trust import check_targets
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -37,10 +38,20 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     known = groups(conf_dir)
     emptied = _emptied(overrides, known)
     kept = [item for item in overrides if item.partition("=")[0] not in emptied]
+
+    def composed(items: Sequence[str]) -> dict[str, Any]:
+        config = hydra_compose(config_name, overrides=[_override(item, known) for item in items])
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
     with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
         try:
-            config = hydra_compose(config_name, overrides=[_override(item, known) for item in kept])
-            values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            values = composed(kept)
+            if values.get("scale") is None:
+                values.pop("scale", None)
+            else:
+                chosen = [item for item in kept if item.partition("=")[0] in known and "={" not in item]
+                said = [item.lstrip("+~").partition("=")[0] for item in kept if item not in chosen]
+                values = scaled(values, recipe=composed(chosen), said=said)
         except ConfigError:
             raise
         except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
@@ -93,10 +104,14 @@ def _own_recipe(file: Path) -> str:
     """Make a user's recipe file a choice of the group `recipe`, as if it lay in conf/recipe/; its name there."""
     import yaml
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    try:  # as Hydra reads its files: 5e5 is a number, and a key that comes twice an error
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError("recipe", str(file), f"is no text in UTF-8: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise ConfigError("recipe", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError("recipe", str(file), "must be a mapping, such as {defaults: [llama2_7b, _self_], trainer: {...}}")

@@ -56,8 +56,20 @@ def sources_of(overrides: Sequence[str]) -> dict[str, str]:
             said |= dict.fromkeys(_keys({group: body}), f"conf/{group}/{choice}.yaml")
     for name, body in bodies:
         said |= dict.fromkeys(_keys({key: value for key, value in body.items() if key != "defaults"}), name)
+    said |= _scaled_keys(overrides)
     said |= {key: COMMAND_LINE for key in given if key not in chosen or given[key].startswith("{")}
     return said
+
+
+def _scaled_keys(overrides: Sequence[str]) -> dict[str, str]:
+    """Keys whose values `scale=` made, and the file that says how."""
+    chosen = [item.partition("=")[2] for item in overrides if item.startswith("scale=")]
+    if not chosen or chosen[-1] == "null":
+        return {}
+    full = flat(compose([item for item in overrides if not item.startswith(("scale=", "scale."))]))
+    small = flat(compose(overrides))
+    made = [key.partition("[")[0] for key, value in small.items() if full.get(key) != value]
+    return dict.fromkeys(made, f"conf/scale/{chosen[-1]}.yaml")
 
 
 def _recipe_bodies(recipe: str) -> Sequence[tuple[str, dict[str, Any]]]:

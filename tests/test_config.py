@@ -1,13 +1,18 @@
 """One builder for all settings: nested, strict, and clear about what is wrong."""
 
+import ast
 import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
+import nemo_longctx
 from nemo_longctx.config import ConfigError, build, did_you_mean, to_values
+from nemo_longctx.data.config import DataConfig, InstructDataConfig
+from nemo_longctx.eval.config import EvalConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,3 +104,25 @@ def test_to_values_is_what_builds_it_again():
     made = build(Outer, values)
     assert to_values(made) == values
     assert build(Outer, to_values(made)) == made
+
+
+SIGNATURES = {
+    "adapters/nemo/data/data_module.py": ("LongContextDataModule", DataConfig, {"curriculum", "seed"}),
+    "adapters/nemo/data/instruct_data_module.py": ("LongInstructDataModule", InstructDataConfig, {"curriculum", "seed"}),
+    "adapters/nemo/evaluation/callback.py": ("LongContextEvalCallback", EvalConfig, {"base", "directory"}),
+}
+
+
+@pytest.mark.parametrize("file", SIGNATURES)
+def test_what_a_recipe_can_say_is_what_the_host_s_part_takes(file):
+    """A key of the schema that its data module or callback does not take would be lost, or the other way about."""
+    name, schema, more = SIGNATURES[file]
+    tree = ast.parse((Path(nemo_longctx.__file__).parent / file).read_text())
+    made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    init = next(node for node in made.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    arguments = {each.arg for each in init.args.args[1:] + init.args.kwonlyargs}
+    assert arguments - more == {field.name for field in dataclasses.fields(schema)}
+    defaults = {a.arg: ast.literal_eval(d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True) if d}
+    for field in dataclasses.fields(schema):
+        if field.default is not dataclasses.MISSING and field.name in defaults:
+            assert defaults[field.name] == field.default, field.name

@@ -126,3 +126,14 @@ def test_the_script_says_what_is_wrong_in_one_sentence_and_helps():
     assert helped.returncode == 0
     assert "tiny_cpu_long" in helped.stdout
     assert "optimizer.lr  (number; default 2e-05)" in helped.stdout
+
+
+def test_a_recipe_of_one_s_own_is_read_as_hydra_reads(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [tiny_cpu_long, _self_]\noptimizer: {lr: 1e-3, min_lr: 1e-4}\nrope: {base: 5e5}\n")
+    made = recipe(f"recipe={mine}")
+    assert (made.optimizer.lr, made.optimizer.min_lr, made.rope_variant.base) == (1e-3, 1e-4, 5e5)
+    for text, said in (("name: a\nname: b\n", "duplicate key"), ("a: [", "is not YAML"), ("- a\n", "must be a mapping")):
+        mine.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            recipe(f"recipe={mine}")

@@ -180,6 +180,18 @@ MODELS: dict[str, ModelShape] = {
     ),
 }
 
+# Classes of nemo.collections.llm whose sizes the planner knows by name.
+CLASSES = {
+    "Llama2Config7B": "llama2_7b",
+    "Llama2Config13B": "llama2_13b",
+    "CodeLlamaConfig34B": "codellama_34b",
+    "Llama2Config70B": "llama2_70b",
+    "Llama3Config8B": "llama3_8b",
+    "Llama3Config70B": "llama3_70b",
+    "Qwen25Config7B": "qwen25_7b",
+    "MistralConfig7B": "mistral_7b",
+}
+
 # Of a Hugging Face config.json: sizes that it must name; what transformers takes for the others is in hf/families.py.
 _HF_SIZES = {
     "num_hidden_layers": "num_layers",

@@ -15,20 +15,18 @@ from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import ContextTask, HarnessTask, PositionTask, ProbeTask, Task
 from nemo_longctx.planning.gpus import GPUS
 from nemo_longctx.planning.layout import Layout
-from nemo_longctx.planning.models import MODELS, ModelShape, model_by_name, model_from_nemo, nemo_context, parse_model, sizes_of
+from nemo_longctx.planning.models import (
+    CLASSES,
+    MODELS,
+    ModelShape,
+    model_by_name,
+    model_from_nemo,
+    nemo_context,
+    parse_model,
+    sizes_of,
+)
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 
-# Classes of nemo.collections.llm whose sizes the planner knows by name.
-CLASSES = {
-    "Llama2Config7B": "llama2_7b",
-    "Llama2Config13B": "llama2_13b",
-    "CodeLlamaConfig34B": "codellama_34b",
-    "Llama2Config70B": "llama2_70b",
-    "Llama3Config8B": "llama3_8b",
-    "Llama3Config70B": "llama3_70b",
-    "Qwen25Config7B": "qwen25_7b",
-    "MistralConfig7B": "mistral_7b",
-}
 _PRECISIONS = {"32": "fp32", "bf16-mixed": "bf16", "16-mixed": "bf16"}
 CPU = "cpu"
 

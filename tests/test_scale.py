@@ -1,0 +1,98 @@
+"""`scale=tiny`: every recipe made small in its sizes, and in nothing else."""
+
+import math
+
+import pytest
+
+from nemo_longctx.compose import compose, groups
+from nemo_longctx.config import ConfigError
+from nemo_longctx.explain import sources_of
+from nemo_longctx.recipe import load_instruct_recipe, load_recipe
+from nemo_longctx.resume import flat
+
+SIZES = ("seq_length", "samples", "documents", "targets", "_tokens", "tokens_per_step", "length", "lengths", "contexts", "short",
+         "drop_longer", "drop_shorter", "every", "_parallel_size", "devices", "num_nodes", "sequence_parallel", "num_layers",
+         "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size")  # fmt: skip
+TUNING = ["restore_from=base", "data.tokenizer=t", "data.short=[a]", "data.long=[b]",
+          "data.pretraining={sources: [{path: c}]}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", groups()["recipe"])
+def test_every_recipe_is_small_and_otherwise_itself(name):
+    whole, small = compose([f"recipe={name}"]), compose([f"recipe={name}", "scale=tiny"])
+    recipe, before = load_recipe(small), load_recipe(whole)
+    assert recipe.seq_length <= 256
+    assert recipe.curriculum.total_steps <= 12
+    assert recipe.trainer.world_size <= 2
+    assert (recipe.trainer.world_size > 1) == (before.trainer.world_size > 1)
+    assert len(recipe.curriculum.stages) == len(before.curriculum.stages)
+    for interval in ("trainer.val_every_tokens", "checkpoint.every_tokens", "optimizer.warmup_tokens"):
+        part, key = interval.split(".")
+        assert bool(getattr(getattr(recipe, part), key)) == bool(getattr(getattr(before, part), key))
+    was, now = flat(whole), flat(small)
+    changed = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
+    assert changed
+    assert [key for key in changed if not key.endswith(SIZES)] == []
+
+
+def test_lengths_shrink_by_one_factor():
+    whole, small = (load_recipe(compose(["recipe=tiny_cpu_long", *scale])) for scale in ([], ["scale=tiny"]))
+    assert whole.seq_length == 8 * small.seq_length
+    assert [s.seq_length for s in whole.data.validation] == [8 * s.seq_length for s in small.data.validation]
+    assert whole.eval.tasks[2].contexts == tuple(8 * tokens for tokens in small.eval.tasks[2].contexts)
+    assert whole.eval.max_length == 8 * small.eval.max_length
+    stages = load_recipe(compose(["recipe=llama2_7b_curriculum", "scale=tiny"])).curriculum.stages
+    assert [(stage.until, stage.seq_length) for stage in stages] == [(0.2, 32), (1.0, 256)]
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama2_70b", "llama3_8b", "qwen25_7b", "mistral_7b"])
+def test_a_small_model_keeps_its_class_and_ratios(name):
+    base = ["recipe=llama2_7b", f"model={name}", "restore_from=null", "rope=null"]
+    whole, small = compose(base)["model"], compose([*base, "scale=tiny"])["model"]
+    assert {key: small[key] for key in whole if key != "vocab_size"} == {key: whole[key] for key in whole if key != "vocab_size"}
+    assert small["num_attention_heads"] % small["num_query_groups"] == 0
+    assert (small["num_query_groups"] == small["num_attention_heads"]) == (name == "llama2_7b")
+    assert 2 < small["ffn_hidden_size"] / small["hidden_size"] < 6
+
+
+def test_what_the_command_line_says_stays_as_said():
+    asked = ["recipe=llama2_7b", "scale=tiny", "curriculum.stages=[{until: 1.0, seq_length: 32}]", "checkpoint.every_tokens=256",
+             "trainer.tensor_model_parallel_size=1", "curriculum.total_tokens=1024", "curriculum.tokens_per_step=256",
+             "trainer.val_every_tokens=0"]  # fmt: skip
+    recipe = load_recipe(compose(asked))
+    assert (recipe.seq_length, recipe.curriculum.total_steps, recipe.checkpoint.every_tokens) == (32, 4, 256)
+    assert recipe.data.validation[0].seq_length == 128  # by the recipe's factor, whatever the command line's lengths
+    assert (recipe.trainer.tensor_model_parallel_size, recipe.trainer.context_parallel_size) == (1, 2)
+    assert not recipe.trainer.sequence_parallel
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_parallel_sizes_fit_the_processes(processes):
+    trainer = load_recipe(compose(["recipe=codellama_34b", "scale=tiny", f"scale.processes={processes}"])).trainer
+    sizes = trainer.tensor_model_parallel_size, trainer.context_parallel_size, trainer.pipeline_model_parallel_size
+    assert trainer.world_size == processes
+    assert math.prod(sizes) == processes
+    assert sizes == {1: (1, 1, 1), 2: (2, 1, 1), 4: (4, 1, 1), 8: (4, 2, 1)}[processes]
+
+
+@pytest.mark.parametrize("row", groups()["sft"])
+def test_every_row_of_instruction_tuning_is_small(row):
+    recipe = load_instruct_recipe(compose([*TUNING, f"sft={row}", "scale=tiny"], config_name="sft"))
+    assert recipe.seq_length == 256
+    assert recipe.curriculum.total_steps == 12
+
+
+def test_a_wrong_scale_is_named():
+    with pytest.raises(ConfigError, match=r"scale.step=3: unknown key, did you mean 'steps'"):
+        compose(["recipe=llama2_7b", "scale=tiny", "scale.step=3"])
+    with pytest.raises(ConfigError, match=r"scale.steps=0: set a whole number"):
+        compose(["recipe=llama2_7b", "scale=tiny", "scale.steps=0"])
+    with pytest.raises(ConfigError, match="scale='tinny': no such choice, did you mean 'tiny'"):
+        compose(["recipe=llama2_7b", "scale=tinny"])
+
+
+def test_print_config_says_what_the_scale_made():
+    sources = sources_of(["recipe=llama2_7b", "scale=tiny", "checkpoint.every_tokens=2048"])
+    assert sources["curriculum.tokens_per_step"] == sources["trainer.num_nodes"] == "conf/scale/tiny.yaml"
+    assert sources["checkpoint.every_tokens"] == "command line"
+    assert sources["optimizer.lr"] == "conf/recipe/llama2_7b.yaml"
