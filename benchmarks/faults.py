@@ -1,12 +1,15 @@
 """Faults at random moments of a run of the real trainer on two processes; the same command again after each.
 
-    python benchmarks/faults.py --moments 50 --output docs/faults
+    python benchmarks/faults.py --moments 54 --output benchmarks/faults
 
 A curriculum of two lengths with validation and evaluation is run once undisturbed, and then with a fault at each of so many
 random moments: SIGKILL and SIGTERM to all, to one rank only, Ctrl-C, a full disk, a torn and a half-copied checkpoint, a
 directory that cannot be written. Runs that reach their end are compared with the undisturbed one, to the bit: weights and
 moments of the last checkpoint, `training.csv`, validations, evaluations. A disk of its own (tmpfs) is mounted where that is
 allowed; else those two faults are left out, and the table says so.
+
+PATH.json is written after every run that has ended; started again, the campaign goes on behind it. Every wait has an end: a start
+that makes no step for `STILL` seconds is told, with where each rank stands.
 
 Each start forks its two ranks from a process that has imported the host already: what is killed is a rank as torchrun starts
 it, without the half minute of its import. As torchrun does, the others are ended when one is lost.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import hashlib
 import json
 import os
@@ -35,6 +39,7 @@ STEPS = 64
 KINDS = ("SIGKILL all", "SIGKILL one rank", "SIGTERM all", "SIGTERM one rank", "SIGINT all", "torn checkpoint",
          "half-copied checkpoint", "full disk", "read-only directory")  # fmt: skip
 NEEDS_DISK = ("full disk", "read-only directory")
+STILL = 600  # seconds without a step after which a start hangs
 IGNORED = ("tokens_per_second",)  # a time
 
 
@@ -78,6 +83,7 @@ class Start:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults",
             }  # fmt: skip
+            faulthandler.register(signal.SIGUSR2, all_threads=True)
             from nemo_longctx.launch import main
 
             status = main(arguments)
@@ -107,6 +113,11 @@ class Start:
             if rank not in self.poll():
                 os.killpg(self.pids[rank], signum)
 
+    def where(self) -> None:
+        """Let each rank write its stack to its log."""
+        self.send(signal.SIGUSR2, range(RANKS))
+        time.sleep(2)
+
     def wait(self, timeout: float) -> list[int]:
         """Statuses by rank; after the first loss the others have half a minute, as under torchrun."""
         end = time.monotonic() + timeout
@@ -126,14 +137,25 @@ def steps_of(directory: Path) -> int:
 
 
 def wait_for_moment(start: Start, directory: Path, rng: random.Random) -> None:
-    """Three times in four some steps after the first new one, once in four anywhere from the start on."""
+    """Three times in four some steps after the first new one, once in four anywhere from the start on.
+
+    Raises:
+        RuntimeError: nothing came for `STILL` seconds.
+    """
     if rng.random() < 0.25:
         end = time.monotonic() + rng.uniform(0, 12)
         while time.monotonic() < end and not start.poll():
             time.sleep(0.02)
         return
     began, wanted = steps_of(directory), rng.randint(1, 9)
+    rows, since = began, time.monotonic()
     while not start.poll() and not began < steps_of(directory) - wanted + 1:
+        if steps_of(directory) != rows:
+            rows, since = steps_of(directory), time.monotonic()
+        if time.monotonic() > since + STILL:
+            start.where()
+            start.wait(0)
+            raise RuntimeError(f"no step came for {STILL} s behind row {rows} of {directory}")
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.3))
 
@@ -242,24 +264,31 @@ def make_corpora(place: Path) -> None:
                 writer.add_document(rng.integers(0, 100, rng.integers(20, 400)))
 
 
-def campaign(moments: int, seed: int, place: Path, disk: Path | None, steps: int, seconds: float) -> dict[str, Any]:
-    """The undisturbed run, then faults for so many moments or seconds, until the run that they fell in has ended."""
-    rng = random.Random(seed)
+def campaign(
+    moments: int, seed: int, place: Path, disk: Path | None, steps: int, seconds: float, keep: Path | None = None
+) -> dict[str, Any]:
+    """The undisturbed run, then faults for so many moments or seconds, until the run that they fell in has ended.
+
+    With `keep` the record is written there after each run, and what it has already is not done again.
+    """
     make_corpora(place)
     undisturbed = Start(overrides(place, "undisturbed", steps), place / "undisturbed.log").wait(1200)
     if any(undisturbed):
         raise RuntimeError(f"the undisturbed run ended with {undisturbed}: see {place}/undisturbed.log")
     truth = state_of(place / "runs" / "undisturbed")
     kinds = [kind for kind in KINDS if disk or kind not in NEEDS_DISK]
-    through: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
+    record = {"seed": seed, "ranks": RANKS, "steps": steps, "kinds": kinds, "tensors": truth["tensors"], "truth": truth["weights"]}
+    before = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
+    goes_on = all(before.get(key) == value for key, value in record.items())
+    runs: list[dict[str, Any]] = before["runs"] if goes_on else []
+    through: list[dict[str, Any]] = before["moments"] if goes_on else []
     ends = time.monotonic() + seconds
     while len(through) < moments and time.monotonic() < ends:
         name = f"disturbed_{len(runs)}"
         directory, log = place / "runs" / name, place / f"{name}.log"
         arguments = overrides(place, name, steps)
         while True:
-            kind = kinds[len(through) % len(kinds)]
+            kind, rng = kinds[len(through) % len(kinds)], random.Random(f"{seed} {len(through)}")
             start = Start(arguments, log)
             disturbed = len(through) < moments and time.monotonic() < ends
             if disturbed:
@@ -278,15 +307,10 @@ def campaign(moments: int, seed: int, place: Path, disk: Path | None, steps: int
         found = state_of(directory)
         runs.append({"run": name, "equal": {key: found[key] == truth[key] for key in truth}})
         print(f"{name}: {runs[-1]['equal']}", flush=True)
-    return {
-        "seed": seed,
-        "ranks": RANKS,
-        "steps": steps,
-        "moments": through,
-        "runs": runs,
-        "kinds": kinds,
-        "tensors": truth["tensors"],
-    }
+        if keep is not None:
+            keep.write_text(json.dumps(record | {"moments": through, "runs": runs}, indent=1) + "\n")
+            keep.with_suffix(".md").write_text(table(record | {"moments": through, "runs": runs}))
+    return record | {"moments": through, "runs": runs}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -324,6 +348,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import nemo_longctx.adapters.nemo.launch.run  # noqa: F401  what the forks need not import again
 
+    keep = args.output.with_suffix(".json").absolute() if args.output else None
     with tempfile.TemporaryDirectory(prefix="faults", ignore_cleanup_errors=True) as folder:
         place, disk = Path(folder), None
         if (
@@ -334,7 +359,7 @@ def main() -> int:
         ):
             disk = place
         try:
-            record = campaign(args.moments, args.seed, place, disk, args.steps, 60 * args.minutes)
+            record = campaign(args.moments, args.seed, place, disk, args.steps, 60 * args.minutes, keep)
         except BaseException:
             for log in sorted(place.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}", file=sys.stderr)
@@ -345,9 +370,8 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     text = table(record)
     print(text)
-    if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(text)
+    if keep is not None:
+        keep.with_suffix(".md").write_text(text)
     return 0 if all(all(run["equal"].values()) for run in record["runs"]) else 1
 
 

@@ -55,12 +55,10 @@ def check(recipe: RecipeConfig) -> Checked:
 
 
 def _model(recipe: RecipeConfig) -> str:
-    from nemo_longctx.planning.models import nemo_context
+    from nemo_longctx.launch import check_base
     from nemo_longctx.planning.recipe import model_of
 
-    if recipe.restore_from and nemo_context(Path(recipe.restore_from)) is None:
-        mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
-        raise ConfigError("restore_from", recipe.restore_from, mend)
+    check_base(recipe)
     name, shape = model_of(recipe)
     rope = "its own" if recipe.rope_variant is None else recipe.rope_variant.variant
     trained = f", trained at {shape.seq_length:,} tokens" if recipe.restore_from else ", from random weights"

@@ -20,6 +20,9 @@ from nemo_longctx.checkpoints import checkpoint_to_resume
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.files import first_process
+from nemo_longctx.model_fields import check_layout
+from nemo_longctx.nemo_files import io_config
+from nemo_longctx.planning.models import nemo_context
 
 if TYPE_CHECKING:
     from nemo_longctx.recipe import RunConfig
@@ -36,6 +39,7 @@ def main(overrides: Sequence[str]) -> int:
         recipe = load_recipe(compose(overrides))
         check_loggers(recipe.logger)
         check_resumed(recipe, recipe.directory)
+        check_base(recipe)
 
         def fit() -> None:
             from nemo_longctx.adapters.nemo.launch.run import build_run
@@ -45,6 +49,21 @@ def main(overrides: Sequence[str]) -> int:
         fit_unless_finished(recipe, fit)
 
     return exit_status(train)
+
+
+def check_base(recipe: RunConfig) -> None:
+    """Look at the checkpoint that a run begins with, and at its sizes against the layout, before the host is imported.
+
+    Raises:
+        ConfigError: none is there, or layers or heads that the parallel sizes do not divide.
+    """
+    if not recipe.restore_from:
+        return
+    context = nemo_context(Path(recipe.restore_from))
+    if context is None:
+        mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
+        raise ConfigError("restore_from", recipe.restore_from, mend)
+    check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
 
 
 def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:

@@ -7,10 +7,16 @@ class has a field at all, and what it makes of it, the class says when the model
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from nemo_longctx.config import ConfigError, checked, is_finite
+from nemo_longctx.config import ConfigError, checked, did_you_mean, is_finite
+from nemo_longctx.rope.base import LARGEST
 
 # What a run sets on the model itself -> where to say it instead.
 SET_BY_THE_RUN: dict[str, str] = {
@@ -68,6 +74,7 @@ _SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layerno
              "scatter_embedding_sequence_parallel", "use_transformer_engine_full_layer_spec", "fp8_param",
              "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
              "use_transformer_engine_op_fuser", "enable_cuda_graph", "external_cuda_graph")  # fmt: skip
+LARGEST_FLOAT32 = 3.4e38
 MOST = 2**31 - 1  # of a size: beyond it no tensor of a layer can be made
 
 
@@ -86,8 +93,37 @@ def check_model(model: Mapping[str, Any]) -> None:
             raise ConfigError(key, value, f"the run sets it: {SET_BY_THE_RUN[name]}")
         if name.startswith("_"):
             raise ConfigError(key, value, "no field of a config that a recipe can set; leave it out")
+        _check_known(name, value, key)
         _check_field(name, value, key)
     _check_shape(model)
+
+
+@functools.cache
+def host_fields() -> dict[str, frozenset[str]] | None:
+    """`configs` and `fields` of the host (docs/make_host_fields.py); None where another version of it is installed."""
+    known = json.loads(Path(__file__).with_name("host_fields.json").read_text(encoding="utf-8"))
+    for package, version in known["versions"].items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if metadata.version(package) != version:
+                return None
+    return {key: frozenset(known[key]) for key in ("configs", "fields")}
+
+
+def _check_known(name: str, value: Any, key: str) -> None:
+    """A name that no class of the host has is a slip; of another version's fields its class says so when it is made."""
+    known = host_fields()
+    if known is None:
+        return
+    if name == "config":
+        if isinstance(value, str) and value.isidentifier() and value not in known["configs"]:
+            raise ConfigError(key, value, f"no such config class, {_nearest(value, known['configs'])}")
+    elif name not in known["fields"]:
+        raise ConfigError(key, value, f"no field of the host's config classes, {_nearest(name, known['fields'])}")
+
+
+def _nearest(word: str, known: frozenset[str]) -> str:
+    said = did_you_mean(word, known)
+    return said if said.startswith("did you mean") else "see its class in nemo.collections.llm"
 
 
 def _check_field(name: str, value: Any, key: str) -> None:
@@ -106,6 +142,8 @@ def _check_field(name: str, value: Any, key: str) -> None:
             raise ConfigError(key, value, "set a share in [0, 1)")
     elif name in _POSITIVE:
         checked(float, value, key)
+        if abs(value) > (LARGEST if name == "rotary_base" else LARGEST_FLOAT32):
+            raise ConfigError(key, value, "is too large a number for it")
         if value <= 0 or (name == "rotary_percent" and value > 1) or (name == "rotary_base" and value <= 1):
             bounds = {"rotary_percent": "a share in (0, 1]", "rotary_base": "a number above 1"}
             raise ConfigError(key, value, f"set {bounds.get(name, 'a number above 0')}")

@@ -18,11 +18,13 @@ from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import check_layout, check_model
+from nemo_longctx.planning.models import class_sizes
 from nemo_longctx.rope.request import RopeRequest, parse_request
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "constant")
 BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
+LONGEST_NAME = 200  # what a file system takes, and room for a suffix
 
 
 def _positive(where: str, config: Any, *names: str) -> None:
@@ -252,12 +254,15 @@ class RunConfig:
         if not 1 <= self.seed < 2**32:
             raise ConfigError("seed", self.seed, "set a whole number of at least 1, below 2^32")
         _check_name(self.name)
+        for key, value in (("output_dir", self.output_dir), ("restore_from", self.restore_from)):
+            if value is not None and not value.strip():
+                raise ConfigError(key, value, "names no place; leave it out, or name one")
         if not self.restore_from and "config" not in self.model:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
         check_model(self.model)
-        check_layout(self.model, self.trainer, self.curriculum)
+        check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
         activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
@@ -382,5 +387,7 @@ def load_instruct_recipe(values: Mapping[str, Any]) -> InstructRecipe:
 
 def _check_name(name: str) -> None:
     """The name is a folder of `output_dir`."""
+    if len(name.encode()) > LONGEST_NAME:
+        raise ConfigError("name", name, f"is a folder's name: at most {LONGEST_NAME} bytes")
     if not name or name in (".", "..") or "/" in name:
         raise ConfigError("name", name, "is a folder's name below output_dir: letters, digits, - and _, without a slash")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nemo_longctx.config import ConfigError, build, plain
-from nemo_longctx.planning.models import CLASSES, MODELS
+from nemo_longctx.planning.models import class_sizes
 
 _LAYOUT = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
 _COUNTS = ("samples", "documents", "limit", "targets")  # of what is measured: no more than `windows` of each
@@ -133,7 +133,7 @@ def _model(shrink: _Shrink, scale: ScaleConfig) -> None:
     model = shrink.part("model")
     if "config" not in model:
         return
-    sizes = _published(model) | model
+    sizes = class_sizes(model) | model
     heads = min(scale.num_attention_heads, sizes.get("num_attention_heads", scale.num_attention_heads))
     hidden = min(scale.hidden_size, sizes.get("hidden_size", scale.hidden_size))
     all_heads = sizes.get("num_attention_heads") or heads
@@ -153,12 +153,6 @@ def _model(shrink: _Shrink, scale: ScaleConfig) -> None:
     }
     for name, value in small.items():
         shrink.set(f"model.{name}", value)
-
-
-def _published(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of the class that a model names, as far as the planner knows them."""
-    name = CLASSES.get(str(model["config"]))
-    return {} if name is None else {key: value for key, value in vars(MODELS[name]).items() if value is not None}
 
 
 def _lengths(shrink: _Shrink, factor: int) -> None:

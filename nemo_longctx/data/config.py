@@ -43,6 +43,10 @@ class _DataSettings:
     output_log: bool = True
 
     def __post_init__(self):
+        for name in ("cache_dir", "tokenizer", "after"):
+            value = getattr(self, name, None)
+            if value is not None and not value.strip():
+                raise ConfigError(f"data.{name}", value, "names nothing; leave it out, or name one")
         for mode in ("validation", "test"):
             names = [each.name for each in getattr(self, mode)]
             twice = sorted({name for name in names if names.count(name) > 1})

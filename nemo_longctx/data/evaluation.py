@@ -16,6 +16,9 @@ from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.mixture import Documents
 from nemo_longctx.data.windows import Sample, read_window
 
+LONGEST_NAME = 100
+MOST_TOGETHER = 2**16  # windows of a micro batch; a set is filled up to a whole one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -41,6 +44,12 @@ class EvaluationConfig:
             raise ConfigError(
                 "data.validation.name", self.name, "letters, digits, - and _ only: it becomes part of a metric's name"
             )
+        if len(self.name) > LONGEST_NAME:
+            raise ConfigError("data.validation.name", self.name, f"at most {LONGEST_NAME} letters: it heads a column")
+        if not self.path or not all(self.path):
+            raise ConfigError("data.validation.path", self.path, "name a prefix, a directory of shards, or a list of either")
+        if self.micro_batch_size > MOST_TOGETHER:
+            raise ConfigError("data.validation.micro_batch_size", self.micro_batch_size, f"at most {MOST_TOGETHER:,} windows")
         for name in ("seq_length", "micro_batch_size", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

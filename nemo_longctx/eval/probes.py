@@ -75,6 +75,8 @@ class ProbeConfig:
             if self.suite not in SUITES:
                 raise ConfigError("probes.suite", self.suite, f"unknown suite, {did_you_mean(str(self.suite), SUITES)}")
             object.__setattr__(self, "kinds", SUITES[self.suite])
+        if not self.kinds:
+            raise ConfigError("probes.kinds", [], f"name at least one of {', '.join(KINDS)}, or leave the task out")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ConfigError("probes.kinds", kind, f"unknown probe, {did_you_mean(kind, KINDS)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,12 @@ def model_by_name(name: str) -> ModelShape:
     if name not in MODELS:
         raise ConfigError("model", name, f"not a model that the planner knows by name, {did_you_mean(name, MODELS)}")
     return MODELS[name]
+
+
+def class_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of the config class that a recipe's `model` names; empty where it names none, or one that is not known here."""
+    name = CLASSES.get(str(model.get("config")))
+    return {} if name is None else {key: value for key, value in asdict(MODELS[name]).items() if value is not None}
 
 
 def model_from_hf(path: Path) -> ModelShape:

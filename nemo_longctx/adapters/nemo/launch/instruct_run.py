@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import nemo_run as run
+from lightning.pytorch.callbacks import Callback
 from nemo.collections import llm
 
 from nemo_longctx.adapters.nemo.data.instruct_data_module import LongInstructDataModule
@@ -31,19 +33,29 @@ class InstructRun:
 
     def fit(self) -> Path:
         """Tune to the end, going on from this run's newest checkpoint, if there is one. Returns the run's directory."""
-        parts = self.parts
-        parts.fit()
-        if parts.trainer.is_global_zero:
-            self._save_chat_tokenizer()
-        return parts.directory
+        return self.parts.fit()
 
-    def _save_chat_tokenizer(self) -> None:
-        """The tokenizer with the data's chat template, beside the run and in its last checkpoint, where exports find it."""
-        data: Any = self.parts.data
+
+class ChatTokenizerCallback(Callback):
+    """Saves the tokenizer with the data's chat template, beside the run and in its last checkpoint, where exports find it.
+
+    It comes before the callback that notes the run's end: a run that is finished has its tokenizer.
+
+    Args:
+        directory: the run's directory.
+    """
+
+    def __init__(self, *, directory: str):
+        self.directory = Path(directory)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
         tokenizer = data.hf_tokenizer
         tokenizer.chat_template = data.chat_template
-        tokenizer.save_pretrained(self.parts.directory / "tokenizer")
-        carried = checkpoint_directory(self.parts.directory) / "context" / "tokenizer"
+        tokenizer.save_pretrained(self.directory / "tokenizer")
+        carried = checkpoint_directory(self.directory) / "context" / "tokenizer"
         if carried.is_dir():
             tokenizer.save_pretrained(carried)
 
@@ -72,6 +84,7 @@ def build_instruct_run(recipe: InstructRecipe) -> InstructRun:
     paths |= {f"data.validation[{i}].path": each.path for i, each in enumerate(data.evaluation["validation"])}
     check_corpora(paths, vocab_size=model.config.vocab_size, tokenizer=data.tokenizer_name)
     callbacks = recipe_callbacks(recipe, results=directory / "results")
+    callbacks.insert(-1, run.Config(ChatTokenizerCallback, directory=str(directory)))
     parts = pretraining.Run(
         recipe=recipe,
         model=model,
