@@ -8,8 +8,8 @@ directory that cannot be written. Runs that reach their end are compared with th
 moments of the last checkpoint, `training.csv`, validations, evaluations. A disk of its own (tmpfs) is mounted where that is
 allowed; else those two faults are left out, and the table says so.
 
-PATH.json is written after every run that has ended; started again, the campaign goes on behind it. Every wait has an end: a start
-that makes no step for `STILL` seconds is told, with where each rank stands.
+PATH.json is written after every run that has ended; started again, the campaign goes on behind it. Every wait has an end: a
+start that makes no step for `STILL` seconds is told, with where each rank stands.
 
 Each start forks its two ranks from a process that has imported the host already: what is killed is a rank as torchrun starts
 it, without the half minute of its import. As torchrun does, the others are ended when one is lost.
@@ -277,7 +277,14 @@ def campaign(
         raise RuntimeError(f"the undisturbed run ended with {undisturbed}: see {place}/undisturbed.log")
     truth = state_of(place / "runs" / "undisturbed")
     kinds = [kind for kind in KINDS if disk or kind not in NEEDS_DISK]
-    record = {"seed": seed, "ranks": RANKS, "steps": steps, "kinds": kinds, "tensors": truth["tensors"], "truth": truth["weights"]}
+    record = {
+        "seed": seed,
+        "ranks": RANKS,
+        "steps": steps,
+        "kinds": kinds,
+        "tensors": truth["tensors"],
+        "truth": truth["weights"],
+    }
     before = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
     goes_on = all(before.get(key) == value for key, value in record.items())
     runs: list[dict[str, Any]] = before["runs"] if goes_on else []

@@ -1,10 +1,11 @@
 """Mistyped settings through compose and schema: each ends in one sentence or is taken, none in a traceback, none hangs.
 
-    python benchmarks/settings_fuzz.py [--settings 20000] [--seed 0] [--output fuzz.json]
+    python benchmarks/settings_fuzz.py [--settings 20000] [--seed 0] [--build] [--output fuzz.json]
 
 Every key of the schema, nested ones and fields of the model too, gets values of other kinds: text, NaN, infinities, negative,
 zero and huge numbers, true, null, lists and mappings, and slips of its own name. Recipes are composed once; a setting is put in
-as Hydra would. What is taken is listed by key and value, to be read by eye.
+as Hydra would. What is taken is listed by key and value, to be read by eye. With `--build` what the schema takes of
+tiny_cpu_base is also built in the host, over a corpus that is there: model, data, trainer, logger, optimizer.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import random
 import re
 import signal
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -61,6 +64,31 @@ def put(values: dict[str, Any], path: tuple[Any, ...], value: Any, rename: str |
     return made
 
 
+def buildable(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """What loads a mapping and builds its run in the host, and the mapping of a run over a corpus in `folder`."""
+    import numpy as np
+
+    from nemo_longctx.adapters.nemo.launch.run import build_run
+    from nemo_longctx.data.writer import CorpusWriter
+
+    os.chdir(folder)  # a value may be a path
+    rng = np.random.default_rng(0)
+    for name in ("text", "held_out"):
+        with CorpusWriter(folder / name, np.uint16) as writer:
+            for _ in range(60):
+                writer.add_document(rng.integers(0, 500, rng.integers(20, 3000)))
+    task = f"{{kind: position, corpus: {folder}/held_out, seq_length: 64, documents: 4, bins: 4}}"
+    held = f"{{name: a, path: {folder}/held_out, seq_length: 64, samples: 8}}"
+    asked = [
+        "recipe=tiny_cpu_base",
+        f"output_dir={folder}",
+        "data.tokenizer=null",
+        f"data.mix.sources=[{{path: {folder}/text}}]",
+    ]
+    values = compose([*asked, f"data.validation=[{held}]", f"eval={{tasks: [{task}]}}", "rope=abf"])
+    return lambda made: build_run(load_recipe(made)), values
+
+
 def outcome(load: Any, values: dict[str, Any], seconds: int) -> str:
     """`refused`, `taken`, `hang`, or the name of what escaped."""
 
@@ -82,10 +110,17 @@ def outcome(load: Any, values: dict[str, Any], seconds: int) -> str:
     return "taken"
 
 
-def fuzz(settings: int, seed: int, seconds: int = 5) -> dict[str, Any]:
-    """Try so many settings; counts, what escaped, and what was taken (key -> values)."""
+def fuzz(settings: int | None, seed: int, seconds: int = 5, base: tuple[Any, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Try so many settings; counts, what escaped, and what was taken (key -> values).
+
+    Args:
+        settings: how many; None tries each that there is once.
+        seconds: after so long a try hangs.
+        base: what loads a mapping, and the mapping; None: the schema, over several recipes.
+    """
     bases = [(load_recipe, compose([recipe])) for recipe in PRETRAINING]
     bases.append((load_instruct_recipe, compose(TUNING, config_name="sft")))
+    bases = bases if base is None else [base]
     tries = []
     for load, values in bases:
         paths = places(values) + [tuple(key.split(".")) for key in MORE_KEYS]
@@ -93,6 +128,7 @@ def fuzz(settings: int, seed: int, seconds: int = 5) -> dict[str, Any]:
         named = [path for path in paths if isinstance(path[-1], str)]
         tries += [(load, values, path, 1, f"{path[-1]}x") for path in named]
     random.Random(seed).shuffle(tries)
+    settings = settings or len(tries)
     counts: Counter[str] = Counter()
     escaped: list[dict[str, Any]] = []
     taken: dict[str, set[str]] = {}
@@ -117,12 +153,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--build", action="store_true", help="also build in the host what the schema takes")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    began = time.monotonic()
+    began, output = time.monotonic(), args.output.absolute() if args.output else None
     found = fuzz(args.settings, args.seed)
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.build:
+        with tempfile.TemporaryDirectory() as folder:
+            found["build"] = fuzz(None, args.seed, seconds=60, base=buildable(Path(folder)))
+            os.chdir("/")
+        found["escaped"] += found["build"]["escaped"]
+        print(f"of one recipe, built in the host: {found['build']['counts']}")
+    if output:
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{args.settings} settings in {time.monotonic() - began:.0f} s: {found['counts']}")
     for each in found["escaped"][:40]:
         print(f"  {each['key']}={each['value']}: {each['what']}")

@@ -2,7 +2,7 @@
 
 All lengths shrink by one factor, so that the longest window has `longest` tokens; all counts of tokens and steps by another, so
 that the run has `steps` optimizer steps; layers, widths and vocabulary to given sizes, with the model's own ratios of heads to
-groups and of inner to outer width; nodes and parallel sizes to what `processes` allow. What the command line says stays as said.
+groups and of inner to outer width; nodes and parallel sizes to what `processes` allow. What the command line says stays so.
 
 A recipe that begins with a checkpoint needs one of its scaled shape: it is trained by the same recipe from random weights
 (`model=llama2_7b restore_from=null rope=null scale=tiny`), or imported.
@@ -215,6 +215,10 @@ def _tokens(shrink: _Shrink, scale: ScaleConfig, recipe: Mapping[str, Any]) -> N
         return 0 if count <= 0 else max(1, least, round(count * steps / before[1]))
 
     quarter = max(1, steps // 4)  # saving at every step of so few would be all that a run does
-    for key, least in (("trainer.val_every_tokens", quarter), ("checkpoint.every_tokens", quarter), ("optimizer.warmup_tokens", 1)):
+    for key, least in (
+        ("trainer.val_every_tokens", quarter),
+        ("checkpoint.every_tokens", quarter),
+        ("optimizer.warmup_tokens", 1),
+    ):
         shrink.change(key, lambda tokens, least=least: step * in_steps(tokens / before[0], least))
     shrink.change("eval.every", lambda count: in_steps(count, quarter))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_longctx import launch
+from nemo_longctx import launch, model_fields
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
@@ -35,8 +35,13 @@ def test_what_the_run_sets_is_refused(name):
         ({"normalization": ["RMSNorm"]}, "must be text"),
         ({"window_size": 4096}, "must be a list"),
         ({"window_size": [1, 2, 3]}, "two whole numbers"),
-        ({"moe_anything": float("nan")}, "must be a finite number"),
-        ({"some_list": [1.0, float("inf")]}, "some_list[1]=inf: must be a finite number"),
+        ({"moe_router_bias_update_rate": float("nan")}, "must be a finite number"),
+        ({"moe_layer_freq": [1.0, float("inf")]}, "moe_layer_freq[1]=inf: must be a finite number"),
+        ({"num_layer": 3}, "no field of the host's config classes, did you mean 'num_layers'?"),
+        ({"a": 1}, "no field of the host's config classes, see its class"),
+        ({"config": "Llama2Config7b"}, "no such config class, did you mean 'Llama2Config7B'?"),
+        ({"rotary_base": 1e300}, "too large"),
+        ({"init_method_std": 1e300}, "too large"),
         ({"recompute_granularity": "full"}, "set trainer.recompute"),
         ({"config": 5}, "name a config class"),
         ({"config": "llm.LlamaConfig"}, "name a config class"),
@@ -53,7 +58,12 @@ def test_a_field_of_another_kind_or_size_is_refused(field, message):
 
 def test_what_classes_have_is_taken():
     check_model({"config": "MistralConfig7B", "window_size": None, "cp_comm_type": None, "num_query_groups": None})
-    check_model({"window_size": [4095, 0], "rotary_base": 1_000_000, "kv_channels": 64, "softmax_scale": None, "new": "x"})
+    check_model({"window_size": [4095, 0], "rotary_base": 1_000_000, "kv_channels": 64, "softmax_scale": None})
+
+
+def test_fields_of_another_version_of_the_host_are_left_to_its_classes(monkeypatch):
+    monkeypatch.setattr(model_fields, "host_fields", lambda: None)
+    check_model({"config": "NewConfig", "new": "x"})
 
 
 def run(*stages, tokens=4096):

@@ -10,9 +10,9 @@ from nemo_longctx.explain import sources_of
 from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 from nemo_longctx.resume import flat
 
-SIZES = ("seq_length", "samples", "documents", "targets", "_tokens", "tokens_per_step", "length", "lengths", "contexts", "short",
-         "drop_longer", "drop_shorter", "every", "_parallel_size", "devices", "num_nodes", "sequence_parallel", "num_layers",
-         "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size")  # fmt: skip
+SIZES = ("seq_length", "samples", "documents", "targets", "_tokens", "tokens_per_step", "length", "lengths", "contexts",
+         "short", "drop_longer", "drop_shorter", "every", "_parallel_size", "devices", "num_nodes", "sequence_parallel",
+         "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size")  # fmt: skip
 TUNING = ["restore_from=base", "data.tokenizer=t", "data.short=[a]", "data.long=[b]",
           "data.pretraining={sources: [{path: c}]}"]  # fmt: skip
 
@@ -49,15 +49,18 @@ def test_lengths_shrink_by_one_factor():
 def test_a_small_model_keeps_its_class_and_ratios(name):
     base = ["recipe=llama2_7b", f"model={name}", "restore_from=null", "rope=null"]
     whole, small = compose(base)["model"], compose([*base, "scale=tiny"])["model"]
-    assert {key: small[key] for key in whole if key != "vocab_size"} == {key: whole[key] for key in whole if key != "vocab_size"}
+    assert {key: small[key] for key in whole if key != "vocab_size"} == {
+        key: whole[key] for key in whole if key != "vocab_size"
+    }
     assert small["num_attention_heads"] % small["num_query_groups"] == 0
     assert (small["num_query_groups"] == small["num_attention_heads"]) == (name == "llama2_7b")
     assert 2 < small["ffn_hidden_size"] / small["hidden_size"] < 6
 
 
 def test_what_the_command_line_says_stays_as_said():
-    asked = ["recipe=llama2_7b", "scale=tiny", "curriculum.stages=[{until: 1.0, seq_length: 32}]", "checkpoint.every_tokens=256",
-             "trainer.tensor_model_parallel_size=1", "curriculum.total_tokens=1024", "curriculum.tokens_per_step=256",
+    asked = ["recipe=llama2_7b", "scale=tiny", "curriculum.stages=[{until: 1.0, seq_length: 32}]",
+             "checkpoint.every_tokens=256", "trainer.tensor_model_parallel_size=1", "curriculum.total_tokens=1024",
+             "curriculum.tokens_per_step=256",
              "trainer.val_every_tokens=0"]  # fmt: skip
     recipe = load_recipe(compose(asked))
     assert (recipe.seq_length, recipe.curriculum.total_steps, recipe.checkpoint.every_tokens) == (32, 4, 256)

@@ -141,6 +141,12 @@ class Verdict:
     unpaired: dict[str, str]
     power: dict[str, float]
 
+    def lines(self) -> list[str]:
+        """What a run's last words say of it: alarms first, or that none was raised, and the changes that were looked at."""
+        looked = ", ".join(f"{name} {each.mean:+.4f} ± {each.standard_error:.4f}" for name, each in self.changes.items())
+        said = [f"ALARM: {alarm}" for alarm in self.alarms] or ["no alarm" + (f": {looked}" if looked else "")]
+        return [f"short-context guard: {line}" for line in said]
+
 
 def judge(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], config: GuardConfig, *, look: int = 1

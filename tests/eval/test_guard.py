@@ -145,3 +145,11 @@ def test_many_pairs_give_the_same_p_value_in_blocks(monkeypatch):
 def test_bad_settings_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         GuardConfig(**bad)
+
+
+def test_a_run_s_last_words_say_what_the_guard_saw():
+    start = {"loss_position_64": [2.0 + 0.001 * i for i in range(20)]}
+    worse = judge(start, {"loss_position_64": [2.5 + 0.002 * i for i in range(20)]}, GuardConfig())
+    assert len(worse.lines()) == 1
+    assert worse.lines()[0].startswith("short-context guard: ALARM: loss_position_64 changed by +0.5")
+    assert judge(start, start, GuardConfig()).lines() == ["short-context guard: no alarm: loss_position_64 +0.0000 ± 0.0000"]

@@ -1,5 +1,6 @@
 """Every large recipe composes, fits the machine it names, builds in the host, and is what the paper says."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.config import ConfigError
+from nemo_longctx.model_fields import host_fields
 from nemo_longctx.planning.layout import layout_faults
 from nemo_longctx.planning.planner import FILL
 from nemo_longctx.planning.recipe import CPU, machine_of, recipe_plan
@@ -196,6 +198,16 @@ def test_a_checkpoint_in_half_precision_takes_14_bytes_a_parameter():
     from nemo_longctx.adapters.nemo.launch.callbacks import checkpoint_bytes
 
     assert [checkpoint_bytes(10, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [120, 140, 140]
+
+
+def test_the_host_s_fields_are_those_that_a_recipe_can_name():
+    """Made anew by docs/make_host_fields.py."""
+    script = Path(__file__).parents[2] / "docs" / "make_host_fields.py"
+    spec = importlib.util.spec_from_file_location("make_host_fields", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made, found = module.host_fields(), host_fields()
+    assert found is None or {key: set(found[key]) for key in found} == {key: set(made[key]) for key in found}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from nemo_longctx.adapters.nemo.loggers import figures_in, log_pictures
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
-from nemo_longctx.eval.guard import judge
+from nemo_longctx.eval.guard import Verdict, judge
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import Suite
@@ -71,6 +71,7 @@ class LongContextEvalCallback(Callback):
         self.guard, self.max_length, self.results_cache = config.guard, config.max_length, config.results_cache
         self.base, self.tokenizer = base, tokenizer
         self.results: list[SuiteResult] = []
+        self.verdict: Verdict | None = None  # the guard's last
         self._suite: Suite | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -170,6 +171,7 @@ class LongContextEvalCallback(Callback):
         if self.guard is None or len(self.results) < 2:
             return
         verdict = judge(self.results[0].watched, result.watched, self.guard, look=len(self.results) - 1)
+        self.verdict = verdict
         if trainer.is_global_zero:
             for name, why in verdict.unpaired.items():
                 logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)

@@ -99,6 +99,8 @@ class LifecycleCallback(Callback):
             return
         if step >= total:
             lines = evaluation_lines([result.scalars() for result in read_results(self.directory / "results" / "eval")])
+            verdicts = [callback.verdict for callback in trainer.callbacks if getattr(callback, "verdict", None) is not None]
+            lines += [line for verdict in verdicts for line in verdict.lines()]
             write_finished(self.directory, step=step, tokens=step * self.curriculum.tokens_per_step, evaluated=lines)
             print(f"\nfinished: {self.directory}\n{ending(self.directory)}", flush=True)
         else:  # a stage of another layout, an alarm, a shorter trainer.max_steps: each has said so
