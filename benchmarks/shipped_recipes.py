@@ -292,8 +292,11 @@ def prepare(place: Path) -> None:
     files = sorted((HERE.parent / "docs").glob("*.md")) + [HERE.parent / "CHANGELOG.md", HERE.parent / "README.md"]
     files += sorted((HERE.parent / "nemo_longctx").glob("*.py"))
     common = ["--tokenizer", "tokenizer", "--append-eod"]
-    texts = list(map(str, files))
-    args = ["prepare", *texts, "--output", "data/corpus", *common, "--train-tokenizer", "500", "--holdout", "0.1"]
+    # Documents of many lengths: the files, and their paragraphs.
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    parts = [part for text in texts for part in text.split("\n\n") if part.strip()]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *parts]))
+    args = ["prepare", "texts.jsonl", "--output", "data/corpus", *common, "--train-tokenizer", "500", "--holdout", "0.1"]
     if main(args):
         raise RuntimeError("prepare failed")
     os.rename("data/corpus_holdout.bin", "data/holdout.bin")

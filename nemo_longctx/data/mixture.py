@@ -261,7 +261,11 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
     if mix.balance == "all":
         if is_long.all() or not is_long.any():
             missing = "shorter than" if is_long.all() else "of at least"
-            mend = f"no source has documents {missing} {long_length} tokens; choose another long_length"
+            mean = math.ceil(sum(stratum.tokens for stratum in strata) / sum(stratum.documents for stratum in strata))
+            mend = (
+                f"no source has documents {missing} {long_length} tokens; set their mean, {mean}, or leave both out: "
+                "data.mix.long_length=null data.mix.long_share=null"
+            )
             raise ConfigError("data.mix.long_length", long_length, mend)
         factor_long, factor_short = long_share / natural[is_long].sum(), (1 - long_share) / natural[~is_long].sum()
         return natural * np.where(is_long, factor_long, factor_short)

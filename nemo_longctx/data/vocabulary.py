@@ -40,7 +40,7 @@ def check_corpora(
         info = load_tokenizer(str(tokenizer))
         made_by[info.sha256] = ("data.tokenizer", str(tokenizer), {"vocab_size": info.vocab_size})
     for key, path in paths.items():
-        corpus = open_corpus(path)
+        corpus = _opened(key, path)
         for shard, made in _made(corpus):
             size = made.get("vocab_size") or 0
             if vocab_size is not None and size > vocab_size:
@@ -59,6 +59,16 @@ def check_corpora(
                 raise ConfigError(key, second, mend)
         if vocab_size is not None:
             check_sample(corpus, vocab_size)
+
+
+def _opened(key: str, path: str | Sequence[str]) -> Corpus:
+    """The corpus at a setting's path; that it is missing is said by the setting, with what a held-out set needs."""
+    try:
+        return open_corpus(path)
+    except ConfigError as error:
+        held_out = key.startswith(("data.validation", "data.test"))
+        mend = f"; `prepare --holdout 0.02` writes PREFIX_holdout beside PREFIX, and {key.partition('[')[0]}=[] does without"
+        raise ConfigError(key, path, error.mend + (mend if held_out else "")) from error
 
 
 def _made(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,8 @@
 """What a mix asks is what it delivers, by source and by length; what cannot be delivered is said."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from nemo_longctx.data.best_fit import open_windows
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig, mix_dict, plan_mix
 from nemo_longctx.data.order import open_order, order_key
+from nemo_longctx.data.writer import CorpusWriter
 
 RNG = np.random.default_rng(0)
 BOOKS = RNG.integers(20, 400, 300).tolist()
@@ -196,3 +200,18 @@ def test_shards_are_one_source(telling_corpora):
     assert a.lengths(everything).tolist() == b.lengths(everything).tolist()
     for (corpus, first), (other, place) in zip(a.places(everything), b.places(everything), strict=False):
         assert corpus.read(first, first + 3).tolist() == other.read(place, place + 3).tolist()
+
+
+@pytest.mark.parametrize("lengths", [[6000, 9000, 20000], [10, 20, 30]])
+def test_the_mend_for_a_corpus_of_books_alone_works(tmp_path, lengths):
+    """Of a corpus that is all long (or all short) the refusal names a length that divides it, and how to do without."""
+    with CorpusWriter(tmp_path / "books", np.uint16) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(length) % 100)
+    sources = [{"path": str(tmp_path / "books")}]
+    mix = build(MixConfig, {"sources": sources, "long_length": 4096, "long_share": 0.5, "balance": "all"})
+    with pytest.raises(ConfigError, match=r"data\.mix\.long_length=null data\.mix\.long_share=null") as error:
+        plan_mix(mix, Documents.open(mix), 10_000)
+    named = int(re.search(r"their mean, (\d+)", str(error.value)).group(1))
+    for mended in (dataclasses.replace(mix, long_length=named), dataclasses.replace(mix, long_length=None, long_share=None)):
+        assert sum(stratum.share for stratum in plan_mix(mended, Documents.open(mended), 10_000)) == pytest.approx(1)

@@ -91,3 +91,14 @@ def test_an_error_of_a_worker_stays_one_sentence():
     with pytest.raises(ConfigError) as error:
         next(iter(torch.utils.data.DataLoader(Bad(), num_workers=1)))
     assert str(error.value) == "corpus='there': document 3 holds: too much; mend it"
+
+
+def test_a_held_out_set_that_is_missing_is_named_by_its_setting_with_a_mend(tmp_path):
+    corpus(tmp_path / "text", [[1, 2, 3]])
+    paths = {"data.mix.sources[0].path": str(tmp_path / "text"), "data.validation[0].path": str(tmp_path / "holdout")}
+    with pytest.raises(ConfigError) as error:
+        check_corpora(paths)
+    assert error.value.key == "data.validation[0].path"
+    assert "`prepare --holdout 0.02` writes PREFIX_holdout" in str(error.value)
+    assert "data.validation=[] does without" in str(error.value)
+    check_corpora({key: path for key, path in paths.items() if "mix" in key})
