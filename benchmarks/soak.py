@@ -4,8 +4,8 @@
 
 The real command trains the tiny recipe on this repository's own text through two lengths, with validation, a checkpoint and an
 evaluation (loss by position, probes that generate) every few steps. Every few seconds memory (resident, without shared),
-threads and open files of the command and its children are read from /proc. Then it is ended by SIGTERM. Of each figure a line is fitted
-to the last `KEPT` of the time: the slope must be 0 within the noise. It writes OUTPUT.csv and OUTPUT.md.
+threads and open files of the command and its children are read from /proc. Then it is ended by SIGTERM. Of each figure a line
+is fitted to the last `KEPT` of the time: the slope must be 0 within the noise. It writes OUTPUT.csv and OUTPUT.md.
 """
 
 from __future__ import annotations
