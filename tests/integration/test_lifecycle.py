@@ -1,6 +1,7 @@
 """How runs stop, go on and end, through the real trainer: whatever happens in between, the run is the one never stopped."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -64,11 +65,14 @@ def runs(tmp_path_factory):
     ]  # fmt: skip
     sharded = "optimizer.distributed=true"
     fallback = {"tear": True, "more": ["resume.fallback=true"]}
+    longer = f"curriculum.total_tokens={12 * 256}"
     wrong = "model.init_method_std=1e18"
     plan = [
         *entries(place, "whole", 20, [{}]),
         *entries(place, "stopped", 20, through),
         *entries(place, "bare", 10, [{"act": ["step", 9, "kill"]}, {}], validate=0),
+        *entries(place, "longer", 10, [{}, {"more": [longer]}]),
+        *entries(place, "longer_killed", 10, [{"act": ["step", 6, "kill"]}, {"more": [longer]}]),
         *entries(place, "sharded_whole", 8, [{}], sharded, validate=0),
         *entries(place, "sharded", 8, [{"act": ["step", 5, "SIGTERM"]}, {}], sharded, validate=0),
         *entries(place, "torn", 20, [{"act": ["step", 14, "kill"]}, {"tear": True}, fallback], "checkpoint.keep_last=2"),
@@ -131,6 +135,24 @@ def test_the_distributed_optimizer_without_transformer_engine_goes_on_to_the_bit
     assert [results[f"sharded {number}"]["status"] for number in (0, 1)] == [143, 0]
     assert curve(place, "sharded") == curve(place, "sharded_whole")
     assert results["sharded 1"]["digest"] == results["sharded_whole 0"]["digest"] is not None
+
+
+@pytest.mark.parametrize(("name", "first"), [("longer", 0), ("longer_killed", "killed")])
+def test_a_run_that_ended_or_was_killed_is_made_longer(runs, name, first):
+    """20 % more tokens: what was trained stays, the rate goes to the new end, and the end is the new one."""
+    place, results = runs
+    assert [results[f"{name} {number}"]["status"] for number in (0, 1)] == [first, 0], results[f"{name} 1"]["printed"]
+    trained = 4 if first == "killed" else 10  # its checkpoint
+    rows, ten = (list(filter(lambda row: "loss" in row, curve(place, each))) for each in (name, "bare"))
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for key in ("loss", "lr", "seq_length"):
+        assert [row[key] for row in rows[:trained]] == [row[key] for row in ten[:trained]]
+    for row in rows[trained:]:
+        cosine = 4e-4 + 0.5 * (4e-3 - 4e-4) * (1 + math.cos(math.pi * (row["step"] - 1) / 12))
+        assert row["lr"] == pytest.approx(cosine, rel=1e-9)
+    assert results[f"{name} 1"]["checkpoints"] == {"step=12-last": 12}
+    assert json.loads((place / "runs" / name / "finished.json").read_text())["step"] == 12
+    assert [row["step"] for row in curve(place, name) if "validation_loss" in row][-1] == 12
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_taken_if_asked(runs):

@@ -1,0 +1,38 @@
+"""Every shipped recipe as shipped, made small by `scale=tiny`, through the real trainer: killed, resumed, ended, exported."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "shipped_recipes.py"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def names():
+    spec = importlib.util.spec_from_file_location("shipped_recipes", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.names()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """All of them, in forks of one process that imports the host once."""
+    command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path_factory.mktemp("shipped"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700, env=environment, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, (done.stdout + done.stderr)[-4000:]
+    return {record["name"]: record for record in lines}
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_starts_is_killed_goes_on_validates_ends_and_is_exported(records, name):
+    record = records[name]
+    assert "failed" not in record, record["failed"]
+    assert record["steps"] == record["checkpoint"] == 12
