@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 60 --output benchmarks/soak
 
-The real command trains the tiny recipe on this repository's own text through two lengths, with validation, a checkpoint and an
+The real command trains the tiny recipe on this repository's own text, with validation, a checkpoint and an
 evaluation (loss by position, probes that generate) every few steps. Every few seconds memory (resident, without shared),
 threads and open files of the command and its children are read from /proc. Then it is ended by SIGTERM. Of each figure a line
 is fitted to the last `KEPT` of the time: the slope must be 0 within the noise. It writes OUTPUT.csv and OUTPUT.md.
@@ -30,7 +30,7 @@ FIGURES = ("memory_mib", "threads", "files")
 
 
 def overrides(place: Path, steps: int) -> list[str]:
-    """Two lengths; validation every 20 steps, a checkpoint every 30, an evaluation every 40."""
+    """Validation every 20 steps, a checkpoint every 30, an evaluation every 40."""
     tasks = (
         "{kind: position, corpus: data/holdout, seq_length: 64, documents: 8, bins: 4, guard: true}",
         "{kind: context, corpus: data/holdout, contexts: [16, 64], targets: 16, documents: 8}",
@@ -42,7 +42,7 @@ def overrides(place: Path, steps: int) -> list[str]:
         "data.mix.sources=[{path: data/corpus}]", "data.num_workers=1",
         "data.validation=[{name: held, path: data/holdout, seq_length: 64, samples: 8}]",
         f"eval={{tasks: [{', '.join(tasks)}], every: 40, guard: {{action: warn}}}}",
-        "curriculum.stages=[{until: 0.5, seq_length: 128}, {until: 1.0, seq_length: 256}]",
+        "curriculum.stages=[{until: 1.0, seq_length: 128}]",
         f"curriculum.tokens_per_step={step}", f"curriculum.total_tokens={step * steps}",
         f"trainer.val_every_tokens={20 * step}", f"checkpoint.every_tokens={30 * step}", "checkpoint.keep_last=2",
     ]  # fmt: skip

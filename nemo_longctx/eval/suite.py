@@ -51,6 +51,10 @@ class HarnessResult:
 HarnessRunner = Callable[[HarnessTask], HarnessResult]
 
 
+class InterruptedEvaluationError(Exception):
+    """An evaluation that was asked to leave before its end; nothing of it is kept."""
+
+
 class Suite:
     """Runs tasks over models.
 
@@ -84,6 +88,7 @@ class Suite:
         group: Any = None,
         quiet: bool = False,
         time_budget: float | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> SuiteResult:
         """Measure `model`, on every rank that holds it or a part of it.
 
@@ -93,10 +98,16 @@ class Suite:
             name: label of the model in tables and figures.
             harness: runs lm-eval tasks. group: ranks that share the work.
             time_budget: seconds; a task that is not expected to end within it is skipped and reported.
+            interrupted: asked before each task, on every rank with the same answer: whether to leave now.
+
+        Raises:
+            InterruptedEvaluationError: it was to leave.
         """
         began = time.monotonic()
         result = blank_result(name)
         for task in self.tasks:
+            if interrupted is not None and interrupted():
+                raise InterruptedEvaluationError
             if not _all_agree(self._in_time(task, began, time_budget)):
                 result.skipped.append(task.name)
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.report.evaluation import read_results
 from nemo_longctx.report.training_log import read_training_log
 
 WORKER = Path(__file__).parent / "lifecycle_worker.py"
@@ -66,11 +67,22 @@ def runs(tmp_path_factory):
     sharded = "optimizer.distributed=true"
     fallback = {"tear": True, "more": ["resume.fallback=true"]}
     longer = f"curriculum.total_tokens={12 * 256}"
+    task = f"{{kind: position, corpus: {place}/held_out, seq_length: 32, documents: 4, bins: 2}}"
+    evaluation = f"eval={{tasks: [{task}], every: 3}}"
     wrong = "model.init_method_std=1e18"
     plan = [
         *entries(place, "whole", 20, [{}]),
         *entries(place, "stopped", 20, through),
         *entries(place, "bare", 10, [{"act": ["step", 9, "kill"]}, {}], validate=0),
+        *entries(place, "evaluated", 12, [{}], evaluation, validate=0),
+        *entries(
+            place,
+            "evaluated_stopped",
+            12,
+            [{"act": ["step", 5, "SIGTERM"]}, {"act": ["step", 10, "kill"]}, {"more": ["optimizer.lr=1e-3"]}],
+            evaluation,
+            validate=0,
+        ),
         *entries(place, "longer", 10, [{}, {"more": [longer]}]),
         *entries(place, "longer_killed", 10, [{"act": ["step", 6, "kill"]}, {"more": [longer]}]),
         *entries(place, "sharded_whole", 8, [{}], sharded, validate=0),
@@ -135,6 +147,18 @@ def test_the_distributed_optimizer_without_transformer_engine_goes_on_to_the_bit
     assert [results[f"sharded {number}"]["status"] for number in (0, 1)] == [143, 0]
     assert curve(place, "sharded") == curve(place, "sharded_whole")
     assert results["sharded 1"]["digest"] == results["sharded_whole 0"]["digest"] is not None
+
+
+def test_evaluations_are_of_the_run_that_went_on(runs):
+    """One that a signal interrupts is made when the run goes on; those of steps that are trained again are made again."""
+    place, results = runs
+    names = ("evaluated 0", "evaluated_stopped 0", "evaluated_stopped 1", "evaluated_stopped 2")
+    assert [results[name]["status"] for name in names] == [0, 143, "killed", 0]
+    assert "after step 6 of 12" in results["evaluated_stopped 0"]["printed"]
+    whole, stopped = (read_results(place / "runs" / name / "results" / "eval") for name in ("evaluated", "evaluated_stopped"))
+    assert [each.model for each in whole] == [each.model for each in stopped] == [f"step {step}" for step in (0, 3, 6, 9, 12)]
+    same = [a.position == b.position for a, b in zip(whole, stopped, strict=True)]
+    assert same == [True, True, True, False, False]  # from step 8 on under another rate
 
 
 @pytest.mark.parametrize(("name", "first"), [("longer", 0), ("longer_killed", "killed")])

@@ -20,11 +20,12 @@ from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, long
 from nemo_longctx.eval.guard import Verdict, judge
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.sharing import everywhere
-from nemo_longctx.eval.suite import Suite
+from nemo_longctx.eval.suite import InterruptedEvaluationError, Suite
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.rope.base import RopeVariant
 
 logger = logging.getLogger(__name__)
+STEP = "step "  # and the number of steps behind what is measured
 BASE = "base"  # name of what is measured of the checkpoint before it is changed
 
 
@@ -75,8 +76,12 @@ class LongContextEvalCallback(Callback):
         self._suite: Suite | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.results = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
+        step = trainer.global_step
+        found = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
+        self.results = [result for result in found if _step_of(result) <= step]  # what is trained again is measured again
         self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
+        if self.every and step and step % self.every == 0:
+            self.evaluate(trainer, pl_module)  # of a run that was stopped meanwhile; else it is there
         if self.guard and self.base and trainer.global_step == 0:
             self._measure_base(trainer, pl_module)
         if self.at_start and trainer.global_step == 0:
@@ -92,7 +97,7 @@ class LongContextEvalCallback(Callback):
 
     def evaluate(self, trainer: Any, pl_module: Any) -> None:
         """Measure the model now, unless this step was measured before."""
-        self._measure(trainer, pl_module, f"step {trainer.global_step}")
+        self._measure(trainer, pl_module, f"{STEP}{trainer.global_step}")
 
     def _measure_base(self, trainer: Any, pl_module: Any) -> None:
         """The watched tasks on the checkpoint as it was: the weights that the run has now, under the checkpoint's own RoPE."""
@@ -117,15 +122,20 @@ class LongContextEvalCallback(Callback):
             model = MCoreCausalModel(modules[0], vocab_size=pl_module.config.vocab_size, max_length=length)
             asked = self.results_cache and any(isinstance(task, HarnessTask) for task in self.tasks)
             identity = {"weights": model_digest(modules[0]), "step": trainer.global_step} if asked else {}
-            result = suite.run(
-                model,
-                name=name,
-                harness=lambda task: self._harness(task, model, suite.tokenizer, identity),
-                group=data_group(),
-                quiet=not trainer.is_global_zero,
-                time_budget=self.time_budget,
-            )
-            model.release()
+            try:
+                result = suite.run(
+                    model,
+                    name=name,
+                    harness=lambda task: self._harness(task, model, suite.tokenizer, identity),
+                    group=data_group(),
+                    quiet=not trainer.is_global_zero,
+                    time_budget=self.time_budget,
+                    interrupted=next((one.stop_is_asked for one in trainer.callbacks if hasattr(one, "stop_is_asked")), None),
+                )
+            except InterruptedEvaluationError:  # the run is stopped, and measures this step when it goes on
+                return
+            finally:
+                model.release()
         self.results.append(result)
         self._report(trainer, result)
         self._watch(trainer, result)
@@ -186,3 +196,8 @@ class LongContextEvalCallback(Callback):
         # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
         if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True
+
+
+def _step_of(result: SuiteResult) -> int:
+    """Steps behind an evaluation; 0 of the base."""
+    return int(result.model.removeprefix(STEP)) if result.model.startswith(STEP) else 0

@@ -131,6 +131,12 @@ class LifecycleCallback(Callback):
         if self._asked and trainer.global_step < self.curriculum.total_steps:
             self._stop(trainer)
 
+    def stop_is_asked(self) -> bool:
+        """Whether a signal came to any rank; called by all at once, with the same answer on each. At the end there is no more
+        to stop for."""
+        self._agree(0.0)
+        return bool(self._asked) and self._trainer.global_step < self.curriculum.total_steps
+
     def _stop(self, trainer: Any) -> None:
         """Save this step and leave, with the status that the signal asks for."""
         step, total = trainer.global_step, self.curriculum.total_steps
