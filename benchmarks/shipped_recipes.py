@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 SFT = "sft:"
 NEMO = "nemo:"
 NEMO_RECIPES = ("llama2_7b", "llama3_8b", "mistral_7b", "qwen25_7b", "gemma2_2b")
-SCALE = ["scale=tiny", "trainer=cpu"]
+SCALE = ["scale=tiny", "trainer.accelerator=cpu", "trainer.precision=auto"]  # the layout stays the recipe's own
 # The layout that each is cut to on two processes; the first of a recipe's own is tensor parallelism.
 LAYOUTS = {
     "llama2_13b": ["trainer.tensor_model_parallel_size=1"],  # context 2
