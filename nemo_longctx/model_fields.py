@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, checked, did_you_mean, is_finite
-from nemo_longctx.rope.base import LARGEST
 
 # What a run sets on the model itself -> where to say it instead.
 SET_BY_THE_RUN: dict[str, str] = {
@@ -75,6 +74,7 @@ _SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layerno
              "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
              "use_transformer_engine_op_fuser", "enable_cuda_graph", "external_cuda_graph")  # fmt: skip
 LARGEST_FLOAT32 = 3.4e38
+LARGEST_BASE = 1e15  # beyond it every pair of RoPE but the first stands still over any length
 MOST = 2**31 - 1  # of a size: beyond it no tensor of a layer can be made
 
 
@@ -142,7 +142,7 @@ def _check_field(name: str, value: Any, key: str) -> None:
             raise ConfigError(key, value, "set a share in [0, 1)")
     elif name in _POSITIVE:
         checked(float, value, key)
-        if abs(value) > (LARGEST if name == "rotary_base" else LARGEST_FLOAT32):
+        if abs(value) > (LARGEST_BASE if name == "rotary_base" else LARGEST_FLOAT32):
             raise ConfigError(key, value, "is too large a number for it")
         if value <= 0 or (name == "rotary_percent" and value > 1) or (name == "rotary_base" and value <= 1):
             bounds = {"rotary_percent": "a share in (0, 1]", "rotary_base": "a number above 1"}

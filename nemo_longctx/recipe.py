@@ -17,7 +17,7 @@ from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
-from nemo_longctx.model_fields import check_layout, check_model
+from nemo_longctx.model_fields import LARGEST_BASE, check_layout, check_model
 from nemo_longctx.planning.models import class_sizes
 from nemo_longctx.rope.request import RopeRequest, parse_request
 
@@ -261,6 +261,10 @@ class RunConfig:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
+        for key in ("base", "factor"):
+            value = (self.rope or {}).get(key)
+            if isinstance(value, (int, float)) and value > LARGEST_BASE:
+                raise ConfigError(f"rope.{key}", value, f"must be at most {LARGEST_BASE:g}: nothing turns beyond it")
         check_model(self.model)
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()

@@ -23,15 +23,11 @@ from nemo_longctx.rope import hf
 Float64s = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
 
-LARGEST = 1e15  # of a base or a factor: beyond it every pair but the first stands still over any length
-
 
 def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> None:
     """A finite int or float within its bound, or a ConfigError. YAML reads `5e5` as text: the message says so."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise ConfigError(f"rope.{name}", value, "not a number; write digits, with a point before an exponent (5.0e+5)")
-    if abs(value) > LARGEST:
-        raise ConfigError(f"rope.{name}", value, f"must be at most {LARGEST:g}")
     if above is not None and value <= above:
         raise ConfigError(f"rope.{name}", value, f"must be above {above:g}")
     if at_least is not None and value < at_least:
