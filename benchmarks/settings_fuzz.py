@@ -1,6 +1,6 @@
 """Mistyped settings through compose and schema: each ends in one sentence or is taken, none in a traceback, none hangs.
 
-    python benchmarks/settings_fuzz.py [--settings 20000] [--seed 0] [--build] [--output fuzz.json]
+    python benchmarks/settings_fuzz.py [--settings 20000] [--seed 0] [--build] [--output settings_fuzz]
 
 Every key of the schema, nested ones and fields of the model too, gets values of other kinds: text, NaN, infinities, negative,
 zero and huge numbers, true, null, lists and mappings, and slips of its own name. Recipes are composed once; a setting is put in
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fnmatch
 import json
 import os
 import random
@@ -44,6 +45,87 @@ MORE_KEYS = (
     "model.forward_step_fn", "model.rotary_base", "model.add_qkv_bias", "lora", "lora.dim", "data.prompt_loss_weight",
     "data.on_too_long", "data.pretraining", "data.template", "restore_from",
 )  # fmt: skip
+
+# Why a value of another kind than the recipe's may be taken: key (fnmatch) -> reason. The first that matches counts.
+REASONS = {
+    "checkpoint": "an empty mapping is all defaults",
+    "optimizer": "an empty mapping is all defaults",
+    "trainer": "an empty mapping is all defaults",
+    "eval": "an empty mapping, or null, measures nothing",
+    "eval.tasks": "no task measures nothing",
+    "model": "an empty mapping beside restore_from is the checkpoint's own",
+    "rope": "null keeps the checkpoint's",
+    "lora": "an empty mapping is all defaults; null tunes all weights",
+    "resume": "an empty mapping is all defaults",
+    "bad_numbers": "an empty mapping is all defaults",
+    "output_dir": "a place; numbers are read as text; whether it can be written is seen when the run takes its lock",
+    "restore_from": "a place; what is there is looked at before the host is imported",
+    "logger*": "a choice, or fields of one",
+    "name": "a folder's name; numbers are read as text",
+    "seed": "any whole number from 1 on",
+    "*.name": "any letters and digits; numbers are read as text",
+    "*.path*": "a corpus; numbers are read as text; what is there is looked at when the run is built",
+    "*.corpus": "a corpus; as *.path",
+    "*.text": "a file or corpus of texts; as *.path",
+    "*.label": "any text",
+    "data.cache_dir": "a place, made where it is not there; null: the run chooses",
+    "data.tokenizer": "a Hugging Face name or directory, which is opened when the run is built",
+    "data.template": "a file; opened when the run is built",
+    "data.short*": "files of conversations; opened when the run is built",
+    "data.long*": "as data.short",
+    "data.pretraining*": "null: none; its parts as data.mix",
+    "data.after": "a base run; looked at when the run is built",
+    "data.validation": "no set validates nothing",
+    "data.test": "no set tests nothing",
+    "*.seq_length": "any length of a token or more that divides a step, or that a held-out set is cut to",
+    "*.micro_batch_size": "any number of windows that divides the batch, or that a set is filled up to",
+    "*.samples": "any number; all there are where it is more; null: all",
+    "*.documents": "any number; all there are where it is more",
+    "*.every_tokens": "any multiple of a step; 0 and what is beyond the run: at its end alone",
+    "*.val_every_tokens": "as checkpoint.every_tokens",
+    "*.total_tokens": "any multiple of a step that is longer than the warm-up",
+    "*.tokens_per_step": "any multiple of the windows' lengths",
+    "*.until": "a share; the last is 1",
+    "eval.every": "any interval; 0 and what is beyond the run: at its ends alone",
+    "eval.max_length": "any length; tasks that need more are cut as their docs say",
+    "eval.time_budget": "any time; null: no limit",
+    "eval.results_cache": "a place",
+    "eval.guard*": "any limit; null: no guard",
+    "eval.tasks*": "sizes, shares and switches within the bounds of their task",
+    "checkpoint.keep*": "any number of checkpoints; the disk is looked at before each",
+    "data.mix*": "rules within their bounds, and null for none; what the corpora can give is told when the mix is planned",
+    "data.*": "switches, and worker processes of one node",
+    "data.blend*": "shares within bounds",
+    "curriculum*": "sizes that divide each other; recomputation by its name",
+    "optimizer.*": "numbers within their bounds",
+    "trainer.*": "sizes that divide each other; intervals and counts of 1 or more",
+    "model.*": "a field of the host's classes, of its kind and within its bounds; the class says the rest when it is made, "
+    "and a checkpoint's shape is compared",
+    "rope.*": "numbers within their bounds; null: the checkpoint's",
+    "lora.*": "numbers within their bounds",
+    "bad_numbers.*": "numbers and choices within their bounds",
+    "resume.*": "a switch",
+}
+
+
+def reason(key: str) -> str | None:
+    """Why values of this key are taken; None: nobody has said."""
+    name = re.sub(r"\[\d+\]", "", key)
+    return next((why for pattern, why in REASONS.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def table(found: dict[str, Any], command: str) -> str:
+    """Counts, and what was taken with its reason, as Markdown."""
+    counts = ", ".join(f"{what} {count:,}" for what, count in sorted(found["counts"].items()))
+    lines = [f"`{command}`: {found['settings']:,} settings, {counts}."]
+    if "build" in found:
+        built = ", ".join(f"{what} {count:,}" for what, count in sorted(found["build"]["counts"].items()))
+        lines.append(f"Of `tiny_cpu_base`, built in the host: {found['build']['settings']:,} settings, {built}.")
+    lines += ["", "What was taken, and why that is right:", "", "| key | values | why |", "| --- | --- | --- |"]
+    for key, values in found["taken"].items():
+        shown = ", ".join(f"`{value[:24]}`" for value in values[:8]) + (", ..." if len(values) > 8 else "")
+        lines.append(f"| `{key}` | {shown} | {reason(key) or 'NOBODY HAS SAID'} |")
+    return "\n".join(lines) + "\n"
 
 
 def places(values: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -165,7 +247,8 @@ def main() -> int:
         found["escaped"] += found["build"]["escaped"]
         print(f"of one recipe, built in the host: {found['build']['counts']}")
     if output:
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(table(found, "python benchmarks/settings_fuzz.py"), encoding="utf-8")
     print(f"{args.settings} settings in {time.monotonic() - began:.0f} s: {found['counts']}")
     for each in found["escaped"][:40]:
         print(f"  {each['key']}={each['value']}: {each['what']}")

@@ -13,4 +13,5 @@ def test_no_mistyped_setting_escapes_the_schema():
     found = made.fuzz(400, seed=1)
     assert found["escaped"] == []
     assert sum(found["counts"].values()) == 400
+    assert [key for key in found["taken"] if made.reason(key) is None] == []  # each with a reason
     assert found["counts"]["refused"] > 300  # most values are of another kind
