@@ -11,6 +11,7 @@ A recipe that begins with a checkpoint needs one of its scaled shape: it is trai
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -214,11 +215,14 @@ def _tokens(shrink: _Shrink, scale: ScaleConfig, recipe: Mapping[str, Any]) -> N
     def in_steps(count: float, least: int) -> int:
         return 0 if count <= 0 else max(1, least, round(count * steps / before[1]))
 
+    def in_tokens(tokens: int, least: int) -> int:
+        return step * in_steps(tokens / before[0], least)
+
     quarter = max(1, steps // 4)  # saving at every step of so few would be all that a run does
     for key, least in (
         ("trainer.val_every_tokens", quarter),
         ("checkpoint.every_tokens", quarter),
         ("optimizer.warmup_tokens", 1),
     ):
-        shrink.change(key, lambda tokens, least=least: step * in_steps(tokens / before[0], least))
+        shrink.change(key, functools.partial(in_tokens, least=least))
     shrink.change("eval.every", lambda count: in_steps(count, quarter))
