@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -202,14 +203,25 @@ def _counts(shrink: _Shrink, scale: ScaleConfig) -> None:
                     each[name] = min(each[name], scale.windows)
 
 
+def _copies(shrink: _Shrink) -> int:
+    """Data-parallel ranks of the scaled layout."""
+    trainer = shrink.part("trainer")
+    return max(1, trainer["devices"] * trainer["num_nodes"] // math.prod(trainer[name] for name in _LAYOUT))
+
+
 def _tokens(shrink: _Shrink, scale: ScaleConfig, recipe: Mapping[str, Any]) -> None:
     """Tokens of a step and of the run, and what is counted in either."""
     curriculum = shrink.part("curriculum")
-    longest = max((stage["seq_length"] for stage in curriculum.get("stages", ())), default=1)
+    stages = curriculum.get("stages") or []
+    longest = max((stage["seq_length"] for stage in stages), default=1)
+    # Whole batches on every rank in each stage, and a step in each.
+    whole = math.lcm(*(stage["seq_length"] * stage.get("micro_batch_size", 1) * _copies(shrink) for stage in stages))
+    ends = [0.0, *(stage["until"] for stage in stages)]
+    shortest = min((end - begin for begin, end in itertools.pairwise(ends)), default=1.0)
     before = recipe["tokens_per_step"], recipe["total_tokens"] // recipe["tokens_per_step"]
-    shrink.change("curriculum.tokens_per_step", lambda tokens: longest * scale.windows)
+    shrink.change("curriculum.tokens_per_step", lambda tokens: math.ceil(longest * scale.windows / whole) * whole)
     step = curriculum["tokens_per_step"]
-    steps = min(scale.steps, before[1])
+    steps = min(max(scale.steps, math.ceil(1 / max(shortest, 1e-6))), before[1])
     shrink.change("curriculum.total_tokens", lambda tokens: steps * step)
 
     def in_steps(count: float, least: int) -> int:

@@ -78,6 +78,21 @@ def test_parallel_sizes_fit_the_processes(processes):
     assert sizes == {1: (1, 1, 1), 2: (2, 1, 1), 4: (4, 1, 1), 8: (4, 2, 1)}[processes]
 
 
+def test_stages_of_any_lengths_and_shares_stay_whole(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "defaults: [llama2_7b, _self_]\ncurriculum:\n  tokens_per_step: 4718592\n  total_tokens: 4718592000\n  stages:\n"
+        "  - {until: 0.03, seq_length: 4096, micro_batch_size: 3}\n  - {until: 0.5, seq_length: 12288}\n"
+        "  - {until: 1.0, seq_length: 32768}\noptimizer: {warmup_tokens: 0}\n"
+        "trainer: {val_every_tokens: 0, tensor_model_parallel_size: 1, context_parallel_size: 1, sequence_parallel: false}\n"
+        "checkpoint: {every_tokens: 0}\n"
+    )
+    recipe = load_recipe(compose([f"recipe={mine}", "scale=tiny"]))
+    assert [stage.seq_length for stage in recipe.curriculum.stages] == [32, 96, 256]
+    assert recipe.trainer.data_parallel_size == 2
+    assert 12 < recipe.curriculum.total_steps < 50  # a step or more in the stage of 3 %
+
+
 @pytest.mark.parametrize("row", groups()["sft"])
 def test_every_row_of_instruction_tuning_is_small(row):
     recipe = load_instruct_recipe(compose([*TUNING, f"sft={row}", "scale=tiny"], config_name="sft"))
