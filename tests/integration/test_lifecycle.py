@@ -172,7 +172,7 @@ def test_a_run_that_ended_or_was_killed_is_made_longer(runs, name, first):
     for key in ("loss", "lr", "seq_length"):
         assert [row[key] for row in rows[:trained]] == [row[key] for row in ten[:trained]]
     for row in rows[trained:]:
-        cosine = 4e-4 + 0.5 * (4e-3 - 4e-4) * (1 + math.cos(math.pi * (row["step"] - 1) / 12))
+        cosine = 4e-4 + 0.5 * (4e-3 - 4e-4) * (1 + math.cos(math.pi * row["step"] / 12))  # of the step that comes next
         assert row["lr"] == pytest.approx(cosine, rel=1e-9)
     assert results[f"{name} 1"]["checkpoints"] == {"step=12-last": 12}
     assert json.loads((place / "runs" / name / "finished.json").read_text())["step"] == 12
