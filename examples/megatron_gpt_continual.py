@@ -2,7 +2,7 @@
 
     python examples/megatron_gpt_continual.py recipe=tiny_cpu_base
     python examples/megatron_gpt_continual.py recipe=tiny_cpu_long restore_from=runs/tiny_cpu_base rope=abf
-    torchrun --nproc-per-node 8 examples/megatron_gpt_continual.py recipe=llama2_7b restore_from=/ckpt/llama2_7b
+    torchrun --nproc-per-node 8 examples/megatron_gpt_continual.py recipe=llama2_7b trainer.num_nodes=1
 
 Started again after a kill, the same command goes on from its last checkpoint. --help lists groups, choices and keys, --dry-run
 looks at all that can be seen without NeMo, --print-config says where each value comes from.

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from nemo_longctx.capability import missing_extra, package_versions
@@ -32,6 +33,7 @@ COMMANDS = {
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
     "ablate": "the paper's comparisons, run again: position encodings, data mix, curriculum, scaling; a page with verdicts",
     "compare": "a page for blind side-by-side votes on two models' answers, and the table with 95 % intervals from the votes",
+    "completion": "a script that lets bash, zsh or fish complete commands, options and settings",
 }
 
 
@@ -48,6 +50,7 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake (ValueError, a missing file, a full disk) ends in one sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")  # torch's, of a package that the host brings
     name = next((a for a in argv if not a.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that a result depends on, and exit")

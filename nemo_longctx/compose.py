@@ -7,6 +7,7 @@ directory is made, and tests and Python call what the command line calls.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     known = groups(conf_dir)
     emptied = _emptied(overrides, known)
     kept = [item for item in overrides if item.partition("=")[0] not in emptied]
+    machine = chosen_machine(overrides, conf_dir)
+    # Behind the recipe, which may say a cluster's layout; before the other overrides, which may say another one.
+    ours = [f"++trainer.{key}={'null' if value is None else value}" for key, value in machine.items()]
 
     def composed(items: Sequence[str]) -> dict[str, Any]:
-        config = hydra_compose(config_name, overrides=[_override(item, known) for item in items])
+        config = hydra_compose(config_name, overrides=[*ours, *(_override(item, known) for item in items)])
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
     with initialize_config_dir(config_dir=str(conf_dir.resolve()), version_base="1.3"):
@@ -57,7 +61,27 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
         except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
             raise ConfigError(*_culprit(overrides), " ".join(str(error).split()) or type(error).__name__) from error
     check_targets(values)
+    if machine and not any(item.startswith("curriculum") for item in overrides):
+        _leave_layout(values)
     return {str(key): value for key, value in values.items()} | dict.fromkeys(emptied)
+
+
+def chosen_machine(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> dict[str, Any]:
+    """What a `trainer=CHOICE` among the overrides says: one word sets all of a machine, whatever layout the recipe has."""
+    import yaml
+
+    choices = [item.partition("=")[2] for item in overrides if item.startswith("trainer=") and item[8:9] not in ("", "{")]
+    file = conf_dir / "trainer" / f"{choices[-1]}.yaml" if choices else None
+    if file is None or not file.is_file():
+        return {}
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+
+
+def _leave_layout(values: dict[str, Any]) -> None:
+    """Take the sizes of another machine from the recipe's stages, which then have the trainer's."""
+    for stage in (values.get("curriculum") or {}).get("stages") or ():
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "offload"):
+            stage.pop(key, None)
 
 
 def recipe_file(value: str) -> Path | None:
@@ -115,7 +139,7 @@ def _own_recipe(file: Path) -> str:
         raise ConfigError("recipe", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError("recipe", str(file), "must be a mapping, such as {defaults: [llama2_7b, _self_], trainer: {...}}")
-    name = f"own_{file.stem}"
+    name = "own_" + re.sub(r"\W", "_", file.stem)  # what Hydra reads as one word
     ConfigStore.instance().store(group="recipe", name=name, node=values, package="_global_", provider=str(file))
     return name
 

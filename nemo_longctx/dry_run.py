@@ -1,5 +1,7 @@
 """`nemo-longctx train --dry-run`: what a run would read, need and write, checked without loading the host or a model.
 
+What of it would end a run, `refuse` says before each run: at once, not behind the half minute that the host takes to start.
+
 What only a live model shows (its RoPE on every layer, its memory) `--dry-run=full` shows: it trains one step of every stage,
 saves, validates and evaluates in a directory of its own, and removes that.
 """
@@ -9,14 +11,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
-from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.data.config import DataConfig, InstructDataConfig
+from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.eval.config import ContextTask, PositionTask, ProbeTask
+from nemo_longctx.loggers import check_loggers
+from nemo_longctx.model_fields import check_layout
+from nemo_longctx.nemo_files import io_config
+from nemo_longctx.recipe import InstructRecipe, RunConfig
+from nemo_longctx.start import check_start
 
 BYTES_PER_PARAMETER = {"32": 12, "bf16-mixed": 14, "16-mixed": 14}  # weights and two Adam moments, as a checkpoint holds them
 
@@ -37,7 +48,7 @@ class Checked:
             self.lines.append(f"{what:<12}ERROR {error}")
 
 
-def check(recipe: RecipeConfig) -> Checked:
+def check(recipe: RunConfig) -> Checked:
     """Look at everything that a run of `recipe` needs and that can be seen without the host.
 
     Returns:
@@ -46,16 +57,81 @@ def check(recipe: RecipeConfig) -> Checked:
     checked = Checked()
     checked.look("model", lambda: _model(recipe))
     checked.look("curriculum", lambda: _curriculum(recipe))
-    checked.look("data", lambda: _data(recipe))
+    for line in _data(recipe):
+        checked.look("data", line)
     for each in recipe.data.validation:
         checked.look("validation", functools.partial(_validation, each))
+    if recipe.eval is not None and recipe.eval.tasks:
+        checked.look("evaluation", lambda: _evaluation(recipe))
+    if recipe.logger:
+        checked.look("logger", lambda: _logger(recipe))
     checked.look("layout", lambda: _layout(recipe))
+    checked.look("machine", lambda: _machine(recipe))
     checked.look("directory", lambda: _directory(recipe))
     return checked
 
 
-def _model(recipe: RecipeConfig) -> str:
-    from nemo_longctx.launch import check_base
+def refuse(recipe: RunConfig) -> None:
+    """Raise what would end a run of `recipe` here once the host is imported and the model built: what is missing, by its key.
+
+    Raises:
+        ModuleNotFoundError: NeMo is not installed.
+        ConfigError: no device, other processes than the layout's, or a checkpoint, a corpus or a text that is not there.
+    """
+    if not has_module("nemo"):
+        raise ModuleNotFoundError("No module named 'nemo'", name="nemo")
+    check_start(recipe.trainer)
+    check_base(recipe)
+    for path in _corpora(recipe):
+        _open(path)
+    if isinstance(recipe, InstructRecipe):
+        for key in ("short", "long"):
+            for path in getattr(recipe.data, key):
+                _file(f"data.{key}", path)
+    for each in recipe.data.validation:
+        _validation(each)
+    _evaluation(recipe)
+
+
+def check_base(recipe: RunConfig) -> None:
+    """Look at the checkpoint that a run begins with, and at its sizes against the layout, before the host is imported.
+
+    Raises:
+        ConfigError: none is there, or layers or heads that the parallel sizes do not divide.
+    """
+    from nemo_longctx.planning.models import nemo_context
+
+    if not recipe.restore_from:
+        return
+    path = Path(recipe.restore_from)
+    context = nemo_context(path)
+    if context is not None:
+        check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
+        return
+    if (path / "config.json").is_file():
+        mend = f"is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import {shlex.quote(str(path))} CKPT"
+        raise ConfigError("restore_from", recipe.restore_from, mend)
+    mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
+    raise ConfigError("restore_from", recipe.restore_from, mend)
+
+
+def _corpora(recipe: RunConfig) -> list[str]:
+    mix = recipe.data.pretraining if isinstance(recipe.data, InstructDataConfig) else recipe.data.mix
+    return [source.path for source in mix.sources] if mix is not None else []
+
+
+def _open(path: str) -> Any:
+    from nemo_longctx.data.corpus import open_corpus
+
+    return open_corpus(path)
+
+
+def _file(key: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise ConfigError(key, path, "no such file")
+
+
+def _model(recipe: RunConfig) -> str:
     from nemo_longctx.planning.recipe import model_of
 
     check_base(recipe)
@@ -65,7 +141,7 @@ def _model(recipe: RecipeConfig) -> str:
     return f"{name}: {shape.parameters / 1e6:,.1f} M parameters{trained}; RoPE: {rope}"
 
 
-def _curriculum(recipe: RecipeConfig) -> str:
+def _curriculum(recipe: RunConfig) -> str:
     curriculum = recipe.curriculum
     stages = ", ".join(
         f"{stage.seq_length:,} tokens for steps {stage.first_step:,} to {stage.end_step:,}" for stage in curriculum.plan
@@ -73,24 +149,65 @@ def _curriculum(recipe: RecipeConfig) -> str:
     return f"{curriculum.total_tokens:,} tokens, {curriculum.tokens_per_step:,} a step: {stages}"
 
 
-def _data(recipe: RecipeConfig) -> str:
+def _data(recipe: RunConfig) -> list[Callable[[], str]]:
+    """What says each part of the data; the mix of a run of pretraining, or the files of instruction tuning."""
+    if isinstance(recipe.data, DataConfig):
+        mix = recipe.data.mix
+        return [lambda: _mix(mix, recipe.curriculum.total_tokens)]
+    data = recipe.data
+    files = [(f"data.{key}", path) for key in ("short", "long") for path in getattr(data, key)]
+    said = [functools.partial(_conversations, key, path) for key, path in files]
+    if data.pretraining is not None:
+        mix, total = data.pretraining, round(recipe.curriculum.total_tokens * data.blend.get("pretraining", 0))
+        said.append(functools.partial(_mix, mix, total))
+    return said
+
+
+def _conversations(key: str, path: str) -> str:
+    _file(key, path)
+    return f"{key.removeprefix('data.')}: {path}, {Path(path).stat().st_size / 2**20:,.1f} MiB"
+
+
+def _mix(mix: MixConfig, total: int) -> str:
     from nemo_longctx.data.mixture import Documents, plan_mix
 
-    documents = Documents.open(recipe.data.mix)
-    total = recipe.curriculum.total_tokens
-    strata = plan_mix(recipe.data.mix, documents, total)
+    documents = Documents.open(mix)
+    strata = plan_mix(mix, documents, total)
     said = [f"{stratum.name} {stratum.share:.1%} ({stratum.repeats(total):.2f} times)" for stratum in strata]
     return f"{len(documents):,} documents: {', '.join(said)}"
 
 
 def _validation(each: Any) -> str:
-    from nemo_longctx.data.corpus import open_corpus
-
-    corpus = open_corpus(each.path)
-    return f"{each.name}: {len(corpus.lengths):,} documents of {each.path}, at {each.seq_length:,} tokens"
+    return f"{each.name}: {len(_open(each.path).lengths):,} documents of {each.path}, at {each.seq_length:,} tokens"
 
 
-def _layout(recipe: RecipeConfig) -> str:
+def _evaluation(recipe: RunConfig) -> str:
+    tasks = () if recipe.eval is None else recipe.eval.tasks
+    for task in tasks:
+        if isinstance(task, (PositionTask, ContextTask)):
+            _open(task.corpus)
+        elif isinstance(task, ProbeTask) and not Path(f"{task.text}.idx").exists() and not Path(task.text).exists():
+            raise ConfigError(
+                "eval.text", task.text, "no such text, and no corpus of that prefix; the probes are hidden in one"
+            )
+    return ", ".join(task.name for task in tasks)
+
+
+def _logger(recipe: RunConfig) -> str:
+    check_loggers(recipe.logger)
+    return ", ".join(recipe.logger)
+
+
+def _machine(recipe: RunConfig) -> str:
+    """Not an error here: a recipe may be looked at on another machine than its own."""
+    try:
+        check_start(recipe.trainer)
+    except ConfigError as error:
+        return f"not this one: {error}"
+    return "this one can start it"
+
+
+def _layout(recipe: RunConfig) -> str:
     trainer = recipe.trainer
     sizes = {
         "TP": trainer.tensor_model_parallel_size,
@@ -103,7 +220,7 @@ def _layout(recipe: RecipeConfig) -> str:
     return f"{processes}: {split}, precision {trainer.precision}; memory and time: nemo-longctx plan --recipe"
 
 
-def _directory(recipe: RecipeConfig) -> str:
+def _directory(recipe: RunConfig) -> str:
     from nemo_longctx.planning.models import nemo_context
     from nemo_longctx.planning.recipe import model_of
 
@@ -123,7 +240,7 @@ def _directory(recipe: RecipeConfig) -> str:
 
 
 @contextlib.contextmanager
-def rehearsal(recipe: RecipeConfig) -> Iterator[RecipeConfig]:
+def rehearsal(recipe: RunConfig) -> Iterator[Any]:
     """`recipe` cut to one step of each stage, in a directory beside its own that is gone afterwards."""
     stages = recipe.curriculum.stages
     count = len(stages)
@@ -135,6 +252,7 @@ def rehearsal(recipe: RecipeConfig) -> Iterator[RecipeConfig]:
         yield dataclasses.replace(
             recipe,
             output_dir=folder,
+            logger=(),
             curriculum=curriculum,
             optimizer=dataclasses.replace(recipe.optimizer, warmup_tokens=0),
             trainer=dataclasses.replace(recipe.trainer, val_every_tokens=0),

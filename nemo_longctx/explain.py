@@ -1,4 +1,4 @@
-"""`nemo-longctx train --print-config`: every value of a run, and where it comes from."""
+"""`nemo-longctx train --print-config` and `sft --print-config`: every value of a run, and where it comes from."""
 
 from __future__ import annotations
 
@@ -9,46 +9,52 @@ from typing import Any
 
 import yaml
 
-from nemo_longctx.compose import CONF_DIR, compose, recipe_file
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.compose import CONF_DIR, chosen_machine, compose, recipe_file
+from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 from nemo_longctx.resume import flat, plain
 
 COMMAND_LINE, DEFAULT = "command line", "default"
 
 
-def explained(overrides: Sequence[str]) -> str:
+def explained(overrides: Sequence[str], *, config_name: str = "config") -> str:
     """The run's settings as YAML, a comment a line on where each value comes from.
 
     A value that no file and no override says is the schema's default. What reads as YAML again is the same run.
 
+    Args:
+        overrides: `key=value`.
+        config_name: the root in conf/: `config`, or `sft` for instruction tuning.
+
     Raises:
         ConfigError: as the run itself would.
     """
-    values = plain(dataclasses.asdict(load_recipe(compose(overrides))))
-    sources = sources_of(overrides)
+    load = load_instruct_recipe if config_name == "sft" else load_recipe
+    values = plain(dataclasses.asdict(load(compose(overrides, config_name=config_name))))
+    sources = sources_of(overrides, config_name=config_name)
     lines: list[tuple[str, str | None]] = []
     _write(values, "", 0, sources, lines)
     width = min(72, max(len(line) for line, _ in lines))
     return "\n".join(f"{line:<{width}}  # {source}" if source else line for line, source in lines) + "\n"
 
 
-def sources_of(overrides: Sequence[str]) -> dict[str, str]:
+def sources_of(overrides: Sequence[str], *, config_name: str = "config") -> dict[str, str]:
     """Dotted key -> the file of conf/ (or of the user) or the command line that says it; the last one that does counts."""
     said: dict[str, str] = {}
-    root = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
+    root = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))
     chosen: dict[str, str] = {}
     for entry in root.pop("defaults"):
         chosen |= entry if isinstance(entry, dict) else {}
     given = {item.lstrip("+").partition("=")[0]: item.partition("=")[2] for item in overrides if "=" in item}
-    recipe = given.get("recipe", chosen.pop("recipe"))
-    bodies = list(_recipe_bodies(recipe))
+    # A row of Table 9 is to `sft` what a recipe is to `train`: it speaks of the whole run.
+    whole = "sft" if config_name == "sft" else "recipe"
+    bodies = list(_recipe_bodies(given.get(whole, chosen.pop(whole)), group=whole))
     for _, body in bodies:
         for entry in body.get("defaults", []):
             if isinstance(entry, dict):
                 chosen |= {key.removeprefix("override /"): choice for key, choice in entry.items() if "/" in key}
     chosen |= {group: given[group] for group in chosen if group in given and not given[group].startswith("{")}
-    chosen.pop("recipe", None)
-    said |= dict.fromkeys(flat(root), "conf/config.yaml")
+    chosen.pop(whole, None)
+    said |= dict.fromkeys(_keys(root), f"conf/{config_name}.yaml")
     for group, choice in chosen.items():
         file = CONF_DIR / group / f"{choice}.yaml"
         if file.is_file():
@@ -56,27 +62,28 @@ def sources_of(overrides: Sequence[str]) -> dict[str, str]:
             said |= dict.fromkeys(_keys({group: body}), f"conf/{group}/{choice}.yaml")
     for name, body in bodies:
         said |= dict.fromkeys(_keys({key: value for key, value in body.items() if key != "defaults"}), name)
-    said |= _scaled_keys(overrides)
+    said |= _scaled_keys(overrides, config_name)
+    said |= {f"trainer.{key}": f"conf/trainer/{given['trainer']}.yaml" for key in chosen_machine(overrides)}
     said |= {key: COMMAND_LINE for key in given if key not in chosen or given[key].startswith("{")}
     return said
 
 
-def _scaled_keys(overrides: Sequence[str]) -> dict[str, str]:
+def _scaled_keys(overrides: Sequence[str], config_name: str) -> dict[str, str]:
     """Keys whose values `scale=` made, and the file that says how."""
     chosen = [item.partition("=")[2] for item in overrides if item.startswith("scale=")]
     if not chosen or chosen[-1] == "null":
         return {}
-    full = flat(compose([item for item in overrides if not item.startswith(("scale=", "scale."))]))
-    small = flat(compose(overrides))
+    unscaled = [item for item in overrides if not item.startswith(("scale=", "scale."))]
+    full, small = (flat(compose(items, config_name=config_name)) for items in (unscaled, overrides))
     made = [key.partition("[")[0] for key, value in small.items() if full.get(key) != value]
     return dict.fromkeys(made, f"conf/scale/{chosen[-1]}.yaml")
 
 
-def _recipe_bodies(recipe: str) -> Sequence[tuple[str, dict[str, Any]]]:
+def _recipe_bodies(recipe: str, *, group: str = "recipe") -> Sequence[tuple[str, dict[str, Any]]]:
     """(name, content) of a recipe and, before it, of those that it begins with."""
     file = recipe_file(recipe)
-    name = str(file) if file else f"conf/recipe/{recipe}.yaml"
-    path = file or CONF_DIR / "recipe" / f"{recipe}.yaml"
+    name = str(file) if file else f"conf/{group}/{recipe}.yaml"
+    path = file or CONF_DIR / group / f"{recipe}.yaml"
     if not Path(path).is_file():
         return []
     body = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

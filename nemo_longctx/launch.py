@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_longctx import runs
+from nemo_longctx.capability import missing_extra
 from nemo_longctx.checkpoints import checkpoint_to_resume
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.files import first_process
-from nemo_longctx.model_fields import check_layout
-from nemo_longctx.nemo_files import io_config
-from nemo_longctx.planning.models import nemo_context
 
 if TYPE_CHECKING:
     from nemo_longctx.recipe import RunConfig
@@ -39,7 +37,6 @@ def main(overrides: Sequence[str]) -> int:
         recipe = load_recipe(compose(overrides))
         check_loggers(recipe.logger)
         check_resumed(recipe, recipe.directory)
-        check_base(recipe)
 
         def fit() -> None:
             from nemo_longctx.adapters.nemo.launch.run import build_run
@@ -51,26 +48,13 @@ def main(overrides: Sequence[str]) -> int:
     return exit_status(train)
 
 
-def check_base(recipe: RunConfig) -> None:
-    """Look at the checkpoint that a run begins with, and at its sizes against the layout, before the host is imported.
-
-    Raises:
-        ConfigError: none is there, or layers or heads that the parallel sizes do not divide.
-    """
-    if not recipe.restore_from:
-        return
-    context = nemo_context(Path(recipe.restore_from))
-    if context is None:
-        mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
-        raise ConfigError("restore_from", recipe.restore_from, mend)
-    check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
-
-
 def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
     """Call `fit` as the one run of the recipe's directory, from a checkpoint that is whole, or say that the run is finished.
 
     All that is refused here is refused within a second.
     """
+    from nemo_longctx.dry_run import refuse
+
     directory, total = recipe.directory, recipe.curriculum.total_tokens
     with runs.one_run(directory):
         if runs.is_finished(directory, total_tokens=total):
@@ -79,7 +63,27 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
                 print(f"{directory} is finished already; {again}\n{runs.ending(directory)}")
             return
         checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
+        refuse(recipe)
         fit()
+
+
+def rehearse(recipe: RunConfig) -> None:
+    """Build the model and train a step of each stage, save, validate and evaluate, in a directory that is removed."""
+    from nemo_longctx.dry_run import refuse, rehearsal
+    from nemo_longctx.recipe import InstructRecipe
+
+    refuse(recipe)
+    with rehearsal(recipe) as cut:
+        if isinstance(cut, InstructRecipe):
+            from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
+
+            build_instruct_run(cut).fit()
+        else:
+            from nemo_longctx.adapters.nemo.launch.run import build_run
+
+            build_run(cut).fit()
+    if first_process():
+        print("a step of each stage was trained, saved, validated and evaluated; what it wrote is removed")
 
 
 def exit_status(train: Callable[[], object]) -> int:
@@ -106,12 +110,14 @@ def tell(error: Exception) -> int:
         raise error
     sys.stdout.flush()
     print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
-    return 2 if isinstance(error, (ConfigError, OSError)) else 1
+    return 2 if isinstance(error, (ConfigError, OSError, ModuleNotFoundError)) else 1
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, (ConfigError, runs.RunError)):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and (sentence := missing_extra(error)) is not None:
+        return sentence
     if not isinstance(error, OSError):
         said = " ".join(str(error).split())
         place = next((f"{f.name} of {Path(f.filename).name}:{f.lineno}" for f in reversed(_frames(error))), "")

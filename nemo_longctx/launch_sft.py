@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_longctx.compose import compose
-from nemo_longctx.launch import check_base, exit_status, fit_unless_finished
+from nemo_longctx.launch import exit_status, fit_unless_finished
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -17,7 +17,6 @@ def main(overrides: Sequence[str]) -> int:
 
         recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
         check_loggers(recipe.logger)
-        check_base(recipe)
 
         def fit() -> None:
             # The host takes long to import: not before every setting is checked.

@@ -173,8 +173,24 @@ def ending(directory: Path) -> str:
         lines.append(f"page      {page}")
     if found:
         run = shlex.quote(str(directory))
-        lines += ["next", f"  nemo-longctx export {run} {shlex.quote(f'{directory}-hf')}", f"  nemo-longctx eval {run} --help"]
+        held = _held_out(directory)
+        measured = f"--corpus {shlex.quote(held)}" if held else "--help"
+        hf = shlex.quote(f"{directory}-hf")
+        lines += [
+            "next",
+            *(f"  nemo-longctx {each}" for each in (f"export {run} {hf}", f"eval {run} {measured}", f"chat {run}")),
+        ]
     return "\n".join(lines)
+
+
+def _held_out(directory: Path) -> str | None:
+    """A corpus that the run validated on, by its own record."""
+    try:
+        recipe = json.loads((directory / "results" / "settings.json").read_text(encoding="utf-8"))["recipe"]
+        path = recipe["data"]["validation"][0]["path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return path if isinstance(path, str) else None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The docs: generated pages are what the generator makes, commands in them exist and compose, and the site builds."""
 
+import argparse
+import ast
 import importlib.util
 import re
 import shlex
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_longctx.cli import COMMANDS
+from nemo_longctx.cli import COMMANDS, main
 from nemo_longctx.compose import compose, groups
+from nemo_longctx.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -32,22 +35,36 @@ def commands():
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_of_the_docs_exist(words):
+def test_commands_of_the_docs_do_what_they_say(words, tmp_path, monkeypatch, capsys):
+    """Those that need no files run; the others are read by the command's own parser, and their settings composed."""
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    started = words
     if words[0] == "torchrun":
         words = words[words.index("nemo_longctx") :]
     if words[:2] == ["nemo", "longctx"]:
-        return  # nemo_run's own command line
+        return  # nemo_run's own command line, which a slow test types
     assert words[0] in ("nemo-longctx", "nemo_longctx")
     assert words[1] in COMMANDS
-    given = [word for word in words[2:] if "=" in word and not word.startswith("-") and not word.endswith(".yaml")]
-    if words[1] == "train":
-        compose(given)
-    elif words[1] == "sft":
-        compose(given, config_name="sft")
-    elif "--recipe" in words:
+    monkeypatch.chdir(tmp_path)
+    if words[1] in ("plan", "rope") and "--apply" not in words:
+        assert main(words[1:]) == 0
+        return
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"nemo_longctx.commands.{words[1].replace('-', '_')}").configure(parser)
+    if "--help" not in words:
+        parsed = parser.parse_args(words[2:])
+    if words[1] in ("train", "sft"):
+        given = [word for word in parsed.overrides if not word.endswith(".yaml")]
+        made = load_recipe(compose(given)) if words[1] == "train" else compose(given, config_name="sft")
+        if started[0] == "torchrun":
+            option = {
+                name: int(started[started.index(name) + 1]) for name in ("--nnodes", "--nproc-per-node") if name in started
+            }
+            assert option.get("--nnodes", 1) == made.trainer.num_nodes
+            assert option["--nproc-per-node"] == made.trainer.devices
+    if "--recipe" in words:
         assert words[words.index("--recipe") + 1] in groups()["recipe"]
 
 
@@ -67,6 +84,26 @@ def test_generated_pages_are_what_the_generator_makes(name):
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == getattr(made, f"{name}_page")()
+
+
+def texts_of_the_code():
+    """Every text of the package's code as it would be said; what is filled in is `...`."""
+    for file in (ROOT / "nemo_longctx").rglob("*.py"):
+        inside = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                inside |= set(map(id, node.values))
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                yield node.value
+
+
+def test_errors_of_the_faq_are_said_by_the_code():
+    texts = " ".join(text.replace("`", "") for text in texts_of_the_code())
+    sentences = re.findall(r"^\*\*`([^`]+)`", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(sentences) > 15
+    missing = [said for said in sentences if not all(part.strip(" ,") in texts for part in said.split("..."))]
+    assert not missing
 
 
 def test_links_between_pages_and_files_are_there():

@@ -37,6 +37,23 @@ def test_each_value_says_where_it_comes_from():
     assert said["weight_decay: 0.1"] == "default"
 
 
+def test_instruction_tuning_is_looked_at_by_the_same_words(tmp_path, capsys):
+    asked = ["data.tokenizer=x", "restore_from=y", "data.short=[a.jsonl]", "data.long=[b.jsonl]", f"output_dir={tmp_path}"]
+    assert main(["sft", "--print-config", *asked]) == 0
+    lines = {line.partition(":")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["stages"].endswith("# conf/sft.yaml")
+    assert lines["prompt_loss_weight"].endswith("# conf/sft/self_instruct_prompt_loss.yaml")
+    assert main(["sft", "--dry-run", *asked]) == 2
+    out = capsys.readouterr().out
+    assert "data.short='a.jsonl': no such file" in out
+    assert "restore_from='y': no finished NeMo checkpoint" in out
+
+
+def test_hydra_s_word_prints_the_settings(capsys):
+    assert main(["train", "recipe=tiny_cpu_base", "--cfg", "job"]) == 0
+    assert capsys.readouterr().out == explained(["recipe=tiny_cpu_base"])
+
+
 def test_a_user_s_own_recipe_is_a_source(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("defaults: [tiny_cpu_base, _self_]\nname: mine\noptimizer: {lr: 0.5}\n")

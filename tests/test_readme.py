@@ -8,6 +8,7 @@ import pytest
 
 from nemo_longctx.cli import COMMANDS
 from nemo_longctx.compose import compose, groups
+from nemo_longctx.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +47,9 @@ def test_commands_exist(words):
             assert words[words.index(option) + 1] in groups()["recipe"]
     elif words[0] == "torchrun" and "nemo_longctx" in words:
         assert words[words.index("nemo_longctx") + 1] in COMMANDS
-        compose([word for word in words if "=" in word and not word.startswith("-")])
+        made = load_recipe(compose([word for word in words if "=" in word and not word.startswith("-")]))
+        nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+        assert (nodes, words[words.index("--nproc-per-node") + 1]) == (made.trainer.num_nodes, str(made.trainer.devices))
     else:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()

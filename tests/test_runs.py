@@ -76,6 +76,8 @@ def finished(directory, *, steps=10, tokens=40_960):
     rows = ["step,tokens,seq_length,loss,lr,grad_norm,validation_loss,tokens_per_second,validation_loss_books",
             f"{steps},{tokens},256,4.5,0.001,1.0,,100,", f"{steps},{tokens},256,,,,4.75,,4.75"]  # fmt: skip
     (results / "training.csv").write_text("\n".join(rows) + "\n")
+    recipe = {"data": {"validation": [{"name": "books", "path": "data/held out"}]}}
+    (results / "settings.json").write_text(json.dumps({"recipe": recipe}))
     (results / "eval").mkdir()
     (results / "eval" / "index.html").write_text("<html></html>")
     scalars = [{"position_64/loss": loss, "passkey/effective_length": length} for loss, length in ((5.0, 64.0), (4.0, 256.0))]
@@ -95,7 +97,8 @@ def test_a_finished_run_says_so_at_once_without_nemo(tmp_path, capsys, monkeypat
     said = capsys.readouterr().out
     for part in ("is finished already", "set curriculum.total_tokens above 40960", "training loss 4.5000", "books 4.7500",
                  "evaluated position_64/loss 5 -> 4", "evaluated passkey/effective_length 64 -> 256",
-                 "checkpoints/step=10-last", "results/eval/index.html", "nemo-longctx export"):  # fmt: skip
+                 "checkpoints/step=10-last", "results/eval/index.html", "nemo-longctx export",
+                 "mine --corpus 'data/held out'", "nemo-longctx chat"):  # fmt: skip
         assert part in said
 
 

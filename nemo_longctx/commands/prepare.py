@@ -141,6 +141,9 @@ def _print_report(output: str, made: dict[str, Any]) -> None:
     for split, name in (("train", output), ("holdout", f"{output}_holdout")):
         if made["documents"][split]:
             print(f"{name}: {made['documents'][split]:,} documents, {made['tokens'][split]:,} tokens ({made['dtype']})")
+    if "held_out_from_end" in made:
+        share = f"the last {made['held_out_from_end']:,} tokens are held out"
+        print(f"no document fell to the holdout by its share, there are too few: {share}")
     rejected = made["bad_records"] + made["empty_records"]
     if rejected:
         where = f"{output}.rejected.tsv"

@@ -7,13 +7,15 @@ import textwrap
 from collections.abc import Sequence
 
 from nemo_longctx.compose import compose, groups
-from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.reference import settings
 
 DRY_RUNS = ("files", "full")
 
-EPILOG = """on several processes:
-  torchrun --nproc-per-node 8 -m nemo_longctx train recipe=llama2_7b restore_from=/ckpt/llama2_7b
+EPILOG = """on several processes, and on several nodes (the same line on each; FIRST_NODE is the name of one):
+  torchrun --nproc-per-node 8 -m nemo_longctx train recipe=FILE.yaml trainer.devices=8
+  torchrun --nnodes 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 --nproc-per-node 8 -m nemo_longctx train \\
+      recipe=llama2_7b restore_from=/ckpt/llama2_7b
 started again after a kill, the same command goes on from its last checkpoint
 """
 
@@ -23,6 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{EPILOG}\n{keys(RecipeConfig)}"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=tiny_cpu_base optimizer.lr=1e-4 ...")
+    add_looks(parser)
+
+
+def add_looks(parser: argparse.ArgumentParser) -> None:
+    """The ways to look before a run of either kind."""
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -32,31 +39,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "directory that is removed",
     )
     parser.add_argument("--print-config", action="store_true", help="print every value and where it comes from, and exit")
+    parser.add_argument("--cfg", choices=("job",), help="Hydra's word for --print-config")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, or look; the exit status."""
-    from nemo_longctx import launch
+    return run_or_look(args, config_name="config")
 
+
+def run_or_look(args: argparse.Namespace, *, config_name: str) -> int:
+    """What `train` (`config_name` config) and `sft` do."""
     overrides = list(args.overrides)
     if args.dry_run is not None and args.dry_run not in DRY_RUNS:  # argparse took an override for its value
         overrides.insert(0, args.dry_run)
         args.dry_run = DRY_RUNS[0]
-    if args.print_config:
+    if args.print_config or args.cfg:
         from nemo_longctx.explain import explained
 
-        print(explained(overrides), end="")
+        print(explained(overrides, config_name=config_name), end="")
         return 0
     if args.dry_run is not None:
-        return dry_run(overrides, full=args.dry_run == "full")
-    return launch.main(overrides)
+        return dry_run(overrides, full=args.dry_run == "full", config_name=config_name)
+    from nemo_longctx import launch, launch_sft
+
+    return (launch_sft if config_name == "sft" else launch).main(overrides)
 
 
-def dry_run(overrides: Sequence[str], *, full: bool) -> int:
+def dry_run(overrides: Sequence[str], *, full: bool, config_name: str = "config") -> int:
     """Print what a run would read, need and write. Status 2 where it would end with an error."""
-    from nemo_longctx.dry_run import check, rehearsal
+    from nemo_longctx.dry_run import check
+    from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 
-    recipe = load_recipe(compose(overrides))
+    load = load_instruct_recipe if config_name == "sft" else load_recipe
+    recipe = load(compose(overrides, config_name=config_name))
     checked = check(recipe)
     print(*checked.lines, sep="\n", flush=True)
     if checked.errors:
@@ -64,12 +79,9 @@ def dry_run(overrides: Sequence[str], *, full: bool) -> int:
     if not full:
         print("all of this holds; nothing was loaded. --dry-run=full builds the model and trains a step of each stage")
         return 0
-    from nemo_longctx.adapters.nemo.launch.run import build_run
+    from nemo_longctx.launch import exit_status, rehearse
 
-    with rehearsal(recipe) as cut:
-        build_run(cut).fit()
-    print("a step of each stage was trained, saved, validated and evaluated; what it wrote is removed")
-    return 0
+    return exit_status(lambda: rehearse(recipe))
 
 
 def keys(recipe: type) -> str:

@@ -18,6 +18,8 @@ from nemo_longctx.data.shards import ShardJob, ShardReport
 from nemo_longctx.data.writer import sync, write_index
 from nemo_longctx.files import write_text
 
+_LEAST_END = 16  # tokens that are worth holding out
+
 
 def output_names(output: str, holdout: bool) -> dict[str, str]:
     """Prefix of the corpus of each split; `train` last, since it is published last and so says that all is there."""
@@ -36,7 +38,10 @@ def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
     Raises:
         ConfigError: a split got no document.
     """
-    names = _checked_names(output, made)
+    names = output_names(output, made["settings"]["holdout"] > 0)
+    from_end = _from_end(made)
+    if not from_end:
+        _check_documents(names, made)
     for split in names:
         prefixes = [job.prefix(split) for job, report in zip(jobs, reports, strict=True) if report.documents[split]]
         partial = os.path.join(jobs[0].directory, split)
@@ -46,6 +51,8 @@ def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
             for suffix in ("bin.part", "idx.part", "lengths"):  # room for whatever filled the disk
                 Path(f"{partial}.{suffix}").unlink(missing_ok=True)
             raise
+    if from_end:
+        _hold_out_end(jobs[0].directory, made, from_end)
     # No index of the old corpus may outlive its tokens: killed from here on, the next run finishes from the shards.
     for name in names.values():
         Path(f"{name}.idx").unlink(missing_ok=True)
@@ -63,7 +70,47 @@ def _concatenate(prefixes: Sequence[str], partial: str, dtype: np.dtype) -> None
             with open(f"{prefix}.bin", "rb") as shard:
                 shutil.copyfileobj(shard, tokens, 1 << 22)
         sync(tokens)
-    write_index(f"{partial}.idx.part", np.memmap(f"{partial}.lengths", np.int32, mode="r"), dtype)
+    # A file that nothing was written to cannot be mapped.
+    lengths = np.memmap(f"{partial}.lengths", np.int32, mode="r") if prefixes else np.zeros(0, np.int32)
+    write_index(f"{partial}.idx.part", lengths, dtype)
+
+
+def _from_end(made: dict[str, Any]) -> int:
+    """Tokens to hold out from the end of the corpus, where no document fell to the holdout: one text, or a few.
+
+    0 where some did, or where the share of so few tokens is next to nothing.
+    """
+    share, tokens = made["settings"]["holdout"], made["tokens"]["train"]
+    wanted = 0 if made["documents"]["holdout"] else round(share * tokens)
+    return wanted if _LEAST_END <= wanted <= tokens - _LEAST_END else 0
+
+
+def _hold_out_end(directory: str, made: dict[str, Any], tokens: int) -> None:
+    """Move the last `tokens` of the merged documents to the holdout, cutting the one in which they begin.
+
+    Both halves of a cut document end as documents do. What was counted in `made` is counted anew.
+    """
+    train, held = os.path.join(directory, "train"), os.path.join(directory, "holdout")
+    dtype, eod = np.dtype(made["dtype"]), made["tokenizer"]["eod_id"]
+    lengths = np.fromfile(f"{train}.lengths", np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    cut = int(ends[-1]) - tokens
+    whole = int(np.searchsorted(ends, cut, side="right"))  # documents that stay as they are
+    inside = cut - (int(ends[whole - 1]) if whole else 0)  # tokens of the next one that stay too
+    with open(f"{train}.bin.part", "r+b") as file:
+        file.seek(cut * dtype.itemsize)
+        Path(f"{held}.bin.part").write_bytes(file.read())
+        file.truncate(cut * dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        if inside and eod is not None:
+            file.write(np.array([eod], dtype).tobytes())
+        sync(file)
+    kept = [*lengths[:whole], *([inside + (eod is not None)] if inside else [])]
+    taken = [lengths[whole] - inside, *lengths[whole + 1 :]]
+    for split, prefix, parts in (("train", train, kept), ("holdout", held, taken)):
+        write_index(f"{prefix}.idx.part", np.array(parts, np.int32), dtype)
+        made["documents"][split], made["tokens"][split] = len(parts), int(sum(parts))
+    made["held_out_from_end"] = tokens
 
 
 def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
@@ -72,7 +119,8 @@ def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
     Raises:
         ConfigError: a split got no document.
     """
-    names = _checked_names(output, made)
+    names = output_names(output, made["settings"]["holdout"] > 0)
+    _check_documents(names, made)
     # An empty directory of shards: an earlier run was stopped after it moved this split.
     waiting = {split: name for split, name in names.items() if os.listdir(os.path.join(jobs[0].directory, split))}
     for name in waiting.values():
@@ -87,8 +135,7 @@ def is_shard_directory(path: str) -> bool:
     return all(name.startswith("shard-") and name.endswith((".bin", ".idx")) for name in os.listdir(path))
 
 
-def _checked_names(output: str, made: dict[str, Any]) -> dict[str, str]:
-    names = output_names(output, made["settings"]["holdout"] > 0)
+def _check_documents(names: dict[str, str], made: dict[str, Any]) -> None:
     for split in names:
         if made["documents"][split] == 0:
             if split == "train" and made["settings"]["holdout"] == 0:
@@ -96,7 +143,6 @@ def _checked_names(output: str, made: dict[str, Any]) -> dict[str, str]:
                 raise ConfigError("input", " ".join(made["inputs"]), f"it holds no document, only {counts}; name other input")
             mend = f"no document fell to the {split} split; use a share nearer the middle, or more documents"
             raise ConfigError("holdout", made["settings"]["holdout"], mend)
-    return names
 
 
 def _publish_notes(output: str, made: dict[str, Any], reports: Sequence[ShardReport]) -> None:

@@ -25,7 +25,7 @@ from nemo_longctx.planning.models import (
     parse_model,
     sizes_of,
 )
-from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.recipe import RecipeConfig, RunConfig, load_recipe
 
 _PRECISIONS = {"32": "fp32", "bf16-mixed": "bf16", "16-mixed": "bf16"}
 CPU = "cpu"
@@ -121,7 +121,7 @@ def machine_of(name: str, conf_dir: Path = CONF_DIR) -> str | None:
     return None
 
 
-def model_of(recipe: RecipeConfig) -> tuple[str, ModelShape]:
+def model_of(recipe: RunConfig) -> tuple[str, ModelShape]:
     """What a recipe trains: name and sizes.
 
     Raises:

@@ -6,6 +6,7 @@ Every number in it is a choice that the comments give a source for; nothing is t
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_longctx.planning.override import override_values
 from nemo_longctx.planning.planner import Candidate, Job, search
 from nemo_longctx.rope.analysis import practised_base, smallest_base
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.start import on_each_node, torchrun
 
 CPU = "cpu"
 # Of the paper: tokens a step, warm-up of 2,000 steps in 100,000, the final rate a tenth of the peak (Xiong et al. 2023, 2.1).
@@ -217,8 +219,7 @@ def starter_yaml(starter: Starter) -> str:
         f"  - override /trainer: {'cpu' if s.gpu == CPU else 'gpu'}",
         "  - _self_",
         "",
-        f"name: {s.name}",
-        f"restore_from: {s.source.nemo_path}",
+        yaml.safe_dump({"name": s.name, "restore_from": str(s.source.nemo_path)}, sort_keys=False, width=1000),
         "",
         f"# Adjusted base frequency: the checkpoint has base {s.source.rope.base:g}. Where {s.base:g} comes from:",
         f"# nemo-longctx rope advise --from {s.source.model.seq_length} --to {s.target} --base {s.source.rope.base:g}",
@@ -276,10 +277,12 @@ def next_commands(starter: Starter, recipe: str, *, inputs: str | None) -> list[
     """
     s, lines = starter, []
     if s.source.hugging_face:
-        lines.append(f"nemo-longctx import {s.source.path} {s.source.nemo_path}")
+        lines.append(["nemo-longctx", "import", str(s.source.path), str(s.source.nemo_path)])
     if inputs is not None:
-        tokenizer = s.source.path if s.source.hugging_face else "TOKENIZER"
-        lines.append(f"nemo-longctx prepare {inputs} --output {s.data} --tokenizer {tokenizer} --holdout 0.05")
+        tokenizer = str(s.source.path) if s.source.hugging_face else "TOKENIZER"
+        lines.append(["nemo-longctx", "prepare", inputs, "--output", s.data, "--tokenizer", tokenizer, "--holdout", "0.05"])
     gpus = 1 if s.layout is None else s.layout.layout.gpus
-    start = "nemo-longctx train" if gpus == 1 else f"torchrun --nproc-per-node {min(8, gpus)} -m nemo_longctx train"
-    return [*lines, f"{start} recipe={recipe}"]
+    devices = gpus if s.layout is None else min(gpu_by_name(s.gpu).gpus_per_node, gpus)
+    lines.append([*torchrun(gpus // devices, devices), "train", f"recipe={recipe}"])
+    said = [shlex.join(words) for words in lines]
+    return [*said[:-1], said[-1] + on_each_node(gpus // devices)]

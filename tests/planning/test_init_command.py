@@ -1,6 +1,7 @@
 """`nemo-longctx init`: the recipe that it writes composes, says what was decided, and a wrong flag is one sentence."""
 
 import json
+import shlex
 
 import pytest
 
@@ -55,6 +56,28 @@ def test_a_cluster_s_recipe_has_the_planner_s_layout(folder, capsys):
     assert recipe.curriculum.tokens_per_step == 4_194_304
     assert recipe.optimizer.lr == pytest.approx(2e-5, rel=0.05)
     assert "GiB a GPU" in capsys.readouterr().out
+
+
+def test_names_with_spaces_are_quoted_where_a_shell_or_yaml_reads_them(folder, capsys):
+    (folder / "tiny_hf").rename(folder / "it's #1: a model")
+    (folder / "books").rename(folder / "my books")
+    assert main(["init", "--checkpoint", "it's #1: a model", "--target", "512", "--data", "my books"]) == 0
+    recipe = recipe_of("it's #1: a model_512.yaml")
+    assert recipe.restore_from == "checkpoints/it's #1: a model"
+    said = capsys.readouterr().out.splitlines()
+    imported, prepared, trained = [shlex.split(line) for line in said[said.index("next:") + 1 :]]
+    assert imported == ["nemo-longctx", "import", "it's #1: a model", "checkpoints/it's #1: a model"]
+    assert prepared[2:5] == ["my books", "--output", recipe.data.mix.sources[0].path]
+    assert trained[-1] == "recipe=it's #1: a model_512.yaml"
+
+
+def test_a_cluster_s_line_starts_every_node(folder, capsys):
+    argv = ["init", "--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", "64", "--name", "nodes"]
+    assert main(argv) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line, comments=True)
+    assert words[words.index("--nnodes") + 1] == words[words.index("--nproc-per-node") + 1] == "8"
+    assert "on each of the 8 nodes" in line
 
 
 def test_a_corpus_that_is_there_is_not_prepared_again(folder, capsys):

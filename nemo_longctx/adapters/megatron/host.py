@@ -8,8 +8,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
+
+from nemo_longctx.start import main_hidden
 
 
 def groups_of(module: Any) -> Any:
@@ -37,3 +40,15 @@ def share_of_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
     return get_batch_on_this_cp_rank(batch)
+
+
+def start_results_queue() -> None:
+    """Start the process that the writers of checkpoints report to, before the first checkpoint does (0.15 spawns one).
+
+    Spawned there, it imports the main script again: half a minute where that imports NeMo, and a bare EOFError where it has no
+    main guard.
+    """
+    make = getattr(filesystem_async, "_get_write_results_queue", None)
+    if make is not None:
+        with main_hidden():
+            make()

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
+from nemo_longctx.adapters.megatron.host import start_results_queue
 from nemo_longctx.adapters.megatron.optimizer import ask_before_updates, keep_torch_steps_apart
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
@@ -73,6 +74,7 @@ class LifecycleCallback(Callback):
             take_lock(self.directory)
             self._locked = True
         self.request.listen()
+        start_results_queue()
         loop = trainer.fit_loop
         if not isinstance(loop, _MakesUp):  # only what it does at its start changes
             loop.__class__ = type(type(loop).__name__, (_MakesUp, type(loop)), {"__module__": type(loop).__module__})

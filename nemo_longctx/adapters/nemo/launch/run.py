@@ -30,6 +30,8 @@ from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.loggers import check_loggers
 from nemo_longctx.recipe import RecipeConfig, RunConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
+from nemo_longctx.runs import RunError
+from nemo_longctx.start import in_notebook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +117,19 @@ def run_parts(recipe: RunConfig) -> dict[str, Any]:
 
 
 def prepare_device(recipe: RunConfig) -> None:
-    """Make the host run on the accelerator that the recipe names, or say why it cannot."""
-    if recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+    """Make the host run on the accelerator that the recipe names, or say why it cannot.
+
+    Raises:
+        RunError: in a notebook, where Lightning would refuse the strategy without a mend.
+        ConfigError: an accelerator that is not there, or that NeMo would not use.
+    """
+    if in_notebook():
         mend = (
-            "this machine has no CUDA device; set trainer.accelerator=cpu trainer.precision=32 (nemo-longctx doctor tells more)"
+            "NeMo's strategies do not start in a notebook; nemo_longctx.train(...) runs the same recipe in a process of its own"
         )
+        raise RunError(mend)
+    if recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        mend = "this machine has no CUDA device; set trainer=cpu (nemo-longctx doctor tells more)"
         raise ConfigError("trainer.accelerator", "gpu", mend)
     if recipe.trainer.accelerator == "cpu":
         if torch.cuda.is_available():

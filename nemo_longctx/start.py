@@ -1,0 +1,91 @@
+"""How the processes of a run are started, and whether those that were can be it: told before torch or the host is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nemo_longctx.capability import cuda_devices
+from nemo_longctx.config import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_longctx.recipe import TrainerConfig
+
+RENDEZVOUS = "FIRST_NODE:29500"  # one of the nodes by its name, and a free port there
+
+
+def torchrun(nodes: int, devices: int) -> list[str]:
+    """The words that start `devices` processes of this package, on each node where there are several."""
+    if nodes * devices == 1:
+        return ["nemo-longctx"]
+    words = ["torchrun"]
+    if nodes > 1:
+        words += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", RENDEZVOUS]
+    return [*words, "--nproc-per-node", str(devices), "-m", "nemo_longctx"]
+
+
+def on_each_node(nodes: int) -> str:
+    """A shell comment behind a line of `torchrun`; empty on one node."""
+    return f"   # on each of the {nodes} nodes; FIRST_NODE is the name of one" if nodes > 1 else ""
+
+
+def started_processes() -> int | None:
+    """How many processes torchrun or Slurm started; None where this one was started alone."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    # As Lightning has it: a shell of Slurm's, in which a command is typed, is no task of a job.
+    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(os.environ["SLURM_NTASKS"])
+    return None
+
+
+def check_start(trainer: TrainerConfig) -> None:
+    """Refuse processes and devices that are not those of the layout.
+
+    Raises:
+        ConfigError: no CUDA device, fewer than are asked for, or another number of processes than the recipe's.
+    """
+    if trainer.accelerator == "gpu":
+        there = len(cuda_devices())
+        if not there:
+            mend = "this machine has no CUDA device; set trainer=cpu (nemo-longctx doctor tells more)"
+            raise ConfigError("trainer.accelerator", "gpu", mend)
+        if there < trainer.devices:
+            raise ConfigError("trainer.devices", trainer.devices, f"this machine shows {there} CUDA devices; set that or fewer")
+    started, line = started_processes(), " ".join(torchrun(trainer.num_nodes, trainer.devices))
+    if started is not None and started != trainer.world_size:
+        mend = (
+            f"{started} processes were started, and num_nodes x devices are {trainer.world_size}; set both to what was "
+            f"started, or start: {line} ..."
+        )
+        raise ConfigError("trainer.devices", trainer.devices, mend)
+    if started is None and trainer.num_nodes > 1 and "NODE_RANK" not in os.environ:
+        mend = f"this process was started alone; start on each node: {line} ..."
+        raise ConfigError("trainer.num_nodes", trainer.num_nodes, mend)
+
+
+@contextlib.contextmanager
+def main_hidden() -> Iterator[None]:
+    """Processes that multiprocessing spawns meanwhile do not import the main script again.
+
+    One that starts its work without `if __name__ == "__main__":` would start it there once more, and end both.
+    """
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), main.__spec__
+    main.__file__, main.__spec__ = None, None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is None:
+            del main.__file__
+        else:
+            main.__file__ = file
+
+
+def in_notebook() -> bool:
+    """Whether somebody types into this process, in a notebook or at a prompt: as Lightning asks."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)

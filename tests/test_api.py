@@ -1,0 +1,82 @@
+"""`from nemo_longctx import train, ...`: light to import, settings as Python has them, a sentence raised."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import nemo_longctx
+from nemo_longctx import api
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.runs import RunError
+
+
+def test_importing_the_functions_imports_neither_torch_nor_the_host():
+    code = (
+        "import sys\nimport nemo_longctx\nassert 'nemo_longctx.api' not in sys.modules\n"
+        "from nemo_longctx import evaluate, export, plan, prepare, train\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'nemo', 'megatron'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", nemo_longctx.__all__)
+def test_each_is_documented_and_typed(name):
+    made = getattr(nemo_longctx, name)
+    assert made.__doc__
+    if inspect.isfunction(made):
+        signature = inspect.signature(made)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+
+
+VALUES = [
+    "with space", "it's", "a, b: [c] {d}", "step=100-last", "null", "true", "007", "1e5", "\\n", "$HOME", "é", "~/x", 3,
+    1e-4, -2.5, True, False, None, [1, "a b"], {"path": "x y", "weight": 0.5}, [{"path": "it's", "weight": None}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_setting_arrives_as_it_was_given(value):
+    words = api._overrides({"recipe": "tiny_cpu_base", "data.cache_dir": value})
+    assert compose(words)["data"]["cache_dir"] == value
+
+
+def test_one_text_of_overrides_is_refused():
+    with pytest.raises(ConfigError, match="give a mapping"):
+        api.train("tiny_cpu_base", overrides="optimizer.lr=1")
+
+
+def test_a_plan_is_the_command_s(capsys):
+    import json
+
+    from nemo_longctx.cli import main
+
+    assert main(["plan", "--model", "llama2_7b", "--steps", "10", "--gpus", "8", "--tp", "2", "--json"]) == 0
+    assert json.loads(json.dumps(nemo_longctx.plan("llama2_7b", steps=10, gpus=8, tp=2))) == json.loads(capsys.readouterr().out)
+    with pytest.raises(ConfigError, match="no option of nemo-longctx plan"):
+        nemo_longctx.plan("llama2_7b", gpusss=8)
+
+
+def test_a_script_without_a_main_guard_prepares_text(tmp_path):
+    """Workers are spawned, which would start such a script anew."""
+    (tmp_path / "some texts").mkdir()
+    for number in range(3):
+        (tmp_path / "some texts" / f"{number}.txt").write_text(f"text {number} " * 50)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from nemo_longctx import prepare\n"
+        "made = prepare('some texts', 'data/long', tokenizer='tok', train_tokenizer=260, workers=2)\n"
+        "print('documents', made['documents']['train'])\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "documents 3"
+
+
+def test_what_ends_a_command_is_raised_as_its_sentence(tmp_path):
+    with pytest.raises(RunError, match="nothing_here"):
+        api.prepare(tmp_path / "nothing_here", tmp_path / "out", tokenizer="t")

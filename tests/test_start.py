@@ -1,0 +1,121 @@
+"""Before torch and the host are imported: processes and devices that are not the layout's, and files that are not there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nemo_longctx import start
+from nemo_longctx.compose import compose, groups
+from nemo_longctx.config import ConfigError
+from nemo_longctx.dry_run import refuse
+from nemo_longctx.explain import explained
+from nemo_longctx.recipe import TrainerConfig, load_recipe
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_NAME", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def gpus(monkeypatch, count):
+    monkeypatch.setattr(start, "cuda_devices", lambda: [("a GPU", (9, 0))] * count)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "there", "environment", "said"),
+    [
+        ({"accelerator": "gpu"}, 0, {}, "no CUDA device; set trainer=cpu"),
+        ({"accelerator": "gpu", "devices": 8}, 2, {}, "shows 2 CUDA devices"),
+        ({"accelerator": "gpu", "num_nodes": 2}, 1, {}, "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST"),
+        ({"accelerator": "cpu"}, 0, {"RANK": "0", "WORLD_SIZE": "4"}, "4 processes were started, and num_nodes x"),
+        ({"accelerator": "cpu", "devices": 2}, 0, {"SLURM_NTASKS": "4"}, "4 processes were started"),
+    ],
+)  # fmt: skip
+def test_other_processes_than_the_layout_s_are_refused(trainer, there, environment, said, monkeypatch):
+    gpus(monkeypatch, there)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        start.check_start(TrainerConfig(**trainer))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "there", "environment"),
+    [
+        ({"accelerator": "cpu", "devices": 2}, 0, {}),  # the trainer starts the second one itself
+        ({"accelerator": "cpu", "devices": 2, "num_nodes": 2}, 0, {"RANK": "3", "WORLD_SIZE": "4"}),
+        ({"accelerator": "gpu", "devices": 2}, 8, {}),
+        ({"accelerator": "cpu"}, 0, {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}),  # typed in a shell of Slurm's
+    ],
+)
+def test_the_layout_s_processes_are_let_through(trainer, there, environment, monkeypatch):
+    gpus(monkeypatch, there)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    start.check_start(TrainerConfig(**trainer))
+
+
+@pytest.mark.parametrize("recipe", groups()["recipe"])
+def test_one_word_sets_all_that_a_cpu_needs(recipe):
+    made = load_recipe(compose([f"recipe={recipe}", "trainer=cpu"]))
+    trainer = made.trainer
+    assert (trainer.accelerator, trainer.world_size, trainer.precision, trainer.offload) == ("cpu", 1, "32", "none")
+    parallel = (trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size, trainer.context_parallel_size)
+    assert parallel == (1, 1, 1)
+    assert not trainer.sequence_parallel
+    for stage in made.curriculum.stages:
+        assert {stage.tensor_model_parallel_size, stage.context_parallel_size, stage.pipeline_model_parallel_size} <= {None, 1}
+
+
+def test_what_is_typed_beside_the_machine_counts():
+    trainer = load_recipe(compose(["trainer.devices=2", "recipe=llama2_7b", "trainer=cpu"])).trainer
+    assert (trainer.devices, trainer.num_nodes) == (2, 1)
+    assert "num_nodes: 1  " in explained(["recipe=llama2_7b", "trainer=cpu"])
+    assert "conf/trainer/cpu.yaml" in next(
+        line for line in explained(["recipe=llama2_7b", "trainer=cpu"]).splitlines() if "num_nodes" in line
+    )
+
+
+def test_what_is_missing_is_said_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys\nfrom nemo_longctx.cli import main\nstatus = main(['train', *sys.argv[1:]])\n"
+        "assert not {'torch', 'nemo', 'megatron', 'lightning'} & set(sys.modules)\nsys.exit(status)"
+    )
+    asked = ["recipe=tiny_cpu_base", f"output_dir={tmp_path}/runs", f"data.mix.sources=[{{path: {tmp_path}/nothing}}]"]
+    result = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert "nothing.idx is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("restore_from=HERE/hf", "is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import"),
+        ("restore_from=HERE/none", "no finished NeMo checkpoint"),
+        ("data.validation=[{name: v, path: HERE/none, seq_length: 256}]", "none.idx is missing"),
+        ("eval.tasks=[{kind: probes, text: HERE/none.txt}]", "no such text"),
+        ("eval.tasks=[{kind: position, corpus: HERE/none, seq_length: 256}]", "none.idx is missing"),
+    ],
+)
+def test_each_input_that_is_not_there_is_named(override, said, tmp_path, tiny_corpus):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    base = ["recipe=tiny_cpu_base", f"data.mix.sources=[{{path: {tiny_corpus}}}]", "data.validation=[]"]
+    asked = override.replace("HERE", str(tmp_path))
+    refuse(load_recipe(compose(base)))
+    with pytest.raises(ConfigError, match=said):
+        refuse(load_recipe(compose([*base, asked])))
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path):
+    import numpy as np
+
+    from nemo_longctx.data.writer import CorpusWriter
+
+    with CorpusWriter(str(tmp_path / "all"), np.uint16) as writer:
+        writer.add_document(np.arange(700) % 512)
+    return tmp_path / "all"
