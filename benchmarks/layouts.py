@@ -34,6 +34,7 @@ LAYOUTS = {
     "1 process": {},
     "DP 2": {"data": 2},
     "TP 2": {"tensor": 2},
+    "TP 2 SP": {"tensor": 2, "sequence": 1},
     "CP 2": {"context": 2},
     "PP 2": {"pipeline": 2},
     "TP 2 x CP 2": {"tensor": 2, "context": 2},
@@ -48,10 +49,13 @@ HEAD = """# Layouts
 TOLERANCE = 2e-4  # of the loss: float32, and sums in another order that the optimizer carries on
 
 
-def overrides(folder: Path, name: str, layout: dict[str, int], every: int) -> list[str]:
+def overrides(folder: Path, name: str, layout: dict[str, Any], every: int) -> list[str]:
     """The tiny recipe, two lengths, in a layout; a checkpoint every so many steps."""
     ranks = int(np.prod(list(layout.values()) or [1]))
-    sizes = {f"{kind}_{'model_' if kind != 'context' else ''}parallel_size": n for kind, n in layout.items() if kind != "data"}
+    sizes: dict[str, Any] = {f"{kind}_{'model_' if kind != 'context' else ''}parallel_size": n for kind, n in layout.items()
+             if kind not in ("data", "sequence")}  # fmt: skip
+    if "sequence" in layout:
+        sizes["sequence_parallel"] = "true"
     return [
         "recipe=tiny_cpu_base", f"name={name}", f"output_dir={folder}", "data.tokenizer=null", "data.num_workers=0",
         f"data.mix.sources=[{{path: {folder}/corpus}}]", "data.validation=[]", f"data.cache_dir={folder}/order", "eval=none",

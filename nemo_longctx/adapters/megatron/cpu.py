@@ -11,6 +11,7 @@ training step costs what it costs (`benchmarks/cpu_shim.py` measures it).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -57,6 +58,7 @@ def install() -> bool:
         _replace_tensor_methods()
         _replace_cuda_namespace()
         _replace_host_rng(random)
+        _replace_norm()
     return True
 
 
@@ -211,6 +213,26 @@ def _replace_cuda_namespace() -> None:
     for owner in (cuda, cuda.random):
         _replace(owner, "get_rng_state", lambda device="cuda": torch.get_rng_state())
         _replace(owner, "set_rng_state", lambda state, device="cuda": torch.set_rng_state(state))
+
+
+def _replace_norm() -> None:
+    """Megatron-Core's norms by torch refuse sequence parallelism, which Transformer Engine's and apex' know.
+
+    All that it asks of a norm is the mark by which the host adds up its weights' gradients over the ranks of a sequence.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    made = WrappedTorchNorm.__new__
+
+    def marked(cls, config, *args, **settings):
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = made(cls, plain, *args, **settings)
+        for weight in norm.parameters():
+            weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+    _replace(WrappedTorchNorm, "__new__", marked)
 
 
 def _replace_host_rng(random: Any) -> None:
