@@ -115,3 +115,27 @@ def test_a_config_from_a_cpu_gets_its_fusions_back_with_cuda(installed, monkeypa
     assert changes["use_cpu_initialization"] is False
     assert changes["bias_dropout_fusion"] is True
     assert changes["apply_rope_fusion"] is False  # still no Transformer Engine here
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_norms_by_torch_know_sequence_parallelism(installed, shared):
+    """By the mark that the host adds up gradients by; the config stays what it is."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = SimpleNamespace(
+        sequence_parallel=shared,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=False,
+        persist_layer_norm=False,
+        memory_efficient_layer_norm=False,
+    )
+    norm = WrappedTorchNorm(config, 8, eps=1e-5)
+    assert isinstance(norm, torch.nn.RMSNorm)
+    assert [weight.sequence_parallel for weight in norm.parameters()] == [shared]
+    assert config.sequence_parallel == shared
+    cpu.uninstall()
+    if shared:
+        with pytest.raises(AssertionError, match="sequence parallel"):
+            WrappedTorchNorm(config, 8)
