@@ -1,22 +1,15 @@
-"""What a start says before it imports the host."""
+"""What a start says of a base and its sizes before it imports the host."""
 
 import json
 
 import pytest
 
-from nemo_longctx import launch
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.dry_run import check_base
+from nemo_longctx.recipe import load_recipe
 
 TINY = ["recipe=tiny_cpu_long", "data.tokenizer=null", "eval=none"]
-
-
-@pytest.fixture(autouse=True)
-def no_host(monkeypatch):
-    monkeypatch.delenv("NEMO_LONGCTX_DEBUG", raising=False)
-
-    def fit(*_):
-        raise AssertionError("the host would be imported")
-
-    monkeypatch.setattr(launch, "fit_unless_finished", fit)
 
 
 def checkpoint(folder, **config):
@@ -36,11 +29,10 @@ def checkpoint(folder, **config):
         (["trainer.devices=4", "trainer.tensor_model_parallel_size=4"], "tensor_model_parallel_size=4: the 6 attention heads"),
     ],
 )
-def test_the_checkpoint_s_sizes_are_held_against_the_layout(tmp_path, monkeypatch, capsys, layout, said):
-    monkeypatch.chdir(tmp_path)
+def test_the_checkpoint_s_sizes_are_held_against_the_layout(tmp_path, layout, said):
     base = checkpoint(tmp_path / "base", num_layers=3, num_attention_heads=6, num_query_groups=6)
-    assert launch.main([*TINY, f"restore_from={base}", *layout]) == 2
-    assert said in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=said):
+        check_base(load_recipe(compose([*TINY, f"restore_from={base}", *layout])))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +42,14 @@ def test_the_checkpoint_s_sizes_are_held_against_the_layout(tmp_path, monkeypatc
         ("llama3_8b", "trainer.tensor_model_parallel_size=3", "the 32 attention heads must divide"),
     ],
 )
-def test_the_class_s_sizes_are_held_against_the_layout(capsys, model, layout, said):
+def test_the_class_s_sizes_are_held_against_the_layout(model, layout, said):
     asked = [f"recipe={model}", f"model={model}", "restore_from=null", "rope=null", layout, "trainer.num_nodes=3"]
     asked += ["trainer.context_parallel_size=1", "trainer.sequence_parallel=false"]
     asked += ["trainer.tensor_model_parallel_size=1"] if "pipeline" in layout else []
-    assert launch.main(asked) == 2
-    assert said in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(compose(asked))
 
 
-def test_a_base_that_is_not_there_is_named_at_once(tmp_path, capsys):
-    assert launch.main([*TINY, f"restore_from={tmp_path / 'none'}"]) == 2
-    assert "no finished NeMo checkpoint is there; make one with `nemo-longctx import" in capsys.readouterr().err
+def test_a_base_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no finished NeMo checkpoint is there; make one with `nemo-longctx import"):
+        check_base(load_recipe(compose([*TINY, f"restore_from={tmp_path / 'none'}"])))
