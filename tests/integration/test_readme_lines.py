@@ -45,14 +45,14 @@ def make_inputs(place):
 @pytest.mark.timeout(1500)
 def test_they_run_as_printed(tmp_path):
     make_inputs(tmp_path)
-    programs = {"nemo-longctx": [sys.executable, "-m", "nemo_longctx"],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # of one node
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     printed = {}
     for words in lines():
-        command = [*programs[words[0]], *(word.replace("/ckpt/", f"{tmp_path}/ckpt/") for word in words[1:])]
+        typed = [word.replace("/ckpt/", f"{tmp_path}/ckpt/") for word in words[1:]]
+        command = [sys.executable, "-m", "nemo_longctx", *typed]
         if words[0] == "torchrun":
-            command = [*programs["torchrun"], *command[command.index("nemo_longctx") - 1 :], *SMALL, *HELD_OUT]  # of one node
+            command = [*torchrun, *typed[typed.index("nemo_longctx") - 1 :], *SMALL, *HELD_OUT]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\n{(done.stdout + done.stderr)[-4000:]}"
         printed[words[0] if words[0] == "torchrun" else words[1]] = done.stdout
