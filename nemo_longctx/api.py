@@ -143,10 +143,10 @@ def evaluate(
     several = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
     options = {"corpus": corpus, "contexts": contexts, "probes": probes, "lengths": lengths, "tasks": tasks, "data": data,
                "suite": suite, "limit": limit, "max-length": max_length, "tokenizer": tokenizer, "out": out}  # fmt: skip
-    _run(["eval", *map(os.fspath, several), *_options(options)])
+    _run(["eval", *(os.fspath(each) for each in several), *_options(options)])
     from nemo_longctx.report.evaluation import read_results
 
-    return read_results(out)
+    return read_results(Path(out))
 
 
 def export(checkpoint: PathLike, target: PathLike, *, verify: bool = True, tokenizer: PathLike | None = None) -> Path:
@@ -188,7 +188,15 @@ def prepare(
         RunError: the sentence that the command ended with.
     """
     several = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    words = ["prepare", *map(os.fspath, several), "--output", os.fspath(output), "--tokenizer", os.fspath(tokenizer), "--json"]
+    words = [
+        "prepare",
+        *(os.fspath(each) for each in several),
+        "--output",
+        os.fspath(output),
+        "--tokenizer",
+        os.fspath(tokenizer),
+        "--json",
+    ]
     words += [word for glob in globs for word in ("--glob", glob)]
     options = {"train-tokenizer": train_tokenizer, "holdout": holdout, "keys": keys, "workers": workers, "on-error": on_error}
     said = _run([*words, *_options(options), *(["--force"] if force else [])], captured=True)
@@ -289,7 +297,7 @@ def _run(words: Sequence[str], *, start: Sequence[str] = (), captured: bool = Fa
         process = subprocess.Popen(command, start_new_session=True, **ours)  # type: ignore[call-overload]
         last = ""
         try:
-            pipe = process.stderr if captured else process.stdout
+            pipe: Any = process.stderr if captured else process.stdout
             decode = codecs.getincrementaldecoder("utf-8")("replace")
             while chunk := os.read(pipe.fileno(), 1 << 16):
                 text = decode.decode(chunk)

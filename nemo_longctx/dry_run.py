@@ -14,7 +14,7 @@ import functools
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,12 @@ def check_base(recipe: RunConfig) -> None:
     raise ConfigError("restore_from", recipe.restore_from, mend)
 
 
-def _corpora(recipe: RunConfig) -> list[str]:
+def _corpora(recipe: RunConfig) -> list[str | Sequence[str]]:
     mix = recipe.data.pretraining if isinstance(recipe.data, InstructDataConfig) else recipe.data.mix
     return [source.path for source in mix.sources] if mix is not None else []
 
 
-def _open(path: str) -> Any:
+def _open(path: str | Sequence[str]) -> Any:
     from nemo_longctx.data.corpus import open_corpus
 
     return open_corpus(path)
@@ -156,7 +156,7 @@ def _data(recipe: RunConfig) -> list[Callable[[], str]]:
         return [lambda: _mix(mix, recipe.curriculum.total_tokens)]
     data = recipe.data
     files = [(f"data.{key}", path) for key in ("short", "long") for path in getattr(data, key)]
-    said = [functools.partial(_conversations, key, path) for key, path in files]
+    said: list[Callable[[], str]] = [functools.partial(_conversations, key, path) for key, path in files]
     if data.pretraining is not None:
         mix, total = data.pretraining, round(recipe.curriculum.total_tokens * data.blend.get("pretraining", 0))
         said.append(functools.partial(_mix, mix, total))

@@ -71,8 +71,8 @@ def _concatenate(prefixes: Sequence[str], partial: str, dtype: np.dtype) -> None
                 shutil.copyfileobj(shard, tokens, 1 << 22)
         sync(tokens)
     # A file that nothing was written to cannot be mapped.
-    lengths = np.memmap(f"{partial}.lengths", np.int32, mode="r") if prefixes else np.zeros(0, np.int32)
-    write_index(f"{partial}.idx.part", lengths, dtype)
+    written = np.memmap(f"{partial}.lengths", np.int32, mode="r") if prefixes else np.zeros(0, np.int32)
+    write_index(f"{partial}.idx.part", written, dtype)
 
 
 def _from_end(made: dict[str, Any]) -> int:
