@@ -155,6 +155,8 @@ def _check_field(name: str, value: Any, key: str) -> None:
         checked(str | None, value, key)
     elif name == "window_size":
         _check_window(value, key)
+    elif name in ("window_attn_skip_freq", "no_rope_freq"):
+        _check_layers(value, key)
     else:
         _check_plain(value, key)
 
@@ -167,6 +169,33 @@ def _check_window(value: Any, key: str) -> None:
         raise ConfigError(
             key, value, "two whole numbers: tokens before a query and after it, -1 for all; null for full attention"
         )
+
+
+def _check_layers(value: Any, key: str) -> None:
+    listed = list(value) if isinstance(value, (list, tuple)) else []
+    one_each = bool(listed) and all(isinstance(each, int) and each in (0, 1) for each in listed)
+    if value is not None and not one_each and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        what = "the window" if key.endswith("skip_freq") else "no RoPE"
+        every = "all tokens" if key.endswith("skip_freq") else "no RoPE"
+        raise ConfigError(key, value, f"N (each Nth layer has {every}), a list with 1 for the layers with {what}, or null")
+
+
+def no_rope_layers(said: Any, num_layers: int, key: str = "model.no_rope_freq") -> list[int] | None:
+    """Megatron-Core's `no_rope_freq` as a list, 1 for a layer that leaves q and k unrotated; None where all are rotated.
+
+    Raises:
+        ConfigError: a number or list that does not go into the layers.
+    """
+    _check_layers(said, key)
+    if not said:
+        return None
+    if isinstance(said, int):
+        if num_layers % said:
+            raise ConfigError(key, said, f"must divide the {num_layers} layers; or name each layer in a list of 0 and 1")
+        return ([0] * (said - 1) + [1]) * (num_layers // said)
+    if len(said) != num_layers:
+        raise ConfigError(key, said, f"must be one number for each of the {num_layers} layers, 1 for those without RoPE")
+    return [int(each) for each in said]
 
 
 def _check_plain(value: Any, key: str) -> None:

@@ -23,7 +23,15 @@ def config_of(model_type="llama", **changes):
 
 def write_safetensors(path, tensors, dtypes=None):
     """name -> array; `dtypes` names a type that NumPy has not (BF16, F8_E4M3)."""
-    names = {"float32": "F32", "float16": "F16", "int32": "I32", "uint16": "BF16", "uint8": "U8", "int64": "I64"}
+    names = {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "int32": "I32",
+        "uint16": "BF16",
+        "uint8": "U8",
+        "int64": "I64",
+    }
     header, blob = {}, b""
     for name, array in tensors.items():
         raw = np.ascontiguousarray(array).tobytes()

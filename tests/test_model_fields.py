@@ -6,7 +6,7 @@ from nemo_longctx import launch, model_fields
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
-from nemo_longctx.model_fields import SET_BY_THE_RUN, check_layout, check_model
+from nemo_longctx.model_fields import SET_BY_THE_RUN, check_layout, check_model, no_rope_layers
 from nemo_longctx.recipe import TrainerConfig, load_recipe
 
 
@@ -42,6 +42,9 @@ def test_what_the_run_sets_is_refused(name):
         ({"config": "Llama2Config7b"}, "no such config class, did you mean 'Llama2Config7B'?"),
         ({"rotary_base": 1e300}, "too large"),
         ({"init_method_std": 1e300}, "too large"),
+        ({"no_rope_freq": "4"}, "each Nth layer has no RoPE"),
+        ({"no_rope_freq": 0}, "each Nth layer has no RoPE"),
+        ({"window_attn_skip_freq": [1, 2]}, "1 for the layers with the window"),
         ({"recompute_granularity": "full"}, "set trainer.recompute"),
         ({"config": 5}, "name a config class"),
         ({"config": "llm.LlamaConfig"}, "name a config class"),
@@ -146,3 +149,12 @@ def test_what_nobody_foresaw_ends_in_one_sentence(monkeypatch, capsys, debug):
     assert said.startswith("error: ZeroDivisionError in fails of test_model_fields.py")
     assert len(said.splitlines()) == 1
     assert "a b; NEMO_LONGCTX_DEBUG=1 shows the traceback" in said
+
+
+def test_layers_without_rope_are_listed():
+    assert no_rope_layers(2, 4) == [0, 1, 0, 1]
+    assert no_rope_layers([0, 0, 0, 1], 4) == [0, 0, 0, 1]
+    assert no_rope_layers(None, 4) is None
+    for said, message in [(3, "must divide the 4 layers"), ([0, 1], "one number for each of the 4 layers")]:
+        with pytest.raises(ConfigError, match=message):
+            no_rope_layers(said, 4)

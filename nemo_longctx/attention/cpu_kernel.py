@@ -117,7 +117,7 @@ class _SegmentAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         B, S, H, _ = q_BSHD.shape
-        if len(blocks) == 1 and blocks[0].count == 1:
+        if len(blocks) == 1 and blocks[0].repeats == 1:
             out, lse_BHS = _block_forward(q_BSHD, k_BTKD, v_BTKD, blocks[0], scale)
             out_BSHD = out.transpose(1, 2)
         else:
@@ -142,7 +142,7 @@ class _SegmentAttention(torch.autograd.Function):
         q_BSHD, k_BTKD, v_BTKD, out_BSHD, lse_BHS = ctx.saved_tensors
         blocks: tuple[Block, ...] = ctx.blocks
         first = blocks[0]
-        if len(blocks) == 1 and first.count == 1 and first.parts == (Part(0, k_BTKD.shape[1], causal=True),):
+        if len(blocks) == 1 and first.repeats == 1 and first.parts == (Part(0, k_BTKD.shape[1], causal=True),):
             grads = _backward_kernel(
                 *(x.transpose(1, 2) for x in (grad_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD)), lse_BHS, 0.0, True, scale=ctx.scale
             )

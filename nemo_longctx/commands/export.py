@@ -20,6 +20,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant was written and what others read from it."""
+    from nemo_longctx.hf.files import check_target
+
+    check_target(
+        args.target, args.source / "weights"
+    )  # a run's directory may hold its exports; said before the host is imported
     from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 
     exported = export_hf(

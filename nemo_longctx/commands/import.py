@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant came along."""
     from nemo_longctx.hf.directory import check_directory
+    from nemo_longctx.hf.files import check_target
 
+    check_target(args.target, args.source)
     check_directory(args.source)  # what cannot be converted is said before the host is imported
     from nemo_longctx.adapters.nemo.checkpoint.convert import import_hf
 

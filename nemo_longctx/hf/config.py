@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, is_finite
-from nemo_longctx.hf.families import DEFAULTS, FIXED, refusal
+from nemo_longctx.hf.families import ACTIVATIONS, DEFAULTS, FIXED, norm_epsilon, refusal
+from nemo_longctx.hf.files import KEY
+from nemo_longctx.hf.layers import attention_values, no_rope_of, windows_of
 from nemo_longctx.rope.base import RopeVariant
 
-KEY = "HF_DIR"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ALSO_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")  # with a default, or null
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_sliding_window", "use_cache")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PHI3_TRAINED = 4096
 DTYPES = ("float32", "float16", "bfloat16")
-FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
 _LARGEST = {"head_dim": 2**16, "num_hidden_layers": 2**16, "num_attention_heads": 2**20, "hidden_size": 2**24}
 _ROPE_FIELDS = (
@@ -94,13 +95,13 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
     values |= {key: _size(found, key) for key in SIZES}
     values |= {key: _size(found, key, optional=True) for key in ALSO_SIZES}
     values |= {key: _flag(found, key) for key in FLAGS if key in found}
-    values |= {"rms_norm_eps": _number(found, "rms_norm_eps"), "initializer_range": _number(found, "initializer_range")}
+    values |= {key: _number(found, key) for key in (norm_epsilon(family), "initializer_range")}
     _heads(values)
     _check_fixed(family, found, values)
     values |= {key: token_numbers(found, key, values["vocab_size"], notes) for key in TOKENS}
     values |= _dtype(found)
-    windows = _windows(family, found, values, notes)
-    no_rope = _no_rope(family, found, values)
+    windows = windows_of(family, found, values, notes)
+    no_rope = no_rope_of(family, found, values)
     values |= _rope_values(raw, family, values)
     if raw.get("rope_parameters"):
         notes.append(
@@ -117,7 +118,7 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
             raise
         said = raw.get("rope_scaling") or raw.get("rope_parameters")
         raise ConfigError("rope_scaling", said, f"gives no frequencies: {error}") from error
-    values |= _attention_values(family, windows, no_rope)
+    values |= attention_values(family, windows, no_rope)
     return HFConfig(values=values, variant=variant, windows=windows, no_rope=no_rope, notes=tuple(notes))
 
 
@@ -179,9 +180,10 @@ def _heads(values: dict[str, Any]) -> None:
 def _check_fixed(family: str, found: Mapping[str, Any], values: dict[str, Any]) -> None:
     """Refuse what the host's class cannot be."""
     act = found.get("hidden_act")
-    if act not in ("silu", "swish"):
-        raise ConfigError("hidden_act", act, f"a {family} model of the host has 'silu' and would not compute the same")
-    values["hidden_act"] = "silu"
+    known = ACTIVATIONS.get(family, ("silu", "swish"))
+    if not isinstance(act, str) or act not in known:
+        raise ConfigError("hidden_act", act, f"a {family} model of the host has {known[0]!r} and would not compute the same")
+    values["hidden_act"] = "silu" if act == "swish" else act
     for key, wanted in FIXED[family].items():
         if values.get(key, wanted) != wanted:
             mend = f"a {family} model of the host has {wanted!r} there and would not compute the same"
@@ -232,52 +234,25 @@ def _dtype(found: Mapping[str, Any]) -> dict[str, str]:
     return {"dtype": name}
 
 
-def _windows(family: str, found: Mapping[str, Any], values: dict[str, Any], notes: list[str]) -> tuple[int | None, ...]:
-    """How far each layer looks back, as transformers 4.57 and 5 read it."""
-    layers, longest = values["num_hidden_layers"], values["max_position_embeddings"]
-    window: int | None = values["sliding_window"]
-    if family != "llama" and family != "mistral" and not values.get("use_sliding_window"):
-        window = None
-    sliding = [family == "mistral"] * layers
-    if family in ("qwen2", "qwen3"):
-        first = found.get("max_window_layers")
-        if window is None:
-            first = layers
-        elif isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ConfigError("max_window_layers", first, "must be the number of layers before the first window, 0 or more")
-        sliding = [i >= first for i in range(layers)]
-    if family == "smollm3":
-        sliding = [window is not None and not unrotated for unrotated in _no_rope(family, found, values)]
-    said = found.get("layer_types")
-    if said is not None and family != "llama":
-        if not isinstance(said, list) or len(said) != layers or set(map(str, said)) - {FULL, SLIDING}:
-            raise ConfigError("layer_types", said, f"must be {layers} of {FULL!r} and {SLIDING!r}, one a layer")
-        if family == "mistral" and [kind == SLIDING for kind in said] != sliding and window is not None:
-            raise ConfigError("layer_types", said, "Mistral's layers all have the window; transformers ignores these")
-        sliding = [kind == SLIDING for kind in said] if family != "mistral" else sliding
-        if any(sliding) and window is None and family != "mistral":
-            raise ConfigError("sliding_window", None, f"layer_types names {SLIDING!r}; set the window, or {FULL!r} everywhere")
-    if window is None or family == "llama" or not any(sliding):
-        return (None,) * layers
-    if window >= longest:
-        notes.append(f"sliding_window={window} covers all of max_position_embeddings={longest}: taken as full attention")
-        return (None,) * layers
-    return tuple(window if slides else None for slides in sliding)
+def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`RopeVariant.to_hf`'s keys as the family's config class in transformers takes them.
+
+    Raises:
+        ConfigError: Phi-3 under another scaling than LongRoPE's.
+    """
+    if family != "phi3" or not keys.get("rope_scaling"):
+        return dict(keys)
+    if variant.variant != "longrope":
+        raise ConfigError("rope.variant", variant.variant, "transformers' phi3 takes no scaling of RoPE but longrope")
+    scaling = {key: keys["rope_scaling"][key] for key in ("short_factor", "long_factor")}
+    return {**keys, "rope_scaling": {"type": "longrope", **scaling}}
 
 
-def _no_rope(family: str, found: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which layers have no RoPE: SmolLM3's `no_rope_layers` says 1 where there is one."""
-    layers = values["num_hidden_layers"]
-    if family != "smollm3":
-        return (False,) * layers
-    said, interval = found.get("no_rope_layers"), found.get("no_rope_layer_interval")
-    if said is None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ConfigError("no_rope_layer_interval", interval, "must be a whole number of layers, 1 or more")
-        return tuple((i + 1) % interval == 0 for i in range(layers))
-    if not isinstance(said, list) or len(said) != layers or any(each not in (0, 1) for each in said):
-        raise ConfigError("no_rope_layers", said, f"must be {layers} numbers, 1 for a layer with RoPE and 0 for one without")
-    return tuple(not each for each in said)
+def _check_phi3_scaling(scaling: Mapping[str, Any]) -> None:
+    """Phi-3's class takes three fields and no others, and reads its trained length from the top of the config."""
+    if set(scaling) != {"type", "short_factor", "long_factor"} or scaling["type"] not in ("longrope", "su"):
+        mend = "transformers' phi3 takes type 'longrope', short_factor and long_factor, and nothing else"
+        raise ConfigError("rope_scaling", dict(scaling), mend)
 
 
 def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,6 +263,8 @@ def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any])
     """
     longest = {"max_position_embeddings": values["max_position_embeddings"], "model_type": family}
     given = {key: raw[key] for key in ROPE_KEYS if key in raw} | longest
+    if family == "phi3":  # its class always has one, which longrope then reads
+        given.setdefault("original_max_position_embeddings", PHI3_TRAINED)
     nested = given.get("rope_parameters")
     for where in (given, nested if isinstance(nested, Mapping) else {}):
         share = where.get("partial_rotary_factor")
@@ -303,48 +280,18 @@ def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any])
         keys = variant.to_hf(rotary_dim=values["head_dim"], max_position_embeddings=values["max_position_embeddings"])
         if keys["max_position_embeddings"] != values["max_position_embeddings"]:  # dynamic NTK's is the trained length
             raise ConfigError("rope_parameters", nested, "a trained length unlike max_position_embeddings is not read alike")
-        return keys
+        return family_rope(family, variant, keys)
     scaling = given.get("rope_scaling") or None
+    if scaling and family == "phi3":
+        _check_phi3_scaling(scaling)
     # As the file has it, not as we read it: an import is compared with what transformers makes of this.
     theta = given.get("rope_theta")
     keys = {"rope_theta": float(variant.base if theta is None else theta), "rope_scaling": None}
     if scaling:
         rope_type = scaling.get("rope_type", scaling.get("type"))
-        keys["rope_scaling"] = {key: scaling[key] for key in _ROPE_FIELDS if key in scaling} | {"rope_type": rope_type}
+        keys["rope_scaling"] = {key: scaling[key] for key in _ROPE_FIELDS if key in scaling} | {
+            "type" if family == "phi3" else "rope_type": rope_type
+        }
     if given.get("original_max_position_embeddings") is not None:
         keys["original_max_position_embeddings"] = _size(given, "original_max_position_embeddings")
     return keys
-
-
-def _attention_values(family: str, windows: tuple[int | None, ...], no_rope: tuple[bool, ...]) -> dict[str, Any]:
-    """The keys that say windows and layers without RoPE to transformers 4, for `windows` as they were resolved."""
-    window = next((each for each in windows if each is not None), None)
-    if family == "llama":
-        return {"sliding_window": None}
-    if family == "mistral":
-        return {"sliding_window": window}
-    kinds = [FULL if each is None else SLIDING for each in windows]
-    keys: dict[str, Any] = {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds}
-    if family == "smollm3":
-        keys["no_rope_layers"] = [int(not each) for each in no_rope]
-    else:
-        keys["max_window_layers"] = 0 if window is not None else len(windows)
-    return keys
-
-
-def attention_values(family: str, windows: tuple[int | None, ...], no_rope: tuple[bool, ...]) -> dict[str, Any]:
-    """The keys of a `config.json` that say each layer's window and lack of RoPE.
-
-    Raises:
-        ConfigError: a mixture that the family's model in transformers cannot have.
-    """
-    sizes = sorted({each for each in windows if each is not None})
-    if len(sizes) > 1:
-        raise ConfigError("window_size", sizes, "transformers has one window for all layers with one")
-    if any(no_rope) and family != "smollm3":
-        raise ConfigError("no_rope_freq", [int(each) for each in no_rope], f"transformers' {family} has RoPE in every layer")
-    if family == "llama" and any(windows):
-        raise ConfigError("window_size", windows[0], "transformers' llama has no window; its mistral has")
-    if family == "mistral" and len(set(windows)) > 1:
-        raise ConfigError("window_attn_skip_freq", list(windows), "transformers' mistral has one window in every layer")
-    return _attention_values(family, windows, no_rope)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.config import KEY, HFConfig, read_config, read_json
+from nemo_longctx.hf.files import check_files
 from nemo_longctx.hf.generation import FILE as GENERATION
 from nemo_longctx.hf.generation import read_generation_config
-from nemo_longctx.hf.tokenizer import check_tokenizer, copy_tokenizer, has_tokenizer
+from nemo_longctx.hf.tokenizer import FILES, check_tokenizer, copy_tokenizer, has_tokenizer, other_tokenizer
 from nemo_longctx.hf.weights import check_weights
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -46,6 +47,7 @@ def check_directory(path: str | Path) -> HFDirectory:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(KEY, str(path), "no such directory; give a Hugging Face model directory")
+    check_files(path, ("config.json", GENERATION, *FILES))
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             mend = "holds a LoRA adapter alone; merge it into its base (peft: merge_and_unload) and save that"
@@ -64,7 +66,13 @@ def check_directory(path: str | Path) -> HFDirectory:
     tokenizer = has_tokenizer(path)
     if tokenizer:
         check_tokenizer(path, vocab_size)
-    notes += check_weights(path, config)
+    elif other := other_tokenizer(path):
+        notes.append(
+            f"{other} is a tokenizer that transformers does not load; the checkpoint carries none (export --tokenizer)"
+        )
+    weights = check_weights(path, config)
+    notes += weights.notes
+    config = replace(config, values={**config.values, "dtype": weights.dtype})
     return HFDirectory(path=path, config=config, generation=generation, has_tokenizer=tokenizer, notes=tuple(notes))
 
 

@@ -46,7 +46,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eos_token_id": 128001,
         "pad_token_id": 128004,
     },
+    "phi3": {
+        **_COMMON,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+    },
+    "starcoder2": {
+        **{key: value for key, value in _COMMON.items() if key != "rms_norm_eps"},
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "initializer_range": 0.018042,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
 }
+
+# Activations that the host has for a family, the usual one first; silu where it is not named here.
+ACTIVATIONS = {"starcoder2": ("gelu_pytorch_tanh", "gelu")}
 
 # What must hold, since the host's class of the family has it so.
 FIXED: dict[str, dict[str, Any]] = {
@@ -55,21 +78,36 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"attention_bias": False},
     "smollm3": {"attention_bias": False, "mlp_bias": False},
+    "phi3": {},
+    "starcoder2": {"use_bias": True},
 }
 
-_EXPERTS = "it has experts, whose layers need Transformer Engine's grouped kernels here"
+
+def norm_epsilon(family: str) -> str:
+    """The key of the norms' epsilon."""
+    return "norm_epsilon" if family == "starcoder2" else "rms_norm_eps"
+
+
+_EXPERTS = "it has experts, whose FLOPs are not counted here, so that training refuses them"
 _MULTIMODAL = "it is multimodal; save its language model alone (model.language_model.save_pretrained)"
-_HOST = "NeMo's converter of it needs Transformer Engine and reads no RoPE but plain; use nemo.collections.llm.import_ckpt"
+_CENTRED = (
+    "its norms are of 1 + weight, which Megatron-Core has in Transformer Engine alone; there NeMo's own "
+    "nemo.collections.llm.import_ckpt converts it, with plain RoPE"
+)
+_OWN_CODE = (
+    "its code comes with the directory (auto_map), which is not run; NeMo's own nemo.collections.llm.import_ckpt runs it"
+)
 WHY_NOT: dict[str, str] = {
-    "gemma": _HOST,
-    "gemma2": "its layers alternate windows, soft-cap scores and norm twice; use nemo.collections.llm.import_ckpt",
+    "gemma": _CENTRED,
+    "gemma2": (
+        "its layers are Transformer Engine's in NeMo, with all scores of a window at once (soft-capping), which no long window "
+        "fits; NeMo's own nemo.collections.llm.import_ckpt converts it there"
+    ),
     "gemma3_text": "its layers have RoPE of two bases (rope_local_base_freq), and one variant holds for all layers here",
     "gemma3": "its layers have RoPE of two bases (rope_local_base_freq), and it is multimodal",
-    "phi3": _HOST,
-    "starcoder2": _HOST,
-    "nemotron": _HOST,
-    "chatglm": _HOST,
-    "baichuan": _HOST,
+    "nemotron": _CENTRED,
+    "chatglm": _OWN_CODE,
+    "baichuan": _OWN_CODE,
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen3_moe": _EXPERTS,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import KEY, read_json
+from nemo_longctx.hf.config import read_json
+from nemo_longctx.hf.files import KEY
 
 CONFIG, FAST, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 NO_LIMIT = int(1e30)  # transformers' own way to say: any length
@@ -22,6 +23,7 @@ FILES = (
     "chat_template.jinja", "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 _CARRIERS = (FAST, SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, from transformers 4.51 on
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PreTrainedTokenizer": "PreTrainedTokenizerFast"}
 _V5_ONLY = ("backend", "is_local", "local_files_only", "fix_mistral_regex")
@@ -30,6 +32,12 @@ _V5_ONLY = ("backend", "is_local", "local_files_only", "fix_mistral_regex")
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has the files of a tokenizer at all."""
     return any((directory / name).is_file() for name in (*_CARRIERS, CONFIG))
+
+
+def other_tokenizer(directory: Path) -> str | None:
+    """The file of a tokenizer that is none of transformers' (Mistral's tekken.json, tiktoken's)."""
+    names = ("tekken.json", "tokenizer.model.v3", "tiktoken.model", "qwen.tiktoken")
+    return next((name for name in names if (directory / name).is_file()), None)
 
 
 def tokens_of(directory: Path) -> dict[str, int]:
@@ -200,6 +208,8 @@ def copy_tokenizer(source: Path, target: Path, *, model_type: str | None = None)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
     if (source / CONFIG).is_file():
         settings = as_transformers_4(read_json(source / CONFIG))
         (target / CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -123,28 +123,38 @@ def token_flops(
     width = model.hidden_size if convention.layers == "12h2" else model.query_width
     mlp = 8 * model.hidden_size**2 if convention.layers == "12h2" else model.mlp_weights
     weights = mlp + (4 * model.hidden_size**2 if convention.layers == "12h2" else model.attention_weights)
-    span = _attention_span(seq_length, convention, document_lengths_D)
+    windowed = model.windowed_layers
+    spans = (model.num_layers - windowed) * _attention_span(seq_length, convention, document_lengths_D)
+    if windowed:
+        spans += windowed * _attention_span(seq_length, convention, document_lengths_D, model.sliding_window)
     again = {"none": 0, "selective": mlp, "full": weights}[convention.recompute]
     attention_passes = 4 if convention.recompute == "full" else 3
     return TokenFlops(
         linear=2.0 * (3 * weights + again) * model.num_layers,
-        attention=4.0 * attention_passes * width * span * model.num_layers,
+        attention=4.0 * attention_passes * width * spans,
         vocabulary=6.0 * model.embedding_parameters if convention.vocabulary else 0.0,
     )
 
 
-def _attention_span(seq_length: int, convention: FlopsConvention, document_lengths_D: np.ndarray | None) -> float:
-    """Mean number of keys that count for a query."""
+def _attention_span(
+    seq_length: int, convention: FlopsConvention, document_lengths_D: np.ndarray | None, window: int | None = None
+) -> float:
+    """Mean number of keys that count for a query, which looks back on `window` tokens at most.
+
+    A window of w leaves w s - w^2 / 2 of the s^2 / 2 causal pairs; `full` counts twice as many, as it does without one.
+    """
+    w = seq_length if window is None else min(window, seq_length)
+    band = w - w * w / (2 * seq_length)
     if convention.attention == "full":
-        return float(seq_length)
+        return 2 * band
     if convention.attention == "causal":
-        return seq_length / 2
+        return band
     if document_lengths_D is None:
         raise ConfigError("flops", convention.name, "needs the lengths of the documents; give them with --documents")
-    return mean_square_piece(document_lengths_D, seq_length) / 2
+    return mean_square_piece(document_lengths_D, seq_length, window) / 2
 
 
-def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int) -> float:
+def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int, window: int | None = None) -> float:
     """Mean number of tokens in the piece of a document that a token shares its window with.
 
     Documents lie end to end and windows of `seq_length` cut them at positions that know nothing of the documents. Two tokens
@@ -154,6 +164,7 @@ def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int) -> float:
     Args:
         document_lengths_D: (D,) integers, tokens.
         seq_length: window, tokens.
+        window: a sliding window of attention: tokens further apart do not count.
 
     Returns:
         expected sum of squared pieces over the number of tokens; seq_length in the limit of endless documents.
@@ -167,7 +178,7 @@ def mean_square_piece(document_lengths_D: np.ndarray, seq_length: int) -> float:
     if L.size == 0 or L.min() < 1:
         raise ConfigError("documents", f"{L.size} lengths", "every document must have one token or more, and there must be one")
     s = float(seq_length)
-    n = np.minimum(L, s) - 1  # largest distance that counts
+    n = np.minimum(L, s if window is None else min(s, window)) - 1  # largest distance that counts
     sum_d, sum_dd = n * (n + 1) / 2, n * (n + 1) * (2 * n + 1) / 6
     squares = L + 2 * (n * L - (1 + L / s) * sum_d + sum_dd / s)
     return float(squares.sum() / L.sum())

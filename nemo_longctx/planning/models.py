@@ -11,6 +11,7 @@ from typing import Any
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.hf.families import DEFAULTS
+from nemo_longctx.hf.layers import windows_of
 from nemo_longctx.nemo_files import embedding_rows
 
 
@@ -30,8 +31,8 @@ class ModelShape:
         share_embeddings_and_output_weights: the LM head is the embedding.
         add_qkv_bias: biases on the query, key and value projections (Qwen2.5).
         seq_length: the length that the published checkpoint was trained on, in tokens; the planner's default.
-        sliding_window: tokens that a query looks back on at most, itself included; None for all of them. FLOPs and time are
-            of full attention all the same, and a plan that is longer than the window says so.
+        sliding_window: tokens that a query looks back on at most, itself included; None for all of them.
+        full_layers: layers that look back on all tokens where the others have the window; None for none of them.
     """
 
     num_layers: int
@@ -46,6 +47,7 @@ class ModelShape:
     add_qkv_bias: bool = False
     seq_length: int = 4096
     sliding_window: int | None = None
+    full_layers: int | None = None
 
     def __post_init__(self):
         optional = [key for key in ("num_query_groups", "kv_channels", "sliding_window") if getattr(self, key) is not None]
@@ -54,6 +56,8 @@ class ModelShape:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"model.{key}", value, "must be a whole number of 1 or more")
+        if self.full_layers is not None and not 0 <= self.full_layers <= self.num_layers:
+            raise ConfigError("model.full_layers", self.full_layers, f"must be a number of the {self.num_layers} layers")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 "model.num_attention_heads",
@@ -69,6 +73,11 @@ class ModelShape:
     def head_dim(self) -> int:
         """Width of one attention head (d)."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def windowed_layers(self) -> int:
+        """Layers that have the sliding window."""
+        return 0 if self.sliding_window is None else self.num_layers - (self.full_layers or 0)
 
     @property
     def query_groups(self) -> int:
@@ -239,16 +248,26 @@ def model_from_hf(path: Path) -> ModelShape:
     if missing:
         raise ConfigError("model", where, f"its config.json lacks {', '.join(missing)}")
     config = {**DEFAULTS[kind], **config}
-    windowed = kind == "mistral" or (kind != "llama" and _hf_flag(config, "use_sliding_window", where))
+    layers, longest = (_hf_size(config, key, where) for key in ("num_hidden_layers", "max_position_embeddings"))
+    said = {
+        "num_hidden_layers": layers,
+        "max_position_embeddings": longest or ModelShape.seq_length,
+        "sliding_window": _hf_size(config, "sliding_window", where),
+        "use_sliding_window": _hf_flag(config, "use_sliding_window", where),
+    }
+    windows = windows_of(kind, config, said, [])
+    window = next((each for each in windows if each is not None), None)
     return ModelShape(
         **{ours: _hf_size(config, theirs, where) for theirs, ours in _HF_SIZES.items()},
         num_query_groups=_hf_size(config, "num_key_value_heads", where),
         kv_channels=_hf_size(config, "head_dim", where),
         share_embeddings_and_output_weights=_hf_flag(config, "tie_word_embeddings", where),
-        # Qwen2 always has these biases and its config.json does not say so.
-        add_qkv_bias=kind == "qwen2" or _hf_flag(config, "attention_bias", where),
+        # Qwen2 always has these biases, and its config.json does not say so; StarCoder2's others are too small to count.
+        gated_linear_unit=kind != "starcoder2",
+        add_qkv_bias=kind in ("qwen2", "starcoder2") or _hf_flag(config, "attention_bias", where),
         seq_length=_hf_size(config, "max_position_embeddings", where),
-        sliding_window=_hf_size(config, "sliding_window", where) if windowed else None,
+        sliding_window=window,
+        full_layers=windows.count(None) if window and None in windows else None,
     )
 
 
@@ -317,6 +336,11 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     window = config.get("window_size")  # Megatron-Core's: tokens before the query and after it; -1 for all
     if isinstance(window, (list, tuple)) and window and isinstance(window[0], int) and window[0] >= 0:
         sizes["sliding_window"] = window[0] + 1
+        skip, layers = config.get("window_attn_skip_freq"), config.get("num_layers")
+        if isinstance(skip, (list, tuple)):  # 1 for a layer with the window
+            sizes["full_layers"] = sum(not each for each in skip)
+        elif isinstance(skip, int) and skip > 0 and isinstance(layers, int):
+            sizes["full_layers"] = layers // skip
     return sizes
 
 

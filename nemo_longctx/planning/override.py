@@ -168,7 +168,8 @@ def _planned_again(planned: Planned, composed: Mapping[str, Any], text: str, fil
 
 def _arithmetic(model: ModelShape) -> ModelShape:
     """What decides FLOPs and memory, with defaults resolved."""
-    return replace(model, num_query_groups=model.query_groups, kv_channels=model.head_dim, seq_length=1, sliding_window=None)
+    resolved = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
+    return replace(model, **resolved, seq_length=1, sliding_window=None, full_layers=None)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,12 @@ def model_of(recipe: RunConfig) -> tuple[str, ModelShape]:
         same = {"num_query_groups": shape.num_attention_heads, "kv_channels": shape.hidden_size // shape.num_attention_heads}
         for key, value in sizes_of(recipe.model).items():
             has = same.get(key) if getattr(shape, key) is None else getattr(shape, key)
-            if value != has and key not in ("seq_length", "sliding_window"):
+            if value != has and key not in ("seq_length", "sliding_window", "full_layers"):
                 mend = f"the checkpoint {recipe.restore_from} has {has}, and its weights have that shape"
                 raise ConfigError(f"model.{key}", value, mend)
+        if "window_size" in recipe.model:
+            given = sizes_of({"num_layers": shape.num_layers, **recipe.model})
+            shape = replace(shape, sliding_window=given.get("sliding_window"), full_layers=given.get("full_layers"))
         return name, shape
     if recipe.model.get("num_moe_experts"):
         raise ConfigError("model.num_moe_experts", recipe.model["num_moe_experts"], "FLOPs of experts are not counted")

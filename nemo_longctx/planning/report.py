@@ -167,12 +167,11 @@ def _planned(settings: PlanSettings, chosen: Candidate, gpu: Gpu) -> Planned:
 
 
 def _model_notes(settings: PlanSettings) -> list[str]:
-    window, longest = settings.model.sliding_window, max(stage.seq_length for stage in settings.curriculum.stages)
-    if window is None or window >= longest:
+    model, longest = settings.model, max(stage.seq_length for stage in settings.curriculum.stages)
+    if model.sliding_window is None or model.sliding_window >= longest:
         return []
-    return [
-        f"the model's sliding window of {window:,} tokens is not counted: FLOPs and time are of full attention at {longest:,}"
-    ]
+    which = f"{model.windowed_layers} of {model.num_layers} layers"
+    return [f"{which} look back on {model.sliding_window:,} tokens: FLOPs and time of their attention are those of the window"]
 
 
 def _search_notes(curriculum: Curriculum) -> list[str]:

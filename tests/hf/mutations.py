@@ -78,7 +78,7 @@ def mutated(values, keys, chance):
 def write_mutation(folder, number):
     """Directory `number`: one file of it is changed. Returns its raw config, or None where its text is damaged."""
     chance = random.Random(number)
-    family = chance.choice(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
+    family = chance.choice(("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "starcoder2"))
     config = config_of(family, rope_scaling=chance.choice(SCALINGS), pad_token_id=None)
     if chance.random() < 0.3:
         scaling = config.pop("rope_scaling") or {"rope_type": "default"}

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hf_files import config_of, word_tokenizer, write_safetensors
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import attention_values, read_config
+from nemo_longctx.hf.config import read_config
 from nemo_longctx.hf.directory import check_directory, write_copy
+from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
+from nemo_longctx.hf.layers import attention_values
 from nemo_longctx.planning.models import model_from_hf
 from nemo_longctx.rope import PiRope, Rope, YarnRope
 
@@ -126,7 +129,7 @@ def test_defaults_are_those_of_transformers():
             if key in ("head_dim", "num_key_value_heads", "use_sliding_window") and value in (None, False):
                 continue  # resolved by the class
             assert getattr(theirs, key, None) == value, (family, key)
-        assert theirs.rope_theta == read_config({"model_type": family, "hidden_act": "silu", **{
+        assert theirs.rope_theta == read_config({"model_type": family, **{
             key: getattr(theirs, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                                   "num_attention_heads")}}).variant.base  # fmt: skip
 
@@ -203,6 +206,139 @@ def test_an_index_is_followed_and_holes_in_it_are_named(directory):
     refused(folder, "which is not there")
 
 
+def shards(folder, *contents, index=None):
+    """Weights in files of a few tensors each, as a large model's are; `index` overrides what the index says."""
+    (folder / "model.safetensors").unlink()
+    said = {}
+    for number, tensors in enumerate(contents, 1):
+        name = f"model-{number:05}-of-{len(contents):05}.safetensors"
+        write_safetensors(folder / name, tensors)
+        said |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": said if index is None else index}))
+    return folder
+
+
+def test_what_two_shards_say_of_one_tensor_must_agree(directory):
+    one, two = np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    refused(
+        shards(directory(), {"a": one, "b": one}, {"a": two}), "holds a, and model-00001-of-00002.safetensors holds another"
+    )
+    check_directory(shards(directory(), {"a": one, "b": one}, {"a": one}))
+
+
+def test_tensors_that_the_index_does_not_name_are_said(directory):
+    folder = shards(directory(), {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}, index={
+        "a": "model-00001-of-00001.safetensors"})  # fmt: skip
+    assert "holds 1 tensors that model.safetensors.index.json does not name (b); left out" in check_directory(folder).notes[0]
+
+
+def test_two_sets_of_weights_are_refused(directory):
+    folder = shards(directory(), {"a": np.ones(2, np.float32)})
+    write_safetensors(folder / "model.safetensors", {"a": np.zeros(2, np.float32)})
+    refused(folder, "holds both model.safetensors, which transformers takes, and model.safetensors.index.json")
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_directory(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", "", "model.safetensors'?: is empty"),
+        ("config.json", "", "config.json'?: is empty"),
+        ("tokenizer.json", "", "tokenizer.json'?: is empty"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
+        ("model.safetensors", None, "is a link to .*blobs/0123, which is not there"),
+        ("config.json", None, "is a link to .*blobs/0123, which is not there"),
+    ],
+)
+def test_files_that_stand_for_something_else_are_named(directory, name, content, message):
+    folder = directory()
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        (folder / name).symlink_to("../../blobs/0123")
+    else:
+        (folder / name).write_text(content)
+    refused(folder, message)
+
+
+def test_links_into_a_cache_are_followed(directory, tmp_path):
+    folder = directory()
+    (tmp_path / "blobs").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(tmp_path / "blobs" / name)
+        (folder / name).symlink_to(f"../blobs/{name}")
+    made = write_copy(check_directory(folder), tmp_path / "a copy")
+    assert (made / "model.safetensors").resolve() == tmp_path / "blobs" / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("said", "stored", "kept"),
+    [
+        ("bfloat16", ("F32", "BF16"), "float32"),
+        ("float16", ("BF16", "BF16"), "bfloat16"),
+        ("bfloat16", ("F16", "BF16"), "float32"),
+        (None, ("F64", "F64"), "float32"),
+        ("float32", ("BF16", "BF16"), "float32"),
+        ("bfloat16", ("BF16", "BF16"), "bfloat16"),
+        (None, ("F16", "F16"), "float16"),
+    ],
+)
+def test_weights_are_kept_in_a_type_that_rounds_none(directory, said, stored, kept):
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    arrays = {f"{i}": np.ones(4, types[kind]).astype(types[kind]) for i, kind in enumerate(stored)}
+    folder = directory(torch_dtype=said)
+    write_safetensors(folder / "model.safetensors", arrays, {f"{i}": kind for i, kind in enumerate(stored)})
+    found = check_directory(folder)
+    assert found.config.values["dtype"] == kept
+    assert bool(found.notes) == (said not in (None, "float32", kept))
+
+
+def pickled(folder, tensors, name="pytorch_model.bin"):
+    import torch
+
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / name)
+    return folder
+
+
+def test_pickled_weights_are_looked_at_like_others(directory):
+    import torch
+
+    table = torch.ones(100, 64)
+    inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tied = {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    check_directory(pickled(directory(tie_word_embeddings=True), tied))
+    refused(pickled(directory(tie_word_embeddings=True), tied | {"lm_head.weight": table * 2}), "tie_word_embeddings=True: lm_")
+    refused(pickled(directory(), {inv_freq: torch.from_numpy(Rope(base=5e5).inv_freq(16))}), "unlike config.json's RoPE")
+    refused(pickled(directory(), {"a.qweight": torch.ones(4, dtype=torch.int32)}), "1 weights are quantised")
+    refused(pickled(directory(), [table]), "is no state_dict")
+    refused(pickled(directory(), {"a": Fraction(1, 2)}), "holds other things than tensors")
+    folder = pickled(directory(), tied)
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
+    refused(folder, "transformers cannot load its weights")
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(directory, tmp_path):
+    source = directory()
+    (tmp_path / "file").write_text("")
+    for target, message in [
+        (source / "ckpt", "lies inside"), (source, "exists already"), (tmp_path / "file" / "x", "is no directory"),
+        (tmp_path / "link", "exists already"),
+    ]:  # fmt: skip
+        if target.name == "link":
+            target.symlink_to("nowhere")
+        with pytest.raises(ConfigError, match=message):
+            check_target(target, source)
+    check_target(tmp_path / "new folder" / "ckpt", source)
+
+
+def test_a_tokenizer_that_transformers_does_not_load_is_said(directory):
+    assert "tekken.json is a tokenizer that transformers does not load" in check_directory(directory(files={
+        "tekken.json": "{}"})).notes[0]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "params.json", "tf_model.h5", "x.gguf"])
 def test_a_directory_of_another_format_is_named(directory, name):
     folder = directory(files={name: "{}"})
@@ -219,7 +355,7 @@ def test_a_directory_of_transformers_5_is_loaded_by_4(directory, tmp_path):
         "is_local": True, "local_files_only": False, "model_max_length": 1e30, "tokenizer_class": "TokenizersBackend",
     }  # fmt: skip
     folder = directory(
-        dtype="bfloat16",
+        dtype="float32",
         pad_token_id=None,
         files={"tokenizer_config.json": settings, "tokenizer.json": word_tokenizer(), "chat_template.jinja": "{{ messages }}"},
     )
@@ -228,7 +364,7 @@ def test_a_directory_of_transformers_5_is_loaded_by_4(directory, tmp_path):
     assert tokenizer("w5 w7")["input_ids"] == [5, 7]
     assert (tokenizer.eos_token, tokenizer.additional_special_tokens) == ("w2", ["w5", "w6"])
     assert tokenizer.chat_template == "{{ messages }}"
-    assert str(AutoConfig.from_pretrained(copy).dtype) == "torch.bfloat16"
+    assert str(AutoConfig.from_pretrained(copy).dtype) == "torch.float32"
 
 
 def test_a_sentencepiece_model_alone_is_a_tokenizer(directory, tmp_path):

@@ -1,5 +1,7 @@
 """FLOPs: the paper's table, conventions against one another and against counting by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,6 +51,25 @@ def test_table_10_to_all_its_digits(curriculum, published):
     assert f"{cost.total_flops:.3e}" == published
     assert f"{cost.long_from_start_flops:.3e}" == "3.783e+22"
     assert cost.total_flops == pytest.approx(sum(stage.flops for stage in cost.stages))
+
+
+@pytest.mark.parametrize("window", [1, 5, 40, 100])
+@pytest.mark.parametrize("full_layers", [None, 1])
+def test_a_window_costs_its_band(window, full_layers):
+    """Pairs counted one by one, less the half of the diagonal that s^2 / 2 leaves out."""
+    s, model = 40, ModelShape(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=10)
+    narrow = dataclasses.replace(model, sliding_window=window, full_layers=full_layers)
+    pairs = [sum(min(t + 1, w) for t in range(s)) - min(w, s) / 2 for w in (window, s)]
+    share = (pairs[0] + pairs[0 if full_layers is None else 1]) / (2 * pairs[1])
+    for name in ("causal", "full_exact"):
+        cost, all_of_it = (token_flops(each, s, CONVENTIONS[name]).attention for each in (narrow, model))
+        assert cost == pytest.approx(all_of_it * share)
+    lengths = np.array([3, 7, 40, 12])
+    documents = [
+        token_flops(each, s, CONVENTIONS["document"], document_lengths_D=lengths).attention for each in (narrow, model)
+    ]
+    assert documents[0] <= documents[1]
+    assert (documents[0] == pytest.approx(documents[1])) == (window >= s)
 
 
 def test_crossover_is_6h_for_the_papers_width():

@@ -87,12 +87,12 @@ def test_sequence_parallelism_is_an_option(capsys):
     assert grown["layout"]["sequence_parallel"] is False
 
 
-def test_a_window_that_the_plan_does_not_count_is_said(capsys, tmp_path):
+def test_a_window_is_counted_and_said(capsys, tmp_path):
     config = {"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     config |= {"num_attention_heads": 8, "vocab_size": 100, "sliding_window": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = ("--model", str(tmp_path), "--curriculum")
-    assert any("sliding window of 4,096" in note for note in plan(capsys, *args, "8192")["notes"])
+    assert any("2 of 2 layers look back on 4,096 tokens" in note for note in plan(capsys, *args, "8192")["notes"])
     assert plan(capsys, *args, "4096")["notes"] == []
 
 

@@ -45,8 +45,9 @@ from nemo_longctx.adapters.nemo.checkpoint.load import load_model
 from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model
 from nemo_longctx.adapters.nemo.model.rope import place_rope, variant_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import token_numbers
+from nemo_longctx.hf.config import family_rope, token_numbers
 from nemo_longctx.hf.directory import HFDirectory, check_directory, write_copy
+from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.serving import reading_lines, vllm_length
 from nemo_longctx.hf.tokenizer import check_numbers, copy_tokenizer, has_tokenizer, load_hf_tokenizer, with_limit
@@ -77,8 +78,8 @@ def import_hf(source: str | Path, target: str | Path, *, verify: bool = True, ve
     from transformers import AutoConfig
 
     source, target = Path(source), Path(target).absolute()
+    check_target(target, source)
     found = check_directory(source)
-    _check_free(target)
     tokens = _checked_tokens(verify, verify_tokens)
     for note in found.notes:
         logger.warning("%s: %s", source, note)
@@ -152,24 +153,26 @@ def export_hf(
             embedding, the checkpoint's two descriptions disagree, or the comparison fails.
     """
     target = Path(target).absolute()
-    _check_free(target)
     tokens = _checked_tokens(verify, verify_tokens)
     if max_position_embeddings is not None and max_position_embeddings < 1:
         raise ConfigError("max_position_embeddings", max_position_embeddings, "the longest input in tokens, 1 or more")
     cpu.install()
-    described = checkpoint_model(checkpoint_directory(checkpoint), {}, adapters=True)
+    directory = checkpoint_directory(checkpoint)
+    check_target(target, directory)
+    described = checkpoint_model(directory, {}, adapters=True)
     variant = variant_of(described)
     longest = described.config.seq_length if max_position_embeddings is None else max_position_embeddings
     if max_position_embeddings is not None and isinstance(variant, DynamicNtkRope):
         mend = "dynamic NTK must write its trained length there, where transformers starts to stretch; leave it out"
         raise ConfigError("max_position_embeddings", max_position_embeddings, mend)
     rotary_dim = rotary_dim_of(described.config)
-    family_of_nemo(described.config)  # a refusal comes before the weights are read, and so does xPos's
-    variant.to_hf(rotary_dim=rotary_dim, max_position_embeddings=longest)
+    # A refusal comes before the weights are read, and so do xPos's and Phi-3's.
+    family = family_of_nemo(described.config).model_type
+    family_rope(family, variant, variant.to_hf(rotary_dim=rotary_dim, max_position_embeddings=longest))
     hf_tokenizer = _hf_tokenizer(described.tokenizer, tokenizer)
     _check_tokens(hf_tokenizer, described.config)
     module, config, _ = load_model(checkpoint, merge=True)
-    if padded_by_host(checkpoint_directory(checkpoint)) and described.tokenizer is not None:
+    if padded_by_host(directory) and described.tokenizer is not None:
         config.vocab_size = described.tokenizer.vocab_size  # the rest are rows that the host added and nobody trained
     exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
     limit = _lengths_together(
@@ -204,8 +207,10 @@ def hf_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    rope = variant.to_hf(rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
-    fields = hf_fields(config, family_of_nemo(config)) | rope | _token_numbers(config.generation_config, tokenizer)
+    family = family_of_nemo(config)
+    keys = variant.to_hf(rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
+    rope = family_rope(family.model_type, variant, keys)
+    fields = hf_fields(config, family) | rope | _token_numbers(config.generation_config, tokenizer)
     hf_config = AutoConfig.for_model(**fields, dtype=config.params_dtype)
     exported = AutoModelForCausalLM.from_config(hf_config, dtype=config.params_dtype)
     weights = {name: w.cpu() for name, w in module.state_dict().items() if isinstance(w, torch.Tensor)}
@@ -213,11 +218,6 @@ def hf_model(
     if config.generation_config is not None:
         exported.generation_config = _saveable(config.generation_config, config.vocab_size)
     return exported
-
-
-def _check_free(target: Path) -> None:
-    if target.exists():
-        raise ConfigError("target", str(target), "exists already; remove it or name another")
 
 
 def _checked_tokens(verify: bool, verify_tokens: int | None) -> int:
@@ -287,6 +287,9 @@ def _lengths_together(exported: Any, tokenizer: Any, longest: int) -> int | None
         generation.max_length = longest
     if tokenizer is None:
         return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.truncation is not None:  # tokenizer.json's own, by which the tokenizers library cuts
+        backend.enable_truncation(**{**backend.truncation, "max_length": longest})
     limit = with_limit(tokenizer.model_max_length, longest)
     if vllm_length(exported.config.to_dict(), limit) > longest:
         limit = longest

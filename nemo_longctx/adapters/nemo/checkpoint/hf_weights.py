@@ -1,4 +1,4 @@
-"""Weights and shapes of the Llama family, Hugging Face <-> Megatron-Core: Llama, Mistral, Qwen2, Qwen3 (dense), SmolLM3.
+"""Weights and shapes, Hugging Face <-> Megatron-Core: Llama, Mistral, Qwen2, Qwen3 (dense), SmolLM3, Phi-3, StarCoder2.
 
 The host's converters know Transformer Engine's names of the norms only; these take whichever names the built model has.
 Shapes: H query heads, G groups (key and value heads), D head size, E hidden size.
@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from nemo.collections import llm
+from nemo.collections.llm.fn.activation import openai_gelu
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from transformers import GenerationConfig
 
 from nemo_longctx.adapters.megatron.attention import layer_window
 from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import HFConfig, attention_values
+from nemo_longctx.hf.config import HFConfig
 from nemo_longctx.hf.directory import HFDirectory
-from nemo_longctx.hf.families import FIXED
+from nemo_longctx.hf.families import FIXED, norm_epsilon
+from nemo_longctx.hf.layers import attention_values
+from nemo_longctx.model_fields import no_rope_layers
 
 Weights = dict[str, torch.Tensor]
 
@@ -42,9 +45,15 @@ FAMILIES = (
     Family(model_type="qwen3", config_class=llm.Qwen3Config, model_class=llm.Qwen3Model),
     Family(model_type="qwen2", config_class=llm.Qwen2Config, model_class=llm.Qwen2Model),
     Family(model_type="mistral", config_class=llm.MistralConfig7B, model_class=llm.MistralModel),
+    Family(model_type="phi3", config_class=llm.Phi3Config, model_class=llm.Phi3Model),
+    Family(model_type="starcoder2", config_class=llm.Starcoder2Config, model_class=llm.Starcoder2Model),
     Family(model_type="smollm3", config_class=llm.LlamaConfig, model_class=llm.LlamaModel),
     Family(model_type="llama", config_class=llm.LlamaConfig, model_class=llm.LlamaModel),
 )
+
+# transformers' name of an activation -> the host's function. StarCoder2's is the tanh form, which Megatron-Core has as F.gelu
+# where it fuses the bias (on GPUs), and not where it does not.
+ACTIVATIONS = {"gelu_pytorch_tanh": openai_gelu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
 
 
 def family_of_hf(config: HFConfig) -> Family:
@@ -79,10 +88,8 @@ def windows_of(config: GPTConfig) -> tuple[int | None, ...]:
 
 def no_rope_of(config: GPTConfig) -> tuple[bool, ...]:
     """Whether each layer of a NeMo config leaves q and k unrotated."""
-    said = getattr(config, "no_rope_freq", None)
-    if isinstance(said, int):  # a class that has not been through its own checks yet
-        return tuple((layer + 1) % said == 0 for layer in range(config.num_layers))
-    return tuple(bool(each) for each in said) if said else (False,) * config.num_layers
+    said = no_rope_layers(getattr(config, "no_rope_freq", None), config.num_layers, "no_rope_freq")
+    return tuple(bool(each) for each in said or [0] * config.num_layers)
 
 
 def stored_dtype(config: Any, weights: Weights) -> torch.dtype:
@@ -102,7 +109,7 @@ def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig
         "num_query_groups": source["num_key_value_heads"],
         "kv_channels": source["head_dim"],
         "vocab_size": source["vocab_size"],
-        "layernorm_epsilon": source["rms_norm_eps"],
+        "layernorm_epsilon": source[norm_epsilon(family.model_type)],
         "init_method_std": source["initializer_range"],
         "share_embeddings_and_output_weights": source["tie_word_embeddings"],
         "seq_length": source["max_position_embeddings"],
@@ -120,6 +127,8 @@ def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig
         fields["window_attn_skip_freq"] = None if None not in windows else [int(each is not None) for each in windows]
     if any(found.config.no_rope):
         fields["no_rope_freq"] = [int(each) for each in found.config.no_rope]
+    if family.model_type == "starcoder2":
+        fields |= {"activation_func": ACTIVATIONS[source["hidden_act"]], "bias_activation_fusion": False}
     if family.model_type == "qwen3":
         fields["max_position_embeddings"] = source["max_position_embeddings"]
     return config_class(**fields)
@@ -136,7 +145,8 @@ def hf_fields(config: GPTConfig, family: Family) -> dict[str, Any]:
         "num_key_value_heads": config.num_query_groups,
         "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.layernorm_epsilon,
+        norm_epsilon(family.model_type): config.layernorm_epsilon,
+        "hidden_act": next((name for name, func in ACTIVATIONS.items() if func is config.activation_func), "silu"),
         "initializer_range": config.init_method_std,
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
         **FIXED[family.model_type],
@@ -151,66 +161,81 @@ def to_megatron(source: Weights, names: set[str], config: GPTConfig) -> Weights:
         source: name -> tensor.
         names: the Megatron-Core model's own names, which say where its norms are.
     """
-    target = {
-        "embedding.word_embeddings.weight": source["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": source["model.norm.weight"],
-    }
-    if "output_layer.weight" in names:
-        target["output_layer.weight"] = source["lm_head.weight"]
+    outside = {**_OUTSIDE, **({"lm_head.weight": "output_layer.weight"} if "output_layer.weight" in names else {})}
+    target = {ours: source[theirs] for theirs, ours in outside.items() if theirs in source}
     for i in range(config.num_layers):
         hf, mcore = f"model.layers.{i}.", f"decoder.layers.{i}."
-        for theirs, ours in _plain_names(mcore, names).items():
+        for theirs, ours in _plain_names(mcore, names, config).items():
             if hf + theirs in source:
                 target[mcore + ours] = source[hf + theirs]
         for kind in ("weight", "bias"):
             parts = [f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv"]
-            if parts[0] in source:
-                q, k, v = (source[name] for name in parts)
+            fused = source.get(f"{hf}self_attn.qkv_proj.{kind}")  # Phi-3's
+            if parts[0] in source or fused is not None:
+                q, k, v = (source[name] for name in parts) if fused is None else fused.split(_rows(config))
                 target[f"{mcore}self_attention.linear_qkv.{kind}"] = merge_qkv(q, k, v, config)
-        halves = (source[f"{hf}mlp.gate_proj.weight"], source[f"{hf}mlp.up_proj.weight"])
-        target[f"{mcore}mlp.linear_fc1.weight"] = torch.cat(halves)
+        halves = [source[name] for name in (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight") if name in source]
+        if halves:
+            target[f"{mcore}mlp.linear_fc1.weight"] = torch.cat(halves)
     return target
 
 
 def to_hugging_face(source: Weights, config: GPTConfig) -> Weights:
     """A Megatron-Core model's weights -> Hugging Face's; padding of the vocabulary is cut off."""
-    vocabulary = config.vocab_size
-    target = {
-        "model.embed_tokens.weight": source["embedding.word_embeddings.weight"][:vocabulary],
-        "model.norm.weight": source["decoder.final_layernorm.weight"],
-    }
-    if "output_layer.weight" in source:
-        target["lm_head.weight"] = source["output_layer.weight"][:vocabulary]
-    names = set(source)
+    outside = {**_OUTSIDE, "lm_head.weight": "output_layer.weight"}
+    target = {theirs: source[ours] for theirs, ours in outside.items() if ours in source}
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(target):
+        target[name] = target[name][: config.vocab_size]
+    names, fused = set(source), isinstance(config, llm.Phi3Config)
     for i in range(config.num_layers):
         hf, mcore = f"model.layers.{i}.", f"decoder.layers.{i}."
-        for theirs, ours in _plain_names(mcore, names).items():
+        for theirs, ours in _plain_names(mcore, names, config).items():
             if mcore + ours in source:
                 target[hf + theirs] = source[mcore + ours]
         for kind in ("weight", "bias"):
             merged = source.get(f"{mcore}self_attention.linear_qkv.{kind}")
-            if merged is not None:
-                for x, part in zip("qkv", split_qkv(merged, config), strict=True):
-                    target[f"{hf}self_attn.{x}_proj.{kind}"] = part
-        gate, up = source[f"{mcore}mlp.linear_fc1.weight"].chunk(2)
-        target[f"{hf}mlp.gate_proj.weight"], target[f"{hf}mlp.up_proj.weight"] = gate, up
+            if merged is None:
+                continue
+            parts = split_qkv(merged, config)
+            named = {"qkv": torch.cat(parts)} if fused else dict(zip("qkv", parts, strict=True))
+            target |= {f"{hf}self_attn.{x}_proj.{kind}": part for x, part in named.items()}
+        if config.gated_linear_unit and not fused:
+            gate, up = source[f"{mcore}mlp.linear_fc1.weight"].chunk(2)
+            target[f"{hf}mlp.gate_proj.weight"], target[f"{hf}mlp.up_proj.weight"] = gate, up
     return target
 
 
-def _plain_names(mcore: str, names: set[str]) -> dict[str, str]:
+_OUTSIDE = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.norm.weight": "decoder.final_layernorm.weight",
+    "model.norm.bias": "decoder.final_layernorm.bias",
+}
+
+
+def _plain_names(mcore: str, names: set[str], config: GPTConfig) -> dict[str, str]:
     """Weights of a layer that need no rearrangement: Hugging Face's name -> Megatron-Core's."""
 
     def norm(local: str, fused: str) -> str:
         return local if mcore + local in names else fused  # Transformer Engine fuses a norm into the projection after it
 
-    return {
-        "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    plain = {
         "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
         "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
-        "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-        "input_layernorm.weight": norm("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-        "post_attention_layernorm.weight": norm("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     }
+    down = "mlp.down_proj"
+    if isinstance(config, llm.Phi3Config):
+        plain["mlp.gate_up_proj.weight"] = "mlp.linear_fc1.weight"  # its halves in the same order
+    if isinstance(config, llm.Starcoder2Config):
+        down = "mlp.c_proj"
+        plain |= {f"mlp.c_fc.{kind}": f"mlp.linear_fc1.{kind}" for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        plain |= {
+            f"self_attn.o_proj.{kind}": f"self_attention.linear_proj.{kind}",
+            f"{down}.{kind}": f"mlp.linear_fc2.{kind}",
+            f"input_layernorm.{kind}": norm(f"input_layernorm.{kind}", f"self_attention.linear_qkv.layer_norm_{kind}"),
+            f"post_attention_layernorm.{kind}": norm(f"pre_mlp_layernorm.{kind}", f"mlp.linear_fc1.layer_norm_{kind}"),
+        }
+    return plain
 
 
 def merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: GPTConfig) -> torch.Tensor:
@@ -228,6 +253,12 @@ def split_qkv(merged: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, to
     by_group = merged.view(groups, -1, size, *rest)
     q, k, v = by_group.split([by_group.shape[1] - 2, 1, 1], dim=1)
     return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
+
+
+def _rows(config: GPTConfig) -> list[int]:
+    """Rows of a fused projection's q, k and v."""
+    groups, size = _heads(config)
+    return [config.num_attention_heads * size, groups * size, groups * size]
 
 
 def _heads(config: GPTConfig) -> tuple[int, int]:

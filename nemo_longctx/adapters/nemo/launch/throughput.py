@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nemo_longctx.activations import recompute_name
-from nemo_longctx.adapters.megatron.attention import transformer_engine_installed
+from nemo_longctx.adapters.megatron.attention import layer_window, transformer_engine_installed
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
 from nemo_longctx.files import write_text
@@ -177,6 +177,8 @@ def shape_of(config: Any) -> ModelShape:
         raise ConfigError(
             "model.num_moe_experts", config.num_moe_experts, "FLOPs of experts are not counted; leave this callback out"
         )
+    windows = [layer_window(config, layer + 1) for layer in range(config.num_layers)]
+    window = next((each for each in windows if each is not None), None)
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -189,6 +191,8 @@ def shape_of(config: Any) -> ModelShape:
         share_embeddings_and_output_weights=bool(config.share_embeddings_and_output_weights),
         add_qkv_bias=config.add_qkv_bias,
         seq_length=config.seq_length,
+        sliding_window=window,
+        full_layers=windows.count(None) if window and None in windows else None,
     )
 
 

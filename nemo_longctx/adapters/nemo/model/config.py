@@ -28,6 +28,7 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.model_fields import no_rope_layers
 from nemo_longctx.nemo_files import check_context, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.trust import check_checkpoint
@@ -117,6 +118,8 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
         if key in SHAPE_FIELDS and was != value:
             mend = f"the checkpoint {directory} has {was!r}, and its weights have that shape; take that or another checkpoint"
             raise ConfigError(f"model.{key}", value, mend)
+        if key == "no_rope_freq":  # the host expands it where a config is made
+            value = no_rope_layers(value, model.config.num_layers)
         set_config_field(model, key, value)
     return model
 
@@ -154,6 +157,9 @@ def checkpoint_directory(path: str | Path) -> Path:
             raise ConfigError("restore_from", str(path), f"this checkpoint cannot be read: {why}; give another one")
         return path
     finished = [found.path for found in checkpoints(path) if found.path.name.endswith("-last")]
+    if not finished and (path / "config.json").is_file():
+        mend = f"is a Hugging Face directory; run `nemo-longctx import {path} CKPT`, and name that CKPT here"
+        raise ConfigError("restore_from", str(path), mend)
     if not finished:
         mend = "no NeMo checkpoint: it has neither weights/ and context/ nor finished checkpoints/*-last"
         raise ConfigError("restore_from", str(path), mend)
@@ -202,6 +208,8 @@ def long_context_settings(model: GPTModel) -> dict[str, Any]:
     names = ("seq_length", "max_position_embeddings", "position_embedding_type", "rotary_base", "rotary_percent",
              "rotary_interleaved", "seq_len_interpolation_factor", "window_size", "attention_backend")  # fmt: skip
     fields = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    layers = {name: getattr(model.config, name, None) for name in ("window_attn_skip_freq", "no_rope_freq")}
+    fields |= {name: value for name, value in layers.items() if value is not None}
     return {**fields, "recompute": recompute_name(vars(model.config)), **rope_settings(variant_of(model))}
 
 
