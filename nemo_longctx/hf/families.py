@@ -94,9 +94,7 @@ _CENTRED = (
     "its norms are of 1 + weight, which Megatron-Core has in Transformer Engine alone; there NeMo's own "
     "nemo.collections.llm.import_ckpt converts it, with plain RoPE"
 )
-_OWN_CODE = (
-    "its code comes with the directory (auto_map), which is not run; NeMo's own nemo.collections.llm.import_ckpt runs it"
-)
+_OWN_CODE = "its code comes with the directory (auto_map) and is not run; NeMo's nemo.collections.llm.import_ckpt runs it"
 WHY_NOT: dict[str, str] = {
     "gemma": _CENTRED,
     "gemma2": (

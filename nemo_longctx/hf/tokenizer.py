@@ -34,6 +34,12 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (*_CARRIERS, CONFIG))
 
 
+def written_by_transformers_5(directory: Path) -> bool:
+    """Whether a directory's tokenizer has a class or list in `tokenizer_config.json` that transformers 4 does not load."""
+    settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    return str(settings.get("tokenizer_class")).endswith("Backend") or isinstance(settings.get("extra_special_tokens"), list)
+
+
 def other_tokenizer(directory: Path) -> str | None:
     """The file of a tokenizer that is none of transformers' (Mistral's tekken.json, tiktoken's)."""
     names = ("tekken.json", "tokenizer.model.v3", "tiktoken.model", "qwen.tiktoken")

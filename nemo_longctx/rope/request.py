@@ -143,6 +143,9 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
     if not isinstance(values, Mapping):
         raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
     fields = {key: value for key, value in values.items() if value is not None}
+    if "layers" in fields:
+        mend = "one RoPE holds for all layers here; model.no_rope_freq leaves some without, and the rest have this one"
+        raise ConfigError(f"{where}.layers", fields["layers"], mend)
     name = fields.pop("variant", None)
     if name is None and fields.keys() == {"base"}:
         return RopeRequest(variant=None, values={"base": build(Rope, fields, where=where).base})

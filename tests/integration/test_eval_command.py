@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -146,3 +147,29 @@ def test_our_tasks_and_lm_evals_own_are_blocks_apart():
         ("4096", {"max_prompt": 4096}),
         ("8192", {"max_prompt": 8192}),
     ]
+
+
+def test_a_directory_of_transformers_5_is_read_as_it_says(place, tmp_path):
+    """Its RoPE, which transformers 4 would take for the plain one, and its tokenizer."""
+    import torch
+
+    from nemo_longctx.adapters.pretrained import hf_tokenizer, load_checkpoint
+
+    source = shutil.copytree(place / "before", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150, "rope_theta": config["rope_theta"]}
+    kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    (source / "config.json").write_text(json.dumps(kept | {"rope_parameters": yarn}))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<s>"]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, *_ = load_checkpoint(str(source))
+    old, *_ = load_checkpoint(str(place / "before"))
+    ids = torch.arange(2, 200)[None]
+    with torch.no_grad():
+        assert not torch.equal(model.model(ids).logits, old.model(ids).logits)
+    assert model.model.model.rotary_emb.attention_scaling > 1.1
+    assert hf_tokenizer(str(source))("door")["input_ids"] == hf_tokenizer(str(place / "before"))("door")["input_ids"]
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
+    with pytest.raises(ConfigError, match=r"rope_scaling.factor=None: missing"):
+        load_checkpoint(str(source))
