@@ -212,6 +212,18 @@ def stops_at_once() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def leaves_nothing(target: Path) -> Iterator[None]:
+    """A job whose result appears whole or not at all: a stop signal ends it, and what it wrote beside `target` is removed."""
+    try:
+        with stops_at_once():
+            yield
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        print(f"\nstopped by {name}: nothing was written to {target}; the same command begins anew", file=sys.stderr)
+        raise
+
+
 @dataclasses.dataclass
 class StopRequest:
     """The first stop signal that came since `listen`; a second SIGINT ends at once.

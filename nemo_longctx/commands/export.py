@@ -21,20 +21,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant was written and what others read from it."""
     from nemo_longctx.hf.files import check_target
+    from nemo_longctx.runs import leaves_nothing
 
-    check_target(
-        args.target, args.source / "weights"
-    )  # a run's directory may hold its exports; said before the host is imported
+    check_target(args.target, args.source / "weights")  # a run's directory may hold its exports
     from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 
-    exported = export_hf(
-        args.source,
-        args.target,
-        verify=not args.no_verify,
-        verify_tokens=args.verify_tokens,
-        max_position_embeddings=args.max_position_embeddings,
-        tokenizer=args.tokenizer,
-    )
+    with leaves_nothing(args.target):
+        exported = export_hf(
+            args.source,
+            args.target,
+            verify=not args.no_verify,
+            verify_tokens=args.verify_tokens,
+            max_position_embeddings=args.max_position_embeddings,
+            tokenizer=args.tokenizer,
+        )
     checked = "not verified" if args.no_verify else "verified by loading it again"
     print(f"{args.target}: transformers model of {args.source}, RoPE {exported.variant}, {checked}")
     for note in exported.notes:

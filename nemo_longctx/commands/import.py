@@ -19,12 +19,14 @@ def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant came along."""
     from nemo_longctx.hf.directory import check_directory
     from nemo_longctx.hf.files import check_target
+    from nemo_longctx.runs import leaves_nothing
 
     check_target(args.target, args.source)
     check_directory(args.source)  # what cannot be converted is said before the host is imported
     from nemo_longctx.adapters.nemo.checkpoint.convert import import_hf
 
-    variant = import_hf(args.source, args.target, verify=not args.no_verify, verify_tokens=args.verify_tokens)
+    with leaves_nothing(args.target):
+        variant = import_hf(args.source, args.target, verify=not args.no_verify, verify_tokens=args.verify_tokens)
     checked = "not verified" if args.no_verify else "verified by loading it again"
     print(f"{args.target}: NeMo checkpoint of {args.source}, RoPE {variant}, {checked}")
     return 0

@@ -125,6 +125,8 @@ def _nothing_there(directory: Path) -> str:
             return f"holds {told}"
     if any(directory.glob("*.gguf")):
         return "holds a GGUF file, whose weights are quantised or another tool's; take the model's safetensors"
+    if shard := next(iter(sorted(directory.glob("*-of-*.safetensors"))), None):
+        return f"has shards ({shard.name}) without {INDEX}; copy or download it too"
     return f"has no weights: neither {ONE_FILE} nor {INDEX}"
 
 

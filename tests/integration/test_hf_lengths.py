@@ -1,14 +1,18 @@
 """What goes with the weights into a checkpoint and out again: special tokens, lengths, sampling, pickled and renamed files."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from hf_files import word_tokenizer
 from test_rope_hf import HEAD, _single_process, hugging_face  # noqa: F401
 
+from nemo_longctx.adapters.nemo.checkpoint import convert
 from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf, import_hf
 from nemo_longctx.adapters.nemo.checkpoint.load import load_model
+from nemo_longctx.cli import main
 from nemo_longctx.rope import Rope
 
 SHORT, LONG = 256, 2048
@@ -105,3 +109,14 @@ def test_families_of_other_layouts_convert_both_ways(model_type, changes, tmp_pa
         assert torch.equal(again.state_dict()[key], weight), key
     kept = ("rope_scaling", "rope_theta", "sliding_window", "hidden_act", "original_max_position_embeddings")
     assert {key: again.config.to_dict().get(key) for key in kept} == {key: source.config.to_dict().get(key) for key in kept}
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """SIGTERM while the result is compared, when all of it is written beside the target."""
+    _, source = directory(tmp_path / "hf")
+    monkeypatch.setattr(convert, "verify_same", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        main(["import", str(source), str(tmp_path / "ckpt")])
+    assert ended.value.code == 143
+    assert "nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
