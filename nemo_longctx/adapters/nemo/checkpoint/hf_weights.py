@@ -128,7 +128,9 @@ def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig
     if any(found.config.no_rope):
         fields["no_rope_freq"] = [int(each) for each in found.config.no_rope]
     if family.model_type == "starcoder2":
-        fields |= {"activation_func": ACTIVATIONS[source["hidden_act"]], "bias_activation_fusion": False}
+        fields["bias_activation_fusion"] = False
+        if source["hidden_act"] != "gelu":  # which the class has
+            fields["activation_func"] = ACTIVATIONS[source["hidden_act"]]
     if family.model_type == "qwen3":
         fields["max_position_embeddings"] = source["max_position_embeddings"]
     return config_class(**fields)
