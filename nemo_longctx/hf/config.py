@@ -90,6 +90,9 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
     if not isinstance(family, str) or family not in DEFAULTS:
         raise refusal(family, raw)
     notes: list[str] = []
+    _check_head(raw)
+    if raw.get("auto_map"):
+        notes.append(f"the code that comes with the directory (auto_map) is not run: it is taken as transformers' own {family}")
     found = {**DEFAULTS[family], **{key: raw[key] for key in raw if key not in ROPE_KEYS}}
     values: dict[str, Any] = {"model_type": family}
     values |= {key: _size(found, key) for key in SIZES}
@@ -133,6 +136,15 @@ def _refuse_quantised(raw: Mapping[str, Any]) -> None:
             "model.dequantize(), then save_pretrained)"
         )
         raise ConfigError(key, method or settings, mend)
+
+
+def _check_head(raw: Mapping[str, Any]) -> None:
+    """Refuse a model whose head is none of a language model: a classifier's, a reward model's."""
+    names = raw.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        if isinstance(name, str) and "For" in name and not name.endswith("ForCausalLM"):
+            mend = "has another head than a language model's, which would be lost; take the model that it was made from"
+            raise ConfigError("architectures", names, mend)
 
 
 def _size(found: Mapping[str, Any], key: str, *, optional: bool = False) -> int | None:

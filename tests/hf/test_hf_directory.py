@@ -55,6 +55,7 @@ def refused(folder, message):
         ({"model_type": None}, "must name its architecture"),
         ({"model_type": "afmoe", "auto_map": {"AutoConfig": "x.Y"}}, "its code comes with the directory"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a language model's"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_size": "64"}, "hidden_size='64': must be a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: must divide"),
@@ -75,7 +76,8 @@ def test_a_config_that_would_be_lost_is_refused_in_a_sentence(directory, changes
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 128.0}},
          YarnRope(factor=4.0, original_max_position_embeddings=128)),
         ({"head_dim": None, "num_key_value_heads": None}, Rope()),
-        ({"torch_dtype": "bfloat16", "unheard_of": {"a": [1]}, "id2label": 7}, Rope()),
+        ({"torch_dtype": "bfloat16", "unheard_of": {"a": [1]}, "id2label": 7, "architectures": 5}, Rope()),
+        ({"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "x.Y"}}, Rope()),
     ],
 )  # fmt: skip
 def test_what_says_enough_is_taken(directory, changes, variant):
