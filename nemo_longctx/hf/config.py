@@ -101,7 +101,11 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
     values |= {key: _number(found, key) for key in (norm_epsilon(family), "initializer_range")}
     _heads(values)
     _check_fixed(family, found, values)
-    values |= {key: token_numbers(found, key, values["vocab_size"], notes) for key in TOKENS}
+    for key in TOKENS:
+        default = DEFAULTS[family].get(key)
+        if key not in raw and default is not None and default >= values["vocab_size"]:
+            found[key] = None  # StarCoder2's class names tokens that its own vocabulary has not
+        values[key] = token_numbers(found, key, values["vocab_size"], notes)
     values |= _dtype(found)
     windows = windows_of(family, found, values, notes)
     no_rope = no_rope_of(family, found, values)

@@ -111,6 +111,11 @@ def test_windows_are_those_of_transformers(model_type, changes, windows):
     assert list(read_config(config_of(model_type, **changes)).windows) == windows
 
 
+def test_tokens_that_only_the_class_names_and_the_vocabulary_has_not_are_none():
+    found = read_config({key: value for key, value in config_of("phi3").items() if not key.endswith("token_id")})
+    assert (found.values["bos_token_id"], found.values["eos_token_id"], found.values["pad_token_id"]) == (1, None, None)
+
+
 def test_smollm3s_layers_without_rope():
     assert read_config(config_of("smollm3", pad_token_id=None)).no_rope == (False, False, False, True)
     said = read_config(config_of("smollm3", pad_token_id=None, no_rope_layers=[0, 1, 1, 0]))
