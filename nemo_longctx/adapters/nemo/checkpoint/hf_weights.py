@@ -144,7 +144,7 @@ def hf_fields(config: GPTConfig, family: Family) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_query_groups,
+        "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
         "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
         norm_epsilon(family.model_type): config.layernorm_epsilon,
