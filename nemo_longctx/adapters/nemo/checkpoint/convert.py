@@ -158,7 +158,7 @@ def export_hf(
         raise ConfigError("max_position_embeddings", max_position_embeddings, "the longest input in tokens, 1 or more")
     cpu.install()
     directory = checkpoint_directory(checkpoint)
-    check_target(target, directory)
+    check_target(target, directory / "weights")
     described = checkpoint_model(directory, {}, adapters=True)
     variant = variant_of(described)
     longest = described.config.seq_length if max_position_embeddings is None else max_position_embeddings
