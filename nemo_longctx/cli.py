@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "instruction tuning of an extended model on short conversations and generated long ones",
     "prepare": "JSONL, Parquet or text files -> Megatron's .bin/.idx, in parallel and resumable; trains a tokenizer if asked",
     "inspect": "documents, tokens, lengths, what windows cut and what a mix will deliver, from the index alone",
+    "curate": "documents worth training on: rules, exact and near duplicates, long documents assembled; each drop is listed",
     "synth": "training text that can only be predicted by looking back: passkeys, records, copies; JSONL that prepare takes",
     "export": "a NeMo checkpoint -> a Hugging Face directory, RoPE variant and tokenizer included, verified by reloading",
     "import": "a Hugging Face directory -> a NeMo checkpoint, RoPE variant and tokenizer included",

@@ -34,7 +34,7 @@ def size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def _keys(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
     """`title?,meta.text` -> its parts; one that holds a comma stands in double quotes."""
     return tuple(next(csv.reader([text]), ()))
 
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-tokenizer-bytes", type=size, metavar="SIZE", help="text to train it on (default 16MiB)")
     parser.add_argument(
-        "--keys", type=_keys, help="texts of a record, joined (default: text); a.b is b within a, title? may be missing"
+        "--keys", type=names, help="texts of a record, joined (default: text); a.b is b within a, title? may be missing"
     )
     parser.add_argument(
         "--glob", dest="globs", action="append", help="which files of directories, e.g. '*.txt'; may be repeated"
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(PrepareConfig)}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = PrepareConfig(**{name: value for name, value in values.items() if value is not None})
-    bars = _Bar()
+    bars = Bar()
     try:
         made = prepare(config, say=bars.say, progress=bars.open)
     finally:
@@ -106,24 +106,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Bar:
-    """A tqdm bar over input bytes that also shows documents and tokens per second."""
+class Bar:
+    """A tqdm bar over input bytes that also shows documents and tokens (or what `unit` says) per second."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "tokenizing", unit: str = "tokens") -> None:
+        self._what, self._unit = what, unit
         self._bar: Any = None
         self._documents = self._tokens = 0
 
     def open(self, n_bytes: int) -> Any:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing", dynamic_ncols=True)
+        self.close()
+        self._documents = self._tokens = 0
+        self._bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=self._what, dynamic_ncols=True)
         return self._step
 
     def _step(self, n_bytes: int, documents: int, tokens: int) -> None:
         self._documents += documents
         self._tokens += tokens
         rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{self._documents:,} docs, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"{self._documents:,} docs, {rate:,.0f} {self._unit}/s", refresh=False)
         self._bar.update(n_bytes)
 
     def say(self, line: str) -> None:

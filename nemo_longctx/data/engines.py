@@ -1,4 +1,4 @@
-"""Where `prepare` runs its shards: processes of this machine, or a Ray cluster. Both run `shards.tokenize_shard`."""
+"""Where `prepare` and `curate` run their shards: processes of this machine, or a Ray cluster. Both call `Job.run`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,35 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, place_of, tokenize_shard
 
-Done = Iterator[tuple[ShardJob, ShardReport]]
+Progress = Callable[[int, int, int], None]  # input bytes, documents, tokens since the last call
+
+
+class Job(Protocol):
+    """One shard's work. It is pickled, and may be run again where its process was killed."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Input that it reads."""
+
+    def run(self, progress: Progress) -> Any:
+        """Do it; what it returns has `totals()`: documents and tokens."""
+
+    def place(self) -> str:
+        """`file:line` that it had come to."""
+
+
+Done = Iterator[tuple[Any, Any]]
 
 
 class StoppedError(Exception):
     """Raised in a worker when the run has failed elsewhere."""
 
 
-def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) -> Done:
+def run_in_processes(jobs: Sequence[Job], progress: Progress, *, workers: int) -> Done:
     """Run the jobs in `workers` processes; yields each as it ends, in any order.
 
     Raises:
@@ -39,7 +55,7 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
         progress(*(new - old for new, old in zip(now, told, strict=True)))
         told[:] = now
 
-    running: dict[Any, ShardJob] = {}
+    running: dict[Any, Job] = {}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counters, stop))
     try:
         # Only a few jobs wait in the pool: a million shards need no million futures.
@@ -56,7 +72,7 @@ def run_in_processes(jobs: Sequence[ShardJob], progress: Progress, *, workers: i
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
         started = list(running.values())[:workers]  # jobs are begun in their order
-        where = " and ".join(place_of(job) for job in started)
+        where = " and ".join(job.place() for job in started)
         mend = "use fewer" if workers > 1 else "free memory, or leave that document out"
         what = f"a worker process was killed (out of memory?) at or soon after {where}"
         raise ConfigError("workers", workers, f"{what}; {mend}, and the same command goes on from here") from error
@@ -75,7 +91,7 @@ def _interrupt_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _next(jobs: Iterator[ShardJob], n: int) -> Iterator[ShardJob]:
+def _next(jobs: Iterator[Job], n: int) -> Iterator[Job]:
     for _ in range(n):
         job = next(jobs, None)
         if job is None:
@@ -111,11 +127,11 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(job: ShardJob) -> ShardReport:
-    return tokenize_shard(job, _progress)
+def _run_in_worker(job: Job) -> Any:
+    return job.run(_progress)
 
 
-def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) -> Done:
+def run_on_ray(jobs: Sequence[Job], progress: Progress, *, workers: int) -> Done:
     """Run the jobs as Ray tasks of one CPU each, at most `workers` at a time; yields each as it ends.
 
     Joins the cluster that RAY_ADDRESS names (or the one already joined), else starts Ray on this machine with `workers` CPUs.
@@ -140,7 +156,7 @@ def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) ->
     try:
         task = ray.remote(num_cpus=1, max_retries=3)(_run_on_node)
         todo = iter(jobs)
-        running: dict[Any, ShardJob] = {}
+        running: dict[Any, Job] = {}
         while True:
             for job in _next(todo, workers - len(running)):
                 running[task.remote(job)] = job
@@ -150,20 +166,19 @@ def run_on_ray(jobs: Sequence[ShardJob], progress: Progress, *, workers: int) ->
             for reference in done:
                 job = running.pop(reference)
                 report = _ray_result(ray, reference)
-                n_bytes = sum(part.n_bytes for part in job.parts)
-                progress(n_bytes, sum(report.documents.values()), sum(report.tokens.values()))
+                progress(job.n_bytes, *report.totals())
                 yield job, report
     finally:
         if started:
             ray.shutdown()
 
 
-def _run_on_node(job: ShardJob) -> ShardReport:
+def _run_on_node(job: Job) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return tokenize_shard(job, lambda n_bytes, documents, tokens: None)
+    return job.run(lambda n_bytes, documents, tokens: None)
 
 
-def _ray_result(ray: Any, reference: Any) -> ShardReport:
+def _ray_result(ray: Any, reference: Any) -> Any:
     """The report, or the worker's own error without Ray's wrapping."""
     try:
         return ray.get(reference)

@@ -6,14 +6,12 @@ the shards that are done. Nothing of the output is touched before all shards are
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +21,16 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus, token_dtype
-from nemo_longctx.data.engines import ENGINES
-from nemo_longctx.data.inputs import Found, find_files, format_of, shown
+from nemo_longctx.data.engines import ENGINES, Progress
+from nemo_longctx.data.inputs import Found, find_files, shown
 from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
 from nemo_longctx.data.opening import is_url, size_of, stamp_of
 from nemo_longctx.data.prepare_config import PrepareConfig
 from nemo_longctx.data.prepare_tokenizer import tokenizer_of
-from nemo_longctx.data.readers import Part, split_file
-from nemo_longctx.data.shards import Progress, ShardJob, ShardReport, load_report
+from nemo_longctx.data.readers import Part, split_files
+from nemo_longctx.data.shards import ShardJob, ShardReport, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, read_back
-from nemo_longctx.data.writer import explain_full_disk
-
-_MIB = 1 << 20
+from nemo_longctx.data.writer import explain_full_disk, work_directory
 
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
     if found.passed_over or len(found.files) > 1:
         say(found.summary())
     sources = _sources(config, found.files)
-    with explain_full_disk(str(work)), _locked(work):
+    with explain_full_disk(str(work)), work_directory(work):
         tokenizer = tokenizer_of(config, sources, _input_hash(config, sources), say)
         if config.append_eod and tokenizer.eod_id is None:
             mend = "it has no eos_token to end documents with; name one by --eod-token, or use --no-append-eod"
@@ -112,25 +108,10 @@ def _find(config: PrepareConfig, output: str) -> Found:
 
 
 def _sources(config: PrepareConfig, paths: list[str]) -> list[list[Part]]:
-    """The input cut into shards: consecutive parts of about the same size in all."""
-    sizes = {path: size_of(path) for path in paths}
     if config.max_input_bytes is not None:
+        sizes = {path: size_of(path) for path in paths}
         paths = _sample_files(paths, sizes, config.max_input_bytes, config.seed)
-    total = sum(sizes[path] for path in paths)
-    if total == 0:
-        raise ConfigError("input", " ".join(config.inputs), "all of it is empty; name files that hold text")
-    target = config.shard_bytes or min(max(total // 64, _MIB), 256 * _MIB)
-    shards: list[list[Part]] = [[]]
-    filled = 0
-    for path in paths:
-        kind = format_of(path) if config.format == "auto" else config.format
-        for part in split_file(path, kind, target):
-            if filled and filled + part.n_bytes > target:
-                shards.append([])
-                filled = 0
-            shards[-1].append(part)
-            filled += part.n_bytes
-    return shards
+    return split_files(paths, config.format, config.shard_bytes)
 
 
 def _sample_files(paths: list[str], sizes: dict[str, int], limit: int, seed: int) -> list[str]:
@@ -234,7 +215,7 @@ def _run(
     todo = [job for job in jobs if job.number not in reports]
     if reports:
         say(f"going on: {len(reports)} of {len(jobs)} shards were finished before")
-    tell = progress(sum(part.n_bytes for job in todo for part in job.parts))
+    tell = progress(sum(job.n_bytes for job in todo))
     workers = min(config.workers or os.cpu_count() or 1, max(1, len(todo)))
     for job, report in ENGINES[config.engine](todo, tell, workers=workers):
         reports[job.number] = report
@@ -297,24 +278,3 @@ def _provenance(
         },
         "plan": plan,
     }
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One run at a time for an output.
-
-    Raises:
-        ConfigError: another one is at work.
-    """
-    work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError("output", str(work), "another run is writing there; wait for it, or stop it") from error
-        try:
-            yield
-        finally:
-            if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing to go on from
-                shutil.rmtree(work)

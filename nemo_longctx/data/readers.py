@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import BinaryIO
 
+from nemo_longctx.config import ConfigError
 from nemo_longctx.data import long_text
+from nemo_longctx.data.inputs import format_of, shown
 from nemo_longctx.data.long_text import LongText, TextFile, read_long_line, skip_line
 from nemo_longctx.data.opening import DamagedError, can_be_cut, open_bytes, open_raw, size_of
 from nemo_longctx.data.records import Key, Part, Record, checked, row_record
@@ -19,16 +21,17 @@ from nemo_longctx.data.tables import read_arrow, read_csv, read_json, read_parqu
 _BLOCK = 1 << 20
 
 
-def read_part(part: Part, keys: Sequence[str], *, replace: bool = False) -> Iterator[Record]:
+def read_part(part: Part, keys: Sequence[str], *, replace: bool = False, fields: Sequence[str] = ()) -> Iterator[Record]:
     """The records of a part.
 
     Args:
         part: what to read.
         keys: see `Key`; the texts of several are joined by an empty line.
         replace: put U+FFFD for bytes that are not UTF-8 and for half a surrogate pair, rather than reject the record.
+        fields: keys whose values are given beside the text; a file of text has none of them.
     """
     rows = {"jsonl": _read_jsonl, "json": read_json, "csv": read_csv, "parquet": read_parquet, "arrow": read_arrow}
-    wanted = [Key(key) for key in keys]
+    wanted = [Key(key) for key in keys] + [Key(key, field=True) for key in fields]
     try:
         if part.format in rows:
             yield from rows[part.format](part, wanted, replace)
@@ -165,6 +168,33 @@ def split_file(path: str, kind: str, shard_bytes: int) -> list[Part]:
         Part(path=path, format=kind, start=bounds[i], stop=bounds[i + 1], n_bytes=size * (i + 1) // n - size * i // n)
         for i in range(n)
     ]
+
+
+def split_files(paths: Sequence[str], kind: str, shard_bytes: int | None) -> list[list[Part]]:
+    """The input cut into shards: consecutive parts of about the same size in all.
+
+    Args:
+        paths: files, in order.
+        kind: format of all, or `auto`: by each file's name.
+        shard_bytes: input per shard; None is 1/64 of the whole, within 1 to 256 MiB.
+
+    Raises:
+        ConfigError: all of it is empty.
+    """
+    total = sum(map(size_of, paths))
+    if total == 0:
+        raise ConfigError("input", " ".join(map(shown, paths[:5])), "all of it is empty; name files that hold text")
+    target = shard_bytes or min(max(total // 64, _BLOCK), 256 * _BLOCK)
+    shards: list[list[Part]] = [[]]
+    filled = 0
+    for path in paths:
+        for part in split_file(path, format_of(path) if kind == "auto" else kind, target):
+            if filled and filled + part.n_bytes > target:
+                shards.append([])
+                filled = 0
+            shards[-1].append(part)
+            filled += part.n_bytes
+    return shards
 
 
 def _is_cuttable(path: str) -> bool:

@@ -14,11 +14,15 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 class Record(NamedTuple):
-    """One document, or what is wrong with it. `line` counts from 1 (rows, in Parquet) from the start of the part."""
+    """One document, or what is wrong with it. `line` counts from 1 (rows, in Parquet) from the start of the part.
+
+    `fields` are the values of the keys that are no text, None where the record has them not.
+    """
 
     text: str | LongText
     line: int
     error: str = ""
+    fields: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +46,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Key:
-    """A text of a record: its name as it stands there, or a path of names with dots; one that may be missing ends in `?`."""
+    """A text of a record: its name as it stands there, or a path of names with dots; one that may be missing ends in `?`.
+
+    With `field` its value is given beside the text, whatever it is.
+    """
 
     name: str
+    field: bool = False
 
     def of(self, row: Any) -> tuple[Any, str]:
         """(value, what is wrong). None without an error: the key is optional, and not there."""
@@ -76,7 +84,10 @@ def row_record(row: Any, number: int, keys: Sequence[Key], replace: bool, spelle
         spelled: long texts that are not in the row, by the names that stand for them.
     """
     texts: list[Any] = []
+    fields = tuple(key.of(row)[0] for key in keys if key.field)
     for key in keys:
+        if key.field:
+            continue
         value, error = key.of(row)
         if error:
             return Record("", number, error)
@@ -88,8 +99,10 @@ def row_record(row: Any, number: int, keys: Sequence[Key], replace: bool, spelle
             texts.append("\n\n")
         texts.append(spelled.get(value, value) if spelled else value)
     if not spelled or all(isinstance(text, str) for text in texts):
-        return checked("".join(texts), number, replace)
-    return checked_long(LongText(texts, replace=replace), number)
+        record = checked("".join(texts), number, replace)
+    else:
+        record = checked_long(LongText(texts, replace=replace), number)
+    return record._replace(fields=fields) if fields else record
 
 
 def checked(text: str, number: int, replace: bool) -> Record:

@@ -212,7 +212,7 @@ def _columns(keys: Sequence[Key], names: Sequence[str]) -> tuple[list[str], str]
         root = next((each for each in (key.name, name, name.split(".")[0]) if each in names), None)
         if root is not None:
             columns.append(root)
-        elif name == key.name:
+        elif name == key.name and not key.field:
             return (
                 [],
                 f"no column {name.split('.')[0]!r} ({did_you_mean(name.split('.')[0], names) if names else 'it has none'})",

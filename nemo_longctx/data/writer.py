@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +82,17 @@ class CorpusWriter:
             self.lengths.append(length)
             self.n_tokens += length
         return length
+
+    def add_documents(self, tokens: np.ndarray, lengths: list[int]) -> None:
+        """Append documents of ordinary size that lie one behind the other, each with at least one token.
+
+        Args:
+            tokens: ids that `dtype` holds, [sum of lengths].
+            lengths: tokens of each document.
+        """
+        self._file.write(tokens.astype(self.dtype, copy=False).data)
+        self.lengths.extend(lengths)
+        self.n_tokens += len(tokens)
 
     def finish(self) -> None:
         """Flush to the disk, write the index, and give both their names.
@@ -159,3 +172,24 @@ def sync(file: BinaryIO) -> None:
     """Bring a file's bytes to the disk before a rename makes them count."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def work_directory(work: Path) -> Iterator[None]:
+    """Make the folder of a run that has not ended, and let one run at a time in; left empty, it goes.
+
+    Raises:
+        ConfigError: another one is at work.
+    """
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError("output", str(work), "another run is writing there; wait for it, or stop it") from error
+        try:
+            yield
+        finally:
+            if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing to go on from
+                shutil.rmtree(work)

@@ -19,7 +19,7 @@ from nemo_longctx.data.engines import ENGINES
 from nemo_longctx.data.mixture import Documents, MixConfig
 from nemo_longctx.data.prepare import PrepareConfig, prepare
 from nemo_longctx.data.readers import split_file
-from nemo_longctx.data.shards import ShardJob, place_of, tokenize_shard
+from nemo_longctx.data.shards import ShardJob, tokenize_shard
 
 WORDS = "the old dog runs over long hills and short words"
 
@@ -286,7 +286,7 @@ def test_where_a_killed_worker_was_is_known(tmp_path, tok, monkeypatch):
     (tmp_path / "tokenizer.json").write_text((tok / "tokenizer.json").read_text())
     fixed = {"keys": ("text",), "bos_id": None, "eod_id": None, "dtype": "int32", "skip_bad": False, "replace": False}
     job = ShardJob(number=3, parts=tuple(parts[1:2]), directory=str(tmp_path), holdout=0.0, seed=1, **fixed)
-    assert place_of(job) == str(tmp_path / "a.jsonl")
+    assert job.place() == str(tmp_path / "a.jsonl")
 
     class KilledError(Exception):
         pass
@@ -296,7 +296,7 @@ def test_where_a_killed_worker_was_is_known(tmp_path, tok, monkeypatch):
 
     with pytest.raises(KilledError):
         tokenize_shard(job, killed)
-    line = int(place_of(job).rpartition(":")[2])
+    line = int(job.place().rpartition(":")[2])
     assert 10 < line < 30
     tokenize_shard(job, lambda *steps: None)
     assert not job.place_path.exists()

@@ -1,0 +1,1 @@
+"""Long data worth training on: documents judged by rules, duplicates found, long documents assembled; `nemo-longctx curate`."""
