@@ -20,6 +20,7 @@ examples:
   nemo-longctx inspect data/books data/web --seq-length 32768
   nemo-longctx inspect data/all --mix '{long_length: 32768, long_share: 0.5}' --total-tokens 10G --seq-length 32768
   nemo-longctx inspect --mix conf/data/mine.yaml --curriculum conf/curriculum/mine.yaml --json
+  nemo-longctx inspect chats.jsonl --show 2 --tokenizer /ckpt/llama2_7b_hf       # conversations of instruction tuning
 
 --mix and --curriculum take YAML or a file of it, and the part under `mix` (`data.mix`) or `curriculum`, where there is one.
 Shares cut by windows are expectations over the shuffle; what the mix delivers is counted on the run's own order of documents,
@@ -45,9 +46,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-figure", action="store_true", help="write no files")
     parser.add_argument("--show", type=int, metavar="N", help="print N windows as the model gets them: text, seams, ids, loss")
-    parser.add_argument("--at", type=size, metavar="TOKEN", help="with --show: from the window at this token of the run on")
+    parser.add_argument(
+        "--at", type=size, metavar="TOKEN", help="with --show: from the window at this token on, or conversation"
+    )
     parser.add_argument("--source", metavar="NAME", help="with --show: only windows that hold a document of this source")
     parser.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="with --show: of the text (default: what prepare noted)")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="with --show of conversations: tokenizer (default), llama2, or a Jinja file"
+    )
+    parser.add_argument(
+        "--prompt-loss-weight",
+        type=float,
+        metavar="W",
+        help="with --show of conversations: of prompts (default 0; long data: 1)",
+    )
     parser.add_argument("--document-masking", action="store_true", help="with --show: documents kept apart, as in such a run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -57,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.data.mixture import Documents, MixConfig
     from nemo_longctx.data.statistics import LengthCounts, describe
 
+    if any(prefix.endswith(".jsonl") for prefix in args.prefixes):
+        return _show_conversations(args)
     has_plan = any(value is not None for value in (args.mix, args.curriculum, args.total_tokens, args.seq_length, args.show))
     _check(args, has_plan)
     mix = build(MixConfig, _mix_values(args), where="data.mix")
@@ -100,6 +114,9 @@ def _check(args: argparse.Namespace, has_plan: bool) -> None:
     for name in ("at", "source", "tokenizer", "document_masking"):
         if args.show is None and getattr(args, name):
             raise ConfigError(name, getattr(args, name), "it has no effect without --show")
+    for name in ("chat_template", "prompt_loss_weight"):
+        if getattr(args, name) is not None:
+            raise ConfigError(name, getattr(args, name), "only conversations have it; name a file of them, FILE.jsonl")
     for name in ("packing", "seed"):
         if not has_plan and getattr(args, name) is not None:
             mend = "it has no effect without a plan; give --seq-length, --total-tokens, --mix or --curriculum"
@@ -249,6 +266,34 @@ def _show(args: argparse.Namespace, windows: Any, documents: Any) -> None:
     colour = out.isatty() and "NO_COLOR" not in os.environ
     for line in show_windows(windows, tokenizer, first=first, count=args.show, source=args.source, colour=colour):
         print(line, file=out)
+
+
+def _show_conversations(args: argparse.Namespace) -> int:
+    """Print conversations as instruction tuning gets them."""
+    from nemo_longctx.data.sft import loss_units
+    from nemo_longctx.data.sft_instances import chat_template
+    from nemo_longctx.data.show import show_instances
+    from nemo_longctx.data.tokenization import check_hub_name
+
+    if len(args.prefixes) > 1 or args.show is None or args.tokenizer is None:
+        mend = "a file of conversations; show some by --show N --tokenizer NAME_OR_DIR, or prepare text and name its prefix"
+        raise ConfigError("PREFIX", args.prefixes[0], mend)
+    for name in ("seq_length", "mix", "curriculum", "total_tokens", "packing", "seed", "source", "document_masking"):
+        if getattr(args, name):
+            raise ConfigError(name, getattr(args, name), "it has no effect on conversations; leave it out")
+    if args.show < 1:
+        raise ConfigError("show", args.show, "how many conversations to print, at least 1")
+    check_hub_name("tokenizer", args.tokenizer)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    template = chat_template(args.chat_template or "tokenizer", tokenizer)
+    units = loss_units(args.prompt_loss_weight or 0.0)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    path = args.prefixes[0]
+    for line in show_instances(path, tokenizer, template, first=args.at or 0, count=args.show, units=units, colour=colour):
+        print(line)
+    return 0
 
 
 def _draw(args: argparse.Namespace, report: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.opening import check_local
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -94,7 +95,8 @@ class IndexedCorpus:
         self.n_tokens = size // dtype.itemsize
         if self.n_tokens == 0:
             raise self._broken("it holds no token")
-        self._tokens = np.frombuffer(_map_file(bin_path, self.prefix, "token file"), dtype)
+        self._token_map = _map_file(bin_path, self.prefix, "token file")
+        self._tokens = np.frombuffer(self._token_map, dtype)
 
     def __reduce__(self):  # data loader workers open their own maps
         return (type(self), (self.prefix,))
@@ -152,6 +154,12 @@ class IndexedCorpus:
         if not 0 <= token_start <= token_stop <= self.n_tokens:
             raise IndexError(f"tokens [{token_start}, {token_stop}) of {self.n_tokens} in {self.prefix}")
         return self._tokens[token_start:token_stop]
+
+    def will_need(self, token_start: int, token_stop: int) -> None:
+        """Have tokens brought from the disk in the background. Ranges asked for together come together; touched, one by one."""
+        begin = token_start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        if 0 <= token_start < token_stop <= self.n_tokens:  # what else is asked for, `read` refuses
+            self._token_map.madvise(mmap.MADV_WILLNEED, begin, token_stop * self.dtype.itemsize - begin)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -341,6 +349,7 @@ def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     prefixes: list[str] = []
     for each in [os.fspath(item) for item in sources]:
+        check_local("corpus", each)
         if os.path.isdir(each) and not os.path.isfile(f"{each}.idx"):
             inside = sorted(str(path)[: -len(".idx")] for path in Path(each).glob("*.idx"))
             if not inside:

@@ -35,6 +35,17 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def check_local(key: str, path: str) -> None:
+    """Refuse a URL where a file is written, or mapped into memory.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_url(path):
+        mend = "input may lie in object storage, a corpus (.bin/.idx) and other output lie on a file system; name a path there"
+        raise ConfigError(key, path, mend)
+
+
 def url_to_fs(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path there.
 

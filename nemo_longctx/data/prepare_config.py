@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.engines import ENGINES
 from nemo_longctx.data.inputs import FORMATS
+from nemo_longctx.data.opening import check_local
 from nemo_longctx.data.tokenization import check_vocab_size
 
 
@@ -93,6 +94,7 @@ class PrepareConfig:
 
 def _check_output(output: str) -> None:
     """Refuse an output whose files would not lie where its name says."""
+    check_local("output", output)
     if output.endswith((".bin", ".idx")):
         raise ConfigError("output", output, f"is a prefix, to which .bin and .idx are added; name it {output[:-4]!r}")
     if os.path.basename(output) in ("", ".", ".."):

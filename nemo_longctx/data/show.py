@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.sft import window
+from nemo_longctx.data.sft_instances import ANSWER, encode_conversation, read_conversations
 from nemo_longctx.data.windows import StageWindows, Windows
 
 _BOLD, _DIM, _RED, _PLAIN = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
@@ -57,6 +63,47 @@ def show_windows(
             count_for = f"{mask[at]:>6g}"
             paint = red if mask[at] == 0 else ""
             yield f"{paint}  {at:>8,} {tokens[at]:>9} {labels[at]:>9} {count_for}{plain if paint else ''}"
+
+
+def show_instances(
+    path: str, tokenizer: Any, template: str, *, first: int, count: int, units: tuple[int, int], colour: bool = False
+) -> Iterator[str]:
+    """Lines about conversations `first`, `first + 1`, ... of a file, as instruction tuning gets them.
+
+    Args:
+        path: JSONL, see `sft_instances`.
+        tokenizer: a fast one of transformers.
+        template: Jinja text of its chat form.
+        first, count: which.
+        units: what a prompt's and an answer's token count for the loss, `sft.loss_units`.
+        colour: terminal colours: answers bold, what does not count for the loss dim.
+
+    Raises:
+        ConfigError: a bad row up to there, or no such one.
+    """
+    bold, dim, red, plain = (_BOLD, _DIM, _RED, _PLAIN) if colour else ("", "", "", "")
+    number = -1
+    for number, messages in enumerate(islice(read_conversations(path), first + count)):
+        if number < first:
+            continue
+        ids, roles = encode_conversation(tokenizer, template, messages)
+        sample = window([(ids, roles)], seq_length=len(ids) - 1, pad_id=0, units=units)
+        labels, mask = sample["labels"].tolist(), sample["loss_mask"].tolist()
+        counted = sum(value > 0 for value in mask)
+        yield f"{bold}instance {number} of {path}{plain} ({len(ids):,} tokens, {counted:,} count for the loss)"
+        seams = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist(), len(ids)]
+        for begin, end in pairwise(seams):
+            answer = bool(roles[begin] == ANSWER)
+            weight = units[1] if answer else units[0]
+            yield f"--- {'answer' if answer else 'prompt'}, {end - begin:,} tokens, each counts {weight / units[1]:g} ---"
+            yield f"{bold if answer else dim if not weight else ''}{_text(tokenizer, ids[begin:end].tolist())}{plain}"
+        yield "  position     token     label   loss"
+        for at in sorted({at for seam in seams for at in range(seam - _AROUND, seam + _AROUND) if 0 <= at < len(mask)}):
+            paint = red if mask[at] == 0 else ""
+            loss = f"{mask[at] / units[1]:>6g}"
+            yield f"{paint}  {at:>8,} {int(ids[at]):>9} {labels[at]:>9} {loss}{plain if paint else ''}"
+    if number < first:
+        raise ConfigError("at", first, f"{path} has {number + 1} conversations, counted from 0")
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

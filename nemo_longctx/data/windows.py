@@ -161,11 +161,15 @@ def read_documents(documents: Documents, visits: np.ndarray, edges: list[int], s
         ConfigError: an id that is not below `documents.vocab_size`.
     """
     out = np.empty(edges[-1], np.int64)
+    parts = []
     begin = 0
     for (corpus, first), start, end in zip(documents.places(visits), starts, edges, strict=False):
         first += start
-        out[begin:end] = corpus.read(first, first + end - begin)
+        corpus.will_need(first, first + end - begin)
+        parts.append((corpus, first, begin, end))
         begin = end
+    for corpus, first, begin, end in parts:
+        out[begin:end] = corpus.read(first, first + end - begin)
     limit = documents.vocab_size
     if limit is not None and out.view(np.uint64).max() >= limit:  # a negative id is beyond all as well
         raise bad_token(documents.shards, documents.shard_offsets, documents.whole(visits), edges, out, limit)

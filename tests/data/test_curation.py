@@ -248,6 +248,7 @@ def test_answers_follow_what_they_answer():
     ("options", "message"),
     [
         ({"output": "x.json"}, "ends in .jsonl"),
+        ({"output": "s3://bucket/x.jsonl"}, "object storage"),
         ({"near_duplicates": 0.01}, "too low"),
         ({"near_duplicates": 1.5}, "a similarity"),
         ({"gzip_band": (0.8, 0.2)}, "two quantiles"),

@@ -1,5 +1,6 @@
 """`inspect --show`: a window's parts are the documents whose tokens it holds; a report comes before its picture."""
 
+import json
 import os
 
 import numpy as np
@@ -79,3 +80,38 @@ def test_windows_from_a_token_on_that_hold_a_source_are_printed(tmp_path, capsys
     assert "no effect without --show" in capsys.readouterr().err
     assert main([*common, "--show", "1", "--source", "wbe"]) == 2
     assert "did you mean 'web'" in capsys.readouterr().err
+
+
+def test_windows_are_shown_with_their_text(corpus, capsys):
+    common = ["inspect", str(corpus / "books"), "--seq-length", "64", "--no-figure", "--show", "1"]
+    assert main([*common, "--tokenizer", str(corpus / "tok")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("--- books: document "))
+    document = int(lines[at].split("document ")[1].split(" ")[0])
+    assert f"books number {document} books number {document}" in lines[at + 1]
+    assert "\033" not in "".join(lines)  # no colours into a file
+    windows = windows_of([str(corpus / "books")], corpus, "best_fit")
+    painted = "".join(show_windows(windows, None, first=0, count=1, colour=True))
+    assert "\033[1mwindow 0" in painted
+    assert "\033[31m" in painted  # of what does not count for the loss
+
+
+@pytest.mark.parametrize(("weight", "prompts"), [(None, "0"), ("0.25", "0.25")])
+def test_conversations_are_shown_with_their_loss_weights(corpus, capsys, weight, prompts):
+    turns = [("user", "Where is the dog?"), ("assistant", "On the hills."), ("user", "Why?"), ("assistant", "It runs.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (corpus / "chats.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    options = ["--tokenizer", str(corpus / "tok"), "--chat-template", "llama2"]
+    options += ["--prompt-loss-weight", weight] if weight else []
+    assert main(["inspect", str(corpus / "chats.jsonl"), "--show", "1", "--at", "2", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"instance 2 of {corpus / 'chats.jsonl'}")
+    assert [line.split(",")[0] for line in out.splitlines() if line.startswith("---")] == ["--- prompt", "--- answer"] * 2
+    assert f"each counts {prompts} ---" in out
+    assert out.index("Where is the dog?") < out.index("On the hills.") < out.index("It runs.")
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ") and line.split()[0].isdigit()]
+    assert {loss for *_, loss in rows} == {prompts, "1"}
+    assert main(["inspect", str(corpus / "chats.jsonl"), "--show", "1", "--at", "3", *options]) == 2
+    assert "has 3 conversations" in capsys.readouterr().err
+    assert main(["inspect", str(corpus / "chats.jsonl")]) == 2
+    assert "--show N --tokenizer" in capsys.readouterr().err

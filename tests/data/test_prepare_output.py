@@ -19,6 +19,14 @@ def config(**changes):
     return PrepareConfig(**{"inputs": ("a.jsonl",), "output": "c", "tokenizer": "t", **changes})
 
 
+@pytest.mark.parametrize("output", ["s3://bucket/c", "gs://bucket/c", "memory://c", "file:///c"])
+def test_a_corpus_in_object_storage_is_refused_by_name(output):
+    with pytest.raises(ConfigError, match="object storage"):
+        PrepareConfig(inputs=("a.jsonl",), output=output, tokenizer="t")
+    with pytest.raises(ConfigError, match="object storage"):
+        open_corpus(output)
+
+
 @pytest.mark.parametrize("output", ["", "/", ".", "..", "x/.", "x/..", "x/y/", "x.bin", "x/y.idx"])
 def test_an_output_that_is_no_prefix_is_refused(output):
     """`x/` would write `x.bin` beside the directory, `` beside the working directory, `x.bin` `x.bin.bin`."""

@@ -129,7 +129,7 @@ def sentencepiece_model(directory, model_type, **options):
 LLAMA2 = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
-@pytest.mark.parametrize("settings", [True])
+@pytest.mark.parametrize("settings", [False, True])
 def test_a_sentencepiece_model_gives_its_own_tokens(tmp_path, settings):
     theirs = sentencepiece_model(tmp_path / "tok", "bpe", **LLAMA2)
     if settings:

@@ -10,6 +10,7 @@ from nemo_longctx.data.curation.duplicates import bands_for
 from nemo_longctx.data.curation.scores import PERMUTATIONS
 from nemo_longctx.data.engines import ENGINES
 from nemo_longctx.data.inputs import FORMATS
+from nemo_longctx.data.opening import check_local
 
 ASSEMBLE = ("repositories", "chapters", "threads")
 
@@ -71,6 +72,7 @@ class CurateConfig:
                 raise ConfigError(key, value, did_you_mean(str(value), [each for each in known if each is not None]))
         if not self.inputs or not self.keys:
             raise ConfigError("input" if not self.inputs else "keys", (), "name at least one")
+        check_local("output", self.output)
         if not self.output.endswith(".jsonl") or self.output.rpartition("/")[2] == ".jsonl":
             raise ConfigError("output", self.output, "it is written as JSON lines; give a name that ends in .jsonl")
         for key in ("min_length", "max_length", "workers", "shard_bytes"):
