@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -181,6 +182,10 @@ def _from_sentencepiece(directory: str) -> tuple[Tokenizer, dict[str, str]]:
     from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
     path = os.path.join(directory, "tokenizer.model")
+    with open(path, "rb") as file:
+        if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(1 << 12)):
+            mend = "its tokenizer.model is tiktoken's (Llama 3's own form); name the model's Hugging Face directory instead"
+            raise ConfigError("tokenizer", directory, mend)
     with _conversion_explained(directory):
         model = import_protobuf().ModelProto()
         model.ParseFromString(Path(path).read_bytes())
@@ -200,6 +205,8 @@ def _from_transformers(name: str) -> tuple[Tokenizer, dict[str, str]]:
         raise ConfigError(
             "tokenizer", name, "an empty directory; name one with a tokenizer, or train one with --train-tokenizer"
         )
+    if os.path.isfile(os.path.join(name, "tekken.json")) and not _has_settings(name):
+        raise ConfigError("tokenizer", name, "it holds Mistral's tekken.json; name a directory that has its tokenizer.json")
     check_hub_name("tokenizer", name)
     from transformers import AutoTokenizer
 

@@ -144,6 +144,23 @@ def test_a_run_that_was_stopped_goes_on_and_an_output_that_is_there_stays(tmp_pa
     assert run(tmp_path, tmp_path / "a.jsonl", min_length=3, force=True, **options)["settings"]["min_length"] == 3
 
 
+def test_a_run_that_was_stopped_while_it_published_goes_on(tmp_path, monkeypatch):
+    rng = random.Random(7)
+    write_rows(tmp_path / "a.jsonl", [prose(rng, 100) for _ in range(20)])
+
+    def stops(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "write_text", stops)  # of the report, the last of all
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, tmp_path / "a.jsonl")
+    assert (tmp_path / "out.jsonl").exists()
+    assert run(tmp_path, tmp_path / "a.jsonl")["kept"]["documents"] == 20
+    assert len(kept(tmp_path)) == 20
+    assert not (tmp_path / "out.jsonl.work").exists()
+
+
 @pytest.mark.parametrize("step", [997, 50_000])
 def test_scores_do_not_depend_on_how_a_text_is_cut(step):
     rng = random.Random(5)

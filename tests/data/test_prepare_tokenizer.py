@@ -157,6 +157,16 @@ def test_a_model_file_that_is_none_is_one_sentence(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"), ("tekken.json", b"{}", "tekken.json; name a directory")],
+)
+def test_forms_of_other_libraries_are_named(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
 EOS = {
     "special_tokens_map.json": ({}, {"eos_token": "<|pad|>"}, "<|pad|>"),
     "as a token of its own": ({}, {"eos_token": {"content": "<|pad|>", "lstrip": False}}, "<|pad|>"),

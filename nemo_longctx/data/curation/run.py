@@ -63,7 +63,8 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
         shards = split_files(found.files, config.format, config.shard_bytes)
         definition = load_tokenizer(config.tokenizer).definition if config.tokenizer else ""
         plan = _plan(config, shards, definition)
-        made = _already_made(config, output, names, plan)
+        begun = (work / "plan").is_file() and (work / "plan").read_text() == plan  # it had leave to write there
+        made = None if begun else _already_made(config, output, names, plan)
         if made is not None:
             say(f"{config.output} is already there, made by the same settings from the same input; nothing to do")
             shutil.rmtree(work)
