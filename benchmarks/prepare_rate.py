@@ -2,7 +2,7 @@
 
 Fresh processes in turn, one core each. `ours` reads JSON lines, encodes, and writes `.bin/.idx` with its sync to the disk;
 `encode_batch_fast` gets the texts as strings in memory, all at once or in batches as large as ours, and its tokens are thrown
-away. CPU seconds decide, so that a busy machine spoils less.
+away. datatrove, where it is installed, reads and writes as ours does. CPU seconds decide, so that a busy machine spoils less.
 
     python benchmarks/prepare_rate.py books.jsonl speeches.jsonl      # or, without files, a synthetic corpus of 16 MB
 """
@@ -10,6 +10,7 @@ away. CPU seconds decide, so that a busy machine spoils less.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -53,7 +54,8 @@ def texts_of(paths: list[str]) -> list[str]:
 
 def one(kind: str, paths: list[str], folder: str) -> dict:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    run = ours(paths, folder) if kind == "prepare" else theirs(paths, folder, kind == "encode_batch_fast in batches")
+    makers = {"prepare": ours, "datatrove": datatrove}
+    run = makers[kind](paths, folder) if kind in makers else theirs(paths, folder, kind == "encode_batch_fast in batches")
     begin, cpu = time.perf_counter(), time.process_time()
     tokens = run()
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - begin
@@ -63,6 +65,7 @@ def one(kind: str, paths: list[str], folder: str) -> dict:
 def ours(paths: list[str], folder: str):
     from nemo_longctx.data.readers import split_file
     from nemo_longctx.data.shards import ShardJob, tokenize_shard
+    from nemo_longctx.data.tokenization import encoder
 
     work = tempfile.mkdtemp(dir=folder)
     for name in ("train", "holdout", "reports"):
@@ -71,6 +74,7 @@ def ours(paths: list[str], folder: str):
     fixed = {"keys": ("text",), "bos_id": None, "eod_id": None, "skip_bad": False, "replace": False, "holdout": 0.0, "seed": 1}
     parts = tuple(part for path in paths for part in split_file(path, "jsonl", 1 << 40))
     job = ShardJob(number=0, parts=parts, directory=work, dtype="uint16", **fixed)
+    encoder(f"{work}/tokenizer.json")  # loaded before, as theirs is
     return lambda: tokenize_shard(job, lambda *steps: None).tokens["train"]
 
 
@@ -90,6 +94,23 @@ def theirs(paths: list[str], folder: str, in_batches: bool):
     return run
 
 
+def datatrove(paths: list[str], folder: str):
+    """Its own reader and writer of tokens, without its shuffle."""
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    work = tempfile.mkdtemp(dir=folder)
+    writer = DocumentTokenizer(work, f"{folder}/tokenizer.json", shuffle_documents=False, save_filename="out")
+
+    def run() -> int:
+        for path in paths:
+            reader = JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path))
+            writer.run(reader.run())
+        return writer.stats.stats["tokens"].total
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_arguments(parser)
@@ -103,6 +124,8 @@ def main() -> None:
         paths = [os.path.abspath(path) for path in args.inputs] or [synthetic(Path(folder, "a.jsonl"), 16_000_000)]
         train(paths, folder)
         kinds = ["prepare", "encode_batch_fast", "encode_batch_fast in batches"]
+        if importlib.util.find_spec("datatrove") is not None:
+            kinds.append("datatrove")
         results = measure.in_turn(__file__, [{"kind": kind, "paths": paths, "folder": folder} for kind in kinds], args.rounds)
     rates = {result["kind"]: result["tokens_per_cpu_second"] for result in results}
     for kind, rate in rates.items():

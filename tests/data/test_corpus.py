@@ -15,9 +15,10 @@ from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
-from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.statistics import LengthCounts
 from nemo_longctx.data.stream import Stream, report
+from nemo_longctx.data.windows import read_documents
 from nemo_longctx.data.writer import CorpusWriter
 
 
@@ -67,6 +68,20 @@ def test_ranges_within_a_document(prefix):
     for bad in [(-1, 2), (3, 2), (0, 11)]:
         with pytest.raises(IndexError):
             corpus.read(*bad)
+
+
+def test_tokens_are_asked_for_before_they_are_read(prefix, monkeypatch):
+    corpus = IndexedCorpus(prefix)
+    for start, stop in [(0, 0), (0, 3), (2, corpus.n_tokens), (corpus.n_tokens, corpus.n_tokens), (3, 99), (-1, 2)]:
+        corpus.will_need(start, stop)  # what is no range is left to `read`
+    calls = []
+    for name in ("will_need", "read"):
+        given = getattr(IndexedCorpus, name)
+        monkeypatch.setattr(IndexedCorpus, name, lambda *a, given=given, name=name: (calls.append(name), given(*a))[1])
+    documents = Documents.open(MixConfig(sources=[SourceConfig(path=prefix)]))
+    whole = read_documents(documents, np.array([3, 0]), [4, 7], [0, 0])
+    assert whole.tolist() == [*corpus.tokens(3)[:4].tolist(), *corpus.tokens(0).tolist()]
+    assert calls == ["will_need", "will_need", "read", "read"]
 
 
 def test_tokens_are_read_only_views(prefix):

@@ -194,3 +194,30 @@ def test_urls_that_lead_nowhere_are_said(store):
 def test_a_local_url_is_a_path(tmp_path):
     path = write(tmp_path / "a.jsonl")
     assert find_files([f"file://{path}"], ()).files == [str(path)]
+
+
+@pytest.mark.slow  # a server of its own; where moto and s3fs are installed
+def test_an_s3_server_on_this_machine_is_read_as_a_disk_is(tmp_path, monkeypatch):
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fs = fsspec.filesystem("s3", skip_instance_cache=True)
+        fs.mkdir("bucket")
+        fs.pipe({"bucket/in/a.jsonl": rows(600).encode(), "bucket/in/b.jsonl.gz": gzip.compress(rows(3).encode())})
+        fsspec.filesystem("s3").invalidate_cache()
+        found = find_files(["s3://bucket/in"], ())
+        assert found.files == ["s3://bucket/in/a.jsonl", "s3://bucket/in/b.jsonl.gz"]
+        texts, parts = texts_of(found.files, 3000)
+        assert texts == [f"text {i}" for i in range(600)] + [f"text {i}" for i in range(3)]
+        assert len(parts) > 3
+        assert stamp_of(found.files[0])
+        with pytest.raises(ConfigError, match="no such file"):
+            find_files(["s3://bucket/in/gone.jsonl"], ())
+    finally:
+        server.stop()
