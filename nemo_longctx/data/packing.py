@@ -34,7 +34,8 @@ class _FreeSpace:
     def __init__(self, seq_length: int):
         self._words = [0] * (seq_length // WORD + 1)
         self._top = 0
-        self._ranges: list[list[tuple[int, int]]] = [[] for _ in range(seq_length + 1)]
+        # Only of amounts that occur: a plan of a few rests must not cost as much as the window is long.
+        self._ranges: dict[int, list[tuple[int, int]]] = {}
 
     def least(self, needed: int) -> int:
         """The least amount of at least `needed` that some bin has free; 0 if none has."""
@@ -51,7 +52,7 @@ class _FreeSpace:
 
     def add(self, free: int, first: int, count: int) -> None:
         if free:
-            self._ranges[free].append((first, count))
+            self._ranges.setdefault(free, []).append((first, count))
             self._words[free // WORD] |= 1 << (free % WORD)
             self._top |= 1 << (free // WORD)
 
