@@ -1,6 +1,7 @@
 """Best-fit packing: the plan is best-fit-decreasing, and a packed run cuts, loses and repeats nothing that it need not."""
 
 import bisect
+import tracemalloc
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -38,6 +39,17 @@ def test_the_plan_is_best_fit_decreasing(data, seq_length):
     bins = assign_bins(plan, rests)
     filled = np.bincount(bins, weights=rests, minlength=plan.n_bins)
     assert sorted((seq_length - filled).tolist()) == best_fit_decreasing(rests.tolist(), seq_length)
+
+
+def test_a_plan_of_a_few_rests_costs_nothing_for_the_length_of_the_window():
+    """A tiny source of many epochs makes thousands of such plans: 22 ms each, 0.9 ms since."""
+    counts = np.bincount([5, 700, 700, 40_000], minlength=1 << 20)
+    tracemalloc.start()
+    plan = plan_bins(counts, 1 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.n_bins == 1
+    assert peak < 4 << 20
 
 
 def test_a_window_of_an_exact_fit_has_no_rest():
