@@ -1,8 +1,8 @@
 """Best-fit packing: the plan is best-fit-decreasing, and a packed run cuts, loses and repeats nothing that it need not."""
 
 import bisect
-import tracemalloc
 import re
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
