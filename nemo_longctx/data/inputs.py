@@ -175,6 +175,8 @@ def _matches(below: str, glob: str) -> bool:
 
 def _reason_against(path: str) -> str:
     """Empty for a file of records; `text`; otherwise why the file is passed over."""
+    if path.endswith(".rejected.tsv"):
+        return "what prepare or curate left out"
     suffix = _suffix(path)
     kind = _FORMAT_OF.get(suffix)
     if kind == "json" and not _json_holds_records(path):

@@ -85,6 +85,14 @@ def test_records_in_any_form_are_taken_and_the_rest_is_named(tmp_path):
     }
 
 
+def test_lists_of_what_was_left_out_are_no_input(tmp_path):
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "a.rejected.tsv", "a.jsonl:3\t0\tempty\tno text\n")
+    found = find_files([str(tmp_path)], ())
+    assert names(found, tmp_path) == ["a.jsonl"]
+    assert reasons(found, tmp_path) == {"a.rejected.tsv": "what prepare or curate left out"}
+
+
 def test_a_folder_of_text_is_text(tmp_path):
     """`prepare books.jsonl.zst papers/`, as the README has it."""
     (tmp_path / "papers").mkdir()
