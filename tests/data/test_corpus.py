@@ -78,7 +78,7 @@ def test_tokens_are_asked_for_before_they_are_read(prefix, monkeypatch):
     for name in ("will_need", "read"):
         given = getattr(IndexedCorpus, name)
         monkeypatch.setattr(IndexedCorpus, name, lambda *a, given=given, name=name: (calls.append(name), given(*a))[1])
-    documents = Documents.open(MixConfig(sources=[SourceConfig(path=prefix)]))
+    documents = Documents.open(MixConfig(sources=[SourceConfig(path=str(prefix))]))
     whole = read_documents(documents, np.array([3, 0]), [4, 7], [0, 0])
     assert whole.tolist() == [*corpus.tokens(3)[:4].tolist(), *corpus.tokens(0).tolist()]
     assert calls == ["will_need", "will_need", "read", "read"]
