@@ -22,7 +22,8 @@ from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.mixture import MixConfig
-from nemo_longctx.eval.config import ContextTask, PositionTask, ProbeTask
+from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask
+from nemo_longctx.files import first_process
 from nemo_longctx.loggers import check_loggers
 from nemo_longctx.model_fields import check_layout
 from nemo_longctx.nemo_files import io_config
@@ -183,14 +184,31 @@ def _validation(each: Any) -> str:
 
 def _evaluation(recipe: RunConfig) -> str:
     tasks = () if recipe.eval is None else recipe.eval.tasks
+    check_evaluation(recipe.eval)
     for task in tasks:
         if isinstance(task, (PositionTask, ContextTask)):
             _open(task.corpus)
-        elif isinstance(task, ProbeTask) and not Path(f"{task.text}.idx").exists() and not Path(task.text).exists():
-            raise ConfigError(
-                "eval.text", task.text, "no such text, and no corpus of that prefix; the probes are hidden in one"
-            )
     return ", ".join(task.name for task in tasks)
+
+
+def check_evaluation(config: EvalConfig | None) -> None:
+    """Refuse an `eval` block that could not be measured, on the first process: names of tasks, paths, the tokenizer.
+
+    Raises:
+        ConfigError: as `nemo_longctx.eval.checks.check_eval`.
+    """
+    from nemo_longctx.eval.checks import check_eval
+
+    if first_process():
+        check_eval(config, check_names=_task_names)
+
+
+def _task_names(task: HarnessTask) -> None:
+    if not has_module("lm_eval"):
+        raise ConfigError("eval.tasks", ", ".join(task.tasks), "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]")
+    from nemo_longctx.adapters.harness import check_names
+
+    check_names(task)
 
 
 def _logger(recipe: RunConfig) -> str:

@@ -96,6 +96,10 @@ def load_tasks(task: HarnessTask, *, tokenizer: str | None = None) -> dict[str, 
         if CODE_SWITCH in str(error):
             raise ConfigError("eval.tasks", ", ".join(task.tasks), mend) from error
         raise
+    ours = [name for name, one in loaded["tasks"].items() if one.config.custom_dataset is load]
+    if ours and (task.policy != POLICIES[0] or task.max_prompt is not None):
+        mend = f"of {', '.join(ours)} is told by metadata.policy and metadata.max_prompt; policy and max_prompt are for lm-eval's own"
+        raise ConfigError("eval.policy", task.policy, mend)
     unsafe = [name for name, one in loaded["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe and not task.allow_code_execution:
         raise ConfigError("eval.tasks", ", ".join(unsafe), mend)
@@ -186,14 +190,19 @@ def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
 def sample_rows(name: str, samples: Sequence[Mapping[str, Any]], cuts: Sequence[TruncationRecord]) -> list[dict[str, Any]]:
     """What is kept of each sample: its prompt's digest and end, the reply, the scores, and what was cut. `compare` reads it."""
     cut = {record.doc_id: record for record in cuts if record.task == name}
+    filters = {sample.get("filter", "none") for sample in samples}
+    named = [str(sample["doc"].get("id", sample["doc_id"])) for sample in samples]
+    own = len(set(zip(named, (sample.get("filter") for sample in samples), strict=True))) == len(samples)
     rows = []
     for sample in sorted(samples, key=lambda one: one["doc_id"]):
         doc, replies = sample["doc"], sample["filtered_resps"]
         record = cut.get(sample["doc_id"])
         prompt = str(next(iter(sample["arguments"]), [""])[0])
+        # Ids that repeat, and samples that several filters score, would be two answers of one id to `compare`.
+        name_of_it = str(doc.get("id", sample["doc_id"]) if own else sample["doc_id"])
         rows.append(
             {
-                "id": str(doc.get("id", sample["doc_id"])),
+                "id": name_of_it + (f"/{sample['filter']}" if len(filters) > 1 else ""),
                 "prompt": str(doc.get("question") or prompt[-PROMPT_END:]),
                 "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "response": replies[0] if replies and isinstance(replies[0], str) else json.dumps(replies, default=str),
@@ -229,11 +238,12 @@ def run_harness(task: HarnessTask, lm: LongContextLM, *, keep: Path | None = Non
     """
     with _tokenizer_on_disk(lm.tokenizer) as tokenizer:
         loaded = load_tasks(task, tokenizer=tokenizer)
-    asked = task.metadata.get("max_prompt")
+    asked = task.metadata.get("max_prompt") or task.max_prompt
     if asked is not None and asked > lm.max_length:
         mend = f"the model reads {lm.max_length} tokens, so no prompt can have so many; give at most that"
-        raise ConfigError("eval.metadata.max_prompt", asked, mend)
+        raise ConfigError("eval.metadata.max_prompt" if "max_prompt" in task.metadata else "eval.max_prompt", asked, mend)
     lm.truncations.clear()
+    lm.truncation = {"policy": task.policy, "max_prompt": task.max_prompt}
     output = lm_eval.evaluate(
         lm=lm,
         task_dict=loaded,

@@ -107,6 +107,7 @@ class LongContextLM(TemplateLM):
         self._unreadable = False
         self.identity = {**(identity or {}), "tokenizer": tokenizer_digest(self.tokenizer)} if results_cache else {}
         self.truncations: list[TruncationRecord] = []
+        self.truncation: Mapping[str, Any] = {}  # policy and max_prompt of samples that name none
         self._headers: dict[str, int] = {}  # prompt in a chat template -> characters in front of what its first user says
 
     @property
@@ -240,9 +241,15 @@ class LongContextLM(TemplateLM):
     # Truncation
 
     def _fit(self, instance: Instance, tokens: list[int], room: int) -> Truncated:
-        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: from the left). BOS, system prompt
+        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: `self.truncation`). BOS, system prompt
         and chat header stay."""
-        policy = {"policy": "left", "max_prompt": None, "protect": {}, **((instance.doc or {}).get("longctx") or {})}
+        policy = {
+            "policy": "left",
+            "max_prompt": None,
+            "protect": {},
+            **self.truncation,
+            **((instance.doc or {}).get("longctx") or {}),
+        }
         budget = room if policy["max_prompt"] is None else min(room, policy["max_prompt"])
         if len(tokens) <= budget:
             return Truncated(tokens=tokens, removed=0, lost=())

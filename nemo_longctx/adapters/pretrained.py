@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.eval.checks import check_name, check_tokenizer
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.hf.config import read_json
 from nemo_longctx.hf.directory import check_directory, write_copy
@@ -48,7 +47,7 @@ def load_checkpoint(
     Raises:
         ConfigError: parallel sizes for a Hugging Face model, or as `load_nemo_checkpoint`.
     """
-    _check_path("checkpoint", path)
+    check_name("checkpoint", path)
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("there is no %s on this machine: %s is read on the CPU", device, path)
         device = None
@@ -99,9 +98,6 @@ def _hugging_face_model(path: str, dtype: str) -> Any:
             raise ConfigError("checkpoint", path, f"transformers cannot load it ({type(error).__name__}: {line})") from error
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-
-
 def check_source(path: str, tokenizer: Any = None) -> None:
     """Refuse what cannot be evaluated before anything is loaded: a path with a slip, a folder without a tokenizer.
 
@@ -111,29 +107,11 @@ def check_source(path: str, tokenizer: Any = None) -> None:
     Raises:
         ConfigError: nothing there, with what is; or no tokenizer.
     """
-    _check_path("checkpoint", path)
+    check_name("checkpoint", path)
     if isinstance(tokenizer, str):
-        _check_path("tokenizer", tokenizer)
-        _check_tokenizer(tokenizer)
+        check_tokenizer("tokenizer", tokenizer)
     if tokenizer is None and Path(path).is_dir() and _is_hugging_face(path):
-        _check_tokenizer(path)
-
-
-def _check_path(key: str, path: str) -> None:
-    if Path(path).exists():
-        return
-    parent = Path(path).parent
-    if path.startswith((".", "/", "~")) or (len(Path(path).parts) > 1 and parent.is_dir()) or len(Path(path).parts) > 2:
-        there = sorted(str(parent / one.name) for one in parent.iterdir()) if parent.is_dir() else []
-        near = difflib.get_close_matches(path, there, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"{parent} holds {len(there)} others, none like it"
-        raise ConfigError(key, path, f"no such file or directory, {mend}")
-    check_hub_name(key, path)
-
-
-def _check_tokenizer(folder: str) -> None:
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError("tokenizer", folder, f"holds none of {', '.join(TOKENIZER_FILES)}; name a tokenizer beside it")
+        check_tokenizer("tokenizer", path)
 
 
 def _is_hugging_face(path: str) -> bool:
@@ -159,8 +137,7 @@ def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if isinstance(tokenizer, str):
-        _check_path("tokenizer", tokenizer)
-        _check_tokenizer(tokenizer)
+        check_tokenizer("tokenizer", tokenizer)
         if written_by_transformers_5(Path(tokenizer)):
             with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
                 config = Path(tokenizer) / "config.json"  # a tokenizer.model alone is loaded by the model's class of tokenizer

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 OURS = ("longctx_", "zeroscrolls", "leval")  # how the names of our tasks begin
 TARGETS = 64  # tokens predicted at each context
+OPEN = "???"  # what a preset leaves to the user
 ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it is loaded
 
 
@@ -24,7 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "was trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
     )
     parser.add_argument("checkpoints", nargs="+", help="NeMo 2 checkpoints or runs, or Hugging Face models (folder or name)")
-    parser.add_argument("--suite", type=Path, help="YAML file of tasks")
+    parser.add_argument(
+        "--suite", type=Path, help="YAML file of tasks, or a preset: longbench2, infinitebench, babilong, ruler"
+    )
     parser.add_argument(
         "--corpus", help="prefix of a held-out .bin/.idx: loss by position, loss on fixed targets against context, and L(c)"
     )
@@ -34,9 +37,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens before the fixed targets, by comma; gains are counted from the first, so begin with the old length "
         "(default: halves of what the model and the documents allow)",
     )
-    parser.add_argument("--probes", metavar="TEXT", help="JSONL or text file: first-sentence, passkey and needle probes in it")
+    parser.add_argument(
+        "--probes",
+        metavar="TEXT",
+        help="JSONL or text file: first-sentence, passkey and needle probes in it, or those of --suite ruler",
+    )
     parser.add_argument("--tasks", default="", help="lm-eval tasks, by comma: longctx_research, zeroscrolls, leval, ...")
-    parser.add_argument("--data", help="folder or file of the tasks' published data (default: the hub)")
+    parser.add_argument(
+        "--data", help="folder or file of the tasks' published data (default: the hub); of question data for --suite ruler"
+    )
     parser.add_argument(
         "--max-prompt", default="", help="prompt lengths of our tasks in tokens, by comma: 4096,8192,32768 (default: 16,384)"
     )
@@ -160,12 +169,12 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
     _check_partners(args)
     blocks: list[dict] = []
     if args.suite:
-        blocks += read_suite(args.suite)
+        blocks += [_filled(block, args) for block in read_suite(args.suite)]
     if args.corpus:
         blocks.append({"kind": "position", "corpus": args.corpus, "seq_length": max_length - 1, "bins": 0})
         if contexts := _numbers("--contexts", args.contexts) or _default_contexts(args.corpus, max_length):
             blocks.append({"kind": "context", "corpus": args.corpus, "contexts": contexts, "targets": TARGETS})
-    if args.probes:
+    if args.probes and not any(block.get("kind") == "probes" for block in blocks if isinstance(block, dict)):
         from nemo_longctx.eval.probes import PAPER_LENGTHS
 
         lengths = _numbers("--lengths", args.lengths) or [n for n in PAPER_LENGTHS if n < max_length - 64]
@@ -176,6 +185,24 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
     if not blocks:
         raise ConfigError("--suite", None, "nothing to measure; give --suite, --corpus, --probes or --tasks")
     return blocks
+
+
+def _filled(block: Any, args: argparse.Namespace) -> Any:
+    """A preset's block of probes with the text, lengths and question data that the options give.
+
+    Raises:
+        ConfigError: the text is left open.
+    """
+    if not isinstance(block, dict) or block.get("kind") != "probes" or block.get("text") != OPEN:
+        return block
+    if not args.probes:
+        raise ConfigError("--probes", None, f"{args.suite} hides things in text of yours; give --probes TEXT")
+    asked = dict(block.get("probes") or {})
+    if lengths := _numbers("--lengths", args.lengths):
+        asked["lengths"] = lengths
+    if args.data:
+        asked["data"] = args.data
+    return {**block, "text": args.probes, "probes": asked}
 
 
 def _default_contexts(corpus: str, max_length: int) -> list[int]:
@@ -200,6 +227,8 @@ def _check_partners(args: argparse.Namespace) -> None:
     ):
         for name in names:
             value = getattr(args, name)
+            if name == "data" and args.suite and args.probes:  # question answering data of a preset's probes
+                continue
             if value not in (None, False, "", {}) and not getattr(args, partner):
                 mend = f"has no effect without --{partner}; give it too (in a suite file each block has keys of its own)"
                 raise ConfigError(f"--{name.replace('_', '-')}", value, mend)
@@ -222,6 +251,9 @@ def read_suite(path: Path) -> list[dict]:
     """
     import yaml
 
+    preset = Path(__file__).parents[1] / "conf" / "eval" / f"{path}.yaml"
+    if not path.exists() and path.name == str(path) and preset.is_file():
+        path = preset
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

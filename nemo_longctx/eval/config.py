@@ -10,6 +10,7 @@ from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.eval import probes
 from nemo_longctx.eval.guard import GuardConfig
 
+OWN_POLICIES = ("left", "middle")  # of lm-eval's own tasks, which do not say what in their prompts is the question
 MOST_BINS = 1_000_000  # sums and counts of each are kept for each document
 
 
@@ -125,6 +126,8 @@ class HarnessTask:
         allow_code_execution: let tasks run the code that the model wrote (HumanEval, MBPP); only in a sandbox.
         guard: watch the samples' scores against the first evaluation.
         label: tells blocks of the same tasks apart, say by their `max_prompt`; results are named task@label.
+        policy, max_prompt: how lm-eval's own tasks are cut (`left`, `middle`), and to how many tokens at most; ours are told by
+            metadata.
     """
 
     kind: str = dataclasses.field(default="lm_eval", init=False)
@@ -139,8 +142,14 @@ class HarnessTask:
     allow_code_execution: bool = False
     guard: bool = False
     label: str = ""
+    policy: str = "left"
+    max_prompt: int | None = None
 
     def __post_init__(self) -> None:
+        if self.policy not in OWN_POLICIES:
+            raise ConfigError("eval.policy", self.policy, f"unknown policy, {did_you_mean(str(self.policy), OWN_POLICIES)}")
+        if self.max_prompt is not None and self.max_prompt < 1:
+            raise ConfigError("eval.max_prompt", self.max_prompt, "give at least 1 token, or leave it out")
         if isinstance(self.tasks, str) or not self.tasks:
             raise ConfigError("eval.tasks", self.tasks, "give a list of lm-eval task names")
         if any(not isinstance(name, str) for name in self.tasks):

@@ -6,13 +6,14 @@ ROUGE means over the whole set (Shaham et al. 2022, section 4; Shaham et al. 202
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_longctx.capability import has_module
@@ -115,6 +116,42 @@ def found_any(prediction: str, answers: Sequence[str]) -> float:
     if not answers:
         raise ValueError("a probe has no answer to look for")
     return float(any(answer.lower() in _printable(prediction) for answer in answers))
+
+
+def contained(prediction: str, answers: Sequence[str]) -> float:
+    """1 where one of the normalized answers lies in the normalized prediction (`substring_exact_match`, HELMET's utils.py at
+    4526dfb)."""
+    return _best(lambda p, r: float(normalize_answer(r) in normalize_answer(p)), prediction, answers)
+
+
+def after_label(prediction: str, label: str) -> str:
+    """What stands behind `label` on its line, else the first line (HELMET's `parse_output` at 4526dfb)."""
+    found = re.search(f"(?:{label})(.*)(?:\n|$)", prediction, re.IGNORECASE) or re.search(r"^(.*)(?:\n|$)", prediction)
+    said = found[1].strip() if found else ""
+    return re.sub(f"^{re.escape(label)}", "", said, flags=re.IGNORECASE).strip()
+
+
+def ranking(prediction: str) -> list[str]:
+    """The numbers of the longest chain "3 > 1 > 2" in a reply, each once (HELMET's `parse_rankings` at 4526dfb)."""
+    text = re.sub(r"[\[\]:]", "", prediction).lower().replace("id", "")
+    chains = [found.group() for found in re.finditer(r"\d+(?:\s*>\s*\d+)*", text)]
+    longest = max(chains, key=len, default="")
+    return list(dict.fromkeys(number.strip() for number in longest.split(">"))) if longest else []
+
+
+def ndcg(ranked: Sequence[str], grades: Mapping[str, int], *, count: int = 10) -> float:
+    """NDCG of the first `count` with linear gains, as trec_eval's `ndcg_cut` that HELMET reports."""
+    best = sum(grade / math.log2(place + 2) for place, grade in enumerate(sorted(grades.values(), reverse=True)[:count]))
+    gained = sum(grades.get(name, 0) / math.log2(place + 2) for place, name in enumerate(ranked[:count]))
+    return gained / best if best else 0.0
+
+
+def mrcr(prediction: str, answer: str, word: str) -> float:
+    """Similarity of a reply with the answer, 0 where it does not begin with the word asked for (`grade` of OpenAI's MRCR)."""
+    prediction = prediction.strip()
+    if not prediction.startswith(word):
+        return 0.0
+    return difflib.SequenceMatcher(None, prediction.removeprefix(word), answer.removeprefix(word)).ratio()
 
 
 def choice_letter(prediction: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nemo_longctx.eval import metrics
+from nemo_longctx.eval import helmet, metrics, mrcr, nolima, ruler
 from nemo_longctx.eval.probes import WITHOUT_DEPTH, Probe, ProbeConfig, Tokenizer
 from nemo_longctx.eval.requests import Continuation, Generation, Score
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
@@ -49,10 +49,22 @@ def empty_rows(config: ProbeConfig, unmade: Mapping[tuple[str, int], str], *, na
 
 
 def score_reply(probe: Probe, reply: str) -> float:
-    """ROUGE-L of the first line for a first sentence; the share of answers found for others."""
-    if probe.kind == "first_sentence":
-        return metrics.rouge(reply.strip().split("\n")[0], probe.answers, ("rougeL",))["rougeL"]
-    return metrics.found(reply, probe.answers)
+    """By the rule of the probe's own suite: ROUGE-L of the first line for a first sentence, the share of answers found for
+    most others."""
+    kind, answers = probe.kind, probe.answers
+    if kind == "first_sentence":
+        return metrics.rouge(reply.strip().split("\n")[0], answers, ("rougeL",))["rougeL"]
+    if kind in ruler.ANY_ANSWER or kind == nolima.KIND:
+        return metrics.found_any(reply, answers)
+    if kind == "helmet_icl":
+        return metrics.exact_match(metrics.after_label(reply, "label:"), answers)
+    if kind == "helmet_rerank":
+        return metrics.ndcg(metrics.ranking(reply), dict(zip(answers, probe.grades, strict=True)))
+    if kind in helmet.KINDS:
+        return metrics.contained(reply, answers)
+    if kind in mrcr.KINDS:
+        return metrics.mrcr(reply, answers[0], answers[0][: mrcr.MARK])
+    return metrics.found(reply, answers)
 
 
 def probe_requests(probes: Sequence[Probe], stop_tokens: Iterable[int]) -> list[Generation | Continuation]:

@@ -1,4 +1,5 @@
-"""Probes of long-context ability: first-sentence retrieval, passkey, records, needle grids and variable tracking.
+"""Probes of long-context ability: first-sentence retrieval, passkey, records, needle grids, variable tracking, and what the
+field asks: RULER, HELMET's recall, NoLiMa-like needles, MRCR-like talks.
 
 Made offline from any text, from a seed. A probe is a list of tokens of exactly the asked length, so no tokenizer detail can
 make it longer or move its needle; what it hides and where is on record beside it. `probe_scores` asks and scores them.
@@ -19,7 +20,9 @@ from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.retrieval_text import RECORDS, draw_number
-from nemo_longctx.eval import ruler
+from nemo_longctx.eval import helmet, mrcr, nolima, ruler
+from nemo_longctx.eval.probe_tools import Made, Tools
+from nemo_longctx.eval.question_data import Questions, read_labelled, read_questions
 from nemo_longctx.files import write_text
 
 # Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
@@ -32,10 +35,13 @@ KINDS = (
     "needle_multi_key",
     "needle_multi_value",
     "variable_tracking",
+    nolima.KIND,
     *ruler.KINDS,
+    *helmet.KINDS,
+    *mrcr.KINDS,
 )
-WITHOUT_DEPTH = ("first_sentence", "variable_tracking", *ruler.KINDS)
-SUITES = {"ruler": ruler.KINDS}
+WITHOUT_DEPTH = ("first_sentence", "variable_tracking", *ruler.KINDS, *helmet.KINDS, *mrcr.KINDS)
+SUITES = {"ruler": ruler.KINDS, "helmet": helmet.KINDS, "nolima": (nolima.KIND,), "mrcr": mrcr.KINDS}
 WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
     "knoll", "lotus", "maple", "nectar", "olive", "pearl", "quill", "raven", "sable", "tulip",
@@ -56,10 +62,12 @@ class ProbeConfig:
     """Which probes to make.
 
     Args:
-        suite: `ruler` in place of kinds: all of its tasks that need no data of their own. kinds: any of `KINDS`.
+        suite: `ruler`, `helmet`, `nolima` or `mrcr` in place of kinds: all of its tasks. kinds: any of `KINDS`.
         lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
         samples: probes of each kind, length and depth. seed: of their texts, names and numbers.
         max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
+        data: folder of question answering data for RULER's qa_1 (`squad.json`) and qa_2 (`hotpotqa.json`), and of labelled texts
+            for HELMET's learning in context (`icl.jsonl`); without it RULER is measured by its other eleven tasks.
     """
 
     kinds: tuple[str, ...] = ("first_sentence", "passkey")
@@ -69,6 +77,7 @@ class ProbeConfig:
     seed: int = 0
     max_new_tokens: int = 32
     suite: str = ""
+    data: str = ""
 
     def __post_init__(self) -> None:
         if self.suite:
@@ -100,6 +109,7 @@ class Probe:
         answers: what the reply must hold.
         first: tokens of the first answer (of several values of one key: of all) as they follow the prompt.
         max_new_tokens: longest reply.
+        grades: how relevant each answer is, where answers are ranked.
     """
 
     kind: str
@@ -110,6 +120,7 @@ class Probe:
     answers: list[str]
     first: list[int]
     max_new_tokens: int
+    grades: Sequence[int] = ()
 
     @property
     def content_hash(self) -> str:
@@ -137,9 +148,13 @@ def make_probes(
         ConfigError: a length too short for what it must hold, or all of them.
         ValueError: no text, or none with a sentence of 5 to 40 words.
     """
-    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 2}
+    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 3}
     every_letter = "".join(chr(c) for c in range(32, 127)) + GRASS + " ".join(WORDS) + "".join(t[:2000] for t in texts[:8])
     made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
+    made_from["template"] = str(getattr(tokenizer, "chat_template", None))
+    if config.data:
+        files = sorted(file for file in Path(config.data).glob("*.json*") if file.is_file())
+        made_from["data"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     path = Path(cache) / f"probes-{_digest(json.dumps(made_from))}.json" if cache else None
     if path is not None and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -184,6 +199,20 @@ class _Maker:
         sentences = re.finditer(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)", self.text)
         self.sentences = [(m.start(1), m.group(1)) for m in sentences if 5 <= len(m.group(1).split()) <= 40]
         self._ends: dict[int, bool] = {}
+        self._questions: dict[str, Questions] = {}
+        self._labelled: dict[str, list[str]] | None = None
+        self.start = 0
+        self.tools = Tools(
+            tokenizer=tokenizer,
+            encode=self.encode,
+            prefix=prefix,
+            essay=self._filler,
+            size=len(self.text),
+            fill=lambda tokens, text: self._filler(0, tokens, text * max(1, 4096 // len(text))),
+            spread=self._spread,
+            questions=self.questions,
+            labelled=self.labelled,
+        )
 
     def encode(self, text: str, after: str = ".") -> list[int]:
         """Tokens of `text` as they are after other text: SentencePiece puts a space in front of what stands alone."""
@@ -193,29 +222,34 @@ class _Maker:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def make(self, kind: str, length: int, depth: float, sample: int) -> Probe:
-        rng = random.Random(f"{self.config.seed} {kind} {length} {depth} {sample}")
-        ruled = 0
+        turn = sample % ruler.TURNS if ruler.shares_haystack(kind) else 0
+        group = sample // ruler.TURNS if ruler.shares_haystack(kind) else sample
+        rng = random.Random(f"{self.config.seed} {kind} {length} {depth} {group}")
+        # Lengths and depths of a sample share their text, so that it is read once for all of them.
+        self.start = random.Random(f"{self.config.seed} {sample}").randrange(max(1, len(self.text)))
         if kind in ruler.KINDS:
-            parts, answers, ruled = ruler.make(
-                kind,
-                rng,
-                length,
-                encode=self.encode,
-                prefix=self.prefix,
-                essay=lambda tokens: self._filler(rng.randrange(max(1, len(self.text))), tokens),
-                fill=lambda tokens, text: self._filler(0, tokens, text * max(1, 4096 // len(text))),
-                spread=self._spread,
-            )
+            made = ruler.make(kind, rng, length, self.tools, turn=turn)
+        elif kind in helmet.KINDS:
+            made = helmet.make(kind, rng, length, self.tools)
+        elif kind in mrcr.KINDS:
+            made = mrcr.make(kind, rng, length, self.tools, text=self.text)
+        elif kind == nolima.KIND:
+            made = nolima.make(rng, length, depth, self.tools, start=self.start, text=self.text)
         elif kind == "first_sentence":
-            parts, answers = self._first_sentence(rng, length)
+            made = self._first_sentence(random.Random(f"{self.config.seed} {kind} {sample}"), length)
         elif kind == "variable_tracking":
-            parts, answers = self._variables(rng, length)
+            made = self._variables(rng, length)
         elif kind == "passkey":
-            parts, answers = self._passkey(rng, length, depth)
+            made = self._passkey(rng, length, depth)
+        elif kind == "record":
+            made = self._record(rng, length, depth)
         else:
-            parts, answers = self._needles(rng, kind, length, depth)
+            made = self._needles(rng, kind, length, depth)
+        return self._probe(made, kind, length, depth, sample)
+
+    def _probe(self, made: Made, kind: str, length: int, depth: float, sample: int) -> Probe:
         # Of several values all are asked, so the loss is that of all, and the reply needs room for them.
-        asked = ", ".join(answers) if kind == "needle_multi_value" else answers[0]
+        asked = ", ".join(made.answers) if kind == "needle_multi_value" else made.answers[0]
         first = self.encode(" " + asked, after=":")
         new = len(first) + 16 if kind == "first_sentence" else self.config.max_new_tokens
         return Probe(
@@ -223,11 +257,27 @@ class _Maker:
             length=length,
             depth=depth,
             sample=sample,
-            prompt=parts,
-            answers=answers,
+            prompt=made.prompt,
+            answers=made.answers,
             first=first,
-            max_new_tokens=ruled or max(new, len(self.encode(" " + ", and ".join(answers), after=":")) + 4),
+            max_new_tokens=made.new_tokens or max(new, len(self.encode(" " + ", and ".join(made.answers), after=":")) + 4),
+            grades=made.grades,
         )
+
+    def questions(self, name: str) -> Questions:
+        """The user's question answering data, read once."""
+        if not self.config.data:
+            mend = "needs question answering data: give probes.data, a folder with squad.json and hotpotqa.json"
+            raise ConfigError("probes.data", self.config.data, mend)
+        if name not in self._questions:
+            self._questions[name] = read_questions(self.config.data, name)
+        return self._questions[name]
+
+    def labelled(self) -> dict[str, list[str]]:
+        """The user's labelled texts, read once; empty without them."""
+        if self._labelled is None:
+            self._labelled = read_labelled(self.config.data) if self.config.data else {}
+        return self._labelled
 
     def _room(self, kind: str, length: int, *fixed: list[int]) -> int:
         room = length - len(self.prefix) - sum(len(part) for part in fixed)
@@ -267,7 +317,7 @@ class _Maker:
                 return back
         return place
 
-    def _first_sentence(self, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+    def _first_sentence(self, rng: random.Random, length: int) -> Made:
         if not self.sentences:
             raise ValueError("no sentence of 5 to 40 words was found in the text: first-sentence retrieval needs prose")
         start, sentence = rng.choice(self.sentences)
@@ -278,9 +328,9 @@ class _Maker:
             mend = f"too short for the first sentence of {len(body)} tokens and its question"
             raise ConfigError("probes.lengths", length, mend)
         body += self._filler(start + len(sentence), room - len(body))
-        return self.prefix + body + question, [sentence]
+        return Made(prompt=self.prefix + body + question, answers=[sentence])
 
-    def _passkey(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
+    def _passkey(self, rng: random.Random, length: int, depth: float) -> Made:
         key = draw_number(rng, 5, held_out=True)
         head = self.encode(
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
@@ -290,18 +340,18 @@ class _Maker:
         question = self.encode("\nWhat is the pass key? The pass key is")
         room = self._room("passkey", length, head, needle, question)
         filler = self._filler(0, room, GRASS * 40)
-        return self.prefix + head + self._spread(filler, [(depth, needle)]) + question, [key]
+        return Made(prompt=self.prefix + head + self._spread(filler, [(depth, needle)]) + question, answers=[key])
 
-    def _record(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
+    def _record(self, rng: random.Random, length: int, depth: float) -> Made:
         """A record as `nemo-longctx synth` writes them, of a key and a number that it never tells."""
         key, number = rng.choice(WORDS), draw_number(rng, 5, held_out=True)
         told, _, _ = RECORDS[0].partition("{value}")
         record, question = (self.encode("\n" + text.format(key=key, value=number)) for text in (RECORDS[0], told.rstrip()))
         room = self._room("record", length, record, question)
-        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
-        return self.prefix + self._spread(filler, [(depth, record)]) + question, [number]
+        filler = self._filler(self.start, room)
+        return Made(prompt=self.prefix + self._spread(filler, [(depth, record)]) + question, answers=[number])
 
-    def _needles(self, rng: random.Random, kind: str, length: int, depth: float) -> tuple[list[int], list[str]]:
+    def _needles(self, rng: random.Random, kind: str, length: int, depth: float) -> Made:
         """One key among others (multi-key), or one key with several values (multi-value); RULER's sentences."""
         key, *others = rng.sample(WORDS, 4)
         values = 4 if kind == "needle_multi_value" else 1
@@ -315,13 +365,13 @@ class _Maker:
         verb = "The special magic numbers" if values > 1 else "The special magic number"
         question = self.encode(f"\n\n{plural} for {key} mentioned in the text? {verb} for {key}: ".rstrip())
         room = self._room(kind, length, question, *(text for _, text in hidden))
-        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
-        return self.prefix + self._spread(filler, hidden) + question, numbers
+        filler = self._filler(self.start, room)
+        return Made(prompt=self.prefix + self._spread(filler, hidden) + question, answers=numbers)
 
     def _needle(self, key: str, number: str) -> list[int]:
         return self.encode(f" One of the special magic numbers for {key} is: {number}.")
 
-    def _variables(self, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+    def _variables(self, rng: random.Random, length: int) -> Made:
         """A chain of five assignments and a second chain that is not asked for (RULER, Hsieh et al. 2024)."""
         hidden = []
         chains = []
@@ -339,5 +389,5 @@ class _Maker:
             f"The five variables that are assigned the value {value} are:"
         )
         room = self._room("variable_tracking", length, question, *(text for _, text in hidden))
-        filler = self._filler(rng.randrange(max(1, len(self.text))), room)
-        return self.prefix + self._spread(filler, hidden) + question, names
+        filler = self._filler(self.start, room)
+        return Made(prompt=self.prefix + self._spread(filler, hidden) + question, answers=names)

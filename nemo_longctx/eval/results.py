@@ -65,10 +65,12 @@ class SuiteResult:
         for key, length in probe_scores.effective_length(self.probes).items():
             if key not in weak:  # a 0 would pass for a length
                 found[f"{key[1]}/effective_length"] = length
-        means = ruler.averages((row.kind, row.length, row.score) for row in self.probes)
+        cells = [(row.kind, row.length, row.score) for row in self.probes]
+        means = ruler.averages(cells)
         found |= {f"ruler/{length}/average": mean for length, mean in means.items()}
         if means:
-            found["ruler/effective_length"] = ruler.effective_length(means)
+            found["ruler/tasks"] = ruler.tasks_scored(cells)
+            found["ruler/effective_length"] = ruler.effective_length(means, ruler.lengths(cells))
         for task, values in self.tasks.items():
             found |= {f"{task}/{key}": v for key, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return {key: float(value) for key, value in found.items()}

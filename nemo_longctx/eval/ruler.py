@@ -1,8 +1,11 @@
 """RULER's tasks (Hsieh et al. 2024; settings and prompts of hsiehjackson/RULER at e40fae1) as probes of exact length.
 
-Like there, a length is that of the prompt and of the tokens that may be generated, together. Haystacks of essays are the user's
-own text, and words are made of syllables, so that nothing is fetched. RULER's two question answering tasks need data of their
-own and are not among these.
+Like there, a length is that of the prompt and of the tokens that may be generated, together, and every haystack of essays
+begins where the essays do, so what samples share is read once. Essays are the user's own text, words are made of syllables, and
+the two question answering tasks read SQuAD and HotpotQA from the user's disk: nothing is fetched.
+
+Of the multi-key tasks four samples share a haystack and ask for another of its keys each, which leaves each sample what it is
+in RULER and has the haystack read once.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ import itertools
 import random
 import string
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.probe_tools import SYLLABLES, Made, Tools
 
 PREFIX = "ruler_"
 THRESHOLD = 0.856  # Llama 2 7B's score at 4K, from which RULER calls a length effective
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u")]
+# Depths of needles: 40 evenly spaced ones, drawn without repetition (niah.py).
+DEPTHS = [n / 39 for n in range(40)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,55 +44,50 @@ NIAH = {
     "niah_single_2": Needles(),
     "niah_single_3": Needles(value="uuids"),
     "niah_multikey_1": Needles(keys=4),
-    "niah_multikey_2": Needles(haystack="needle"),
-    "niah_multikey_3": Needles(haystack="needle", key="uuids", value="uuids"),
+    "niah_multikey_2": Needles(haystack="needle", keys=4),
+    "niah_multikey_3": Needles(haystack="needle", key="uuids", value="uuids", keys=4),
     "niah_multivalue": Needles(values=4),
     "niah_multiquery": Needles(keys=4, asked=4),
 }
+QA = {"qa_1": "squad", "qa_2": "hotpotqa"}
 # Tokens that RULER lets a model generate.
-NEW_TOKENS = dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50}
+NEW_TOKENS = dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50} | dict.fromkeys(QA, 32)
 KINDS = tuple(PREFIX + name for name in NEW_TOKENS)
+# Kinds of which one answer out of several will do (RULER's string_match_part).
+ANY_ANSWER = tuple(PREFIX + name for name in QA)
+TURNS = 4  # samples that share a haystack in the multi-key tasks
 
-Encode = Callable[..., list[int]]
+
+def shares_haystack(kind: str) -> bool:
+    """Whether samples of this kind come in groups of `TURNS` that differ in what is asked only."""
+    task = NIAH.get(kind.removeprefix(PREFIX))
+    return task is not None and task.keys == TURNS and task.asked == 1
 
 
-def make(
-    kind: str,
-    rng: random.Random,
-    length: int,
-    *,
-    encode: Encode,
-    prefix: list[int],
-    essay: Callable[[int], list[int]],
-    fill: Callable[[int, str], list[int]],
-    spread: Callable[[list[int], list[tuple[float, list[int]]]], list[int]],
-) -> tuple[list[int], list[str], int]:
-    """(prompt, answers, tokens to generate) of one probe; prompt and generation together are `length` tokens.
+def make(kind: str, rng: random.Random, length: int, tools: Tools, *, turn: int = 0) -> Made:
+    """One probe; prompt and generation together are `length` tokens.
 
     Args:
-        encode: text -> tokens as after other text. prefix: tokens in front (BOS).
-        essay: so many tokens of the user's text. fill: so many tokens of a given text, repeated.
-        spread: puts texts into a filler at depths.
+        turn: which of its keys a shared haystack is asked for.
 
     Raises:
-        ConfigError: the length is too short.
+        ConfigError: the length is too short, or there is no question answering data.
     """
     name = kind.removeprefix(PREFIX)
-    new = NEW_TOKENS[name]
+    new, encode = NEW_TOKENS[name], tools.encode
 
     def room(*fixed: list[int]) -> int:
-        left = length - new - len(prefix) - sum(map(len, fixed))
-        if left < 0:
-            raise ConfigError("probes.lengths", length, f"too short for a {kind} probe, which needs {length - left} tokens")
-        return left
+        return tools.room(kind, length, *fixed, [0] * new)
 
     if name in NIAH:
-        head, hidden, other, question, answers = _niah(NIAH[name], rng, length)
-        needles = [(rng.random(), encode(" " + text)) for text in hidden]
+        head, hidden, other, question, answers = _niah(NIAH[name], rng, length, turn)
+        depths = rng.sample(DEPTHS, len(hidden))
+        needles = [(depth, encode(" " + text)) for depth, text in zip(depths, hidden, strict=True)]
         start, end = encode(head, after=""), encode(question)
         left = room(start, end, *(tokens for _, tokens in needles))
-        filler = essay(left) if other is None else fill(left, other)
-        return [*prefix, *start, *spread(filler, needles), *end], answers, new
+        filler = tools.essay(0, left) if other is None else tools.fill(left, other)
+        made = [*tools.prefix, *start, *tools.spread(filler, needles), *end]
+        return Made(prompt=made, answers=answers, new_tokens=new)
     if name == "vt":
         example, _ = _variables(rng, 3)
         hidden, asked = _variables(rng, 5)
@@ -95,16 +95,49 @@ def make(
         shown = intro + " ".join(f"{line}. {NOISE}" for line in example) + _asked(example, shown=True) + "\n\n"
         start, end = encode(shown + intro, after=""), encode(_asked(hidden, shown=False))
         needles = list(zip(sorted(rng.random() for _ in hidden), (encode(f" {line}.") for line in hidden), strict=True))
-        filler = fill(room(start, end, *(tokens for _, tokens in needles)), NOISE + "\n")
-        return [*prefix, *start, *spread(filler, needles), *end], asked, new
+        filler = tools.fill(room(start, end, *(tokens for _, tokens in needles)), NOISE + "\n")
+        return Made(prompt=[*tools.prefix, *start, *tools.spread(filler, needles), *end], answers=asked, new_tokens=new)
+    if name in QA:
+        return _question(kind, rng, length, tools, room)
     text, question, answers = (_common if name == "cwe" else _frequent)(rng, length)
     end = encode(question)
     body = _most(text, room(end), encode, length)
-    pad = encode("\n", after="x")[-1:] * (room(end) - len(body))
-    return [*prefix, *body, *pad, *end], answers, new
+    left = room(end) - len(body)
+    pad = tools.blank(left) if name == "cwe" else encode(" ..." * left)[:left]  # the coded text's own noise
+    return Made(prompt=[*tools.prefix, *body, *pad, *end], answers=answers, new_tokens=new)
 
 
-def _most(text: Callable[[int], str], budget: int, encode: Encode, length: int) -> list[int]:
+def _question(kind: str, rng: random.Random, length: int, tools: Tools, room: Callable[..., int]) -> Made:
+    """A question among documents: those that hold its answer, then others of its article, then any (qa.py)."""
+    name = kind.removeprefix(PREFIX)
+    data = tools.questions(QA[name])
+    asked = rng.choice(data.questions)
+    rule = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    start = tools.encode(f"{rule}\n\nThe following are given documents.\n\n", after="")
+    end = tools.encode(f"{rule}\n\nQuestion: {asked.query} Answer:", after="\n\n")
+    body = tools.packed(
+        kind,
+        length,
+        room(start, end),
+        needed=[(rng.random(), data.documents[number]) for number in asked.holds],
+        extras=_others(rng, data.documents, asked.near, {*asked.holds, *asked.near}),
+        show=lambda number, text: f"Document {number}:\n{text}",
+        between="\n\n",
+    )
+    return Made(prompt=[*tools.prefix, *start, *body, *end], answers=asked.answers, new_tokens=NEW_TOKENS[name])
+
+
+def _others(rng: random.Random, documents: list[str], near: Iterable[int], used: set[int]) -> Iterator[str]:
+    """Documents of the same article, then the others, in any order; again from the start where they do not suffice."""
+    for number in rng.sample(list(near), len(list(near))):
+        yield documents[number]
+    others = [number for number in range(len(documents)) if number not in used] or sorted(used)
+    while True:
+        for number in rng.sample(others, len(others)):
+            yield documents[number]
+
+
+def _most(text: Callable[[int], str], budget: int, encode: Callable[..., list[int]], length: int) -> list[int]:
     """Tokens of the largest text(n) within the budget, by halving."""
     low, high, best = 1, 2, encode(text(1), after="")
     if len(best) > budget:
@@ -128,7 +161,7 @@ def _random(kind: str, rng: random.Random) -> str:
     return f"{_word(rng)}-{_word(rng)}" if kind == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _niah(task: Needles, rng: random.Random, length: int) -> tuple[str, list[str], str | None, str, list[str]]:
+def _niah(task: Needles, rng: random.Random, length: int, turn: int) -> tuple[str, list[str], str | None, str, list[str]]:
     """Text before the haystack, needles, what the haystack repeats (None: essays), the question, the answers."""
 
     def needle(key: str, value: str) -> str:
@@ -138,7 +171,7 @@ def _niah(task: Needles, rng: random.Random, length: int) -> tuple[str, list[str
     values = {key: [_random(task.value, rng) for _ in range(task.values)] for key in keys}
     hidden = [needle(key, value) for key in keys for value in values[key]]
     rng.shuffle(hidden)
-    asked = rng.sample(keys, task.asked)
+    asked = keys[turn : turn + 1] if task.asked == 1 else rng.sample(keys, task.asked)
     query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
     one = task.asked * task.values == 1
     some, many, are = ("A", task.value[:-1], "is") if one else ("Some", task.value, "are all")
@@ -213,20 +246,37 @@ def _frequent(rng: random.Random, length: int) -> tuple[Callable[[int], str], st
 
 
 def averages(scores: Iterable[tuple[str, int, float]]) -> dict[int, float]:
-    """RULER's average at each length, over its tasks; lengths at which a task was not scored have none.
+    """RULER's average at each length over its tasks. A length at which a task has no score has no average: other tasks' scores
+    do not stand for it. Tasks that have a score at no length (the questions, without their data) are not counted.
 
     Args:
-        scores: (kind, length, score) of each cell.
+        scores: (kind, length, score) of each cell; NaN: not scored.
     """
-    by_length: dict[int, list[float]] = {}
-    for kind, length, score in scores:
-        if kind.startswith(PREFIX):
-            by_length.setdefault(length, []).append(score)
-    means = {length: sum(some) / len(some) for length, some in sorted(by_length.items())}
+    cells = [(kind, length, score) for kind, length, score in scores if kind.startswith(PREFIX)]
+    kinds = {kind for kind, _, score in cells if score == score}
+    by_length: dict[int, dict[str, float]] = {}
+    for kind, length, score in cells:
+        if kind in kinds:
+            by_length.setdefault(length, {})[kind] = score
+    means = {n: sum(some.values()) / len(some) for n, some in sorted(by_length.items()) if len(some) == len(kinds)}
     return {length: mean for length, mean in means.items() if mean == mean}
 
 
-def effective_length(means: dict[int, float]) -> int:
-    """The longest length up to which every average reaches RULER's threshold; 0 for none."""
-    reached = itertools.takewhile(lambda length: means[length] >= THRESHOLD, sorted(means))
+def tasks_scored(scores: Iterable[tuple[str, int, float]]) -> int:
+    """Of RULER's 13 tasks those that `averages` is over."""
+    return len({kind for kind, _, score in scores if kind.startswith(PREFIX) and score == score})
+
+
+def lengths(scores: Iterable[tuple[str, int, float]]) -> list[int]:
+    """The lengths of RULER's cells, scored or not."""
+    return sorted({length for kind, length, _ in scores if kind.startswith(PREFIX)})
+
+
+def effective_length(means: dict[int, float], asked: Iterable[int] = ()) -> int:
+    """The longest length up to which every average reaches RULER's threshold; 0 for none.
+
+    Args:
+        asked: all lengths that were asked; one without an average ends it, as one below the threshold.
+    """
+    reached = itertools.takewhile(lambda length: means.get(length, 0.0) >= THRESHOLD, sorted({*means, *asked}))
     return max(reached, default=0)

@@ -70,6 +70,22 @@ class Chunks:
             raise ConfigError("chunks.logits", self.logits, "give a positive number of bytes")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens a second that a model reads, and that it makes one by one."""
+
+    read: float
+    made: float
+
+    def seconds(self, read: int, made: int) -> float:
+        return read / self.read + made / self.made
+
+    def corrected(self, read: int, made: int, seconds: float) -> Speed:
+        """The speed at which so many tokens would have taken what they took."""
+        share = self.seconds(read, made) / max(1e-9, seconds)
+        return Speed(read=self.read * share, made=self.made * share) if share else self
+
+
 class Scorer:
     """Runs requests over a model.
 
@@ -81,6 +97,7 @@ class Scorer:
 
     def __init__(self, model: CausalModel, *, chunks: Chunks | None = None, share: bool = True):
         self.model, self.chunks, self.share = model, chunks or Chunks(), share
+        self.speed: Speed | None = None  # as far as it has been seen
 
     def plan(self, requests: Sequence[Request]) -> list[Step]:
         """The order in which `run` reads these requests, and what it reads."""
@@ -95,8 +112,7 @@ class Scorer:
         Raises:
             ValueError: a request that is longer than the model reads, or a token id outside the vocabulary.
         """
-        for number, request in enumerate(requests):
-            self._check(number, request)
+        self.check(requests)
         whole = self.model.reads_whole
         self.model.truncate(0)
         kept: list[tuple[int, Tensor]] = []  # (first position, states [K, H]) that later requests still want
@@ -133,6 +149,11 @@ class Scorer:
             if progress is not None:
                 progress(read)
         return [results[i] for i in range(len(requests))]
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse requests as `run` does, before anything is read."""
+        for number, request in enumerate(requests):
+            self._check(number, request)
 
     def _check(self, number: int, request: Request) -> None:
         length = len(request.context) + (

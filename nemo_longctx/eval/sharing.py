@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nemo_longctx.eval.requests import Request, Score, share_work
-from nemo_longctx.eval.scoring import Scorer
+from nemo_longctx.eval.requests import Generation, Request, Score, share_work
+from nemo_longctx.eval.scoring import Scorer, Speed
 
 
 def everywhere(value: Any, group: Any = None) -> list[Any]:
@@ -100,11 +102,53 @@ def _work(
 ) -> dict[int, Score | list[int]]:
     jobs = [requests[i] for i in indices]
     done: dict[int, Score | list[int]] = {}
-    with tqdm(total=new_tokens(scorer, jobs), unit="tok", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
-        for place, result, read in scorer.run(jobs):
+    if not jobs:
+        return done
+    scorer.check(jobs)
+    speed = scorer.speed = scorer.speed or measured_speed(scorer, jobs[0])
+    read = new_tokens(scorer, jobs)
+    if not quiet:
+        tqdm.write(f"{what}: {cost_told(jobs, read, speed)}", file=sys.stderr)
+    began = time.monotonic()
+    with tqdm(total=read, unit="tok", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
+        for place, result, new in scorer.run(jobs):
             done[indices[place]] = result
-            bar.update(read)
+            bar.update(new)
+    made = sum(len(result) for result in done.values() if isinstance(result, list))
+    scorer.speed = speed.corrected(read, made, time.monotonic() - began)
     return done
+
+
+CALIBRATION = 256  # tokens by which a model's speed is guessed before it has read anything
+
+
+def measured_speed(scorer: Scorer, request: Request) -> Speed:
+    """From reading a few tokens of a request and making one; the cache is left empty."""
+    tokens, rates = torch.tensor(request.read[:CALIBRATION]), []
+    with torch.inference_mode():
+        for some in (tokens, tokens, tokens[:1]):  # the first time warms up
+            scorer.model.truncate(0)
+            began = time.perf_counter()
+            float(scorer.model.extend(some)[-1, 0])  # waits for a GPU
+            rates.append(len(some) / max(1e-9, time.perf_counter() - began))
+    scorer.model.truncate(0)
+    return Speed(read=rates[1], made=rates[2])
+
+
+def cost_told(requests: Sequence[Request], read: int, speed: Speed) -> str:
+    """What is read and made, and about how long it takes: too little for long prompts, whose tokens cost more the later they
+    stand, until the model has been seen at work of the kind."""
+    asked = sum(len(request.read) for request in requests)
+    made = sum(request.max_new_tokens for request in requests if isinstance(request, Generation))
+    told = f"{read:,} tokens to read" + (f" ({asked:,} without what prompts share)" if asked > read else "")
+    return told + (f", at most {made:,} to make" if made else "") + f", about {duration(speed.seconds(read, made))}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def new_tokens(scorer: Scorer, requests: Sequence[Request]) -> int:

@@ -30,7 +30,7 @@ from nemo_longctx.eval.config import (
 )
 from nemo_longctx.eval.requests import Continuation
 from nemo_longctx.eval.results import SuiteResult, blank_result
-from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
+from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer, Speed
 from nemo_longctx.eval.sharing import PeerError, check_in, everywhere, new_tokens, run_shared
 from nemo_longctx.eval.truncation import TruncationRecord
 
@@ -77,6 +77,7 @@ class Suite:
         if tokenizer is None and any(not isinstance(task, PositionTask | ContextTask) for task in self.tasks):
             raise ConfigError("eval.tokenizer", None, "probes and lm-eval tasks need the model's Hugging Face tokenizer")
         self.rate = 0.0  # tokens a second, from what was run before
+        self.speed: Speed | None = None  # of the model that was measured last
         self.took: dict[str, float] = {}  # seconds of each task, from the last time
 
     def run(
@@ -214,11 +215,10 @@ class Suite:
 
     def _run(self, requests: Sequence[Any], model: CausalModel, group: Any, what: str, quiet: bool) -> list[Any]:
         scorer, began = Scorer(model, chunks=self.chunks), time.monotonic()
-        tokens = new_tokens(scorer, requests)
-        if self.rate and not quiet:
-            logger.info("%s: %d tokens, about %.0f s", what, tokens, tokens / self.rate)
+        scorer.speed = self.speed
         results = run_shared(scorer, requests, group=group, what=what, quiet=quiet)
-        self.rate = tokens / max(1e-9, time.monotonic() - began)
+        self.speed = scorer.speed
+        self.rate = new_tokens(scorer, requests) / max(1e-9, time.monotonic() - began)
         return results
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from nemo_longctx.eval import context, position, probe_scores
+from nemo_longctx.eval import context, position, probe_scores, ruler
 from nemo_longctx.eval.guard import GuardConfig, judge
 from nemo_longctx.eval.results import SuiteResult, as_record, finite, from_record
 from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.context import LAW_COLUMNS, LAW_NOTE, LINES, context_sections, spread, with_interval
 from nemo_longctx.report.html import Section, write_page
-from nemo_longctx.report.plots import plot_context_law, plot_loss_by_position, plot_probes, tokens_label
+from nemo_longctx.report.plots import plot_context_law, plot_loss_by_position, tokens_label
+from nemo_longctx.report.probes import probe_sections, ruler_length, title_of
 from nemo_longctx.report.training_log import write_json
 
 RECORD = "results.json"
-PANELS = 4  # evaluations in one figure of probes
 REPLICATES = 300  # of the bootstrap over documents; every evaluation draws the page anew
 
 
@@ -72,7 +72,7 @@ def write_results(
         files |= {f"loss_by_{name}.csv", f"gain_by_{name}.csv"}
     cells = [row for result in results for row in result.probes]
     if cells:
-        sections.append(_probe_section(directory, cells))
+        sections += probe_sections(directory, cells)
         files.add("probes.csv")
     tasks = _task_table(results)
     if len(tasks) > 1:
@@ -113,11 +113,13 @@ def _files_of(directory: Path) -> set[str]:
 def _summary(results: Sequence[SuiteResult]) -> Section:
     """One line a model: what it can do in one glance, and what went wrong."""
     names = list(dict.fromkeys(name for result in results for name in result.position))
-    kinds = list(dict.fromkeys(row.kind for result in results for row in result.probes))
+    cells = [row for result in results for row in result.probes]
+    kinds = [kind for kind in dict.fromkeys(row.kind for row in cells) if kind not in ruler.KINDS]
+    ruled = any(row.kind in ruler.KINDS for row in cells)
     head: list[object] = ["model", *(f"loss, {tokens_label(int(n.rpartition('_')[2]))} tokens" for n in names)]
     fixed = list(dict.fromkeys(name for result in results for name in result.context))
     head += [f"gain of {tokens_label(int(n.rpartition('_')[2]))} tokens on fixed targets" for n in fixed]
-    head += [f"{_title(kind)}: effective length" for kind in kinds]
+    head += [f"{title_of(kind)}: effective length" for kind in kinds] + ["RULER: effective length"] * ruled
     rows: list[list[object]] = [[*head, "seconds", "not measured"]]
     for result in results:
         effective, weak = probe_scores.effective_length(result.probes), probe_scores.too_weak(result.probes)
@@ -125,6 +127,7 @@ def _summary(results: Sequence[SuiteResult]) -> Section:
         missing += [f"{task}: no time" for task in result.skipped]
         losses: list[object] = [_loss(result.position.get(name, ())) for name in names]
         lengths: list[object] = [probe_scores.told_length((result.model, kind), effective, weak) for kind in kinds]
+        lengths += [ruler_length(result.probes)] * ruled
         gains: list[object] = [str(context.gain(result.context[n])) if n in result.context else "–" for n in fixed]
         rows.append([result.model, *losses, *gains, *lengths, f"{sum(result.seconds.values()):.1f}", "; ".join(missing) or "–"])
     note = (
@@ -185,35 +188,6 @@ def _by_document(documents: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     reached = counts.sum(0) > 0
     whole = (counts[:, reached] > 0).all(1)
     return losses.context[reached], sums[whole][:, reached] / counts[whole][:, reached]
-
-
-def _title(kind: str) -> str:
-    return kind.replace("_", " ")
-
-
-def _probe_section(directory: Path, cells: Sequence[probe_scores.ProbeRow]) -> Section:
-    probe_scores.write_csv(directory / "probes.csv", cells)
-    models = list(dict.fromkeys(row.model for row in cells))
-    shown = spread(models, PANELS)
-    drawn = [row for row in cells if row.model in shown]
-    loss = "Probes: loss of the answer (nats per token)"
-    figures = [
-        plot_probes(drawn, directory / "probes_score.png", title="Probes: score of the reply"),
-        plot_probes(drawn, directory / "probes_answer_loss.png", value="answer_loss", title=loss),
-    ]
-    table: list[list[object]] = [["probe", "model", "effective length (tokens)", "samples", "did not fit, not scored"]]
-    effective, weak = probe_scores.effective_length(cells), probe_scores.too_weak(cells)
-    for model, kind in effective:
-        length = probe_scores.told_length((model, kind), effective, weak)
-        mine = [row for row in cells if (row.model, row.kind) == (model, kind)]
-        table.append([_title(kind), model, length, sum(r.samples for r in mine), sum(r.skipped for r in mine)])
-    note = (
-        "Score: ROUGE-L of the first sentence, or the share of hidden answers in the reply. The loss of the answer shows "
-        "progress long before a model can say it. No probe is ever cut."
-    )
-    if len(shown) < len(models):
-        note += f" {len(shown)} of {len(models)} evaluations are drawn; the CSV has all."
-    return Section(heading="Probes", note=note, figures=figures, table=table)
 
 
 def _task_table(results: Sequence[SuiteResult]) -> list[list[object]]:

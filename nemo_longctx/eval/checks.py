@@ -1,0 +1,87 @@
+"""What an evaluation needs from the disk, looked at before anything is loaded or trained: a name with a slip costs no run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask, ProbeTask
+from nemo_longctx.eval.question_data import FILES, read_labelled
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def check_eval(config: EvalConfig | None, *, check_names: Callable[[HarnessTask], None] | None = None) -> None:
+    """Refuse an `eval` block that could not be measured.
+
+    Args:
+        check_names: refuses lm-eval tasks that do not exist; called for each of their blocks.
+
+    Raises:
+        ConfigError: a corpus, text, folder or tokenizer that is not there, with what is; or as `check_names`.
+    """
+    if config is None:
+        return
+    for number, task in enumerate(config.tasks):
+        key = f"eval.tasks[{number}]"
+        if isinstance(task, PositionTask | ContextTask):
+            check_there(f"{key}.corpus", task.corpus, suffix=".idx")
+        elif isinstance(task, ProbeTask):
+            if not Path(f"{task.text}.idx").exists():
+                check_there(f"{key}.text", task.text, what="no such text, and no corpus of that prefix")
+            if task.probes.data:
+                check_there(f"{key}.probes.data", task.probes.data)
+                read_labelled(task.probes.data)
+                _check_questions(f"{key}.probes.data", task.probes.data, task.probes.kinds)
+        elif isinstance(task, HarnessTask):
+            if task.include_path is not None:
+                check_there(f"{key}.include_path", task.include_path)
+            if "data" in task.metadata and task.metadata["data"] is not None:
+                check_there(f"{key}.metadata.data", str(task.metadata["data"]))
+            if check_names is not None:
+                check_names(task)
+    if config.tokenizer is not None:
+        check_tokenizer("eval.tokenizer", config.tokenizer)
+
+
+def _check_questions(key: str, folder: str, kinds: tuple[str, ...]) -> None:
+    for kind, name in (("ruler_qa_1", "squad"), ("ruler_qa_2", "hotpotqa")):
+        if kind in kinds and not any((Path(folder) / file).is_file() for file in FILES[name]):
+            raise ConfigError(key, folder, f"holds none of {', '.join(FILES[name])}, which {kind} asks from")
+
+
+def check_there(key: str, path: str, *, suffix: str = "", what: str = "") -> None:
+    """Refuse a path where nothing is, with the likest name beside it.
+
+    Args:
+        suffix: what the file's name has beyond `path`, which is left out of the advice too. what: is not there.
+    """
+    if Path(path + suffix).exists():
+        return
+    parent = Path(path).parent
+    there = [str(parent / one.name) for one in sorted(parent.iterdir())] if parent.is_dir() else []
+    names = [name.removesuffix(suffix) for name in there if name.endswith(suffix)]
+    near = difflib.get_close_matches(path, names, n=1)
+    what = what or (f"no such corpus ({path}{suffix})" if suffix else "no such file or directory")
+    where = f"{parent} holds {len(names)} others, none like it" if parent.is_dir() else f"{parent} is not there either"
+    raise ConfigError(key, path, f"{what}, " + (f"did you mean {near[0]!r}?" if near else where))
+
+
+def check_name(key: str, name: str) -> None:
+    """Refuse what is neither a path nor can be a name on the hub."""
+    parent = Path(name).parent
+    if Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")) or len(Path(name).parts) > 2 or (len(Path(name).parts) > 1 and parent.is_dir()):
+        check_there(key, name)
+    check_hub_name(key, name)
+
+
+def check_tokenizer(key: str, name: str) -> None:
+    """Refuse a tokenizer's path with a slip, and a folder without one."""
+    check_name(key, name)
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise ConfigError(key, name, f"holds none of {', '.join(TOKENIZER_FILES)}; name a tokenizer beside it")
