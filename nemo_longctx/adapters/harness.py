@@ -98,7 +98,7 @@ def load_tasks(task: HarnessTask, *, tokenizer: str | None = None) -> dict[str, 
         raise
     ours = [name for name, one in loaded["tasks"].items() if one.config.custom_dataset is load]
     if ours and (task.policy != POLICIES[0] or task.max_prompt is not None):
-        mend = f"of {', '.join(ours)} is told by metadata.policy and metadata.max_prompt; policy and max_prompt are for lm-eval's own"
+        mend = f"is for lm-eval's own tasks; of {', '.join(ours)} use metadata.policy and metadata.max_prompt"
         raise ConfigError("eval.policy", task.policy, mend)
     unsafe = [name for name, one in loaded["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe and not task.allow_code_execution:
@@ -206,7 +206,7 @@ def sample_rows(name: str, samples: Sequence[Mapping[str, Any]], cuts: Sequence[
                 "prompt": str(doc.get("question") or prompt[-PROMPT_END:]),
                 "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "response": replies[0] if replies and isinstance(replies[0], str) else json.dumps(replies, default=str),
-                "scores": {metric: sample[metric] for metric in sample["metrics"]},
+                "scores": {name: sample[name] for name in sample["metrics"] if not _unmeasured(name, sample[name])},
                 "removed_tokens": record.removed if record else 0,
                 "lost": list(record.lost) if record else [],
             }

@@ -241,8 +241,8 @@ class LongContextLM(TemplateLM):
     # Truncation
 
     def _fit(self, instance: Instance, tokens: list[int], room: int) -> Truncated:
-        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: `self.truncation`). BOS, system prompt
-        and chat header stay."""
+        """Cut a prompt by its task's policy (the doc's `longctx` entry; lm-eval's own tasks: `self.truncation`). BOS, system
+        prompt and chat header stay."""
         policy = {
             "policy": "left",
             "max_prompt": None,

@@ -129,12 +129,12 @@ def _rag(rng: random.Random, length: int, tools: Tools) -> Made:
             who = [(first, name_of(rng)), (name_of(rng, 2), last), (name_of(rng, 2), name_of(rng))][near % 3]
             yield told(*who, rng.choice(TRADES), name_of(rng))
 
-    rule = "Use the given documents to write a concise and short answer to the question. Write your answer in the following format:"
+    rule = "Use the given documents to write a concise and short answer to the question. "
     prompt = _built(
         "rag",
         length,
         tools,
-        rule + "\nAnswer: [answer]\n\n",
+        rule + "Write your answer in the following format:\nAnswer: [answer]\n\n",
         f"Question: In which town did {first} {last} open a {trade}?\nAnswer:",
         needed=[(rng.random(), told(first, last, trade, town))],
         extras=extras(),

@@ -1,5 +1,5 @@
-"""Questions about the order of a long talk (after OpenAI's MRCR, 2025): the same thing was asked for several times, and the n-th
-answer is to be said again behind a random word.
+"""Questions about the order of a long talk (after OpenAI's MRCR, 2025): the same thing was asked for several times, and the
+n-th answer is to be said again behind a random word.
 
 The talk is in the tokenizer's chat template where it has one. Its answers are passages of the user's text, each with a line of
 its own in front, so nothing is written by a model.

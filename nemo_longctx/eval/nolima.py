@@ -1,6 +1,7 @@
 """Needles that share no word with their question (after NoLiMa, Modarressi et al. 2025): what links them has to be known.
 
-The pairs are our own, in NoLiMa's form: a sentence about a character, and a question that only knowledge of the world ties to it.
+The pairs are our own, in NoLiMa's form: a sentence about a character, and a question that only knowledge of the world ties to
+it.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class ProbeConfig:
         lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
         samples: probes of each kind, length and depth. seed: of their texts, names and numbers.
         max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
-        data: folder of question answering data for RULER's qa_1 (`squad.json`) and qa_2 (`hotpotqa.json`), and of labelled texts
-            for HELMET's learning in context (`icl.jsonl`); without it RULER is measured by its other eleven tasks.
+        data: folder of question answering data for RULER's qa_1 (`squad.json`) and qa_2 (`hotpotqa.json`), without which its
+            other eleven tasks are measured, and of labelled texts for HELMET's learning in context (`icl.jsonl`).
     """
 
     kinds: tuple[str, ...] = ("first_sentence", "passkey")

@@ -10,6 +10,7 @@ in RULER and has the haystack read once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import string
@@ -99,9 +100,11 @@ def make(kind: str, rng: random.Random, length: int, tools: Tools, *, turn: int 
         return Made(prompt=[*tools.prefix, *start, *tools.spread(filler, needles), *end], answers=asked, new_tokens=new)
     if name in QA:
         return _question(kind, rng, length, tools, room)
-    text, question, answers = (_common if name == "cwe" else _frequent)(rng, length)
+    texts, question, answers = (_common if name == "cwe" else _frequent)(rng, length)
     end = encode(question)
-    body = _most(text, room(end), encode, length)
+    # RULER's frequencies for short lengths serve where a tokenizer of many tokens a word has no room for the others.
+    fits = [text for text in texts[:-1] if len(encode(text(1), after="")) <= room(end)]
+    body = _most([*fits, texts[-1]][0], room(end), encode, length)
     left = room(end) - len(body)
     pad = tools.blank(left) if name == "cwe" else encode(" ..." * left)[:left]  # the coded text's own noise
     return Made(prompt=[*tools.prefix, *body, *pad, *end], answers=answers, new_tokens=new)
@@ -205,13 +208,13 @@ def _asked(lines: list[str], *, shown: bool) -> str:
     return text + (" " + " ".join(names) if shown else "")
 
 
-def _common(rng: random.Random, length: int) -> tuple[Callable[[int], str], str, list[str]]:
-    """A numbered list in which ten words stand more often than the others, behind a solved example."""
+def _common(rng: random.Random, length: int) -> tuple[list[Callable[[int], str]], str, list[str]]:
+    """A numbered list in which ten words stand more often than the others, behind a solved example: in the frequencies of
+    lengths from 4,096 on, and in those of shorter ones."""
     intro = "Below is a numbered list of words. In these words, some appear more often than others. "
     intro += "Memorize the ones that appear most often.\n"
     question = "\nQuestion: What are the 10 most common words in the above list? "
     question += "Answer: The top 10 words that appear most often in the list are:"
-    often, seldom = (6, 1) if length < 4096 else (30, 3)
     words = list(dict.fromkeys(_word(rng) for _ in range(length // 4 + 200)))
     seed = rng.random()
 
@@ -220,14 +223,18 @@ def _common(rng: random.Random, length: int) -> tuple[Callable[[int], str], str,
         random.Random(seed).shuffle(entries)
         return " ".join(f"{number}. {word}" for number, word in enumerate(entries, start=1))
 
-    few = (3, 1) if length < 4096 else (10, 3)
-    example = intro + listed(words[:10], words[10 : 20 if length < 4096 else 40], *few) + question
-    example += " " + " ".join(f"{number}. {word}" for number, word in enumerate(words[:10], start=1)) + "\n"
     common = words[40:50]
-    return lambda n: example + intro + listed(common, words[50 : 50 + n], often, seldom), question, common
+
+    def text(n: int, many: bool) -> str:
+        example = intro + listed(words[:10], words[10 : 40 if many else 20], *((10, 3) if many else (3, 1))) + question
+        example += " " + " ".join(f"{number}. {word}" for number, word in enumerate(words[:10], start=1)) + "\n"
+        return example + intro + listed(common, words[50 : 50 + n], *((30, 3) if many else (6, 1)))
+
+    texts = [functools.partial(text, many=many) for many in (True, False) if not many or length >= 4096]
+    return texts, question, common
 
 
-def _frequent(rng: random.Random, length: int) -> tuple[Callable[[int], str], str, list[str]]:
+def _frequent(rng: random.Random, length: int) -> tuple[list[Callable[[int], str]], str, list[str]]:
     """Coded words whose numbers follow a zeta distribution (exponent 2); the commonest is noise, the next three are asked."""
     coded = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(max(8, length // 50))]
     vocabulary = ["...", *dict.fromkeys(coded)]
@@ -242,7 +249,7 @@ def _frequent(rng: random.Random, length: int) -> tuple[Callable[[int], str], st
 
     question = "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
     question += "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
-    return text, question + "appeared words are:", vocabulary[1:4]
+    return [text], question + "appeared words are:", vocabulary[1:4]
 
 
 def averages(scores: Iterable[tuple[str, int, float]]) -> dict[int, float]:

@@ -51,8 +51,8 @@ def _overview(directory: Path, cells: Rows) -> Section:
         mine = [row for row in cells if (row.model, row.kind) == (model, kind)]
         table.append([title_of(kind), model, length, sum(r.samples for r in mine), sum(r.skipped for r in mine)])
     note = (
-        "Score: ROUGE-L of the first sentence, or the share of hidden answers in the reply; suites by their own rules. The loss "
-        "of the answer shows progress long before a model can say it. No probe is ever cut."
+        "Score: ROUGE-L of the first sentence, or the share of hidden answers in the reply; suites by their own rules. The "
+        "loss of the answer shows progress long before a model can say it. No probe is ever cut."
     )
     if len(shown) < len(models):
         note += f" {len(shown)} of {len(models)} evaluations are drawn; the CSV has all."
