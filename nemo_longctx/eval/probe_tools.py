@@ -59,8 +59,9 @@ class Tools:
         return left
 
     def blank(self, tokens: int) -> list[int]:
-        """So many tokens of newlines."""
-        return self.encode("\n", after="x")[-1:] * tokens
+        """So many tokens of newlines, or of full stops where the tokenizer drops newlines."""
+        newline = self.encode("\n", after="x")[-1:]
+        return (newline or self.encode(".", after="x")[-1:]) * tokens
 
     def packed(
         self,

@@ -199,6 +199,7 @@ class _Maker:
         sentences = re.finditer(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)", self.text)
         self.sentences = [(m.start(1), m.group(1)) for m in sentences if 5 <= len(m.group(1).split()) <= 40]
         self._ends: dict[int, bool] = {}
+        self._before: dict[str, list[int]] = {}
         self._questions: dict[str, Questions] = {}
         self._labelled: dict[str, list[str]] | None = None
         self.start = 0
@@ -216,7 +217,9 @@ class _Maker:
 
     def encode(self, text: str, after: str = ".") -> list[int]:
         """Tokens of `text` as they are after other text: SentencePiece puts a space in front of what stands alone."""
-        whole, before = (self.tokenizer.encode(one, add_special_tokens=False) for one in (after + text, after))
+        if after not in self._before:
+            self._before[after] = self.tokenizer.encode(after, add_special_tokens=False)
+        whole, before = self.tokenizer.encode(after + text, add_special_tokens=False), self._before[after]
         if whole[: len(before)] == before:
             return whole[len(before) :]
         return self.tokenizer.encode(text, add_special_tokens=False)

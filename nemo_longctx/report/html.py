@@ -12,7 +12,7 @@ from pathlib import Path
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1000px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-img{max-width:100%;height:auto;display:block;margin:1rem 0}
+figure{margin:1rem 0;overflow-x:auto}img{max-width:100%;height:auto;display:block}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
 th{font-weight:600;white-space:normal;vertical-align:bottom;background:#f6f6f4}
@@ -20,7 +20,7 @@ tr:hover td{background:#fafaf7}
 th:first-child,td:first-child{text-align:left}p.note{color:#555;max-width:46rem}
 nav{columns:2;margin:1rem 0 0;padding:0}nav a{display:block;color:#0072B2;text-decoration:none}
 nav a:hover{text-decoration:underline}
-@media(max-width:40rem){body{padding:0 .75rem}nav{columns:1}nav a{padding:.3rem 0}}
+@media(max-width:40rem){body{padding:0 .75rem}img{max-width:none;width:46rem}nav{columns:1}nav a{padding:.3rem 0}}
 pre{background:#f6f6f4;padding:.8rem 1rem;overflow-x:auto;font-size:12px}summary{cursor:pointer;color:#0072B2}
 """
 
@@ -54,7 +54,8 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
             parts.append(f'<p class="note">{html.escape(section.note)}</p>')
         for figure in section.figures:
             data = base64.b64encode(Path(figure).read_bytes()).decode("ascii")
-            parts.append(f'<img alt="{html.escape(Path(figure).stem)}" src="data:image/png;base64,{data}">')
+            name = html.escape(Path(figure).stem)
+            parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>')
         if section.table:
             parts.append(_table(section.table))
         if section.code:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from published import BOLD, QMSUM, STORY, needs_qmsum, published
@@ -24,6 +25,7 @@ from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.guard import LOWER
 from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.requests import Score
 from nemo_longctx.eval.suite import HarnessTask
 from nemo_longctx.eval.tasks import functions, loaders
 from nemo_longctx.eval.truncation import UNSCORED
@@ -429,3 +431,48 @@ def test_replies_are_kept_in_the_form_that_compare_reads(data, tmp_path):
     assert all(set(row["scores"]) == {"f1", "not_scored"} and row["removed_tokens"] > 0 and not row["lost"] for row in rows)
     assert len(rows[0]["prompt_sha256"]) == 64
     assert len(compare_files(tmp_path / "a" / file, tmp_path / "b" / file, seed=0).pairs) == 2
+
+
+def sample(doc_id, rule, **doc):
+    return {
+        "doc_id": doc_id, "doc": doc, "filter": rule, "filtered_resps": [f"{rule} {doc_id}"], "arguments": [["prompt"]],
+        "metrics": ["acc", "4096"], "acc": 1.0, "4096": -1,
+    }  # fmt: skip
+
+
+def test_kept_samples_have_one_id_each():
+    """GSM8K scores a reply by two filters, and some data sets give many rows one id."""
+    twice = [sample(n, rule) for n in range(2) for rule in ("strict", "flexible")]
+    assert [row["id"] for row in harness.sample_rows("t", twice, [])] == ["0/strict", "0/flexible", "1/strict", "1/flexible"]
+    same = harness.sample_rows("t", [sample(0, "none", id="x"), sample(1, "none", id="x")], [])
+    assert [row["id"] for row in same] == ["0", "1"]
+    assert [row["id"] for row in harness.sample_rows("t", [sample(0, "none", id="x")], [])] == ["x"]
+    assert same[0]["scores"] == {"acc": 1.0}  # -1 is RULER's word for no samples
+
+
+def test_lm_evals_own_tasks_are_cut_as_they_are_told(tmp_path):
+    """LongBench v2 and InfiniteBench lose the middle of a prompt that is too long."""
+    task, file = own_task(tmp_path, "my_long", [{"metric": "acc"}])
+    task |= {"output_type": "multiple_choice", "doc_to_choice": ["no", "yes"], "doc_to_target": "a"}
+    task |= {"doc_to_text": "First. " + STORY * 3 + "Last: {{q}}"}
+    file.write_text(yaml.safe_dump(task))
+    lm = tiny_lm([STORY], 4096, vocab=258)
+    asked = []
+    lm._run = lambda jobs, *_args, **_more: (
+        asked.extend(jobs) or [Score(token_log_probs=np.zeros(1), is_greedy=True)] * len(jobs)
+    )
+    block = HarnessTask(tasks=("my_long",), include_path=str(tmp_path), policy="middle", max_prompt=60, limit=1)
+    found = run_harness(block, lm)
+    text = lm.tokenizer.decode(asked[0].context)
+    assert (len(asked[0].context), text[:6], text[-5:]) == (60, "First.", " odd?")
+    assert {record.policy for record in found.truncations} == {"middle"}
+    with pytest.raises(ConfigError, match=r"eval\.max_prompt=9999: the model reads 4096"):
+        run_harness(replace(block, max_prompt=9999), lm)
+    with pytest.raises(ConfigError, match=r"eval\.policy='keep_start': unknown policy"):
+        replace(block, policy="keep_start")
+
+
+def test_our_tasks_are_cut_by_their_metadata(data):
+    block = HarnessTask(tasks=("longctx_qasper",), policy="middle", metadata={"data": str(data / "scrolls")})
+    with pytest.raises(ConfigError, match=r"eval\.policy='middle': is for lm-eval's own tasks"):
+        load_tasks(block)

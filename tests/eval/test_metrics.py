@@ -20,6 +20,10 @@ OURS = {
     "zeroscrolls_order": metrics.concordance_index,
     "ruler_all": metrics.found,
     "ruler_part": metrics.found_any,
+    "exact_match": lambda p, r: metrics.exact_match(p, [r]),
+    "helmet_contained": lambda p, r: metrics.contained(p, [r]),
+    "helmet_label": lambda p, r: metrics.exact_match(metrics.after_label(p, "label:"), [r]),
+    "helmet_ranking": lambda p, r: [one for one in metrics.ranking(p) if one in r],
 }
 
 # Predictions, references and results that SCROLLS publishes in its own metric's description (tau/scrolls, metrics/scrolls.py).
@@ -89,6 +93,16 @@ def test_scores_are_those_of_the_official_code(name):
     assert len(pairs) >= 300
     wrong = [(p, r, ours(p, r), said) for p, r, said in pairs if ours(p, r) != pytest.approx(said, abs=6e-5)]
     assert not wrong
+
+
+def test_gains_and_similarity_by_hand():
+    # Ideal order 3, 2: 3 + 2 / log2(3); the other way 2 + 3 / log2(3).
+    assert metrics.ndcg(["b", "a"], {"a": 3, "b": 2}) == pytest.approx((2 + 3 / math.log2(3)) / (3 + 2 / math.log2(3)))
+    assert metrics.ndcg(["x", "a"], {"a": 1}) == pytest.approx(1 / math.log2(3))
+    assert metrics.ndcg(["x"] * 10 + ["a"], {"a": 1}) == 0
+    assert metrics.mrcr(" wordOnce", "wordOnce", "word") == 1
+    assert metrics.mrcr("Once", "wordOnce", "word") == 0
+    assert metrics.mrcr("wordOncX", "wordOnce", "word") == pytest.approx(0.75)
 
 
 def test_found_counts_answers():

@@ -223,6 +223,20 @@ def test_an_average_never_mixes_in_empty_cells():
     assert ruler.effective_length({4096: 0.95}, [256, 4096]) == 0  # nothing is known below
 
 
+def test_a_tokenizer_that_drops_newlines_is_exact_too(folder):
+    """As BERT's: words and signs, white space gone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: n for n, letter in enumerate(["[UNK]", "[CLS]", *map(chr, range(33, 127))])}
+    raw = Tokenizer(models.WordPiece({**letters, **{f"##{chr(c)}": 200 + c for c in range(33, 127)}}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    probes, unmade = made(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]"), (8192,), data=str(folder))
+    assert len({probe.kind for probe in probes}) + len(unmade) == 13
+    assert len(unmade) <= 1
+    assert all(len(probe.prompt) + probe.max_new_tokens == 8192 for probe in probes)
+
+
 def test_an_unknown_suite_is_named():
     with pytest.raises(ConfigError, match="did you mean 'ruler'"):
         ProbeConfig(suite="rular")

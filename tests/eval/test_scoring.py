@@ -204,3 +204,20 @@ def test_a_head_that_does_more_than_a_product_is_found_out():
     )  # fmt: skip
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         HFCausalModel(Gemma2ForCausalLM(config))
+
+
+def test_the_cost_is_told_before_it_starts(llama, capsys):
+    from nemo_longctx.eval.sharing import duration, run_shared
+
+    document = list(range(2, 60))
+    jobs = [Continuation(context=document, continuation=[n]) for n in (3, 4)]
+    jobs.append(Generation(context=document, max_new_tokens=2, stop=lambda made: False))
+    scorer = Scorer(HFCausalModel(llama))
+    run_shared(scorer, jobs, what="a suite")
+    told = capsys.readouterr().err
+    assert "a suite: 58 tokens to read (174 without what prompts share), at most 2 to make, about 1 s" in told
+    first = scorer.speed
+    assert min(first.read, first.made) > 0
+    twice = first.corrected(100, 0, first.seconds(100, 0) / 2)
+    assert twice.read == pytest.approx(2 * first.read)
+    assert [duration(s) for s in (0.2, 89, 91, 7200)] == ["1 s", "89 s", "2 min", "2.0 h"]

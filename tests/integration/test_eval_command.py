@@ -93,6 +93,19 @@ def test_users_mistakes_are_one_sentence(place, tmp_path, capsys):
     assert "did you mean 'position'" in capsys.readouterr().err
 
 
+def test_presets_are_filled_by_the_options(place):
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    asked = ["m", "--suite", "ruler", "--probes", "essays.txt", "--lengths", "4096,8192", "--data", "qa"]
+    (block,) = task_blocks(parser.parse_args(asked), 100)
+    assert block["text"] == "essays.txt"
+    assert (block["probes"]["suite"], block["probes"]["lengths"], block["probes"]["data"]) == ("ruler", [4096, 8192], "qa")
+    with pytest.raises(ConfigError, match="give --probes TEXT"):
+        task_blocks(parser.parse_args(["m", "--suite", "ruler"]), 100)
+    (block,) = task_blocks(parser.parse_args(["m", "--suite", "longbench2"]), 100)
+    assert (block["tasks"], block["policy"]) == (["longbench2"], "middle")
+
+
 NOT_LOADED = "no such model"  # mistakes are told before a model is looked for
 
 
