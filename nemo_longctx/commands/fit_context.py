@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.csv.name}: no model has a fit; {'; '.join(f'model {name!r}: {why}' for name, why in without.items())}"
         )
     out = args.out or args.csv.with_suffix(".fit")
+    out = out.with_suffix("") if out.suffix in (".json", ".png") else out  # both are written beside each other
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         model: {

@@ -128,7 +128,7 @@ def check_hub_name(key: str, name: str) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError:
-        raise ConfigError(key, name, f"no such directory, and {host} cannot be reached; name a tokenizer's directory") from None
+        raise ConfigError(key, name, f"no such directory, and {host} cannot be reached; name a directory") from None
 
 
 def _from_directory(directory: str) -> tuple[Tokenizer, dict[str, str]]:

@@ -77,7 +77,13 @@ def check_name(key: str, name: str) -> None:
         return
     if name.startswith((".", "/", "~")) or len(Path(name).parts) > 2 or (len(Path(name).parts) > 1 and parent.is_dir()):
         check_there(key, name)
-    check_hub_name(key, name)
+    near = difflib.get_close_matches(name, [one.name for one in Path(".").iterdir()], n=1)
+    try:
+        check_hub_name(key, name)
+    except ConfigError as unknown:
+        if not near:
+            raise
+        raise ConfigError(key, name, f"{unknown.mend}; did you mean {near[0]!r} here?") from None
 
 
 def check_tokenizer(key: str, name: str) -> None:

@@ -62,3 +62,18 @@ def test_names_of_lm_evals_tasks_are_looked_up_before_training():
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="no such task, did you mean 'longctx_qmsum'"):
         dry_run.check_evaluation(EvalConfig(tasks=({"kind": "lm_eval", "tasks": ["longctx_qmsun"]},)))
+
+
+def test_a_bare_name_with_a_slip_is_no_hub_error(folder, monkeypatch):
+    from nemo_longctx.data import tokenization
+    from nemo_longctx.eval.checks import check_name
+
+    def unreachable(*_):
+        raise OSError
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tokenization.socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(tokenization.urllib.request, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match=r"checkpoint='tokk'.*did you mean 'tok' here\?"):
+        check_name("checkpoint", "tokk")
