@@ -230,7 +230,9 @@ def _common(rng: random.Random, length: int) -> tuple[list[Callable[[int], str]]
         example += " " + " ".join(f"{number}. {word}" for number, word in enumerate(words[:10], start=1)) + "\n"
         return example + intro + listed(common, words[50 : 50 + n], *((30, 3) if many else (6, 1)))
 
-    texts = [functools.partial(text, many=many) for many in (True, False) if not many or length >= 4096]
+    texts: list[Callable[[int], str]] = [
+        functools.partial(text, many=many) for many in (True, False) if not many or length >= 4096
+    ]
     return texts, question, common
 
 

@@ -124,7 +124,8 @@ CALIBRATION = 256  # tokens by which a model's speed is guessed before it has re
 
 def measured_speed(scorer: Scorer, request: Request) -> Speed:
     """From reading a few tokens of a request and making one; the cache is left empty."""
-    tokens, rates = torch.tensor(request.read[:CALIBRATION]), []
+    tokens = torch.tensor(request.read[:CALIBRATION])
+    rates: list[float] = []
     with torch.inference_mode():
         for some in (tokens, tokens, tokens[:1]):  # the first time warms up
             scorer.model.truncate(0)

@@ -38,7 +38,7 @@ def _overview(directory: Path, cells: Rows) -> Section:
     shown = spread(models, PANELS)
     drawn = _drawn([row for row in cells if row.model in shown])
     loss = "Probes: loss of the answer (nats per token)"
-    figures = []
+    figures: list[Path] = []
     if drawn:
         figures = [
             plot_probes(drawn, directory / "probes_score.png", title="Probes: score of the reply"),
