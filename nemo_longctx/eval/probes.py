@@ -14,7 +14,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -120,7 +120,7 @@ class Probe:
     answers: list[str]
     first: list[int]
     max_new_tokens: int
-    grades: Sequence[int] = ()
+    grades: list[int] = field(default_factory=list)
 
     @property
     def content_hash(self) -> str:
@@ -264,7 +264,7 @@ class _Maker:
             answers=made.answers,
             first=first,
             max_new_tokens=made.new_tokens or max(new, len(self.encode(" " + ", and ".join(made.answers), after=":")) + 4),
-            grades=made.grades,
+            grades=list(made.grades),
         )
 
     def questions(self, name: str) -> Questions:

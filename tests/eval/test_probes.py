@@ -6,7 +6,6 @@ import torch
 from tiny_models import byte_tokenizer, sentencepiece_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.eval import ruler
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.probe_scores import (
     ProbeRow,
@@ -18,7 +17,7 @@ from nemo_longctx.eval.probe_scores import (
     score_reply,
     write_csv,
 )
-from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, ProbeConfig, make_probes
+from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, SUITES, ProbeConfig, make_probes
 from nemo_longctx.report.plots import plot_probes
 
 TEXTS = [
@@ -34,7 +33,7 @@ def tokenizer():
 
 
 def everything(**more):
-    kinds = tuple(kind for kind in KINDS if kind not in ruler.KINDS)
+    kinds = tuple(kind for kind in KINDS if not any(kind in suite for suite in SUITES.values()))
     return ProbeConfig(**{"kinds": kinds, "lengths": (400, 1000), "depths": (0.0, 0.5, 1.0), "samples": 2, **more})
 
 
@@ -45,6 +44,8 @@ def test_every_probe_is_exact_to_the_token(tokenizer):
         assert len(probe.prompt) == probe.length
         assert probe.prompt[0] == 7
         text = tokenizer.decode(probe.prompt[1:])
+        if probe.kind == "record":
+            assert "One of the special magic" not in text
         if probe.kind == "first_sentence":
             assert text.startswith(probe.answers[0])
         elif probe.kind == "variable_tracking":

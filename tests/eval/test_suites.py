@@ -72,7 +72,7 @@ def test_labelled_texts_of_the_users(tokenizer, tmp_path):
 
 def test_documents_are_ranked_by_what_they_tell(tokenizer):
     probe = next(p for p in made(tokenizer, "helmet")[0] if p.kind == "helmet_rerank")
-    assert probe.grades == (3, 2, 2, 2)
+    assert probe.grades == [3, 2, 2, 2]
     text = tokenizer.decode(probe.prompt)
     trade, town, trait = re.search(r"Query: (.*) in (.*) with (.*)\nRanking:", text).groups()
     best = re.search(rf"\[ID: {probe.answers[0]}\] (.*)", text)[1]
