@@ -65,7 +65,7 @@ def check_there(key: str, path: str, *, suffix: str = "", what: str = "") -> Non
     there = [str(parent / one.name) for one in sorted(parent.iterdir())] if parent.is_dir() else []
     names = [name.removesuffix(suffix) for name in there if name.endswith(suffix)]
     near = difflib.get_close_matches(path, names, n=1)
-    what = what or (f"no such corpus ({path}{suffix})" if suffix else "no such file or directory")
+    what = what or (f"{path}{suffix} is missing" if suffix else "no such file or directory")
     where = f"{parent} holds {len(names)} others, none like it" if parent.is_dir() else f"{parent} is not there either"
     raise ConfigError(key, path, f"{what}, " + (f"did you mean {near[0]!r}?" if near else where))
 

@@ -107,3 +107,28 @@ def test_many_evaluations_stay_readable(tmp_path, count):
 def test_spread_keeps_the_ends():
     assert spread(list("abc"), 4) == list("abc")
     assert spread([str(n) for n in range(30)], 4) == ["0", "10", "19", "29"]
+
+
+def test_ruler_has_a_table_of_its_own_and_empty_cells_their_reason(tmp_path):
+    def row(kind, length, score, reason=""):
+        samples = int(score == score)
+        return ProbeRow(
+            model="m", kind=kind, length=length, depth=0.0, score=score, answer_loss=1.0, samples=samples, skipped=1 - samples,
+            reason=reason,
+        )  # fmt: skip
+
+    nan = math.nan
+    cells = [row("ruler_vt", 4096, 1.0), row("ruler_vt", 8192, 0.9), row("ruler_cwe", 4096, 0.8), row("ruler_cwe", 8192, nan)]
+    cells += [row("ruler_qa_1", n, nan, "needs question answering data") for n in (4096, 8192)]
+    result = replace(blank_result("m"), probes=cells)
+    page = write_results(tmp_path, [result], provenance={}).read_text(encoding="utf-8")
+    assert "<td>average</td><td>90.0</td><td>–</td>" in page
+    assert "4,096 (2 of 13 tasks)" in page
+    assert "<td>ruler qa 1</td><td>4,096</td><td>m</td><td>needs question answering data</td>" in page
+    assert "<td>ruler cwe</td><td>8,192</td><td>m</td><td>it is longer than the model reads</td>" in page
+    scalars = result.scalars()
+    assert scalars["ruler/4096/average"] == pytest.approx(0.9)
+    assert "ruler/8192/average" not in scalars
+    assert (scalars["ruler/effective_length"], scalars["ruler/tasks"]) == (4096, 2)
+    nothing = replace(blank_result("m"), probes=[row("ruler_qa_1", 4096, nan, "needs data")])
+    assert "no average" in write_results(tmp_path, [nothing], provenance={}).read_text(encoding="utf-8")
