@@ -19,7 +19,6 @@ NAMES = (
     "mistral_7b",  # data parallel, YaRN
     "tiny_cpu_long",  # evaluation and guard
     "sft:self_instruct_prompt_loss",
-    "nemo:llama2_7b",  # `extend_recipe` over NeMo's own
 )
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
