@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_longctx.ablation.measured import last_result
+from nemo_longctx.ablation.page import write_table
 from nemo_longctx.ablation.study import Run
 from nemo_longctx.compose import compose
 from nemo_longctx.eval import context
@@ -41,7 +42,7 @@ def decay_section(runs: Sequence[Run], directory: Path, *, short: int, distances
 
 
 def law_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Path) -> Section | None:
-    """L(c) of each arm (Figure 1), a document's losses averaged over seeds; None where no arm was measured."""
+    """L(c) of each arm (Figure 1; `law.csv`), a document's losses averaged over seeds; None where no arm was measured."""
     table: list[list[object]] = [["arm", "alpha (tokens)", "beta", "gamma (nats)", "documents", "p of a constant loss"]]
     laws, curves = {}, {}
     for arm, runs in arms.items():
@@ -60,6 +61,7 @@ def law_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Path) -
         table.append([arm, *values, str(len(losses_DC)), p_value])
     if len(table) == 1:
         return None
+    write_table(directory / "law.csv", table)
     title = "Loss against context by size (Figure 1)"
     figures = [plot_context_law(curves, laws, directory / "law.png", title=title)] if laws else []
     return Section(heading=title, note=f"{LAW_NOTE} A document's losses are averaged over seeds.", figures=figures, table=table)

@@ -75,7 +75,7 @@ def write_study(
     """
     directory.mkdir(parents=True, exist_ok=True)
     claims = claim_table(study, found)
-    _write(directory / "claims.csv", claims)
+    write_table(directory / "claims.csv", claims)
     note = f"{study.paper}. Scale: {scale}. Differences are paired: arms of one seed share weights, stream and documents. "
     note += (
         "A verdict rests on a 95 % interval, so one in twenty of those that should say “cannot be told” says more: of the "
@@ -89,7 +89,7 @@ def write_study(
         if not arms:
             continue
         table = measure_table(measure, arms, next(iter(arms)))
-        _write(directory / f"{name}.csv", table)
+        write_table(directory / f"{name}.csv", table)
         figure = plot_effects(arms, directory / f"{name}.png", title=measure.text)
         sections.append(
             Section(
@@ -147,6 +147,7 @@ def _markdown(study: Study, sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, table: Table) -> None:
+def write_table(path: Path, table: Sequence[Sequence[object]]) -> None:
+    """The CSV of a table, the header first."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)

@@ -103,7 +103,11 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append(f"| {NAMES[model]} | {' | '.join(f'{loss:.3f}' for loss in by_read.values())} |")
     lines += ["", "| model | loss at positions 128-255 | at 1,024-2,047 |", "| --- | --- | --- |"]
     lines += [f"| {NAMES[model]} | {loss['128-255']:.3f} | {loss['1024-2047']:.3f} |" for model, loss in losses.items()]
-    lines += ["", *(f"- {'yes' if held else 'NO'}: {promise}" for promise, held in summary["checks"].items())]
+    lines += ["", *(f"- {'yes' if held else 'NO'}: {promise}" for promise, held in summary["checks"].items()), "", "Read:", ""]
+    for model, read in summary["read"].items():
+        shares = ", ".join(f"{share:.0%} of {Path(path).name}" for path, share in read["sources"].items() if share)
+        behind = ", behind what the first had read" if read["after"] else ""
+        lines.append(f"- {NAMES[model]}: {read['tokens']:,} tokens{f' ({shares})' if shares else ''}{behind}")
     difference, last = export["max_abs_logit_difference"], export["positions_compared"] - 1
     lines += ["", f"Export: rope_theta {export['rope_theta']:,}, longest input {export['max_position_embeddings']:,} tokens; "
               f"its logits differ from the NeMo model's by {difference:.1e} at most, at positions to {last:,}."]  # fmt: skip

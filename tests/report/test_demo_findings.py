@@ -65,6 +65,9 @@ def test_pictures_and_summary_hold_the_same_numbers(tmp_path):
     export = {"rope_theta": 5e5, "max_position_embeddings": 2048, "max_abs_logit_difference": 0.0, "positions_compared": 2048}
     both = {"128-255": 3.0, "1024-2047": 3.0}
     summary = {"findings": found, "export": export, "losses": {BASE: both, LONG: both}, "checks": {}, "seconds": {}}
+    read = {"tokens": 1000, "sources": {"d/corpus": 0.9, "d/retrieval": 0.1}}
+    summary["read"] = {BASE: read | {"after": None}, LONG: read | {"after": "runs/base"}}
     text = markdown(summary | {"commands": {}})
+    assert "extended to 2,048: 1,000 tokens (90% of corpus, 10% of retrieval), behind what the first had read" in text
     assert len(losses) == 14
     assert all(f"{float(loss):.3f}" in text for loss in losses.values())
