@@ -2,9 +2,11 @@
 
     python examples/demo.py [--data PATH] [--output runs/demo]
 
-Text: the Python sources and documents of the packages installed in this environment, or PATH (JSONL, Parquet, text files).
+Text: the Python sources and documents of the packages installed in this environment, or PATH (JSONL, Parquet, text files);
+a tenth of what both models read is made to need looking back (`nemo-longctx synth`). They read different documents.
 Killed at any moment, the same command goes on where it was. At the end, under OUTPUT: summary.json and summary.md,
-loss_by_position.csv and .png, training.csv and .png, and hf/, the extended model as Hugging Face transformers loads it.
+context.png, lookups.png, loss_by_position.png and training.png, each with its .csv, and hf/, the extended model as Hugging Face
+transformers loads it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY, TEXT = 512, "16MiB"
+VOCABULARY, TEXT, ONE_FILE = 512, "16MiB", "96KiB"
+LOOKUPS = 0.1  # share of text that can only be predicted by looking back (`nemo-longctx synth`)
 
 
 def main() -> int:
@@ -41,17 +44,27 @@ def main() -> int:
 def steps(output: Path, data: Path | None) -> list[tuple[str, list[str]]]:
     """The commands of the demo, each one that a user can type."""
     tool = [str(Path(sys.executable).parent / "nemo-longctx")]
-    train = [sys.executable, str(ROOT / "examples" / "megatron_gpt_continual.py"), f"output_dir={output}"]
-    own = ["--glob", "*.py", "--glob", "*.md", "--glob", "*.rst", "--glob", "*.txt", "--on-error", "skip"]
+    own = ["--glob", "*.py", "--glob", "*.md", "--glob", "*.rst", "--glob", "*.txt", "--on-error", "skip",
+           "--max-file-bytes", ONE_FILE]  # fmt: skip
     text = [str(data)] if data else [sysconfig.get_path("purelib"), *own]
-    prepare = [*tool, "prepare", *text, "--output", f"{output}/data/corpus", "--tokenizer", f"{output}/data/tokenizer",
-               "--train-tokenizer", str(VOCABULARY), "--train-tokenizer-bytes", "4MiB", "--max-input-bytes", TEXT,
-               "--holdout", "0.06"]  # fmt: skip
-    long = f"{output}/tiny_cpu_long"
+    tokenizer, corpus, lookups = (f"{output}/data/{name}" for name in ("tokenizer", "corpus", "retrieval"))
+    prepare = [*tool, "prepare", *text, "--output", corpus, "--tokenizer", tokenizer, "--train-tokenizer", str(VOCABULARY),
+               "--train-tokenizer-bytes", "4MiB", "--max-input-bytes", TEXT, "--holdout", "0.06"]  # fmt: skip
+    prose = [str(data)] if data else [sysconfig.get_path("purelib"), "--glob", "*.md", "--glob", "*.rst"]
+    synth = [*tool, "synth", *prose, "--output", f"{lookups}.jsonl", "--tokenizer", tokenizer, "--length", "2048",
+             "--tokens", "1Mi"]  # fmt: skip
+    mix = f"data.mix.sources=[{{path: {corpus}, weight: {1 - LOOKUPS}}}, {{path: {lookups}, weight: {LOOKUPS}}}]"
+    # So few tokens are few documents: their shares come out as they can, and are printed.
+    train = [sys.executable, str(ROOT / "examples" / "megatron_gpt_continual.py"), f"output_dir={output}", mix,
+             "data.mix.share_tolerance=0.5"]  # fmt: skip
+    base, long = f"{output}/tiny_cpu_base", f"{output}/tiny_cpu_long"
     return [
         ("prepare", prepare),
+        ("synth", synth),
+        ("prepare_retrieval", [*tool, "prepare", f"{lookups}.jsonl", "--output", lookups, "--tokenizer", tokenizer]),
         ("train_base", [*train, "recipe=tiny_cpu_base"]),
-        ("train_long", [*train, "recipe=tiny_cpu_long", f"restore_from={output}/tiny_cpu_base"]),
+        # Behind what the base read, so that the extended model owes nothing to text that it knows.
+        ("train_long", [*train, "recipe=tiny_cpu_long", f"restore_from={base}", f"data.after={base}"]),
         ("export", [*tool, "export", long, f"{output}/hf"]),
     ]
 
@@ -70,8 +83,8 @@ def run_step(output: Path, name: str, command: list[str]) -> bool:
         shutil.rmtree(output / "hf", ignore_errors=True)
     began = time.monotonic()
     with log.open("ab") as file:
-        # prepare draws its own progress bar on the terminal; NeMo's lines go to the log, and its curve is followed here.
-        errors = None if name == "prepare" else file
+        # Those of the data draw their own bars on the terminal; NeMo's lines go to the log, and its curve is followed here.
+        errors = None if name in ("prepare", "synth") else file
         process = subprocess.Popen(command, stdout=file, stderr=errors, preexec_fn=die_with_parent)
         status = follow(process, output, name)
     if status:
