@@ -110,7 +110,8 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append(f"- {NAMES[model]}: {read['tokens']:,} tokens{f' ({shares})' if shares else ''}{behind}")
     difference, last = export["max_abs_logit_difference"], export["positions_compared"] - 1
     lines += ["", f"Export: rope_theta {export['rope_theta']:,.0f}, longest input {export['max_position_embeddings']:,} "
-              f"tokens; its logits differ from the NeMo model's by {difference:.1e} at most, at positions to {last:,}."]  # fmt: skip
+              f"tokens; its logits differ from the NeMo model's by {difference:.1e} at most, "
+              f"at positions to {last:,}."]  # fmt: skip
     lines += ["", "| part | seconds |", "| --- | --- |"]
     lines += [f"| {part} | {seconds} |" for part, seconds in summary["seconds"].items()]
     lines += ["", "Pictures: context.png, lookups.png, loss_by_position.png, training.png, each with its CSV. What was",
