@@ -83,9 +83,10 @@ def check_attention_config(config: Any) -> None:
     """Refuse a model config that asks for what a linear-memory kernel cannot do.
 
     Raises:
-        ConfigError: dropout on attention, a window that is no causal one, a learned sink, or latent attention.
+        ConfigError: dropout on attention, a window that is no causal one, a learned sink, latent attention, or soft caps.
     """
     refused = {"attention_dropout": 0.0, "softmax_type": "vanilla", "multi_latent_attention": False}
+    refused |= {"attn_logit_softcapping": None}  # Gemma 2's
     for name, needed in refused.items():
         value = getattr(config, name, needed)
         if value != needed:

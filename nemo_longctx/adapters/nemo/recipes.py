@@ -10,11 +10,12 @@ Annotations must not be postponed here (`from __future__ import annotations`): n
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import nemo.lightning as nl
 import nemo_run as run
 from nemo.collections import llm
@@ -25,7 +26,9 @@ from nemo_longctx.adapters.nemo.launch import (
     parts,
 )
 from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
-from nemo_longctx.adapters.nemo.launch.performance import fit_performance_settings
+from nemo_longctx.adapters.nemo.launch.here import config_here, trainer_here
+from nemo_longctx.adapters.nemo.launch.performance import fit_performance_settings, fit_warmup
+from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
 from nemo_longctx.adapters.nemo.model.config import (
     SHAPE_FIELDS,
     checkpoint_model,
@@ -135,7 +138,8 @@ def extend_recipe(
 
     Optimizer, layout, precision and logger stay as they are. The model is `extended_model`, the data `LongContextDataModule`,
     the run as long as the curriculum, and the callbacks gain guard, training log and throughput. NeMo's progress bar is left
-    out, speed settings that long context does not keep are off (`launch/performance.py`), and gradients are not averaged in
+    out, speed settings that long context does not keep are off (`launch/performance.py`), a warm-up as long as the run is a tenth
+    of it, the parts are built with what the machine has that builds them (`launch/here.py`), and gradients are not averaged in
     the collective, which the loss as one mean over all tokens forbids.
 
     Args:
@@ -159,9 +163,10 @@ def extend_recipe(
     recipe = copy.deepcopy(stock)
     config = recipe.model.config
     fit_performance_settings(recipe, config, stages, document_masking=bool(data.get("document_masking")))
+    fit_warmup(recipe, stages)
     recipe.model = run.Config(
         extended_model,
-        config=config,
+        config=_made_later(config),
         seq_length=max(stage.seq_length for stage in stages.stages),
         rope=parts.plain(rope),
         recompute=stages.stages[0].recompute,
@@ -170,7 +175,7 @@ def extend_recipe(
     )
     recipe.data = parts.data_config(data, stages)
     recipe.resume.restore_config = restore
-    trainer = recipe.trainer
+    recipe.trainer = trainer = run.Config(trainer_here, **_arguments(recipe.trainer))
     trainer.max_steps, trainer.num_sanity_val_steps, trainer.use_distributed_sampler = stages.total_steps, 0, False
     if not data.get("validation"):  # on a multiple of a whole interval NeMo leaves the last checkpoint to the validation
         trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
@@ -181,8 +186,19 @@ def extend_recipe(
     record = {"data": data, "curriculum": curriculum, "rope": rope, "restore_from": restore_from, "eval": evaluation}
     every = getattr(trainer, "log_every_n_steps", 10)
     ours = parts.callback_configs(stages, results=results, record=record, every=every, evaluation=evaluation, base=restore_from)
-    trainer.callbacks = [*(trainer.callbacks or []), *ours]
+    if getattr(config, "num_moe_experts", None):  # whose operations are not counted
+        ours = [each for each in ours if each.__fn_or_cls__ is not ThroughputCallback]
+    trainer.callbacks = [*(getattr(trainer, "callbacks", None) or []), *ours]
     return recipe
+
+
+def _made_later(config: Any) -> Any:
+    """A config's description as a `run.Partial`: `extended_model` makes it, on the machine that runs it."""
+    return fdl.cast(run.Partial, config) if isinstance(config, fdl.Config) else config
+
+
+def _arguments(config: run.Config) -> dict[str, Any]:
+    return {str(name): value for name, value in config.__arguments__.items()}
 
 
 def _published_model(family: str, size: str) -> dict[str, Any]:
@@ -193,7 +209,7 @@ def _published_model(family: str, size: str) -> dict[str, Any]:
 
 
 def extended_model(
-    config: GPTConfig,
+    config: GPTConfig | Callable[[], GPTConfig],
     *,
     seq_length: int,
     rope: Mapping[str, Any] | None = None,
@@ -205,7 +221,7 @@ def extended_model(
     """NeMo's model with the run's length, RoPE variant, attention and step functions, and a note of what that changed.
 
     Args:
-        config: of `nemo.collections.llm`. With `restore` it says what the checkpoint must be: its shape is compared, fields
+        config: of `nemo.collections.llm`, or what makes one, for which no fusion is asked that this machine has not. With `restore` it says what the checkpoint must be: its shape is compared, fields
             that differ from `published` are set, and all others are the checkpoint's own.
         seq_length: the longest sequence of the run, tokens.
         rope: `variant` and its fields; None keeps the checkpoint's or, without one, the config's own.
@@ -217,6 +233,7 @@ def extended_model(
     Raises:
         ConfigError: no checkpoint there, or one of another shape.
     """
+    config = config_here(config)
     named = {"config": type(config).__name__, **(published or {})}
     if restore is None:
         model = model_class(type(config))(config, tokenizer=load_tokenizer(tokenizer))
@@ -240,7 +257,7 @@ def model_config(recipe: RecipeConfig, *, published: Mapping[str, Any], restore:
     fields = {key: value for key, value in {**published, **recipe.model}.items() if key != "config"}
     return run.Config(
         extended_model,
-        config=run.Config(getattr(llm, recipe.model["config"]), **fields),
+        config=run.Partial(getattr(llm, recipe.model["config"]), **fields),
         seq_length=recipe.seq_length,
         rope=None if recipe.rope is None else dict(recipe.rope),
         recompute=recipe.curriculum.stages[0].recompute,

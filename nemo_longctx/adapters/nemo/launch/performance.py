@@ -39,9 +39,18 @@ def fit_performance_settings(
     if getattr(config, "defer_embedding_wgrad_compute", False):
         config.defer_embedding_wgrad_compute = False
         rank_zero_info("defer_embedding_wgrad_compute is off: the loss in chunks makes the head's gradient in its forward")
-    for callback in recipe.trainer.callbacks or []:
+    for callback in getattr(recipe.trainer, "callbacks", None) or []:
         if isinstance(callback, run.Config) and issubclass(callback.__fn_or_cls__, MegatronCommOverlapCallback):
             callback.defer_embedding_wgrad_compute = False
             if callback.tp_comm_overlap and len(sizes) > 1:
                 callback.tp_comm_overlap, callback.tp_comm_overlap_cfg = False, None
                 rank_zero_info("tp_comm_overlap is off: its buffers hold one size of micro batch, and the stages have several")
+
+
+def fit_warmup(recipe: run.Partial, curriculum: Curriculum) -> None:
+    """Shorten a warm-up (of a copy of the host's recipe) that would take the whole run to a tenth of it, and say so."""
+    schedule = getattr(getattr(recipe, "optim", None), "lr_scheduler", None)
+    warmup, total = getattr(schedule, "warmup_steps", None), curriculum.total_steps
+    if isinstance(warmup, int) and warmup >= total:
+        schedule.warmup_steps = total // 10
+        rank_zero_info(f"warmup_steps is {total // 10} in place of {warmup}: the run has {total} steps")
