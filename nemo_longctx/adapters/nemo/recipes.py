@@ -138,9 +138,9 @@ def extend_recipe(
 
     Optimizer, layout, precision and logger stay as they are. The model is `extended_model`, the data `LongContextDataModule`,
     the run as long as the curriculum, and the callbacks gain guard, training log and throughput. NeMo's progress bar is left
-    out, speed settings that long context does not keep are off (`launch/performance.py`), a warm-up as long as the run is a tenth
-    of it, the parts are built with what the machine has that builds them (`launch/here.py`), and gradients are not averaged in
-    the collective, which the loss as one mean over all tokens forbids.
+    out, speed settings that long context does not keep are off (`launch/performance.py`), and a warm-up as long as the run is a
+    tenth of it. Gradients are not averaged in the collective, which the loss as one mean over all tokens forbids. The parts are
+    built with what the machine has that builds them (`launch/here.py`).
 
     Args:
         stock: the recipe; it is left as it was.
@@ -221,8 +221,9 @@ def extended_model(
     """NeMo's model with the run's length, RoPE variant, attention and step functions, and a note of what that changed.
 
     Args:
-        config: of `nemo.collections.llm`, or what makes one, for which no fusion is asked that this machine has not. With `restore` it says what the checkpoint must be: its shape is compared, fields
-            that differ from `published` are set, and all others are the checkpoint's own.
+        config: of `nemo.collections.llm`, or what makes one, which is then made without the fusions that this machine lacks.
+            With `restore` it says what the checkpoint must be: its shape is compared, fields that differ from `published` are
+            set, and all others are the checkpoint's own.
         seq_length: the longest sequence of the run, tokens.
         rope: `variant` and its fields; None keeps the checkpoint's or, without one, the config's own.
         recompute: of the first stage (`nemo_longctx.activations`); None keeps the config's own.

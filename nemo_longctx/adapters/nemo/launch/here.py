@@ -1,7 +1,7 @@
 """Parts of NeMo's own recipes, built with what the machine has that builds them.
 
-A recipe may be extended on one machine and run on another: what a machine without CUDA needs is therefore decided where the parts
-are built, not where they are written down. With CUDA all of it is NeMo's own, unchanged.
+A recipe may be extended on one machine and run on another: what a machine without CUDA needs is therefore decided where the
+parts are built, not where they are written down. With CUDA all of it is NeMo's own, unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_longctx.adapters.megatron import cpu
 
 
 def config_here(make: Any) -> Any:
-    """A model config from a `functools.partial` of its class (or one that is made already), with the fusions of this machine."""
+    """A model config from a `functools.partial` of its class (or one made already), with the fusions of this machine."""
     if not callable(make):
         return make
     cpu.install()
