@@ -24,7 +24,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.utils import is_layer_window_attention
 
 from nemo_longctx.attention.context_parallel import context_parallel_attention
 from nemo_longctx.attention.core import backend_name, causal_attention
@@ -122,7 +121,14 @@ def layer_window(config: Any, layer_number: int) -> int | None:
     elif skip is not None and (isinstance(skip, bool) or not isinstance(skip, int) or skip < 1):
         mend = "must be N (each Nth layer sees all) or one number a layer, 1 for those with the window"
         raise ConfigError("window_attn_skip_freq", skip, mend)
-    return before + 1 if before >= 0 and is_layer_window_attention((before, after), skip, layer_number) else None
+    return before + 1 if before >= 0 and _has_window(skip, layer_number) else None
+
+
+def _has_window(skip: Any, layer_number: int) -> bool:
+    """As Megatron-Core's `is_layer_window_attention` (from 0.15 on): each `skip`th layer sees all, or a number a layer."""
+    if isinstance(skip, list):
+        return bool(skip[layer_number - 1])
+    return skip is None or layer_number % skip != 0
 
 
 class LongContextAttention(MegatronModule):
