@@ -9,11 +9,15 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from nemo_longctx.config import ConfigError
 
 PACKAGES = ("nemo-longctx", "nemo_toolkit", "megatron-core", "lightning", "torch", "transformers", "lm-eval", "numpy")
 CUDA_MAJOR_OF_BF16 = 8  # Ampere
@@ -48,6 +52,38 @@ def package_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+# What this version runs on: package -> the first version that it takes, and the first that it does not.
+HOST_RANGE = {
+    "nemo_toolkit": ((2, 4), (2, 8)),
+    "megatron-core": ((0, 13), (0, 17)),
+    "torch": ((2, 6), (2, 15)),
+    "transformers": ((4, 51), (6, 0)),
+    "numpy": ((1, 26), (3, 0)),
+}
+# The room for Megatron-Core alone goes further.
+MEGATRON_RANGE = {"megatron-core": ((0, 13), (0, 20)), "torch": HOST_RANGE["torch"]}
+
+
+def check_host(bounds: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = HOST_RANGE) -> None:
+    """Refuse a host outside the range, from the metadata of what is installed: before anything of it is imported.
+
+    Raises:
+        ConfigError: a package outside its range. One that is missing is the import's own to tell.
+    """
+    if os.environ.get("NEMO_LONGCTX_ANY_HOST"):
+        return
+    for name, (first, beyond) in bounds.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if len(found) == 2 and not first <= found < beyond:
+            low, high = (".".join(map(str, each)) for each in (first, beyond))
+            mend = f"is outside what this version of nemo-longctx runs on ({name}>={low},<{high}); install one of those"
+            raise ConfigError(name, version, f"{mend}, or set NEMO_LONGCTX_ANY_HOST=1 to try it all the same")
 
 
 # Top-level modules that an extra of this package brings -> the extra. What the core dependencies bring is not here.

@@ -45,6 +45,10 @@ class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.meta_path.append(_MovedFinder())
 
+from nemo_longctx.capability import check_host  # noqa: E402
+
+check_host()
+
 from nemo_longctx.adapters.nemo.checkpoint import exporter  # noqa: E402  below the finder, which it may need
 
 exporter.register()
