@@ -1,5 +1,6 @@
 # Everything a new machine needs: `make demo` and `make test` each make .venv by themselves; a second call installs nothing.
-PYTHON ?= python3.11
+# The newest Python of the range that this machine has. 3.13 comes last: Megatron-Core asks for a numpy that has no wheel for it.
+PYTHON ?= $(shell for v in 3.12 3.11 3.13; do command -v python$$v >/dev/null && python$$v -c '' 2>/dev/null && echo python$$v && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -9,11 +10,12 @@ TORCH_CUDA := cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvi
   nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
   nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
 
-.PHONY: install demo docs test test-all lint lock clean
+.PHONY: install demo docs test test-all test-hosts lint lock clean
 install: $(INSTALLED)
 
 # torch goes first, by version, with pip: pip takes the build that this machine is set up for, and uv then leaves it alone.
 $(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python of 3.11 to 3.13 is here: install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep -E '^(torch|uv)==' requirements.lock)
 	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock
@@ -21,7 +23,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	touch $@
 
 lock: $(INSTALLED)
-	$(BIN)/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --no-header --upgrade \
 	  $(EXTRAS:%=--extra %) $(TORCH_CUDA:%=--no-emit-package %) --output-file requirements.lock
 
 # One thread a test process, as many processes as cores. Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
@@ -30,6 +32,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+
+# The tests that touch the host, on each NeMo of the range, in environments of their own beside .venv; docs/hosts.md is the table.
+# HOSTS=2.4=PATH takes an environment that is there.
+test-hosts: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hosts.py $(HOSTS)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")

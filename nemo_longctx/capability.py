@@ -86,6 +86,15 @@ def check_host(bounds: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = H
             raise ConfigError(name, version, f"{mend}, or set NEMO_LONGCTX_ANY_HOST=1 to try it all the same")
 
 
+def host_fault() -> str | None:
+    """What `check_host` would say, or None."""
+    try:
+        check_host()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 # Top-level modules that an extra of this package brings -> the extra. What the core dependencies bring is not here.
 EXTRAS = {
     **dict.fromkeys(("nemo", "megatron", "lightning", "nemo_run", "fiddle", "sentencepiece", "tiktoken", "ray"), "nemo"),

@@ -30,11 +30,14 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(name, value, "has no effect without --model RECIPE")
     versions, found = capability.package_versions(), capability.capabilities()
     if args.json:
-        print(json.dumps({"versions": versions, "capabilities": [dataclasses.asdict(c) for c in found]}, indent=1))
+        said = {"versions": versions, "capabilities": [dataclasses.asdict(c) for c in found], "host": capability.host_fault()}
+        print(json.dumps(said, indent=1))
         return 0
     width = max(len(name) for name in (*versions, *(c.name for c in found)))
     for name, version in versions.items():
         print(f"{name:{width}}  {version or 'not installed'}")
+    if (fault := capability.host_fault()) is not None:
+        print(f"{'host':{width}}  no  {fault}")
     for part in found:
         print(f"{part.name:{width}}  {'yes' if part.available else 'no ':3} {part.detail}")
         if not part.available:
