@@ -26,8 +26,9 @@ def installed(monkeypatch, **versions):
 
 @pytest.mark.parametrize(
     "versions",
-    [{}, {"nemo_toolkit": "2.4.0rc1", "megatron_core": "0.13.1"}, {"torch": "2.8.0a0+34c6371d24.nv25.8"}, {"torch": "2.14.1+cu130"},
-     {"megatron_core": "0.16.0", "transformers": "5.12.0", "numpy": "2.3.5"}, {"nemo_toolkit": None}],
+    [{}, {"nemo_toolkit": "2.4.0rc1", "megatron_core": "0.13.1"}, {"torch": "2.8.0a0+34c6371d24.nv25.8"},
+     {"torch": "2.14.1+cu130"}, {"megatron_core": "0.16.0", "transformers": "5.12.0", "numpy": "2.3.5"},
+     {"nemo_toolkit": None}],
 )  # fmt: skip
 def test_a_host_of_the_range_is_taken(monkeypatch, versions):
     installed(monkeypatch, **versions)
