@@ -1,11 +1,11 @@
-# nemo_longctx in NVIDIA's NeMo container: torch, Transformer Engine, apex, NeMo and Megatron-Core stay the container's.
-#   docker build -t nemo-longctx . && docker run --gpus all -it nemo-longctx nemo-longctx doctor
-ARG NEMO=nvcr.io/nvidia/nemo:25.07
-FROM ${NEMO}
+# nemo_longctx inside NVIDIA's NeMo container, whose torch, NeMo, Megatron-Core and transformers stay as they are:
+#   docker build --build-arg NEMO_IMAGE=IMAGE:TAG -t nemo-longctx .
+# IMAGE:TAG is a NeMo framework container of 25.07 or later from NVIDIA's catalogue.
+ARG NEMO_IMAGE
+FROM ${NEMO_IMAGE}
 COPY . /opt/nemo-longctx
-# What the container has is the constraint: pip fails here rather than replace any of it.
-RUN pip list --format=freeze \
-    | grep -iE '^(torch|numpy|transformers|tokenizers|transformer[-_]engine.*|flash[-_]attn|nemo[-_]toolkit|megatron[-_]core|lightning)==' \
-    > /tmp/container.txt \
-    && pip install --no-cache-dir --constraint /tmp/container.txt '/opt/nemo-longctx[eval,instruct]' \
-    && nemo-longctx doctor
+# The host is there already: no extra is asked for but the harness, and nothing that is installed may move.
+RUN pip freeze | grep -iE '^(torch|numpy|transformers|megatron[-_]core|nemo[-_]toolkit|lightning)==' > /opt/host.txt \
+ && pip install --no-cache-dir --constraint /opt/host.txt "/opt/nemo-longctx[eval]" \
+ && nemo-longctx doctor
+WORKDIR /workspace

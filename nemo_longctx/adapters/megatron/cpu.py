@@ -216,9 +216,9 @@ def _replace_cuda_namespace() -> None:
 
 
 def _replace_norm() -> None:
-    """Megatron-Core's norms by torch refuse sequence parallelism, which Transformer Engine's and apex' know.
+    """Megatron-Core's norms by torch refuse what Transformer Engine's and apex' know: sequence parallelism, zero-centred weights.
 
-    All that it asks of a norm is the mark by which the host adds up its weights' gradients over the ranks of a sequence.
+    All that the first asks of a norm is the mark by which the host adds up its weights' gradients over the ranks of a sequence.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -226,8 +226,11 @@ def _replace_norm() -> None:
 
     def marked(cls, config, *args, **settings):
         plain = copy.copy(config)
-        plain.sequence_parallel = False
+        plain.sequence_parallel = plain.layernorm_zero_centered_gamma = False
         norm = made(cls, plain, *args, **settings)
+        if config.layernorm_zero_centered_gamma:  # Nemotron's and Gemma's
+            norm.__class__ = _ZeroCentredLayerNorm if isinstance(norm, torch.nn.LayerNorm) else _ZeroCentredRMSNorm
+            torch.nn.init.zeros_(norm.weight)
         for weight in norm.parameters():
             weight.sequence_parallel = config.sequence_parallel
         return norm
@@ -251,3 +254,17 @@ def _replace_host_rng(random: Any) -> None:
     _replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
     _replace(random.CudaRNGStatesTracker, "fork", fork_seeded)
+
+
+class _ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose weight is kept less one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class _ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is kept less one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
