@@ -216,7 +216,7 @@ def _replace_cuda_namespace() -> None:
 
 
 def _replace_norm() -> None:
-    """Megatron-Core's norms by torch refuse what Transformer Engine's and apex' know: sequence parallelism, zero-centred weights.
+    """Megatron-Core's norms by torch refuse sequence parallelism and zero-centred weights, which Transformer Engine's know.
 
     All that the first asks of a norm is the mark by which the host adds up its weights' gradients over the ranks of a sequence.
     """
