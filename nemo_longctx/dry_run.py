@@ -27,10 +27,9 @@ from nemo_longctx.files import first_process
 from nemo_longctx.loggers import check_loggers
 from nemo_longctx.model_fields import check_layout
 from nemo_longctx.nemo_files import io_config
+from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import InstructRecipe, RunConfig
 from nemo_longctx.start import check_start
-
-BYTES_PER_PARAMETER = {"32": 12, "bf16-mixed": 14, "16-mixed": 14}  # weights and two Adam moments, as a checkpoint holds them
 
 
 @dataclasses.dataclass
@@ -248,7 +247,7 @@ def _directory(recipe: RunConfig) -> str:
     known = recipe.restore_from is None or nemo_context(Path(recipe.restore_from)) is not None
     said = f"{directory}, {free / 2**30:,.1f} GiB free"
     if known:
-        needed = 2 * BYTES_PER_PARAMETER[recipe.trainer.precision] * model_of(recipe)[1].parameters
+        needed = 2 * PRECISIONS[recipe.trainer.precision].checkpoint_bytes * model_of(recipe)[1].parameters
         said += f", two checkpoints take {needed / 2**30:,.2f} GiB"
         if needed > free:
             raise ConfigError("output_dir", recipe.output_dir, f"{said}; free some space, or choose another place")

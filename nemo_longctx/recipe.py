@@ -19,9 +19,9 @@ from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import LARGEST_BASE, check_layout, check_model
 from nemo_longctx.planning.models import class_sizes
+from nemo_longctx.precision import PRECISIONS, check_speed, check_trainer
 from nemo_longctx.rope.request import RopeRequest, parse_request
 
-PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "constant")
 BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
 LONGEST_NAME = 200  # what a file system takes, and room for a suffix
@@ -85,7 +85,8 @@ class TrainerConfig:
         accelerator: "cpu" or "gpu".
         devices: processes on one node.
         num_nodes: nodes of so many processes.
-        precision: "32", "bf16-mixed", "16-mixed", or "auto": bf16-mixed on a GPU, 32 on a CPU.
+        precision: "32", "bf16-mixed", "bf16-true", "16-mixed", "fp8" (or "fp8-delayed"), "fp8-current"
+            (`nemo_longctx.precision`), or "auto": bf16-mixed on a GPU, 32 on a CPU.
         tensor_model_parallel_size: processes that share each layer's matrices (TP).
         pipeline_model_parallel_size: groups of layers on processes of their own (PP).
         virtual_pipeline_model_parallel_size: chunks of layers of each pipeline stage, interleaved; None for one.
@@ -94,6 +95,9 @@ class TrainerConfig:
         recompute: activations that are computed again in the backward pass: "none", "selective", "block:N" or "full".
         offload: layers whose activations wait in host memory: "none", "block:N" or "full"; needs a GPU. A stage of the
             curriculum may name others (`nemo_longctx.activations`).
+        tp_comm_overlap: overlap tensor parallelism's communication with its products (Transformer Engine's buffers, which hold
+            one size of micro batch).
+        fsdp: "none", or "megatron": shard weights and gradients too over data-parallel ranks, where the host has it.
         val_every_tokens: tokens between validations; 0 validates only at the end.
         limit_val_batches: micro batches of each validation set, spread over it; the same windows in every layout.
         log_every_n_steps: optimizer steps between two lines of the training log.
@@ -110,6 +114,8 @@ class TrainerConfig:
     sequence_parallel: bool = False
     recompute: str = "none"
     offload: str = "none"
+    tp_comm_overlap: bool = False
+    fsdp: str = "none"
     val_every_tokens: int = 0
     limit_val_batches: int = 8
     log_every_n_steps: int = 1
@@ -122,6 +128,7 @@ class TrainerConfig:
         if str(self.precision) not in PRECISIONS:
             raise ConfigError("trainer.precision", self.precision, did_you_mean(str(self.precision), PRECISIONS))
         object.__setattr__(self, "precision", str(self.precision))
+        check_trainer(self)
         _positive("trainer", self, "devices", "num_nodes", "limit_val_batches", "log_every_n_steps")
         _positive("trainer", self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         if self.virtual_pipeline_model_parallel_size is not None:
@@ -268,6 +275,7 @@ class RunConfig:
         check_model(self.model)
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
+        check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed)
         activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
         for stage in self.curriculum.plan:

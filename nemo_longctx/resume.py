@@ -80,6 +80,7 @@ TABLE = (
     Row("optimizer.distributed", "equal", "how the optimizer's state is kept in checkpoints"),
     Row("trainer.*", "free", "where the run computes, and its layout"),
     Row("trainer.precision", "equal", "what the optimizer's state holds"),
+    Row("trainer.fsdp", "equal", "how weights are kept in checkpoints"),
     Row("trainer.val_every_tokens", "applied", "validation"),
     Row("trainer.limit_val_batches", "applied", "validation"),
     Row("trainer.log_every_n_steps", "applied", "logging"),

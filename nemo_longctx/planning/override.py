@@ -20,7 +20,7 @@ _HEAD = """# @package _global_
 # Written by `nemo-longctx plan --apply` for {model} at {length} tokens on {gpus} x {gpu}:
 # {memory:.0f} GiB a GPU and {seconds:.1f} s a step predicted. Train it with recipe=PATH_OF_THIS_FILE.
 """
-_PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32"}
+_PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +248,12 @@ def override_values(layout: Layout, curriculum: Curriculum, *, devices: int) -> 
         raise ConfigError("loss", layout.loss, "recipes train with the chunked loss; search with --loss chunked")
     if layout.gpus % devices:
         raise ConfigError("gpus", layout.gpus, f"are no whole number of nodes of {devices} GPUs")
+    half_gradients = layout.precision == "bf16" and not layout.grad_reduce_in_fp32
     trainer: dict[str, Any] = {
         "accelerator": "gpu",
         "devices": devices,
         "num_nodes": layout.gpus // devices,
-        "precision": _PRECISIONS[layout.precision],
+        "precision": "bf16-true" if half_gradients else _PRECISIONS[layout.precision],
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,

@@ -25,9 +25,9 @@ from nemo_longctx.planning.models import (
     parse_model,
     sizes_of,
 )
+from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RecipeConfig, RunConfig, load_recipe
 
-_PRECISIONS = {"32": "fp32", "bf16-mixed": "bf16", "16-mixed": "bf16"}
 CPU = "cpu"
 
 
@@ -174,8 +174,9 @@ def _layout(recipe: RecipeConfig) -> Layout:
         micro_batch_size=recipe.curriculum.plan[0].micro_batch_size,
         recompute=trainer.recompute,
         offload=trainer.offload,
-        sharding="optimizer" if recipe.optimizer.distributed else "none",
-        precision=_PRECISIONS[trainer.precision],
+        sharding="full" if trainer.fsdp != "none" else "optimizer" if recipe.optimizer.distributed else "none",
+        precision=PRECISIONS[trainer.precision].planned,
+        grad_reduce_in_fp32=PRECISIONS[trainer.precision].grad_reduce_in_fp32,
         loss="chunked",
         unfused=trainer.accelerator == "cpu",
     )

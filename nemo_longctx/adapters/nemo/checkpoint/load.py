@@ -22,6 +22,7 @@ from nemo_longctx.adapters.nemo.model.lora import adapter_base, as_long_context,
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.models import MODELS
+from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RecipeConfig
 
 
@@ -159,7 +160,8 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     set_activation_policy([module], recompute=longest.recompute, offload=longest.offload)
     if load_weights:
         _load_weights(module, checkpoint_directory(str(recipe.restore_from)) / "weights")
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(recipe.trainer.precision)
+    named = PRECISIONS[recipe.trainer.precision].dtype
+    dtype = None if named == "float32" else getattr(torch, named)
     if dtype is not None:  # what the host's mixed precision does when a run begins
         module.to(dtype)
     config = copy.copy(nemo_model.config)

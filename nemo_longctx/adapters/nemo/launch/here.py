@@ -11,6 +11,7 @@ from typing import Any
 
 import nemo.lightning as nl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_longctx.adapters.megatron import cpu
 
@@ -30,6 +31,9 @@ def trainer_here(**settings: Any) -> nl.Trainer:
         if settings.get("accelerator", "auto") != "cpu":
             rank_zero_info("this machine has no CUDA: the recipe runs on the CPU")
         settings["accelerator"] = "cpu"
+        # It asks for the GPU's capability, and there is nothing to overlap.
+        kept = [each for each in settings.get("callbacks") or [] if not isinstance(each, MegatronCommOverlapCallback)]
+        settings["callbacks"] = kept
         strategy = settings.get("strategy")
         if isinstance(strategy, nl.MegatronStrategy):
             strategy.async_save = strategy.parallel_load = False

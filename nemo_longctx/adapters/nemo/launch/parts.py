@@ -6,6 +6,7 @@ nemo_run carries the configs to another machine or changes them from its command
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import nemo_run as run
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 
 from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
@@ -29,6 +31,7 @@ from nemo_longctx.config import ConfigError, build, plain, to_values
 from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.precision import PRECISIONS, Precision
 from nemo_longctx.recipe import BadNumbersConfig, RunConfig
 
 
@@ -59,6 +62,7 @@ def data_config(data: DataConfig | Mapping[str, Any], curriculum: Curriculum, **
 def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Config:
     """NeMo's trainer and Megatron strategy, with `callbacks`: `recipe_callbacks`, and any other."""
     trainer, steps = recipe.trainer, recipe.curriculum.total_steps
+    precision = PRECISIONS[trainer.precision]
     validates = bool(recipe.data.validation)  # NeMo would ask a loader that is not there for its data
     strategy = run.Config(
         nl.MegatronStrategy,
@@ -67,7 +71,7 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         virtual_pipeline_model_parallel_size=trainer.virtual_pipeline_model_parallel_size,
         context_parallel_size=trainer.context_parallel_size,
         sequence_parallel=trainer.sequence_parallel,
-        pipeline_dtype=torch.float32 if trainer.precision == "32" else torch.bfloat16,
+        pipeline_dtype=getattr(torch, precision.dtype),
         gradient_as_bucket_view=True,
         ckpt_async_save=trainer.accelerator == "gpu",
         # Over gloo, ranks that load more shards than were saved by as many close each other's connections.
@@ -78,12 +82,17 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         ddp=run.Config(
             DistributedDataParallelConfig,
             check_for_nan_in_grad=False,  # `LifecycleCallback` looks at loss and gradient, and names step and documents
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
             overlap_grad_reduce=recipe.optimizer.distributed,
             overlap_param_gather=recipe.optimizer.distributed,
             use_distributed_optimizer=recipe.optimizer.distributed,
         ),
     )
+    if trainer.fsdp == "megatron":
+        shard_weights(strategy)
+    if trainer.tp_comm_overlap:
+        overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=True, defer_embedding_wgrad_compute=False)
+        callbacks = [overlap, *callbacks]
     val_every = (recipe.steps("trainer.val_every_tokens", trainer.val_every_tokens) or steps) if validates else steps
     return run.Config(
         nl.Trainer,
@@ -91,7 +100,7 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         strategy=strategy,
-        plugins=run.Config(nl.MegatronMixedPrecision, precision=trainer.precision),
+        plugins=precision_plugin(precision),
         max_steps=steps,
         val_check_interval=val_every,
         limit_val_batches=trainer.limit_val_batches if validates else 0,
@@ -101,6 +110,29 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         logger=False,
         callbacks=callbacks,
     )
+
+
+def precision_plugin(precision: Precision) -> run.Config:
+    """NeMo's plugin for one of `nemo_longctx.precision`."""
+    dtypes = {name: getattr(torch, value) if name.endswith("_dtype") else value for name, value in precision.plugin.items()}
+    more = {} if precision.grad_reduce_in_fp32 else {"grad_reduce_in_fp32": False}
+    return run.Config(nl.MegatronMixedPrecision, precision=precision.host, **dtypes, **more)
+
+
+def shard_weights(strategy: run.Config) -> None:
+    """Megatron's FSDP, by the words of the host at hand.
+
+    Raises:
+        ConfigError: a host without it.
+    """
+    fields = {field.name for field in dataclasses.fields(DistributedDataParallelConfig)}
+    takes = inspect.signature(nl.MegatronStrategy).parameters
+    if "fsdp" not in takes or "data_parallel_sharding_strategy" not in fields:
+        raise ConfigError("trainer.fsdp", "megatron", "this NeMo and Megatron-Core have none; set none")
+    strategy.fsdp = "megatron"
+    strategy.ddp.data_parallel_sharding_strategy = "optim_grads_params"
+    if "save_ckpt_format" in takes and "use_megatron_fsdp" in fields:
+        strategy.save_ckpt_format = "fsdp_dtensor"
 
 
 def callback_configs(
@@ -168,8 +200,8 @@ def optimizer_config(recipe: RunConfig) -> run.Config:
         adam_beta2=o.beta2,
         adam_eps=o.epsilon,
         clip_grad=o.clip_grad,
-        bf16=recipe.trainer.precision == "bf16-mixed",
-        fp16=recipe.trainer.precision == "16-mixed",
+        bf16=PRECISIONS[recipe.trainer.precision].dtype == "bfloat16",
+        fp16=PRECISIONS[recipe.trainer.precision].dtype == "float16",
         use_distributed_optimizer=o.distributed,
     )
     schedule = run.Config(

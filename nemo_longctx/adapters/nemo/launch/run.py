@@ -25,9 +25,11 @@ from nemo_longctx.adapters.nemo.model.config import (
     load_tokenizer,
     shape_of,
 )
+from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.vocabulary import check_corpora
 from nemo_longctx.loggers import check_loggers
+from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RecipeConfig, RunConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
 from nemo_longctx.runs import RunError
@@ -123,6 +125,9 @@ def prepare_device(recipe: RunConfig) -> None:
         RunError: in a notebook, where Lightning would refuse the strategy without a mend.
         ConfigError: an accelerator that is not there, or that NeMo would not use.
     """
+    if PRECISIONS[recipe.trainer.precision].fp8 and not has_module("transformer_engine"):
+        mend = "needs Transformer Engine, which is not installed (nemo-longctx doctor says how to get it); set bf16-mixed"
+        raise ConfigError("trainer.precision", recipe.trainer.precision, mend)
     if in_notebook():
         mend = (
             "NeMo's strategies do not start in a notebook; nemo_longctx.train(...) runs the same recipe in a process of its own"

@@ -1,0 +1,97 @@
+"""What `trainer.precision` may be: what NeMo's plugin is told, what the planner calls it, what a checkpoint then holds.
+
+| value | weights and activations | gradients | optimizer |
+| --- | --- | --- | --- |
+| `32` | float32 | float32 | float32 |
+| `bf16-mixed` | bfloat16 | float32, over all micro batches and ranks | main weights and moments in float32 |
+| `bf16-true` | bfloat16 | bfloat16: half their memory and traffic, with its rounding | as above: Megatron-Core has no other |
+| `16-mixed` | float16, with a loss scale | float32 | as above |
+| `fp8`, `fp8-delayed` | bfloat16; products of layers in fp8 (hybrid: e4m3 forward, e5m2 backward), scales of earlier steps | as `bf16-mixed` | as above |
+| `fp8-current` | the same with scales of each tensor's own, the first and last layer in bfloat16 | as `bf16-mixed` | as above |
+"""  # noqa: E501  a table
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_longctx.config import ConfigError, did_you_mean
+
+# Tokens of a micro batch on one rank that fp8 products take: Transformer Engine wants multiples of it.
+FP8_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Attributes:
+    host: what NeMo's `MegatronMixedPrecision` calls it.
+    dtype: torch's name of what passes between layers and stages.
+    planned: a key of `planning.layout.PRECISIONS`.
+    grad_reduce_in_fp32: whether gradients are kept and reduced in float32.
+    plugin: more arguments of the plugin; dtypes by torch's name.
+    checkpoint_bytes: of a parameter: weights in half precision are kept beside the main ones.
+    """
+
+    host: str
+    dtype: str
+    planned: str
+    grad_reduce_in_fp32: bool = True
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_bytes: int = 14
+
+    @property
+    def fp8(self) -> bool:
+        """Whether it needs Transformer Engine and a GPU with fp8."""
+        return "fp8" in self.plugin
+
+
+_DELAYED = {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+_CURRENT = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}  # fmt: skip
+
+PRECISIONS = {
+    "32": Precision(host="32", dtype="float32", planned="fp32", checkpoint_bytes=12),
+    "bf16-mixed": Precision(host="bf16-mixed", dtype="bfloat16", planned="bf16"),
+    "bf16-true": Precision(
+        host="bf16-mixed", dtype="bfloat16", planned="bf16", grad_reduce_in_fp32=False, plugin={"params_dtype": "bfloat16"}
+    ),
+    "16-mixed": Precision(host="16-mixed", dtype="float16", planned="bf16"),
+    "fp8": Precision(host="bf16-mixed", dtype="bfloat16", planned="fp8", plugin=_DELAYED),
+    "fp8-delayed": Precision(host="bf16-mixed", dtype="bfloat16", planned="fp8", plugin=_DELAYED),
+    "fp8-current": Precision(host="bf16-mixed", dtype="bfloat16", planned="fp8", plugin=_CURRENT),
+}
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of a `TrainerConfig` that need a GPU, or a layout that is not there."""
+    if trainer.fsdp not in ("none", "megatron"):
+        raise ConfigError("trainer.fsdp", trainer.fsdp, did_you_mean(str(trainer.fsdp), ("none", "megatron")))
+    for key, value, asked in (
+        ("precision", trainer.precision, PRECISIONS[trainer.precision].fp8),
+        ("tp_comm_overlap", True, trainer.tp_comm_overlap),
+        ("fsdp", trainer.fsdp, trainer.fsdp != "none"),
+    ):
+        if asked and trainer.accelerator == "cpu":
+            raise ConfigError(f"trainer.{key}", value, "needs a GPU; leave it out on the CPU")
+    if trainer.tp_comm_overlap and (trainer.tensor_model_parallel_size == 1 or not trainer.sequence_parallel):
+        mend = "needs trainer.tensor_model_parallel_size above 1 and trainer.sequence_parallel=true"
+        raise ConfigError("trainer.tp_comm_overlap", True, mend)
+    if trainer.fsdp != "none" and trainer.pipeline_model_parallel_size > 1:
+        raise ConfigError("trainer.fsdp", trainer.fsdp, "needs trainer.pipeline_model_parallel_size=1")
+
+
+def check_speed(trainer: Any, curriculum: Any, *, sharded_optimizer: bool) -> None:
+    """Refuse settings of a `TrainerConfig` that the stages or the optimizer contradict."""
+    sizes = {stage.seq_length * stage.micro_batch_size for stage in curriculum.plan}
+    if trainer.tp_comm_overlap and len(sizes) > 1:
+        mend = "its buffers hold one size of micro batch, and the stages have several; set it false, or one stage"
+        raise ConfigError("trainer.tp_comm_overlap", True, mend)
+    shares = trainer.context_parallel_size * (trainer.tensor_model_parallel_size if trainer.sequence_parallel else 1)
+    if PRECISIONS[trainer.precision].fp8 and any(size % (FP8_TOKENS * shares) for size in sizes):
+        mend = f"needs micro batches of a multiple of {FP8_TOKENS * shares} tokens in every stage, or set bf16-mixed"
+        raise ConfigError("trainer.precision", trainer.precision, mend)
+    if trainer.fsdp != "none" and not sharded_optimizer:
+        raise ConfigError(
+            "trainer.fsdp", trainer.fsdp, "needs optimizer.distributed=true: what it shards, the optimizer shards too"
+        )

@@ -1,0 +1,71 @@
+"""Precision and speed switches: what the schema takes, what it refuses by name, and what the planner makes of them."""
+
+import pytest
+
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.planning.layout import PRECISIONS as PLANNED
+from nemo_longctx.planning.memory import memory_plan
+from nemo_longctx.planning.recipe import recipe_plan
+from nemo_longctx.precision import PRECISIONS
+from nemo_longctx.recipe import load_recipe
+
+GPU = ["recipe=llama2_7b"]
+
+
+def recipe(*overrides, base=GPU):
+    return load_recipe(compose([*base, *overrides]))
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_every_precision_is_taken_and_planned(name):
+    assert recipe(f"trainer.precision={name}").trainer.precision == name
+    assert PRECISIONS[name].planned in PLANNED
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        (["trainer.precision=fp9"], "trainer.precision", "did you mean 'fp8'"),
+        (["trainer.fsdp=megatrom"], "trainer.fsdp", "did you mean 'megatron'"),
+        (["trainer.fsdp=megatron", "optimizer.distributed=false"], "trainer.fsdp", "optimizer.distributed=true"),
+        (["trainer.fsdp=megatron", "trainer.pipeline_model_parallel_size=2"], "trainer.fsdp", "pipeline"),
+        (["trainer.tp_comm_overlap=true", "trainer.tensor_model_parallel_size=1", "trainer.sequence_parallel=false"],
+         "trainer.tp_comm_overlap", "sequence_parallel"),
+        (["trainer.tp_comm_overlap=true", "trainer.tensor_model_parallel_size=2", "trainer.sequence_parallel=true",
+          "trainer.context_parallel_size=1", "curriculum=paper_4k_to_32k", "curriculum.stages.1.micro_batch_size=2"],
+         "trainer.tp_comm_overlap", "one size"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_is_refused_by_name(overrides, key, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        recipe(*overrides)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize("asked", ["precision=fp8", "precision=fp8-current", "tp_comm_overlap=true", "fsdp=megatron"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(asked):
+    with pytest.raises(ConfigError, match="needs a GPU") as error:
+        recipe(f"trainer.{asked}", base=["recipe=tiny_cpu_base"])
+    assert error.value.key == f"trainer.{asked.partition('=')[0]}"
+
+
+def test_fp8_wants_whole_tiles():
+    stages = "curriculum.stages=[{until: 1.0, seq_length: 8200, micro_batch_size: 1}]"
+    with pytest.raises(ConfigError, match="multiple of"):
+        recipe("trainer.precision=fp8", "trainer.context_parallel_size=1", stages, "curriculum.tokens_per_step=4198400",
+               "curriculum.total_tokens=4198400000", "trainer.val_every_tokens=0", "checkpoint.every_tokens=0",
+               "optimizer.warmup_tokens=0")  # fmt: skip
+
+
+def test_the_plan_knows_them():
+    def memory(*overrides):
+        plan = recipe_plan("llama2_7b", [f"trainer.{each}" for each in overrides])
+        return memory_plan(plan.model, plan.layout, seq_length=4096, global_batch_size=1024)
+
+    plain, half = memory("precision=bf16-mixed"), memory("precision=bf16-true")
+    assert half.gradients == plain.gradients / 2
+    assert half.optimizer == plain.optimizer
+    sharded = memory("fsdp=megatron")
+    assert sharded.weights < plain.weights / 2
+    assert memory("precision=fp8").weights > plain.weights  # the cast and its transpose
