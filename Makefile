@@ -10,7 +10,7 @@ TORCH_CUDA := cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvi
   nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
   nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
 
-.PHONY: install demo docs test test-all test-hosts lint lock clean
+.PHONY: install demo docs test test-all test-hosts gpu-kit lint lock clean
 install: $(INSTALLED)
 
 # torch goes first, by version, with pip: pip takes the build that this machine is set up for, and uv then leaves it alone.
@@ -37,6 +37,10 @@ test-all: $(INSTALLED)
 # HOSTS=2.4=PATH takes an environment that is there.
 test-hosts: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hosts.py $(HOSTS)
+
+# What a machine with a GPU and no network lacks, in build/gpu-kit: pure-Python wheels, the package and benchmarks/gpu.py.
+gpu-kit: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_kit.py
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")

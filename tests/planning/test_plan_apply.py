@@ -114,7 +114,7 @@ def test_sizes_given_for_a_checkpoint_that_is_not_here_are_taken_with_a_note(cap
     [
         ("--model", "llama2_7b", "--tokens-per-step", "12582912", "--curriculum", "24576@0.5,32768", "--gpus", "96"),
         ("--recipe", "llama2_7b", "--tokens-per-step", "6291456"),  # warm-up is no multiple of it
-        ("--model", "llama2_7b", "--gpus", "8", "--precision", "fp8"),
+        ("--model", "llama2_7b", "--gpus", "8", "--precision", "fsdp_bf16"),
     ],
 )
 def test_a_plan_that_no_run_would_take_leaves_no_file(capsys, tmp_path, args):
@@ -124,7 +124,7 @@ def test_a_plan_that_no_run_would_take_leaves_no_file(capsys, tmp_path, args):
 def test_a_file_that_is_there_stays_when_the_plan_is_refused(capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("precious")
-    assert main(["plan", "--model", "llama2_7b", "--gpus", "8", "--precision", "fp8", "--apply", str(file)]) == 2
+    assert main(["plan", "--model", "llama2_7b", "--gpus", "8", "--precision", "fsdp_bf16", "--apply", str(file)]) == 2
     assert file.read_text() == "precious"
     assert main(["plan", "--model", "llama2_7b", "--gpus", "8", "--apply", str(tmp_path / "x.json")]) == 2
     assert ".yaml" in capsys.readouterr().err

@@ -199,7 +199,8 @@ def test_override_of_a_recipe_file_is_merged_into_it(ranked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"), [({"precision": "fp8"}, "precision"), ({"sharding": "full"}, "sharding"), ({"loss": "eager"}, "loss")]
+    ("changes", "key"),
+    [({"precision": "fsdp_bf16"}, "precision"), ({"sharding": "full"}, "sharding"), ({"loss": "eager"}, "loss")],
 )
 def test_a_layout_that_no_recipe_can_say_is_not_written(ranked, changes, key):
     curriculum = parse_curriculum("32768", tokens_per_step=4_194_304, steps=100)
