@@ -313,14 +313,7 @@ def nemo(sizes: Sizes) -> Iterator[dict]:
                 for steps, told in ((8, "begun"), (12, "gone on with")):
                     clock = f"curriculum.total_tokens={steps * length}"
                     began = time.perf_counter()
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "nemo_longctx.cli",
-                        "train",
-                        *common,
-                        f"curriculum.total_tokens={steps * length}",
-                    ]
+                    command = [sys.executable, "-m", "nemo_longctx.cli", "train", *common, clock]
                     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
                     row = {"what": f"{name} {length:,} {told}", "seconds": time.perf_counter() - began}
                     if done.returncode:

@@ -1,4 +1,4 @@
-"""A folder for a machine with a GPU and no network: the pure-Python wheels that it lacks, this package, and `benchmarks/gpu.py`.
+"""A folder for a machine with a GPU and no network: the pure-Python wheels that it lacks, this package, benchmarks/gpu.py.
 
     python benchmarks/gpu_kit.py [--output build/gpu-kit] [--limit-mib 60]
 
@@ -20,27 +20,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # torch, numpy and transformers 5, and what they bring.
-THERE = set(
-    "torch numpy transformers tokenizers safetensors huggingface-hub hf-xet regex pyyaml requests urllib3 idna certifi "
-    "charset-normalizer filelock jinja2 markupsafe sympy mpmath networkx typing-extensions packaging fsspec tqdm triton "
-    "setuptools pip click typer shellingham httpx httpcore h11 anyio sniffio".split()
-)
-# Extras that a run on a GPU does not use: tools for developers, lm-eval, a server's client, Ray.
-NOT_FOR_A_RUN = set(
-    "uv ruff mypy mypy-extensions pytest pytest-timeout pytest-xdist execnet hypothesis pre-commit virtualenv nodeenv identify cfgv "
-    "mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps x-transformers types-pyyaml types-tqdm lm-eval rouge-score "
-    "openai ray text-unidecode babel nltk sacrebleu evaluate".split()
-)
+THERE = """
+torch numpy transformers tokenizers safetensors huggingface-hub hf-xet regex pyyaml requests urllib3 idna certifi
+charset-normalizer filelock jinja2 markupsafe sympy mpmath networkx typing-extensions packaging fsspec tqdm triton setuptools
+pip click typer shellingham httpx httpcore h11 anyio sniffio
+"""
+# What a run on a GPU does not use: tools for developers, lm-eval, a server's client, Ray.
+NOT_FOR_A_RUN = """
+uv ruff mypy mypy-extensions pytest pytest-timeout pytest-xdist execnet hypothesis pre-commit virtualenv nodeenv identify cfgv
+mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps x-transformers types-pyyaml types-tqdm lm-eval rouge-score
+openai ray text-unidecode babel nltk sacrebleu evaluate
+"""
 
 
 def wanted() -> list[str]:
     """`name==version` of all that a run needs and the machine has not."""
+    passed = {*THERE.split(), *NOT_FOR_A_RUN.split()}
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pins = [re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines if "python_full_version >= '3.13'" not in line]
     found = [(pin[1].lower().replace("_", "-"), pin[2]) for pin in pins if pin]
-    return [
-        f"{name}=={version}" for name, version in found if name not in THERE | NOT_FOR_A_RUN and not name.startswith("nvidia-c")
-    ]
+    return [f"{name}=={version}" for name, version in found if name not in passed and not name.startswith("nvidia-c")]
 
 
 def fetch(requirements: list[str], wheels: Path) -> list[str]:
@@ -69,9 +68,7 @@ def main() -> int:
     (args.output / "LEFT_OUT.txt").write_text("".join(f"{name}\n" for name in left), encoding="utf-8")
     sizes = {file: file.stat().st_size for file in args.output.rglob("*") if file.is_file()}
     total = sum(sizes.values()) / 2**20
-    print(
-        f"{args.output}: {len(list(wheels.glob('*.whl')))} wheels, {total:.1f} MiB; not pure, left out: {', '.join(left) or 'none'}"
-    )
+    print(f"{args.output}: {len(list(wheels.glob('*.whl')))} wheels, {total:.1f} MiB; not pure, left out: {', '.join(left)}")
     if total > args.limit_mib:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
         print(f"over {args.limit_mib:.0f} MiB: {', '.join(file.name for file in largest)} are the largest", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The kit for a machine with a GPU, at toy sizes on this one: every part goes through, and what is there when one fails is kept."""
+"""The kit for a machine with a GPU, at toy sizes on this one: every part goes through, and rows before a failure are kept."""
 
 import importlib.util
 import json
