@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,11 +47,12 @@ def fetch(requirements: list[str], wheels: Path) -> list[str]:
     """Download the pure wheels; returns the requirements that have none."""
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
     machine = ["--python-version", "3.12", "--implementation", "py", "--abi", "none", "--platform", "any"]
-    left = []
-    for requirement in requirements:
-        if subprocess.run([*pip, *machine, requirement], capture_output=True, check=False).returncode:
-            left.append(requirement)
-    return left
+
+    def got(requirement: str) -> bool:
+        return subprocess.run([*pip, *machine, requirement], capture_output=True, check=False).returncode == 0
+
+    with ThreadPoolExecutor(8) as pool:
+        return [name for name, there in zip(requirements, pool.map(got, requirements), strict=True) if not there]
 
 
 def main() -> int:
