@@ -139,6 +139,7 @@ def test_nemos_own_recipe_is_extended_and_left_as_it_was():
     from nemo_longctx.adapters.nemo.recipes import extend_recipe
 
     stock = llm.llama2_7b.pretrain_recipe(dir="runs", name="long", num_nodes=4)
+    stock.optim.lr_scheduler.warmup_steps = 200
     before = str(stock)
     mix = {"mix": {"sources": [{"path": "data/long"}]}}
     stages = [{"until": 0.2, "seq_length": 4096}, {"until": 1.0, "seq_length": 32768}]
@@ -147,6 +148,8 @@ def test_nemos_own_recipe_is_extended_and_left_as_it_was():
     recipe = extend_recipe(stock, **asked)
     assert str(stock) == before
     assert recipe.optim == stock.optim
+    stock.optim.lr_scheduler.warmup_steps = 2000  # twice as long as the run: its rate would never be reached
+    assert extend_recipe(stock, **asked).optim.lr_scheduler.warmup_steps == 100
     assert (recipe.trainer.max_steps, recipe.model.seq_length, recipe.trainer.num_nodes) == (1000, 32768, 4)
     assert recipe.model.restore is recipe.resume.restore_config  # one node: an override of its path reaches both
     assert recipe.resume.restore_config.path == "/ckpt/base"
