@@ -82,10 +82,9 @@ def check_attention_config(config: Any) -> None:
     """Refuse a model config that asks for what a linear-memory kernel cannot do.
 
     Raises:
-        ConfigError: dropout on attention, a window that is no causal one, a learned sink, latent attention, or soft caps.
+        ConfigError: dropout on attention, a window that is no causal one, a learned sink, or latent attention.
     """
     refused = {"attention_dropout": 0.0, "softmax_type": "vanilla", "multi_latent_attention": False}
-    refused |= {"attn_logit_softcapping": None}  # Gemma 2's
     for name, needed in refused.items():
         value = getattr(config, name, needed)
         if value != needed:
@@ -276,6 +275,10 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
         ConfigError: ours would be used and cannot do what the config asks for (with documents under context parallelism: at
             the first of them).
     """
+    if (
+        cap := getattr(config, "attn_logit_softcapping", None)
+    ) is not None:  # the stock specs would leave it out without a word
+        raise ConfigError("attn_logit_softcapping", cap, "models that cap attention's scores (Gemma 2) are not supported")
     common = {
         "num_experts": config.num_moe_experts,
         "moe_grouped_gemm": config.moe_grouped_gemm,
