@@ -275,9 +275,8 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
         ConfigError: ours would be used and cannot do what the config asks for (with documents under context parallelism: at
             the first of them).
     """
-    if (
-        cap := getattr(config, "attn_logit_softcapping", None)
-    ) is not None:  # the stock specs would leave it out without a word
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None:  # the stock specs would leave it out without a word
         raise ConfigError("attn_logit_softcapping", cap, "models that cap attention's scores (Gemma 2) are not supported")
     common = {
         "num_experts": config.num_moe_experts,
