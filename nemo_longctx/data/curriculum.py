@@ -49,7 +49,7 @@ class StageConfig:
             raise ConfigError("curriculum.stages.until", self.until, "a share of the run in (0, 1]; the last stage ends at 1.0")
         for name in ("seq_length", "micro_batch_size", *PARALLEL_SIZES):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"curriculum.stages.{name}", value, "a whole number of at least 1")
         if self.recompute is not None:
             recomputed_layers(self.recompute, 1, key="curriculum.stages.recompute")

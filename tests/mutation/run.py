@@ -1,0 +1,295 @@
+"""Plant faults one at a time and see whether the tests notice: `run.py [--number N] [--changed REF] [--floor 0.85] ...`.
+
+A seeded sample of mutants (points.py) is planted in a copy of the tree, each in a fresh process forked from one that has
+imported the heavy libraries, and the tests that run the mutated function (map of collect.py) run until the first fails. A
+mutant is caught by a failing test or by a run that does not end in its time; it survives when all pass, and when no test
+runs its function. Equivalents, which change nothing that can be seen, are in equivalent.json with the reason of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+from collect import functions  # noqa: E402
+from points import Mutant, mutants  # noqa: E402
+
+TESTS, SECONDS = 60, 45.0  # at most so many tests and so much of their own time for one mutant
+HEAVY = ("numpy", "torch", "transformers", "tokenizers", "hypothesis", "pytest")
+HOST = ("nemo.collections.llm", "megatron.core", "lightning.pytorch")
+
+
+def main() -> int:
+    options = arguments()
+    covering = json.loads(gzip.decompress(Path(options.map).read_bytes()))
+    equivalent = {each["mutant"]: each["why"] for each in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
+    files = changed_files(options.changed) if options.changed else package_files()
+    every = {path: mutants(path, (ROOT / path).read_text(encoding="utf-8")) for path in files}
+    gone = {name for name in equivalent if name.split("::")[0] in every} - {m.name for found in every.values() for m in found}
+    if gone and not options.changed:
+        print(f"{EQUIVALENT}: no longer in the code, take them out: {sorted(gone)}")
+        return 2
+    chosen = named() if options.named else sample(every, options.number, options.seed, equivalent)
+    results = run_all(chosen, covering, options)
+    text = report(results, covering, options)
+    print(text)
+    if options.report:
+        Path(options.report).write_text(text, encoding="utf-8")
+    caught = sum(result["caught"] for result in results)
+    return 0 if not results or caught / len(results) >= options.floor else 1
+
+
+EQUIVALENT = Path(__file__).with_name("equivalent.json")
+NAMED = Path(__file__).with_name("named.json")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=400, help="mutants in all, spread evenly over the modules (default 400)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--changed", metavar="REF", help="only files that differ from this commit")
+    parser.add_argument("--named", action="store_true", help="the faults of named.json instead of a sample")
+    parser.add_argument("--only", default="", help="only files whose path contains this")
+    parser.add_argument("--floor", type=float, default=0.0, help="end with status 1 below this share caught")
+    parser.add_argument("--map", default=str(Path(__file__).with_name("map.json.gz")), help="what collect.py wrote")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--report", help="write the report (Markdown) here, too")
+    parser.add_argument("--journal", help="JSON lines of what has been run; a second call goes on behind it")
+    return parser.parse_args()
+
+
+def package_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "nemo_longctx/*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.split()
+
+
+def changed_files(reference: str) -> list[str]:
+    command = ["git", "diff", "--name-only", "--diff-filter=d", reference, "--", "nemo_longctx/*.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def sample(every: dict[str, list[Mutant]], number: int, seed: int, equivalent: dict[str, str]) -> list[Mutant]:
+    """A round over the modules takes one mutant of each, until there are `number`; no two of one node."""
+    piles = {}
+    for path, found in sorted(every.items()):
+        pile = [mutant for mutant in found if mutant.name not in equivalent]
+        random.Random(f"{seed}/{path}").shuffle(pile)
+        piles[path] = pile
+    order, chosen, taken = sorted(piles), [], set()
+    random.Random(seed).shuffle(order)
+    while len(chosen) < number and any(piles.values()):
+        for path in order:
+            while piles[path] and len(chosen) < number:
+                mutant = piles[path].pop()
+                if (path, mutant.line, mutant.was) not in taken:
+                    taken.add((path, mutant.line, mutant.was))
+                    chosen.append(mutant)
+                    break
+    return chosen
+
+
+def named() -> list[Mutant]:
+    """Faults that a review of the tests found unnoticed once, each a text of a file and what it became."""
+    chosen = []
+    for each in json.loads(NAMED.read_text(encoding="utf-8")):
+        source = (ROOT / each["path"]).read_text(encoding="utf-8")
+        if source.count(each["was"]) != 1:
+            raise SystemExit(f"{NAMED}: {each['path']} holds {each['was']!r} {source.count(each['was'])} times; say it anew")
+        line = source[: source.index(each["was"])].count("\n") + 1 + (each["was"][0] in "\n ")
+        planted = source.replace(each["was"], each["became"])
+        function = functions(source)[line]
+        chosen.append(Mutant(each["path"], line, function, each["about"], each["was"], each["became"], planted))
+    return chosen
+
+
+def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[str]:
+    """The tests that run the mutant's function, those first that run few functions of its file; all of the file for its top."""
+    runs = covering["functions"].get(mutant.path, {})
+    breadth = Counter(test for tests in runs.values() for test in tests)
+    wanted = mutant.function
+    while wanted not in runs and "." in wanted:
+        wanted = wanted.rsplit(".", 1)[0]
+    found = runs.get(wanted) or ([] if mutant.function in runs else sorted(breadth))
+    if not mutant.function:
+        found = sorted(breadth)
+    tests, spent, chosen = covering["tests"], 0.0, []
+    for index in sorted(found, key=lambda i: (tests[i][1] > 1, breadth[i], tests[i][1])):
+        if len(chosen) == TESTS:
+            break
+        if spent + tests[index][1] <= SECONDS or not chosen:
+            chosen.append(tests[index][0])
+            spent += tests[index][1]
+    return chosen
+
+
+def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    journal = Path(options.journal) if options.journal else None
+    done = {}
+    if journal is not None and journal.exists():
+        done = {each["mutant"]: each for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines())}
+    todo = [mutant for mutant in chosen if mutant.name not in done and options.only in mutant.path]
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    answers: Any = multiprocessing.get_context("spawn").Queue()
+    for index, mutant in enumerate(todo):
+        queue.put((index, tests_of(mutant, covering)))
+    workers = []
+    for _ in range(min(options.processes, len(todo))):
+        queue.put(None)
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(queue, answers, todo))
+        worker.start()
+        workers.append(worker)
+    for number in range(len(todo)):
+        index, caught, how, seconds = answers.get()
+        mutant = todo[index]
+        result = {
+            "mutant": mutant.name,
+            "line": mutant.line,
+            "kind": mutant.kind,
+            "caught": caught,
+            "how": how,
+            "seconds": seconds,
+        }
+        done[mutant.name] = result
+        if journal is not None:
+            with journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+        sign = "caught  " if caught else "SURVIVED"
+        print(
+            f"{number + 1}/{len(todo)} {sign} {mutant.path}:{mutant.line} {mutant.was} -> {mutant.became} ({how})", flush=True
+        )
+    for worker in workers:
+        worker.join()
+    return [done[mutant.name] for mutant in chosen if mutant.name in done]
+
+
+def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
+    """One process with its own copy of the tree; every mutant is planted there, run in a fork, and taken out again."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "tree"
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, copy / name)
+        mode = compileall.PycInvalidationMode.CHECKED_HASH  # by content: a planted file is never taken for the one before it
+        compileall.compile_dir(copy / "nemo_longctx", quiet=1, invalidation_mode=mode)
+        os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        for name in HEAVY:
+            __import__(name)
+        hosted = False
+        healthy: dict[tuple[str, ...], bool] = {}
+        while (item := queue.get()) is not None:
+            index, tests = item
+            mutant, began = todo[index], time.monotonic()
+            if not tests:
+                answers.put((index, False, "no test runs it", 0.0))
+                continue
+            if not hosted and any(part in test for test in tests for part in ("integration", "parity", "adapters")):
+                for name in HOST:
+                    __import__(name)
+                hosted = True
+            key = tuple(tests)
+            if key not in healthy:
+                status, took = forked(tests, 900)
+                healthy[key] = status == 0
+                limits[key] = 30 + 5 * took
+            if not healthy[key]:
+                kept = [test for test in tests if forked([test], 300)[0] == 0]
+                if not kept:
+                    answers.put((index, False, "its tests fail without it", 0.0))
+                    continue
+                tests, limit = kept, 300.0
+            else:
+                limit = limits[key]
+            target = copy / mutant.path
+            original = target.read_bytes()
+            target.write_text(mutant.source, encoding="utf-8")
+            status, _ = forked(tests, limit)
+            target.write_bytes(original)
+            how = {0: "all of its tests pass", -1: "no end in time"}.get(status, "a test fails")
+            answers.put((index, status != 0, f"{how}, {len(tests)} run", round(time.monotonic() - began, 1)))
+
+
+limits: dict[tuple[str, ...], float] = {}
+
+
+def forked(tests: list[str], limit: float) -> tuple[int, float]:
+    """Run the tests in a fork of this process; its status, -1 where it did not end within `limit` seconds."""
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        sink = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(sink, stream)
+        import pytest
+
+        plain = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        try:
+            os._exit(int(pytest.main([*plain, *tests])))
+        except BaseException:  # whatever a mutant does to the process of its tests is noticed
+            os._exit(3)
+    while time.monotonic() - began < limit:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            _end_group(child)
+            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 3, time.monotonic() - began
+        time.sleep(0.02)
+    _end_group(child)
+    os.waitpid(child, 0)
+    return -1, limit
+
+
+def _end_group(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+        os.killpg(child, signal.SIGKILL)
+
+
+def report(results: list[dict[str, Any]], covering: dict[str, Any], options: argparse.Namespace) -> str:
+    rooms: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        path = result["mutant"].split("::")[0]
+        parts = Path(path).parts[1:]
+        rooms["/".join(parts[:2]) if parts[0] == "adapters" else parts[0] if len(parts) > 1 else "top level"].append(result)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [
+        "# Planted faults", "",
+        f"`python tests/mutation/run.py --number {options.number} --seed {options.seed}` at {commit.stdout.strip()}, against",
+        f"{len(covering['tests'])} tests; {sum(result['seconds'] for result in results):.0f} s of test processes.", "",
+        "| where | planted | caught | share |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    groups = {"cores": [], "adapters": []}  # type: dict[str, list[dict[str, Any]]]
+    for room, found in rooms.items():
+        groups["adapters" if room.startswith("adapters") else "cores"] += found
+    for room, found in [*sorted(rooms.items()), *(("**" + name + "**", found) for name, found in groups.items())]:
+        if found:
+            caught = sum(each["caught"] for each in found)
+            lines.append(f"| {room} | {len(found)} | {caught} | {100 * caught / len(found):.0f} % |")
+    lines += ["", "## Survivors", ""]
+    for each in sorted((r for r in results if not r["caught"]), key=lambda r: r["mutant"]):
+        path, function, change = each["mutant"].split("::", 2)
+        lines.append(f"- {path}:{each['line']} `{function}` {each['kind']}: `{change}` ({each['how']})")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
