@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nemo_longctx.attention import core
 from nemo_longctx.attention.core import backend_name, causal_attention
 from nemo_longctx.attention.documents import Segment, context_parallel_segments, document_segments
 from nemo_longctx.config import ConfigError
@@ -75,6 +76,9 @@ def test_scale_is_used():
     q, k, v = qkv(1, 9, 9, 2, 2, 8)
     mask = visible((Segment(0, 9, 0, 9),), 9, 9)
     torch.testing.assert_close(causal_attention(q, k, v, scale=0.3), reference(q, k, v, mask, scale=0.3))
+    segments = (Segment(0, 9, 0, 9),)
+    for others in (core._sdpa_segments(q, k, v, segments, 0.3), core.sdpa_windows(q, k, v, segments, 0.3, window=9)):
+        torch.testing.assert_close(others, reference(q, k, v, mask, scale=0.3))
 
 
 def test_packed_equals_each_document_alone():

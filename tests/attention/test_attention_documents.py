@@ -69,6 +69,11 @@ def test_wrong_boundaries_are_refused(wrong):
         check_cu_seqlens(wrong, 8)
 
 
+def test_an_empty_document_is_a_boundary_too():
+    assert check_cu_seqlens((0, 3, 3, 8), 8) == (0, 3, 3, 8)
+    assert pairs(document_segments((0, 3, 3, 8))) == pairs(document_segments((0, 3, 8)))
+
+
 def test_a_window_that_begins_inside_a_document_is_refused():
     with pytest.raises(ConfigError, match="begins with 0"):
         cu_seqlens_from_position_ids(np.array([3, 4, 0, 1]))

@@ -103,8 +103,11 @@ def test_labels_are_read_only_where_they_count():
     wild = labels.where(mask != 0, -100)
     ours = chunked_cross_entropy(hidden, weight, wild, weights_N=mask)
     torch.testing.assert_close(ours, full_losses(hidden, weight, labels) * mask)
-    with pytest.raises(ConfigError, match="weight 0"):
-        chunked_cross_entropy(hidden, weight, wild)
+    for outside in (wild, labels.where(mask != 0, len(weight))):
+        with pytest.raises(ConfigError, match="weight 0"):
+            chunked_cross_entropy(hidden, weight, outside)
+    last = torch.full_like(labels, len(weight) - 1)
+    torch.testing.assert_close(chunked_cross_entropy(hidden, weight, last), full_losses(hidden, weight, last))
 
 
 def test_nothing_as_large_as_the_logits_is_made():

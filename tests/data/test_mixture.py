@@ -95,6 +95,14 @@ def test_a_cap_is_an_error_or_gives_to_the_others(prefixes):
     assert over["web"].share == pytest.approx(0.25)
 
 
+def test_what_a_cap_leaves_may_push_another_source_over_its_own(telling_corpora):
+    prefixes = telling_corpora([[10] * 10, [10] * 25, [10] * 1000])
+    sources = [{"path": path, "weight": weight} for path, weight in zip(prefixes, (0.6, 0.3, 0.1), strict=True)]
+    strata = strata_of(build(MixConfig, {"sources": sources, "max_repeats": 2, "on_cap": "renormalize"}), 1000)
+    # The first may give 0.2; of the 0.8 left three quarters would be the second's, which may give 0.5.
+    assert [stratum.share for stratum in strata.values()] == pytest.approx([0.2, 0.5, 0.3])
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -117,6 +117,9 @@ def test_instances_are_cached_by_content(tokenizer, tmp_path):
     assert [file.stat().st_mtime_ns for file in files] == stamps
     path.write_text(json.dumps({"messages": CHAT}) + "\n")
     assert len(open_instances(str(path), **settings)) == 1
+    other = LLAMA2_CHAT_TEMPLATE.replace("[INST]", "[ASK]")
+    (asked, _), (told, _) = (open_instances(str(path), **settings | {"template": t})[0] for t in (LLAMA2_CHAT_TEMPLATE, other))
+    assert asked.tolist() != told.tolist()
 
 
 def test_sentencepiece_answers_have_no_lone_space():

@@ -104,7 +104,7 @@ def test_the_law_is_drawn_where_the_loss_follows_it():
     test = context.judge_law(contexts, scores.losses)
     assert test.law is not None, test.why
     assert test.law.intervals["beta"][0] < 0.45 < test.law.intervals["beta"][1]
-    assert test.p_value < 0.01
+    assert 0 < test.p_value < 0.01
 
 
 @pytest.mark.parametrize(

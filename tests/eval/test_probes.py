@@ -84,6 +84,8 @@ def test_seed_and_cache(tokenizer, tmp_path):
     assert not {p.content_hash for p in other} & {p.content_hash for p in first}
     make_probes(everything(), [TEXTS[0]], tokenizer, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+    other = byte_tokenizer(["quite another text, of other words and so of other pieces; a bell, a bridge, a ballad" * 3])
+    assert make_probes(everything(), TEXTS, other, cache=tmp_path) == make_probes(everything(), TEXTS, other) != first
     # A larger set holds the smaller one's probes unchanged.
     more = make_probes(everything(samples=3), TEXTS, tokenizer)
     assert {p.content_hash for p in first} < {p.content_hash for p in more}

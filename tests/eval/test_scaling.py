@@ -65,6 +65,33 @@ def test_document_bootstrap_holds_the_truth_and_shrinks_with_documents():
     assert (law.loss(CONTEXTS) < high).all()
 
 
+def test_contexts_that_few_tokens_stand_behind_weigh_little():
+    """A point of one token a document against points of a thousand: 1 nat off, it moves neither the law nor its intervals."""
+    curve = paper_curve("7B")
+    rng = np.random.default_rng(5)
+    losses = np.tile(curve, (40, 1)) + rng.normal(0, 0.01, (40, 1))
+    counts = np.full(losses.shape, 1000)
+    true = fit_context_law_by_document(CONTEXTS, losses * counts, counts, replicates=50)
+    middle = len(CONTEXTS) // 2
+    counts[:, middle], losses[:, middle] = 1, curve[middle] + 1
+    law = fit_context_law_by_document(CONTEXTS, losses * counts, counts, replicates=50)
+    assert law.loss(CONTEXTS) == pytest.approx(true.loss(CONTEXTS), abs=0.01)
+    low, high = law.band(CONTEXTS)
+    assert (low < true.loss(CONTEXTS) + 0.01).all()
+    assert (high > true.loss(CONTEXTS) - 0.01).all()
+    assert (high - low < 0.1).all()
+
+
+def test_a_negative_gamma_is_zero_and_the_rest_is_the_best_under_that():
+    """A curve that bends down: without the bound gamma is below 0, and alpha and beta are then the best through 0."""
+    loss = 3 - 0.18 * np.log2(CONTEXTS / CONTEXTS[0])
+    law = fit_context_law(CONTEXTS, loss, replicates=0)
+    assert law.gamma == 0
+    cost = np.square((law.loss(CONTEXTS) - loss) / loss).sum()
+    for alpha, beta in ((law.alpha * 1.02, law.beta), (law.alpha / 1.02, law.beta)):
+        assert np.square(((alpha / CONTEXTS) ** beta - loss) / loss).sum() > cost
+
+
 def test_gamma_is_never_negative_and_beta_of_a_power_law_is_found():
     law = fit_context_law(CONTEXTS, 40 * CONTEXTS**-0.3, replicates=0)
     assert law.gamma == pytest.approx(0, abs=1e-3)

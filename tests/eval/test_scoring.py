@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import numpy as np
@@ -128,6 +129,12 @@ def test_sampling_depends_on_seed_and_context_only(llama):
     state = torch.get_rng_state()
     assert [sample([c])[0] for c in ([1, 2], [1, 2, 3], [4])] == together
     assert sample([[4], [1, 2]], seed=1) != [together[2], together[0]]
+    # Where every token is as likely as any other, only the draw can tell two prompts apart.
+    flat = copy.deepcopy(llama)
+    torch.nn.init.zeros_(flat.lm_head.weight)
+    scorer = Scorer(HFCausalModel(flat))
+    one, two = sample([[1, 2], [4]])
+    assert one != two
     assert torch.equal(torch.get_rng_state(), state)
     assert sample([[1, 2]], top_k=1) == sample([[1, 2]], temperature=0.0) == sample([[1, 2]], top_p=1e-9)
 

@@ -114,6 +114,19 @@ def test_prompts_beyond_the_window_are_refused_with_the_mend(checkpoint, tokeniz
     assert "do not fit a window of 2048; lower chunk_tokens" in capsys.readouterr().err
 
 
+def test_a_models_name_tells_its_head_and_its_tail(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    raw = bytearray(3 << 20)
+    weights.write_bytes(raw)
+    names = {fingerprint(tmp_path)}
+    for place in (0, len(raw) - 1):
+        changed = raw.copy()
+        changed[place] = 1
+        weights.write_bytes(changed)
+        names.add(fingerprint(tmp_path))
+    assert len(names) == 3
+
+
 def test_a_folder_without_a_model_is_named(tokenizer_folder, tmp_path, capsys):
     documents = jsonl(tmp_path / "documents.jsonl", [story(1, 4)])
     with pytest.raises(ConfigError, match="no weights"):

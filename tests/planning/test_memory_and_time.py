@@ -3,11 +3,12 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.planning import memory, timing
+from nemo_longctx.planning import memory, override, timing
 from nemo_longctx.planning.gpus import GIB, GPUS
 from nemo_longctx.planning.layout import Layout, layout_faults
 from nemo_longctx.planning.memory import memory_plan
@@ -211,3 +212,47 @@ def test_layouts_that_megatron_refuses(changes, says):
 def test_bad_layouts_name_the_key(changes, key):
     with pytest.raises(ConfigError, match=key):
         replace(BASE, **changes)
+
+
+def test_a_stage_keeps_the_micro_batches_in_flight_and_no_more_than_there_are():
+    """1F1B: stage s of pp holds min(pp - s, micro batches); interleaved, the chunks of its warm-up (Narayanan et al. 2021)."""
+
+    def kept(layout, stage, microbatches):
+        layer = memory._layer_activations(MODEL, layout, 4096)
+        batch = microbatches * layout.micro_batch_size * layout.data_parallel_size
+        return memory._kept_elements(MODEL, layout, stage, layer, batch)[0]
+
+    middle = [kept(BASE, stage, 64) for stage in (1, 2)]
+    assert middle[0] / middle[1] == pytest.approx(3 / 2)
+    assert kept(BASE, 1, 1) == pytest.approx(middle[0] / 3)
+    assert kept(BASE, 1, 2) == pytest.approx(middle[1])
+    assert kept(BASE, 1, 3) == kept(BASE, 1, 64)
+    interleaved = replace(BASE, virtual_pipeline_model_parallel_size=2)
+    assert kept(interleaved, 1, 64) / kept(interleaved, 1, 1) == pytest.approx(((4 - 1 - 1) * 2 + 4 + 1) / 2)
+
+
+def test_the_tables_lie_on_the_first_and_the_last_stage_and_once_where_they_are_one():
+    plain = replace(BASE, tensor_model_parallel_size=1)
+    stages = [memory.stage_parameters(MODEL, plain, stage) for stage in range(4)]
+    assert sum(stages) == pytest.approx(MODEL.parameters)
+    assert stages[3] - stages[1] == pytest.approx(MODEL.embedding_parameters + MODEL.hidden_size)
+    one = Layout(gpus=8)
+    for tied in (False, True):
+        model = replace(MODEL, share_embeddings_and_output_weights=tied)
+        assert memory.stage_parameters(model, one, 0) == pytest.approx(model.parameters)
+    assert MODEL.parameters - model.parameters == MODEL.embedding_parameters
+
+
+def test_context_parallel_ranks_take_two_chunks_each():
+    layout = Layout(gpus=8, context_parallel_size=4)
+    assert not layout_faults(MODEL, layout, 16_384, 8)
+    assert any("2 x CP = 8 does not divide" in fault for fault in layout_faults(MODEL, layout, 16_388, 8))
+
+
+def test_a_node_keeps_rings_whole():
+    """36 GPUs in nodes of 8, groups of TP 2 x CP 2: nodes of 4, though 6 divide 36."""
+    layout = Layout(gpus=36, tensor_model_parallel_size=2, context_parallel_size=2)
+    planned = SimpleNamespace(chosen=SimpleNamespace(layout=layout), gpu=GPUS["h100"])
+    devices, notes = override._devices(planned, {})
+    assert devices == 4
+    assert "9 nodes of 4" in notes[0]
