@@ -9,12 +9,15 @@ runs its function. Equivalents, which change nothing that can be seen, are in eq
 from __future__ import annotations
 
 import argparse
+import ast
 import compileall
 import contextlib
 import gzip
 import json
 import multiprocessing
 import os
+import py_compile
+import queue as queues
 import random
 import shutil
 import signal
@@ -40,10 +43,10 @@ def main() -> int:
     options = arguments()
     covering = json.loads(gzip.decompress(Path(options.map).read_bytes()))
     equivalent = {each["mutant"]: each["why"] for each in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
-    files = changed_files(options.changed) if options.changed else package_files()
+    files = [] if options.named else changed_files(options.changed) if options.changed else package_files()
     every = {path: mutants(path, (ROOT / path).read_text(encoding="utf-8")) for path in files}
     gone = {name for name in equivalent if name.split("::")[0] in every} - {m.name for found in every.values() for m in found}
-    if gone and not options.changed:
+    if gone and not (options.changed or options.named):
         print(f"{EQUIVALENT}: no longer in the code, take them out: {sorted(gone)}")
         return 2
     chosen = named() if options.named else sample(every, options.number, options.seed, equivalent)
@@ -98,11 +101,19 @@ def sample(every: dict[str, list[Mutant]], number: int, seed: int, equivalent: d
         for path in order:
             while piles[path] and len(chosen) < number:
                 mutant = piles[path].pop()
-                if (path, mutant.line, mutant.was) not in taken:
+                if (path, mutant.line, mutant.was) not in taken and _parses(mutant.source):
                     taken.add((path, mutant.line, mutant.was))
                     chosen.append(mutant)
                     break
     return chosen
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:  # a change that no file can hold
+        return False
+    return True
 
 
 def named() -> list[Mutant]:
@@ -156,7 +167,13 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         worker.start()
         workers.append(worker)
     for number in range(len(todo)):
-        index, caught, how, seconds = answers.get()
+        while True:
+            try:
+                index, caught, how, seconds = answers.get(timeout=5)
+                break
+            except queues.Empty:
+                if not any(worker.is_alive() for worker in workers):
+                    raise SystemExit("the processes that run the tests have died; what they said stands above") from None
         mutant = todo[index]
         result = {
             "mutant": mutant.name,
@@ -188,7 +205,7 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, copy / name)
-        mode = compileall.PycInvalidationMode.CHECKED_HASH  # by content: a planted file is never taken for the one before it
+        mode = py_compile.PycInvalidationMode.CHECKED_HASH  # by content: a planted file is never taken for the one before it
         compileall.compile_dir(copy / "nemo_longctx", quiet=1, invalidation_mode=mode)
         os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         os.chdir(copy)
