@@ -10,7 +10,7 @@ TORCH_CUDA := cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvi
   nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
   nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
 
-.PHONY: install demo docs test test-all test-hosts gpu-kit lint lock clean
+.PHONY: install demo docs test test-all test-hosts gpu-kit mutants lint lock clean
 install: $(INSTALLED)
 
 # torch goes first, by version, with pip: pip takes the build that this machine is set up for, and uv then leaves it alone.
@@ -37,6 +37,11 @@ test-all: $(INSTALLED)
 # HOSTS=2.4=PATH takes an environment that is there.
 test-hosts: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hosts.py $(HOSTS)
+
+# Faults planted one at a time in the whole package, each against the tests that run its function; goes on where it was stopped.
+# `tests/mutation/collect.py tests/mutation/map.json.gz` makes the map of the tests anew.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutation/run.py --number 400 --journal build/mutants.jsonl --report docs/mutants.md
 
 # What a machine with a GPU and no network lacks, in build/gpu-kit: pure-Python wheels, the package and benchmarks/gpu.py.
 gpu-kit: $(INSTALLED)

@@ -168,7 +168,7 @@ def _planned_again(planned: Planned, composed: Mapping[str, Any], text: str, fil
 
 def _arithmetic(model: ModelShape) -> ModelShape:
     """What decides FLOPs and memory, with defaults resolved."""
-    resolved = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
+    resolved: dict[str, Any] = {"num_query_groups": model.query_groups, "kv_channels": model.head_dim}
     return replace(model, **resolved, seq_length=1, sliding_window=None, full_layers=None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import nemo_run as run
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
@@ -49,7 +51,7 @@ def fit_performance_settings(
 
 def fit_warmup(recipe: run.Partial, curriculum: Curriculum) -> None:
     """Shorten a warm-up (of a copy of the host's recipe) that would take the whole run to a tenth of it, and say so."""
-    schedule = getattr(getattr(recipe, "optim", None), "lr_scheduler", None)
+    schedule: Any = getattr(getattr(recipe, "optim", None), "lr_scheduler", None)
     warmup, total = getattr(schedule, "warmup_steps", None), curriculum.total_steps
     if isinstance(warmup, int) and warmup >= total:
         schedule.warmup_steps = total // 10
