@@ -28,10 +28,10 @@ lock: $(INSTALLED)
 
 # One thread a test process, as many processes as cores. Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 
 # The tests that touch the host, on each NeMo of the range, in environments of their own beside .venv; docs/hosts.md is the table.
 # HOSTS=2.4=PATH takes an environment that is there.

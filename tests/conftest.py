@@ -1,8 +1,12 @@
 """What all tests share: a module leaves no process group behind for the next one in its worker."""
 
+import os
 import sys
 
 import pytest
+
+# A name that is no folder would be asked for on the network, again and again; no test may depend on what is there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True, scope="module")

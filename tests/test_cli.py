@@ -100,6 +100,8 @@ for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main(words)
+        except SystemExit as error:
+            status = error.code
         except BaseException as error:
             status = repr(error)
     said.append([status, err.getvalue()])
@@ -123,7 +125,7 @@ WITHOUT_EXTRAS = [
     (["eval", "model", "--corpus", "all", "--out", "out"], "eval"),
     (["eval", "checkpoint", "--corpus", "all", "--out", "out"], "eval"),
     (["generate", "checkpoint", "--prompts", "prompts.txt"], "nemo"),
-    (["instruct", "generate", "documents.jsonl", "--output", "made", "--checkpoint", "nowhere"], None),
+    (["instruct", "generate", "documents.jsonl", "--output", "made", "--checkpoint", "nowhere", "--tokenizer", "model"], None),
     (["ablate", "mix", "--scale", "smoke", "--dry-run"], None),
     (["completion", "bash"], None),
 ]
