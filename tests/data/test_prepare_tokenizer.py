@@ -72,6 +72,7 @@ def test_a_name_that_is_nowhere_is_one_sentence(monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", lambda *args: (_ for _ in ()).throw(OSError("no name service")))
     with pytest.raises(ConfigError, match=r"nobody/has-this.*cannot be reached"):
