@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from typing import Any
 
-from nemo_longctx.commands.prepare import Bar, names, size
+from nemo_longctx.commands.prepare import Bar, given, names, size
 from nemo_longctx.data.inputs import FORMATS
 
 EPILOG = """\
@@ -80,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.data.curation.config import CurateConfig
     from nemo_longctx.data.curation.run import curate
 
-    given = {each.name: getattr(args, each.name) for each in fields(CurateConfig)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = CurateConfig(**{name: value for name, value in values.items() if value is not None})
+    config = CurateConfig(**given(args, CurateConfig))
     bars = Bar("judging", "characters")
     try:
         made = curate(config, say=bars.say, progress=bars.open)

@@ -87,13 +87,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """What the command line says of the fields of a dataclass; lists as tuples."""
+    values = {field.name: getattr(args, field.name) for field in fields(config)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print the report."""
     from nemo_longctx.data.prepare import PrepareConfig, prepare
 
-    given = {field.name: getattr(args, field.name) for field in fields(PrepareConfig)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = PrepareConfig(**{name: value for name, value in values.items() if value is not None})
+    config = PrepareConfig(**given(args, PrepareConfig))
     bars = Bar()
     try:
         made = prepare(config, say=bars.say, progress=bars.open)

@@ -187,3 +187,28 @@ def _ray_result(ray: Any, reference: Any) -> Any:
 
 
 ENGINES: dict[str, Callable[..., Done]] = {"processes": run_in_processes, "ray": run_on_ray}
+
+
+def run_shards(
+    jobs: Sequence[Any],
+    reports: dict[int, Any],
+    *,
+    engine: str,
+    workers: int | None,
+    say: Callable[[str], None],
+    progress: Callable[[int], Progress],
+) -> list[Any]:
+    """The report of every job, in their order; those that have one in `reports` (by the job's `number`) are not run again.
+
+    Args:
+        workers: at a time; None: one a core, and never more than there are jobs.
+        progress: opens a bar over so many bytes of input.
+    """
+    reports = dict(reports)
+    todo = [job for job in jobs if job.number not in reports]
+    if reports:
+        say(f"going on: {len(reports)} of {len(jobs)} shards were finished before")
+    tell = progress(sum(job.n_bytes for job in todo))
+    for job, report in ENGINES[engine](todo, tell, workers=min(workers or os.cpu_count() or 1, max(1, len(todo)))):
+        reports[job.number] = report
+    return [reports[job.number] for job in jobs]

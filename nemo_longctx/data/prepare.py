@@ -21,7 +21,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus, token_dtype
-from nemo_longctx.data.engines import ENGINES, Progress
+from nemo_longctx.data.engines import Progress, run_shards
 from nemo_longctx.data.inputs import Found, find_files, shown
 from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
 from nemo_longctx.data.opening import is_url, size_of, stamp_of
@@ -212,14 +212,7 @@ def _run(
     found = {job.number: report for job in jobs if (report := load_report(job)) is not None}
     # A shard that was read with bad records left out is not done for a run that must stop at them.
     reports = {number: report for number, report in found.items() if config.on_error == "skip" or not report.bad}
-    todo = [job for job in jobs if job.number not in reports]
-    if reports:
-        say(f"going on: {len(reports)} of {len(jobs)} shards were finished before")
-    tell = progress(sum(job.n_bytes for job in todo))
-    workers = min(config.workers or os.cpu_count() or 1, max(1, len(todo)))
-    for job, report in ENGINES[config.engine](todo, tell, workers=workers):
-        reports[job.number] = report
-    return [reports[job.number] for job in jobs]
+    return run_shards(jobs, reports, engine=config.engine, workers=config.workers, say=say, progress=progress)
 
 
 def _provenance(

@@ -25,7 +25,7 @@ from nemo_longctx.data.curation.duplicates import Shards, bands_for, first_of_eq
 from nemo_longctx.data.curation.grouping import assemble
 from nemo_longctx.data.curation.scores import PERMUTATIONS
 from nemo_longctx.data.curation.shard import CurateJob, ShardReport
-from nemo_longctx.data.engines import ENGINES, Progress
+from nemo_longctx.data.engines import Progress, run_shards
 from nemo_longctx.data.inputs import Found, find_files, printable, shown
 from nemo_longctx.data.opening import stamp_of
 from nemo_longctx.data.readers import Part, lines_before, split_files
@@ -154,14 +154,7 @@ def _judge(
     config: CurateConfig, jobs: list[CurateJob], say: Callable[[str], None], progress: Callable[[int], Progress]
 ) -> list[ShardReport]:
     reports = {job.number: report for job in jobs if (report := job.load()) is not None}
-    todo = [job for job in jobs if job.number not in reports]
-    if reports:
-        say(f"going on: {len(reports)} of {len(jobs)} shards were judged before")
-    tell = progress(sum(job.n_bytes for job in todo))
-    workers = min(config.workers or os.cpu_count() or 1, max(1, len(todo)))
-    for job, report in ENGINES[config.engine](todo, tell, workers=workers):
-        reports[job.number] = report
-    return [reports[job.number] for job in jobs]
+    return run_shards(jobs, reports, engine=config.engine, workers=config.workers, say=say, progress=progress)
 
 
 @dataclass
