@@ -83,8 +83,10 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _data(data: str) -> tuple[str | None, str]:
-    """(text to prepare or None, prefix of the corpus)."""
-    if Path(f"{data}.idx").exists():
+    """(text to prepare or None, the corpus)."""
+    from nemo_longctx.data.corpus import is_corpus
+
+    if is_corpus(data):
         return None, data
     if data.endswith((".bin", ".idx")):
         raise ConfigError("--data", data, "give the prefix, without .bin or .idx")

@@ -340,6 +340,11 @@ def fingerprints(shards: Sequence[IndexedCorpus], whole_below: float = WHOLE_BEL
     return [shard.fingerprint(size / share) for shard, size in zip(shards, sizes, strict=True)]
 
 
+def is_corpus(path: str) -> bool:
+    """Whether a corpus lies there that `open_corpus` would open: a prefix, or a directory of shards."""
+    return os.path.isfile(f"{path}.idx") or (os.path.isdir(path) and any(Path(path).glob("*.idx")))
+
+
 def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Corpus:
     """Open a prefix, a directory of shards (every `.idx` in it, by name), or a list of either, as one corpus.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import is_corpus
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask, ProbeTask
 from nemo_longctx.eval.question_data import FILES, read_labelled
@@ -28,10 +29,13 @@ def check_eval(config: EvalConfig | None, *, check_names: Callable[[HarnessTask]
     for number, task in enumerate(config.tasks):
         key = f"eval.tasks[{number}]"
         if isinstance(task, PositionTask | ContextTask):
-            check_there(f"{key}.corpus", task.corpus, suffix=".idx")
+            if not is_corpus(task.corpus):
+                check_there(f"{key}.corpus", task.corpus, suffix=".idx")
         elif isinstance(task, ProbeTask):
-            if not Path(f"{task.text}.idx").exists():
+            if not is_corpus(task.text):
                 check_there(f"{key}.text", task.text, what="no such text, and no corpus of that prefix")
+                if Path(task.text).is_dir():
+                    raise ConfigError(f"{key}.text", task.text, "this directory holds no .idx; name a text file or a corpus")
             if task.probes.data:
                 check_there(f"{key}.probes.data", task.probes.data)
                 read_labelled(task.probes.data)

@@ -19,7 +19,7 @@ class PositionTask:
     """Loss by position over documents of an indexed corpus.
 
     Args:
-        corpus: prefix of a `.bin/.idx` pair. seq_length: tokens of each document that are predicted.
+        corpus: prefix of a `.bin/.idx` pair, or a directory of shards. seq_length: tokens of each document that are predicted.
         documents: how many, evenly spaced among those long enough; the longest ones where too few are.
         bins: equal bins; 0 for bins that grow with the position, as the fit of L(c) wants them.
         guard: watch the mean loss of these documents against the first evaluation.
@@ -52,7 +52,7 @@ class ContextTask:
     """Loss on fixed targets against the context before them (`nemo_longctx.eval.context`).
 
     Args:
-        corpus: prefix of a `.bin/.idx` pair of held-out documents.
+        corpus: prefix of a `.bin/.idx` pair of held-out documents, or a directory of shards.
         contexts: tokens before the targets; documents shorter than the longest and the targets are not read.
         targets: tokens predicted at each context, the last ones of a block.
         documents: how many, evenly spaced among those long enough.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.data.corpus import is_corpus, open_corpus
 from nemo_longctx.eval import context, position, probe_scores, probes
 from nemo_longctx.eval.config import (
     ContextTask,
@@ -199,7 +199,7 @@ class Suite:
     def _probes(self, task: ProbeTask, model: CausalModel, name: str, group: Any, quiet: bool) -> list[probe_scores.ProbeRow]:
         bos = self.tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
-        if Path(f"{task.text}.idx").exists():
+        if is_corpus(task.text):
             texts = corpus_texts(task.text, self.tokenizer, 4 * max(task.probes.lengths))
         else:
             texts = read_texts(task.text)

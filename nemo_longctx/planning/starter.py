@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.corpus import is_corpus
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.planning.gpus import gpu_by_name
 from nemo_longctx.planning.layout import Layout
@@ -148,7 +149,7 @@ def plan_starter(
         curriculum=curriculum,
         layout=None if gpu == CPU else _layout(source.model, curriculum, gpu, gpus),
         gpu=gpu,
-        holdout=not Path(f"{data}.idx").exists() or Path(f"{data}_holdout.idx").exists(),
+        holdout=not is_corpus(data) or is_corpus(f"{data}_holdout"),
     )
 
 

@@ -45,6 +45,20 @@ def test_paths_with_a_slip(folder, task, said):
         check_eval(EvalConfig(tasks=(filled(task),)))
 
 
+def test_a_directory_of_shards_is_a_corpus(folder):
+    (folder / "kept").mkdir()
+    tasks = [
+        {"kind": "position", "corpus": str(folder / "kept"), "seq_length": 8},
+        {"kind": "context", "corpus": str(folder / "kept"), "contexts": [1, 2]},
+        {"kind": "probes", "text": str(folder / "kept")},
+    ]
+    for task, said in zip(tasks, (r"kept\.idx is missing", r"kept\.idx is missing", r"holds no \.idx"), strict=True):
+        with pytest.raises(ConfigError, match=said):
+            check_eval(EvalConfig(tasks=(task,)))
+    (folder / "kept" / "shard-00000.idx").write_text("x")
+    check_eval(EvalConfig(tasks=tuple(tasks)))
+
+
 def test_what_is_there_passes(folder):
     tasks = (
         {"kind": "probes", "text": f"{folder}/held_out"},
