@@ -1,6 +1,7 @@
 """Before torch and the host are imported: processes and devices that are not the layout's, and files that are not there."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -119,3 +120,24 @@ def tiny_corpus(tmp_path):
     with CorpusWriter(str(tmp_path / "all"), np.uint16) as writer:
         writer.add_document(np.arange(700) % 512)
     return tmp_path / "all"
+
+
+PARENT = """
+import multiprocessing, os, signal, time
+from multiprocessing.managers import SyncManager
+from nemo_longctx.start import end_with, main_hidden
+
+with main_hidden():
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with, (os.getpid(),))
+manager.Queue().put(1)
+print("started", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_run_started_ends_with_it_even_by_sigkill():
+    """A manager's process waited for good, and held the pipes of whoever had started the run: this call would not return."""
+    done = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "started\n"

@@ -6,13 +6,16 @@ Seen: 0.13 and 0.14 (NeMo 2.4, 2.5) against 0.15 (NeMo 2.7), which the rest of t
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+import os
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from nemo_longctx.start import main_hidden
+from nemo_longctx.start import end_with, main_hidden
 
 
 def groups_of(module: Any) -> Any:
@@ -46,9 +49,10 @@ def start_results_queue() -> None:
     """Start the process that the writers of checkpoints report to, before the first checkpoint does (0.15 spawns one).
 
     Spawned there, it imports the main script again: half a minute where that imports NeMo, and a bare EOFError where it has no
-    main guard.
+    main guard; and it outlives a run that is killed, for good. This one ends with the run.
     """
-    make = getattr(filesystem_async, "_get_write_results_queue", None)
-    if make is not None:
+    if getattr(filesystem_async, "_results_queue", filesystem_async) is None:
         with main_hidden():
-            make()
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(end_with, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
