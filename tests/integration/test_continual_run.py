@@ -1,15 +1,12 @@
 """The main job through the real NeMo: train short, extend, resume, and refuse what cannot work, before any work."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import host_server
 import numpy as np
 import pytest
 
@@ -60,16 +57,23 @@ def long(text: Path, output: Path, *more: str) -> list[str]:
     return overrides(text, output, "recipe=tiny_cpu_long", f"restore_from={output}/tiny_cpu_base", *clock, *more)
 
 
-def start(arguments: list[str], **kwargs) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, EXAMPLE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment, start_new_session=True, **kwargs)  # fmt: skip
+def start(arguments: list[str]) -> host_server.Started:
+    return host_server.start(EXAMPLE, *arguments)
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-4000:]
+def finish(started: host_server.Started) -> str:
+    status, output = started.finish()
+    assert status == 0, output[-4000:]
     return output
+
+
+def kill_after(started: host_server.Started, log: Path, steps: int) -> None:
+    """SIGKILL once the training log has so many rows."""
+    while started.poll() is None and (not log.exists() or len(read_training_log(log)) < steps):
+        time.sleep(0.05)
+    assert started.poll() is None, started.said[-3000:]
+    started.kill()
+    started.finish()
 
 
 @pytest.fixture(scope="session")
@@ -175,9 +179,8 @@ def test_groups_that_do_not_divide_the_heads_are_refused(text, tmp_path):
 def test_text_without_a_window_is_refused(text, tmp_path):
     with CorpusWriter(str(tmp_path / "short"), np.uint16) as writer:
         writer.add_document([1, 2, 3])
-    result = start(base(text, tmp_path, f"data.mix.sources=[{{path: {tmp_path}/short}}]"))
-    output, _ = result.communicate(timeout=600)
-    assert result.returncode == 2, output[-3000:]
+    status, output = start(base(text, tmp_path, f"data.mix.sources=[{{path: {tmp_path}/short}}]")).finish()
+    assert status == 2, output[-3000:]
     assert "error: curriculum.stages.seq_length=64: the corpus has only 3 tokens" in output
 
 
@@ -200,12 +203,7 @@ def test_five_kills_change_no_bit(text, tmp_path):
     log = killed / "tiny_cpu_base" / "results" / "training.csv"
     moments = sorted(random.Random(1234).sample(range(4, 55), 5))
     for step in moments:
-        process = start(base(text, killed, "curriculum.total_tokens=23040"))
-        while process.poll() is None and (not log.exists() or len(read_training_log(log)) < step):
-            time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_after(start(base(text, killed, "curriculum.total_tokens=23040")), log, step)
     finish(start(base(text, killed, "curriculum.total_tokens=23040")))
     keep = ("step", "tokens", "loss", "lr", "grad_norm", "validation_loss")
     curves = [
@@ -248,12 +246,8 @@ def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp
         monkeypatch.setenv("WANDB_MODE", "offline")
         position = f"{{kind: position, corpus: {text}/corpus_holdout, seq_length: 64, documents: 4, guard: true}}"
         run += ["logger=[tensorboard,wandb,csv]", f"eval={{tasks: [{position}], guard: {{loss: 9}}}}"]
-    process = start(run)
     log = tmp_path / "tiny_cpu_long" / "results" / "training.csv"
-    while process.poll() is None and len(read_training_log(log)) < 2:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_after(start(run), log, 2)
     assert "RoPE verified live" in finish(start(run))
     assert [row["step"] for row in read_training_log(log) if "loss" in row] == [1, 2, 3]
     if choice == "pi":
@@ -261,14 +255,14 @@ def test_a_rope_choice_trains_resumes_and_exports_by_one_word(trained, text, tmp
     exported = cli(["export", str(tmp_path / "tiny_cpu_long"), str(tmp_path / "hf")])
     assert exported == (2 if choice == "xpos_abf" else 0)
     assert (tmp_path / "hf" / "config.json").exists() == (choice != "xpos_abf")
-    stock = subprocess.run([sys.executable, "-c", STOCK_EXPORT, checkpoint_of(tmp_path / "tiny_cpu_long"), tmp_path / "stock"],
-                           capture_output=True, text=True, check=False)  # fmt: skip
+    checkpoint = checkpoint_of(tmp_path / "tiny_cpu_long")
+    stock, said = host_server.start("-c", STOCK_EXPORT, checkpoint, tmp_path / "stock").finish()
     if choice == "xpos_abf":
-        assert stock.returncode != 0
-        assert "transformers has no xPos" in stock.stderr
+        assert stock != 0
+        assert "transformers has no xPos" in said
         assert not (tmp_path / "stock").exists()
         return
-    assert stock.returncode == 0, stock.stderr[-3000:]
+    assert stock == 0, said[-3000:]
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "stock"))
     assert theirs == ours
     assert theirs["rope_scaling"]["rope_type"] == {"pi": "linear", "yarn": "yarn"}[choice]

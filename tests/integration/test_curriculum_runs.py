@@ -3,9 +3,9 @@
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import host_server
 import numpy as np
 import pytest
 
@@ -35,7 +35,7 @@ def corpora(tmp_path_factory):
 def command(corpora, output, stages, *more):
     sets = ", ".join(f"{{name: {n}, path: {corpora}/held_out, seq_length: {n}, samples: 8}}" for n in ("16", "128"))
     return [
-        sys.executable, str(EXAMPLE), "recipe=tiny_cpu_base", f"output_dir={output}", "data.tokenizer=null", *SMALL,
+        "recipe=tiny_cpu_base", f"output_dir={output}", "data.tokenizer=null", *SMALL,
         f"data.mix.sources=[{{path: {corpora}/text}}]", f"data.validation=[{sets}]", f"curriculum.stages={stages}",
         "curriculum.tokens_per_step=256", "curriculum.total_tokens=2048", "optimizer.warmup_tokens=0",
         "trainer.val_every_tokens=1024", "checkpoint.every_tokens=0", *more,
@@ -43,10 +43,9 @@ def command(corpora, output, stages, *more):
 
 
 def run(arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=environment, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
+    status, said = host_server.start(EXAMPLE, *arguments).finish()
+    assert status == 0, said[-4000:]
+    return said
 
 
 def rows_of(output):
@@ -75,6 +74,9 @@ def test_a_stage_of_another_layout_ends_the_run_with_a_checkpoint_and_the_next_c
     [said] = [number for number, line in enumerate(lines) if "the next stage needs other parallel sizes" in line]
     following = shlex.split(lines[said + 1])
     assert following[-1] == "trainer.num_nodes=1"
-    assert "stage 1 from step 4, 1024 tokens: sequences of 128" in run(following)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(following, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "stage 1 from step 4, 1024 tokens: sequences of 128" in done.stdout + done.stderr
     trained, _ = rows_of(tmp_path)
     assert [(row["step"], row["seq_length"]) for row in trained] == [(n, 32 if n <= 4 else 128) for n in range(1, 9)]

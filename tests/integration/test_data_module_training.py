@@ -1,15 +1,11 @@
 """The stream under the real NeMo trainer: ranks, workers, kills and a change of length change no step's data."""
 
-import contextlib
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
+import host_server
 import numpy as np
 import pytest
 
@@ -53,25 +49,10 @@ def train(directory, name, processes, data, *, expected=0, **settings):
     """Run the worker; its rows by rank, and what it printed."""
     witness, path = directory / f"{name}.rows", directory / f"{name}.json"
     path.write_text(json.dumps({"data": data, "witness": str(witness), **settings}))
-    launch = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    printed = directory / f"{name}.log"
-    with printed.open("w") as log:  # no pipe: what a killed run leaves behind would hold it open
-        run = subprocess.Popen(
-            [*launch, str(WORKER), str(path)], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = run.wait(timeout=600)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)  # the checkpoint writers of a killed run
-    assert status == expected, printed.read_text()[-6000:]
+    status, printed = host_server.start(WORKER, path, processes=processes).finish()
+    assert status == expected, printed[-6000:]
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(directory.glob(f"{name}.*.jsonl"))]
-    return rows, printed.read_text()
+    return rows, printed
 
 
 def windows_by_step(rows_of_ranks):

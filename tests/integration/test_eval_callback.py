@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import host_server
 import numpy as np
 import pytest
 from tiny_models import byte_tokenizer
@@ -49,15 +47,13 @@ def train(place, name, evaluation, **more):
     recipe |= more
     settings = place / f"{name}.json"
     settings.write_text(json.dumps({"recipe": recipe, "eval": evaluation}))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(WORKER), str(settings)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return host_server.start(WORKER, settings)
 
 
 def outcome(place, name, process):
     """Losses as the training log has them, digest of the weights, and what was printed."""
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-5000:]
+    status, output = process.finish()
+    assert status == 0, output[-5000:]
     with (place / "runs" / name / "results" / "training.csv").open(newline="") as file:
         losses = [row["loss"] for row in csv.DictReader(file)]
     digest = next(line.split()[1] for line in output.splitlines() if line.startswith("DIGEST"))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import host_server
 import numpy as np
 import pytest
 
@@ -21,12 +22,17 @@ TEXT = "The smith opened his door to the street before six. Nobody had ever seen
 STORY = {"id": "1", "pid": "1", "input": f"Who opened the door?\n\n{TEXT[:300]}", "output": "the smith"}
 
 
-def command(place, *arguments, processes=1, module="nemo_longctx.cli"):
-    """Run it in a process of its own, in `place`; what it printed."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    line = [sys.executable, *launch, "-m", module, *arguments]
+def command(place, *arguments, processes=1):
+    """Run nemo-longctx in `place`; what it printed."""
+    status, said = host_server.start("-m", "nemo_longctx.cli", *arguments, cwd=place, processes=processes).finish()
+    assert status == 0, said[-5000:]
+    return said
+
+
+def started_anew(place, *line):
+    """The same of any `python LINE` that imports everything itself."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, *line], cwd=place, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return done.stdout
 
@@ -86,7 +92,12 @@ def test_a_nemo_checkpoint_scores_as_the_model_it_came_from(place):
 def test_two_processes_score_as_one(place, flags):
     _, alone = read_results(place / "alone")
     out = "_".join(["two", *flags])
-    printed = command(place, "eval", "nemo", *ASKED, "--out", out, *flags, processes=2)
+    line = ["eval", "nemo", *ASKED, "--out", out, *flags]
+    if flags:
+        printed = command(place, *line, processes=2)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        printed = started_anew(place, *torchrun, "nemo_longctx.cli", *line)
     assert printed.count("wrote ") == 1  # by one process
     (together,) = read_results(place / out)
     assert_same(together, alone, 1e-5)
@@ -97,9 +108,9 @@ def test_two_processes_score_as_one(place, flags):
 def test_stock_command_line_runs_our_task_on_our_model(place):
     """lm-eval's own command, by the one import that its release needs: scores as `nemo-longctx eval` gives them."""
     metadata = json.dumps({"data": str(place / "narrative_qa.jsonl")})
-    module = "nemo_longctx.adapters.lm_eval"
     common = ["--model", "nemo_longctx", "--tasks", "longctx_narrativeqa", "--metadata", metadata, "--limit", "1"]
-    command(place, "run", *common, "--model_args", "pretrained=hf", "--output_path", "stock", "--log_samples", module=module)
+    line = ["run", *common, "--model_args", "pretrained=hf", "--output_path", "stock", "--log_samples"]
+    started_anew(place, "-m", "nemo_longctx.adapters.lm_eval", *line)
     (file,) = (place / "stock").rglob("results_*.json")
     scores = json.loads(file.read_text())["results"]["longctx_narrativeqa"]
     hf, _ = read_results(place / "alone")

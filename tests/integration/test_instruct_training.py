@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import host_server
 import pytest
 
 from nemo_longctx.data.sft_instances import LLAMA2_CHAT_TEMPLATE
@@ -18,16 +15,9 @@ ROOT = Path(__file__).parents[2]
 STEPS = "curriculum={stages: [{until: 1.0, seq_length: %d, micro_batch_size: 2}], tokens_per_step: 512, total_tokens: %d}"
 
 
-def start(*line: str) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *line], text=True, env=env, cwd=ROOT, start_new_session=True, **pipes)
-
-
 def run(*line: str, expected: int = 0) -> str:
-    process = start(*line)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == expected, said[-5000:]
+    status, said = host_server.start(*line, cwd=ROOT).finish()
+    assert status == expected, said[-5000:]
     return said
 
 
@@ -188,11 +178,11 @@ def test_lora_trains_adapters_alone_and_exports_merged(adapted):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_lora_goes_on_as_if_never_killed(adapted):
-    process = start(*tuning(adapted, "killed", *LORA))
+    process = host_server.start(*tuning(adapted, "killed", *LORA), cwd=ROOT)
     while process.poll() is None and len(curve(adapted, "killed")) < 6:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    said, _ = process.communicate()
+    process.kill()
+    _, said = process.finish()
     assert len(curve(adapted, "killed")) >= 6, said[-3000:]
     run(*tuning(adapted, "killed", *LORA))
     assert curve(adapted, "killed") == curve(adapted, "lora")

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """All of them, in forks of one process that imports the host once; whatever one leaves behind holds the pipes, and is seen."""
+    """All of them, in forks of one process that imports the host once; what one leaves behind holds the pipes, and is seen."""
     command = [sys.executable, str(SCRIPT), *NAMES, "--folder", str(tmp_path_factory.mktemp("shipped"))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
