@@ -29,6 +29,7 @@ from nemo_longctx.model_fields import check_layout
 from nemo_longctx.nemo_files import io_config
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import InstructRecipe, RunConfig
+from nemo_longctx.runs import REHEARSAL
 from nemo_longctx.start import check_start
 
 
@@ -265,7 +266,7 @@ def rehearsal(recipe: RunConfig) -> Iterator[Any]:
     curriculum = dataclasses.replace(recipe.curriculum, stages=cut, total_tokens=count * recipe.curriculum.tokens_per_step)
     directory = recipe.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{recipe.name}-dry-run-", dir=directory.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{recipe.name}{REHEARSAL}", dir=directory.parent) as folder:
         yield dataclasses.replace(
             recipe,
             output_dir=folder,

@@ -25,6 +25,7 @@ from nemo_longctx.report.training_log import SET_LOSS, read_training_log
 
 LOCK = ".lock"
 FINISHED = "finished.json"
+REHEARSAL = "-dry-run-"  # in the name of the folder that a dry run of all trains in
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _held: dict[Path, tuple[int, int]] = {}  # directory -> open file, times taken by this process
@@ -148,8 +149,13 @@ def read_finished(directory: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def ending(directory: Path) -> str:
-    """What a finished run reached, where its weights, results and page are, and the next commands."""
+def is_rehearsal(directory: Path) -> bool:
+    """Whether a dry run trains here, which removes all that it wrote."""
+    return REHEARSAL in directory.parent.name
+
+
+def reached(directory: Path) -> list[str]:
+    """What a run reached: training, validation and evaluation, a line each."""
     rows = read_training_log(directory / "results" / "training.csv")
     lines = []
     trained = [row for row in rows if "loss" in row]
@@ -162,13 +168,20 @@ def ending(directory: Path) -> str:
             f"{key.removeprefix(SET_LOSS)} {value:.4f}" for key, value in validated[-1].items() if key.startswith(SET_LOSS)
         )
         lines.append(f"validated {validated[-1]['validation_loss']:.4f}" + (f" ({sets})" if sets else ""))
-    lines += [f"evaluated {line}" for line in (read_finished(directory) or {}).get("evaluated", ())]
+    return lines + [f"evaluated {line}" for line in (read_finished(directory) or {}).get("evaluated", ())]
+
+
+def ending(directory: Path) -> str:
+    """What a finished run reached, where its weights, results and page are, and the next commands; of a rehearsal the first."""
+    lines = reached(directory)
+    if is_rehearsal(directory):
+        return "\n".join(lines)
     found = checkpoints(directory)
     results, page = directory / "results", directory / "results" / "eval" / "index.html"
     if found:
         lines.append(f"weights   {found[0].path}")
     if results.is_dir():
-        lines.append(f"results   {results}" + (" (training.csv, training.png)" if rows else ""))
+        lines.append(f"results   {results}" + (" (training.csv, training.png)" if (results / "training.csv").is_file() else ""))
     if page.is_file():
         lines.append(f"page      {page}")
     if found:

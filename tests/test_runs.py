@@ -102,6 +102,14 @@ def test_a_finished_run_says_so_at_once_without_nemo(tmp_path, capsys, monkeypat
         assert part in said
 
 
+def test_a_rehearsal_names_nothing_that_is_removed(tmp_path):
+    """It told to export, evaluate and chat with a directory that was gone when this was read."""
+    finished(tmp_path / f".mine{runs.REHEARSAL}x" / "mine")
+    said = runs.ending(tmp_path / f".mine{runs.REHEARSAL}x" / "mine")
+    assert "training loss 4.5000" in said
+    assert str(tmp_path) not in said
+
+
 @pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint"])
 def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
     directory = tmp_path / "mine"

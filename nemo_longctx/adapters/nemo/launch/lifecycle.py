@@ -30,6 +30,7 @@ from nemo_longctx.runs import (
     StopRequest,
     ending,
     evaluation_lines,
+    is_rehearsal,
     own_command,
     release_lock,
     take_lock,
@@ -104,7 +105,8 @@ class LifecycleCallback(Callback):
             verdicts = [callback.verdict for callback in trainer.callbacks if getattr(callback, "verdict", None) is not None]
             lines += [line for verdict in verdicts for line in verdict.lines()]
             write_finished(self.directory, step=step, tokens=step * self.curriculum.tokens_per_step, evaluated=lines)
-            print(f"\nfinished: {self.directory}\n{ending(self.directory)}", flush=True)
+            where = "" if is_rehearsal(self.directory) else f"finished: {self.directory}\n"
+            print(f"\n{where}{ending(self.directory)}", flush=True)
         else:  # a stage of another layout, an alarm, a shorter trainer.max_steps: each has said so
             print(f"\nended at step {step:,} of {total:,}: {self.directory}", flush=True)
 
