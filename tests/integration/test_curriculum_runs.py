@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import host_server
@@ -11,6 +13,7 @@ import pytest
 
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.report.training_log import read_training_log
+from nemo_longctx.start import RENDEZVOUS, torchrun
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "megatron_gpt_continual.py"
 SMALL = [
@@ -80,3 +83,31 @@ def test_a_stage_of_another_layout_ends_the_run_with_a_checkpoint_and_the_next_c
     assert "stage 1 from step 4, 1024 tokens: sequences of 128" in done.stdout + done.stderr
     trained, _ = rows_of(tmp_path)
     assert [(row["step"], row["seq_length"]) for row in trained] == [(n, 32 if n <= 4 else 128) for n in range(1, 9)]
+
+
+@pytest.mark.slow
+def test_the_line_of_torchrun_that_we_print_starts_on_two_nodes(corpora, tmp_path):
+    """Typed twice on this machine, as on two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, "-m", "torch.distributed.run", *torchrun(2, 1)[1:], "train"]
+    words[words.index(RENDEZVOUS)] = endpoint
+    asked = command(corpora, tmp_path, "[{until: 1.0, seq_length: 32, micro_batch_size: 2}]", "trainer.num_nodes=2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"node{number}.log" for number in range(2)]
+    nodes = []
+    for log in logs:
+        with log.open("w") as file:
+            nodes.append(subprocess.Popen([*words, *asked], stdout=file, stderr=subprocess.STDOUT, env=environment))
+    try:
+        statuses = [node.wait(timeout=400) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    said = [log.read_text() for log in logs]
+    assert statuses == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert sum("finished: " in each for each in said) == 1
+    trained, validated = rows_of(tmp_path)
+    assert [row["tokens"] for row in trained] == [256 * n for n in range(1, 9)]
+    assert len(validated) == 2
