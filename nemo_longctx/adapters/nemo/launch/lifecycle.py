@@ -21,6 +21,7 @@ from nemo_longctx.adapters.megatron.host import start_results_queue
 from nemo_longctx.adapters.megatron.optimizer import ask_before_updates, keep_torch_steps_apart
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.files import OpenFiles
 from nemo_longctx.recipe import BadNumbersConfig
 from nemo_longctx.report.bad_numbers import BadStep, NumbersWatch
 from nemo_longctx.report.evaluation import read_results
@@ -64,6 +65,7 @@ class LifecycleCallback(Callback):
         self._asked, self._loss, self._locked = 0, 0.0, False
         self._bad_samples: list[int] | None = None
         self._trainer: Any = None
+        self._files = OpenFiles()
 
     # A run's frame
 
@@ -129,6 +131,7 @@ class LifecycleCallback(Callback):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._files.bound()  # each validation leaves a cycle that holds the shared memory of its last batch, four files a set
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.global_step:
             return
         self._agree(0.0)
