@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `chat` share."""
     parser.add_argument("checkpoint", help="NeMo 2 checkpoint or run, or Hugging Face model (folder or name)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 512, or what the model's length leaves)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are drawn from; 0: all (default: 0)")
@@ -63,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
-        cut = sum(one["finish_reason"] == "length" for one in answers)
-        print(
-            f"wrote {out}: {len(answers)} answers" + (f", {cut} of them cut at {sampling.max_new_tokens} tokens" if cut else "")
-        )
+        cut = [one["completion_tokens"] for one in answers if one["finish_reason"] == "length"]
+        print(f"wrote {out}: {len(answers)} answers" + (f", {len(cut)} of them cut, the longest at {max(cut)}" if cut else ""))
     return 0
 
 
@@ -77,7 +75,7 @@ def sampling_of(args: argparse.Namespace, **more: Any) -> Any:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names}, **more)
-    values = {name: getattr(sampling, name) for name in names}
+    values = {name: getattr(sampling, name) for name in names} | {"max_new_tokens": sampling.max_new_tokens or 1}
     Generation(context=[0], stop=bool, **values)  # refuses what no generation takes
     return sampling
 

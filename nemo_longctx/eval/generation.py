@@ -11,18 +11,21 @@ from typing import Any
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.requests import Generation
 
+LONGEST = 512  # tokens of an answer where nobody says
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How answers are made.
 
     Args:
-        max_new_tokens: longest answer. temperature: 0 for greedy. top_p, top_k: limits of sampling; 1 and 0 for none.
+        max_new_tokens: longest answer; None: `LONGEST`, or what the model's length leaves.
+        temperature: 0 for greedy. top_p, top_k: limits of sampling; 1 and 0 for none.
         seed: of the sampling; the draw of a prompt does not depend on the others.
         stop: texts that end an answer, left out of it.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -30,7 +33,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError("--max-new-tokens", self.max_new_tokens, "give at least 1 token for the answer")
 
 
@@ -104,13 +107,17 @@ def requests(
     """
     made = []
     for name, tokens in zip(names, prompts, strict=True):
-        if len(tokens) + sampling.max_new_tokens > max_length:
-            mend = f"has {len(tokens)} tokens and is given {sampling.max_new_tokens} more, but the model reads {max_length}"
+        room = max_length - len(tokens)
+        longest = min(LONGEST, room) if sampling.max_new_tokens is None else sampling.max_new_tokens
+        if longest < 1:
+            raise ConfigError("--prompts", name, f"has {len(tokens)} tokens, and the model reads {max_length}; shorten it")
+        if longest > room:
+            mend = f"has {len(tokens)} tokens and is given {longest} more, but the model reads {max_length}"
             raise ConfigError("--prompts", name, f"{mend}; shorten it, or lower --max-new-tokens")
         made.append(
             Generation(
                 context=tokens,
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=longest,
                 stop=ending(tokenizer, sampling.stop),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,

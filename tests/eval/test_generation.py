@@ -45,6 +45,16 @@ def test_a_talk_on_the_terminal(checkpoint, monkeypatch, capsys):
     assert "has 200 tokens and is given 4 more, but the model reads 128" in said.err
 
 
+def test_an_answer_gets_what_a_short_model_leaves(checkpoint, monkeypatch, capsys):
+    """Without an option each turn was refused: 512 tokens do not fit a model that reads 128."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where was the key?\n\n" + "x" * 200 + "\n"))
+    assert main(["chat", checkpoint]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert said.err.count("--prompts=") == 1
+    assert "has 200 tokens, and the model reads 128" in said.err
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
