@@ -23,7 +23,15 @@ BEGIN, END = "<!-- hosts: made by make test-hosts -->", "<!-- end of hosts -->"
 
 # NeMo -> what it is installed with. Newest last: that one is .venv itself.
 HOSTS = {
-    "2.4": ("nemo_toolkit[lightning]==2.4.1", "megatron-core==0.13.1", "transformers==4.51.3", "ijson"),
+    "2.4": (
+        "nemo_toolkit[lightning]==2.4.1",
+        "megatron-core==0.13.1",
+        "transformers==4.51.3",
+        "ijson",
+        "jieba",
+        "opencc",
+        "pangu==4.0.6.1",
+    ),
     "2.5": ("nemo_toolkit[lightning]==2.5.3", "megatron-core==0.14.0", "transformers==4.53.3"),
     "2.6": ("nemo_toolkit[lightning]==2.6.1", "megatron-core==0.14.0", "transformers==4.53.3"),
     "2.7": (),

@@ -153,6 +153,8 @@ def read_arrow(part: Part, keys: Sequence[Key], replace: bool) -> Iterator[Recor
                 return
             for batch in batches:
                 chosen = batch.select(columns)
+                for column in chosen.columns:
+                    _check_bounds(column)
                 for start in range(0, chosen.num_rows, _ROWS):
                     some = chosen.slice(start, _ROWS)
                     yield from _batch_records(some, number, keys, replace)
@@ -161,6 +163,30 @@ def read_arrow(part: Part, keys: Sequence[Key], replace: bool) -> Iterator[Recor
         if isinstance(error, PermissionError):
             raise
         yield Record("", number + 1, f"not a readable Arrow file ({_first_line(error)})")
+
+
+def _check_bounds(array: Any) -> None:
+    """Refuse offsets that lie outside their values, which Arrow follows without a look; text may hold any bytes.
+
+    Raises:
+        ValueError: they do.
+    """
+    import pyarrow
+
+    array.validate()
+    kind = array.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        array.view(pyarrow.binary() if pyarrow.types.is_string(kind) else pyarrow.large_binary()).validate(full=True)
+    elif pyarrow.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _check_bounds(array.field(number))
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        offsets = array.offsets.to_numpy()
+        if offsets[0] < 0 or offsets[-1] > len(array.values) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError("a list's offsets lie outside its values")
+        _check_bounds(array.values)
+    else:
+        array.validate(full=True)
 
 
 def _batch_records(batch: Any, before: int, keys: Sequence[Key], replace: bool) -> Iterator[Record]:

@@ -9,8 +9,10 @@ import inspect
 import multiprocessing
 import os
 from multiprocessing.managers import SyncManager
+from types import SimpleNamespace
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -19,8 +21,15 @@ from nemo_longctx.start import end_with, main_hidden
 
 
 def groups_of(module: Any) -> Any:
-    """The process groups that a module of Megatron-Core was built with: `pg_collection`, before 0.15 `model_comm_pgs`."""
-    return module.pg_collection if hasattr(module, "pg_collection") else module.model_comm_pgs
+    """The process groups that a module of Megatron-Core was built with: `pg_collection`, before 0.15 `model_comm_pgs`.
+
+    Of 0.13 only attention has them; a model's are then those of this process.
+    """
+    for name in ("pg_collection", "model_comm_pgs"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    groups = {"tp": parallel_state.get_tensor_model_parallel_group(), "cp": parallel_state.get_context_parallel_group()}
+    return SimpleNamespace(**groups)
 
 
 def fuses_qkv_rope(config: Any) -> bool:
