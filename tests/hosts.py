@@ -33,7 +33,7 @@ HOSTS = {
         "pangu==4.0.6.1",
     ),
     "2.5": ("nemo_toolkit[lightning]==2.5.3", "megatron-core==0.14.0", "transformers==4.53.3"),
-    "2.6": ("nemo_toolkit[lightning]==2.6.1", "megatron-core==0.14.0", "transformers==4.53.3"),
+    "2.6": ("nemo_toolkit[lightning]==2.6.1", "megatron-core==0.15.0", "transformers==4.53.3"),
     "2.7": (),
 }
 # Beside them: what this package needs, what NeMo imports and does not name, and the tests' own.
