@@ -43,14 +43,15 @@ def peak_mib() -> float:
 
 
 def text_tokenizer(vocab: int):
-    """A byte-level BPE tokenizer of words and numbers, as RULER's prompts have them."""
+    """A byte-level BPE tokenizer of English words and numbers, as RULER's prompts have them."""
     import random
 
+    from lm_eval.tasks.ruler.cwe_utils import WORDS
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(0)
-    words = ["".join(rng.choices("abdefgiklmnoprstuz", k=rng.randrange(2, 8))) for _ in range(4 * vocab)]
+    words = rng.choices(WORDS, k=16 * vocab)
     noise = (
         "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. One of the special magic "
     )

@@ -1,6 +1,8 @@
 """The tests that touch the host, on each NeMo of the range: environments beside .venv by uv, and a table of what passed.
 
-    python tests/hosts.py [2.4] [2.6=PATH]...   with PATH an environment that is there; all of the range without arguments
+    python tests/hosts.py [--part] [2.4] [2.6=PATH]...
+
+PATH is an environment that is there; without names all of the range. `--part` runs the first two groups, and writes no table.
 
 What is run is `TESTS`: models built, every RoPE variant under the guard, attention and loss against the host's own,
 recomputation, NeMo's own recipes made long, and one run that is killed, goes on, evaluates, and is exported. The table goes to
@@ -50,6 +52,7 @@ TESTS = {
     "kill, resume, evaluation, export": [RUN],
     "NeMo's recipes made long": ["tests/integration/test_stock_recipes.py"],
 }
+PART = "--part"
 SHOWN = ("nemo_toolkit", "megatron-core", "torch", "transformers", "numpy")
 
 
@@ -108,13 +111,13 @@ def outcome_of(report: Path, seconds: float) -> Outcome:
     return Outcome(counts["tests"] - failed - counts["skipped"], failed, counts["skipped"], seconds)
 
 
-def tested(name: str, python: Path) -> dict[str, Outcome]:
-    """Run every group on a host."""
+def tested(name: str, python: Path, groups: dict[str, list[str]]) -> dict[str, Outcome]:
+    """Run these groups on a host."""
     reports = ROOT / "build" / "hosts"
     reports.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     outcomes = {}
-    for number, (group, tests) in enumerate(TESTS.items()):
+    for number, (group, tests) in enumerate(groups.items()):
         report = reports / f"{name}-{number}.xml"
         report.unlink(missing_ok=True)
         options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", f"--junit-xml={report}"]
@@ -145,6 +148,9 @@ def put_between(text: str, made: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    part = PART in arguments
+    groups = dict(list(TESTS.items())[: 2 if part else None])
+    arguments = [each for each in arguments if each != PART]
     asked = dict((each.split("=", 1) + [""])[:2] for each in arguments) if arguments else dict.fromkeys(HOSTS, "")
     if wrong := asked.keys() - HOSTS.keys():
         print(
@@ -154,11 +160,12 @@ def main(arguments: list[str]) -> int:
     rows = {}
     for name, place in asked.items():
         python = Path(place) / "bin" / "python" if place else environment(name)
-        rows[name] = versions(python), tested(name, python)
-    made = table(rows)
-    print(made)
-    for file in (ROOT / "README.md", ROOT / "docs" / "hosts.md"):
-        file.write_text(put_between(file.read_text(encoding="utf-8"), made), encoding="utf-8")
+        rows[name] = versions(python), tested(name, python, groups)
+    if not part:
+        made = table(rows)
+        print(made)
+        for file in (ROOT / "README.md", ROOT / "docs" / "hosts.md"):
+            file.write_text(put_between(file.read_text(encoding="utf-8"), made), encoding="utf-8")
     return int(any(outcome.failed for _, outcomes in rows.values() for outcome in outcomes.values()))
 
 
