@@ -41,7 +41,7 @@ HOSTS = {
 # Beside them: what this package needs, what NeMo imports and does not name, and the tests' own.
 MORE = (
     "lightning==2.4.0", "numpy<2", "hydra-core>=1.3", "matplotlib>=3.8", "tokenizers>=0.21", "zstandard", "tqdm", "PyYAML",
-    "pyarrow>=15", "nemo_run>=0.11", "leptonai<0.40", "nvidia-modelopt>=0.27", "nvidia-resiliency-ext<1", "rich", "einops",
+    "pyarrow>=15,<26", "nemo_run>=0.11", "leptonai<0.40", "nvidia-modelopt>=0.27", "nvidia-resiliency-ext<1", "rich", "einops",
     "sentencepiece<0.2.3", "tiktoken", "tensorstore", "pandas", "datasets", "lm-eval", "pytest", "pytest-timeout",
     "pytest-xdist", "psutil", "hypothesis", "tensorboard", "wandb",
 )  # fmt: skip

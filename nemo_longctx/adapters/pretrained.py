@@ -16,6 +16,7 @@ from nemo_longctx.eval.checks import check_name, check_tokenizer
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.hf.config import read_json
 from nemo_longctx.hf.directory import check_directory, write_copy
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.hf.tokenizer import copy_tokenizer, load_hf_tokenizer, written_by_transformers_5
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _hugging_face_model(path: str, dtype: str) -> Any:
         if config.is_file() and read_json(config).get("rope_parameters"):
             source = str(write_copy(check_directory(path), Path(folder) / "model"))
         try:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(source, **in_dtype(dtype))
         except Exception as error:  # whatever a class trips over, it is what these files hold
             if config.is_file():
                 check_directory(path)  # says it better, for the families that it knows

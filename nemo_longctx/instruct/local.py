@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.sft_instances import chat_template
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.instruct.client import Call, CallError
 from nemo_longctx.instruct.journal import Reply
 
@@ -38,7 +39,7 @@ class LocalCheckpoint:
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(folder, **in_dtype("auto"))
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError("checkpoint", str(folder), f"no Hugging Face model can be loaded from there ({why})") from error

@@ -47,6 +47,7 @@ from nemo_longctx.adapters.nemo.model.rope import place_rope, variant_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.config import family_rope, token_numbers
 from nemo_longctx.hf.directory import HFDirectory, check_directory, write_copy
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.serving import reading_lines, vllm_length
@@ -212,7 +213,7 @@ def hf_model(
     rope = family_rope(family.model_type, variant, keys)
     fields = hf_fields(config, family) | rope | _token_numbers(config.generation_config, tokenizer)
     hf_config = AutoConfig.for_model(**fields, dtype=config.params_dtype)
-    exported = AutoModelForCausalLM.from_config(hf_config, dtype=config.params_dtype)
+    exported = AutoModelForCausalLM.from_config(hf_config, **in_dtype(config.params_dtype))
     weights = {name: w.cpu() for name, w in module.state_dict().items() if isinstance(w, torch.Tensor)}
     _load_strictly(exported, to_hugging_face(weights, config))
     if config.generation_config is not None:

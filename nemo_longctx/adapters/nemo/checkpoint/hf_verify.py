@@ -11,6 +11,7 @@ import torch
 
 from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
 from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import Rope
 
@@ -37,7 +38,7 @@ def source_model(source: Path, config: Any, *, dtype: Any, named: Path | None = 
     named = source if named is None else named
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **in_dtype(dtype)
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -64,7 +65,7 @@ def verify_export(
     """Load `directory` with transformers and compare it with the Megatron-Core model it came from: see `verify_same`."""
     from transformers import AutoModelForCausalLM
 
-    exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    exported = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(torch.float32)).eval()
     return verify_same(module, exported, variant, rotary_dim=rotary_dim, tokens=tokens, longest=longest)
 
 

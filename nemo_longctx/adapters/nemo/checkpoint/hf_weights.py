@@ -94,7 +94,8 @@ def no_rope_of(config: GPTConfig) -> tuple[bool, ...]:
 
 def stored_dtype(config: Any, weights: Weights) -> torch.dtype:
     """The type that a model is trained in: what its config says, else that of its weights."""
-    named = getattr(config, "dtype", None)
+    said = vars(config).get("dtype") or vars(config).get("torch_dtype")  # by the release of transformers
+    named = getattr(torch, said, None) if isinstance(said, str) else said
     return named if isinstance(named, torch.dtype) else next(w.dtype for w in weights.values() if w.is_floating_point())
 
 

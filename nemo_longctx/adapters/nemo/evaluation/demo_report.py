@@ -23,6 +23,7 @@ from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.eval.position import PositionRow, by_model, write_csv
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.eval.suite import Suite, parse_tasks
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.report.demo import (
     BASE,
     FOUND,
@@ -119,7 +120,7 @@ def _check_export(directory: Path, model: torch.nn.Module, corpus: Any) -> dict[
     """Compare the exported model in transformers with the live one, on real text, at every position of the long window."""
     from transformers import AutoModelForCausalLM
 
-    exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    exported = AutoModelForCausalLM.from_pretrained(directory, **in_dtype(torch.float32)).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     document = int(np.argmax(np.asarray(corpus.lengths) >= LONG_LENGTH))
     tokens = torch.from_numpy(corpus.tokens(document, 0, LONG_LENGTH).astype(np.int64))[None]
