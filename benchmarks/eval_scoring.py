@@ -107,9 +107,11 @@ def score(lm, requests):
 
 def measure_ruler(options: dict) -> dict:
     """A RULER length on one backend: seconds from the model in memory to the scores, of which `making` went to the samples."""
+    import random
     import tempfile
 
     import lm_eval
+    import numpy as np
 
     from nemo_longctx.adapters.harness import check_names, load_tasks
     from nemo_longctx.eval.config import HarnessTask, ProbeTask
@@ -143,6 +145,8 @@ def measure_ruler(options: dict) -> dict:
                 raise SystemExit(f"not scored: {result.errors or result.probes}")
             return {"seconds": time.perf_counter() - start, "making": 0.0, "mib": peak_mib() - before, "scores": []}
         check_names(task)  # lm-eval's index of tasks is made before, of which neither side is asked
+        random.seed(0)  # lm-eval draws some tasks' samples from here: both backends get the same
+        np.random.seed(0)
         start = time.perf_counter()
         loaded = load_tasks(task, tokenizer=folder)
         making = time.perf_counter() - start
@@ -208,7 +212,7 @@ def main() -> None:
             line = [sys.executable, os.path.abspath(__file__), options["case"], "--backend", name]
             for key in OPTIONS:
                 line += [f"--{key}", str(options[key])]
-            env = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
+            env = os.environ | {"OMP_NUM_THREADS": str(options["threads"]), "PYTHONHASHSEED": "0"}
             out = subprocess.run(line, check=True, capture_output=True, text=True, env=env).stdout
             results[name].append(json.loads(out.splitlines()[-1]))
             print(f"{name:<14}{results[name][-1]['seconds']:>9.2f} s {results[name][-1]['mib']:>9.0f} MiB", flush=True)

@@ -212,7 +212,7 @@ def hf_model(
     keys = variant.to_hf(rotary_dim=rotary_dim_of(config), max_position_embeddings=max_position_embeddings)
     rope = family_rope(family.model_type, variant, keys)
     fields = hf_fields(config, family) | rope | _token_numbers(config.generation_config, tokenizer)
-    hf_config = AutoConfig.for_model(**fields, dtype=config.params_dtype)
+    hf_config = AutoConfig.for_model(**fields, **in_dtype(config.params_dtype))
     exported = AutoModelForCausalLM.from_config(hf_config, **in_dtype(config.params_dtype))
     weights = {name: w.cpu() for name, w in module.state_dict().items() if isinstance(w, torch.Tensor)}
     _load_strictly(exported, to_hugging_face(weights, config))
