@@ -111,3 +111,17 @@ def test_the_line_of_torchrun_that_we_print_starts_on_two_nodes(corpora, tmp_pat
     trained, validated = rows_of(tmp_path)
     assert [row["tokens"] for row in trained] == [256 * n for n in range(1, 9)]
     assert len(validated) == 2
+
+
+@pytest.mark.slow
+def test_a_full_dry_run_trains_a_step_of_each_stage_and_leaves_nothing(corpora, tmp_path):
+    stages = "[{until: 0.5, seq_length: 32, micro_batch_size: 2}, {until: 1.0, seq_length: 128}]"
+    asked = command(corpora, tmp_path / "runs", stages)
+    status, said = host_server.start("-m", "nemo_longctx", "train", *asked, "--dry-run=full").finish()
+    assert status == 0, said[-3000:]
+    assert "RoPE verified live" in said
+    assert "reached   step 2, 512 tokens" in said
+    assert "what it wrote is removed" in said
+    assert "finished: " not in said
+    assert "nemo-longctx export" not in said
+    assert not [path for path in (tmp_path / "runs").iterdir() if "tiny_cpu_base" in path.name]
