@@ -84,7 +84,9 @@ def environment(name: str) -> Path:
     )
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", torch], check=True)  # pip takes this machine's build; uv leaves it
-    subprocess.run([*uv, "pip", "install", "-q", "--python", python, torch, *HOSTS[name], *MORE], check=True)
+    lock = ROOT / "tests" / f"hosts-{name}.lock"  # of the host that CI runs: what was tested is what it gets
+    pinned = ["--constraint", lock] if lock.exists() else []
+    subprocess.run([*uv, "pip", "install", "-q", "--python", python, torch, *HOSTS[name], *MORE, *pinned], check=True)
     done.touch()
     return python
 
