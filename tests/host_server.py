@@ -34,6 +34,7 @@ IMPORTED = (
     "lm_eval",
 )
 _server: subprocess.Popen | None = None
+_place = tempfile.TemporaryDirectory(prefix="host_server_", ignore_cleanup_errors=True)  # of what is printed; gone at the end
 
 
 class Started:
@@ -78,7 +79,7 @@ def start(*line: str | Path, cwd: Path | None = None, env: Mapping[str, str] | N
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         atexit.register(_server.kill)
-    place = Path(tempfile.mkdtemp(prefix="host_server_"))
+    place = Path(tempfile.mkdtemp(dir=_place.name))
     request = {"line": [str(word) for word in line], "cwd": str(cwd or Path.cwd()), "log": str(place / "log"),
                "env": {**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"}, "processes": processes}  # fmt: skip
     assert _server.stdin is not None
