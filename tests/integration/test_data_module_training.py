@@ -49,7 +49,9 @@ def train(directory, name, processes, data, *, expected=0, **settings):
     """Run the worker; its rows by rank, and what it printed."""
     witness, path = directory / f"{name}.rows", directory / f"{name}.json"
     path.write_text(json.dumps({"data": data, "witness": str(witness), **settings}))
-    status, printed = host_server.start(WORKER, path, processes=processes).finish()
+    started = host_server.start(WORKER, path, processes=processes)
+    status, printed = started.finish()
+    started.kill()  # the checkpoint writers' process of a killed run: the host's own, for this worker has none of our callbacks
     assert status == expected, printed[-6000:]
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(directory.glob(f"{name}.*.jsonl"))]
     return rows, printed
