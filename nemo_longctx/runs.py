@@ -25,7 +25,7 @@ from nemo_longctx.report.training_log import SET_LOSS, read_training_log
 
 LOCK = ".lock"
 FINISHED = "finished.json"
-REHEARSAL = "-dry-run-"  # in the name of the folder that a dry run of all trains in
+REHEARSAL = "-dry-run-"  # in the hidden folder that a full dry run trains in
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _held: dict[Path, tuple[int, int]] = {}  # directory -> open file, times taken by this process
@@ -151,7 +151,7 @@ def read_finished(directory: Path) -> dict[str, Any] | None:
 
 def is_rehearsal(directory: Path) -> bool:
     """Whether a dry run trains here, which removes all that it wrote."""
-    return REHEARSAL in directory.parent.name
+    return directory.parent.name.startswith(".") and REHEARSAL in directory.parent.name
 
 
 def reached(directory: Path) -> list[str]:

@@ -108,6 +108,8 @@ def test_a_rehearsal_names_nothing_that_is_removed(tmp_path):
     said = runs.ending(tmp_path / f".mine{runs.REHEARSAL}x" / "mine")
     assert "training loss 4.5000" in said
     assert str(tmp_path) not in said
+    finished(tmp_path / "my-dry-run-1" / "mine")  # a user's own folder is none
+    assert "nemo-longctx export" in runs.ending(tmp_path / "my-dry-run-1" / "mine")
 
 
 @pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint"])
