@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -59,14 +59,17 @@ def report_one(result: dict[str, float]) -> None:
     print(MARK + json.dumps(result))
 
 
-def in_turn(script: str, cases: Sequence[dict], rounds: int) -> list[dict]:
-    """Each case with the medians over `rounds` fresh processes; within a round the cases take turns."""
+def in_turn(script: str, cases: Sequence[dict], rounds: int, environment: Mapping[str, str] = ENVIRONMENT) -> list[dict]:
+    """Each case with the medians over `rounds` fresh processes; within a round the cases take turns, each round with another
+    one first, so that none always runs behind the same neighbour."""
     measured: list[list[dict]] = [[] for _ in cases]
     for turn in range(rounds):
-        for case, results in zip(cases, measured, strict=True):
+        first = turn % len(cases)
+        for index in (*range(first, len(cases)), *range(first)):
+            case, results = cases[index], measured[index]
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", script, "--one", json.dumps(case)],
-                capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT},
+                capture_output=True, text=True, check=False, env={**os.environ, **environment},
             )  # fmt: skip
             line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
             if line is None:

@@ -126,7 +126,8 @@ def main() -> None:
         kinds = ["prepare", "encode_batch_fast", "encode_batch_fast in batches"]
         if importlib.util.find_spec("datatrove") is not None:
             kinds.append("datatrove")
-        results = measure.in_turn(__file__, [{"kind": kind, "paths": paths, "folder": folder} for kind in kinds], args.rounds)
+        cases = [{"kind": kind, "paths": paths, "folder": folder} for kind in kinds]
+        results = measure.in_turn(__file__, cases, args.rounds, environment={})  # memory as users' allocators keep it
     rates = {result["kind"]: result["tokens_per_cpu_second"] for result in results}
     for kind, rate in rates.items():
         print(f"  {kind:<30}{rate:14,.0f} tokens a CPU second")
