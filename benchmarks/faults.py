@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import faulthandler
 import hashlib
 import json
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +178,11 @@ def inflict(kind: str, start: Start, directory: Path, disk: Path | None, rng: ra
         ballast = disk / "ballast"
         if kind == "full disk":
             fill(ballast)
-        else:
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False, capture_output=True)
-        statuses = start.wait(25)
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=False, capture_output=True)
-        ballast.unlink(missing_ok=True)
-        return statuses
+            statuses = start.wait(60)
+            ballast.unlink(missing_ok=True)
+            return statuses
+        with read_only(directory / "checkpoints"):
+            return start.wait(60)
     start.send(signum, [rng.randrange(RANKS)] if "one rank" in kind else range(RANKS))
     statuses = start.wait(60)
     if "checkpoint" in kind and (path := newest(directory)) is not None:
@@ -192,6 +193,32 @@ def inflict(kind: str, start: Start, directory: Path, disk: Path | None, rng: ra
         else:
             file.unlink()
     return statuses
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing can be written to `folder` meanwhile: another disk, empty and read-only, lies over it. Files that are open for
+    writing, as a run's are, forbid to make its own disk read-only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder)], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
+
+
+def as_promised(kind: str, statuses: list[int]) -> bool:
+    """Whether the ranks ended as a run says that it does: by the signal's status once all is saved, with 2 and a sentence where
+    a disk refuses, or finished. A rank whose neighbour was lost may end as it likes, but end."""
+    if 0 in statuses and set(statuses) <= {0}:
+        return True
+    if kind.startswith("SIGTERM"):
+        return set(statuses) == {143}
+    if kind.startswith("SIGINT"):
+        return set(statuses) == {130}
+    if kind in NEEDS_DISK:
+        return 2 in statuses and 0 not in statuses
+    return -9 in statuses
 
 
 def fill(ballast: Path) -> None:
@@ -265,16 +292,19 @@ def make_corpora(place: Path) -> None:
 
 
 def campaign(
-    moments: int, seed: int, place: Path, disk: Path | None, steps: int, seconds: float, keep: Path | None = None
+    moments: int, seed: int, place: Path, logs: Path, disk: Path | None, steps: int, seconds: float, keep: Path | None = None
 ) -> dict[str, Any]:
     """The undisturbed run, then faults for so many moments or seconds, until the run that they fell in has ended.
 
-    With `keep` the record is written there after each run, and what it has already is not done again.
+    With `keep` the record is written there after each run, and what it has already is not done again. What the runs print
+    goes to `logs`, on another disk than the one that is filled.
     """
+    from nemo_longctx.runs import is_finished
+
     make_corpora(place)
-    undisturbed = Start(overrides(place, "undisturbed", steps), place / "undisturbed.log").wait(1200)
+    undisturbed = Start(overrides(place, "undisturbed", steps), logs / "undisturbed.log").wait(1200)
     if any(undisturbed):
-        raise RuntimeError(f"the undisturbed run ended with {undisturbed}: see {place}/undisturbed.log")
+        raise RuntimeError(f"the undisturbed run ended with {undisturbed}: see {logs}/undisturbed.log")
     truth = state_of(place / "runs" / "undisturbed")
     kinds = [kind for kind in KINDS if disk or kind not in NEEDS_DISK]
     record = {
@@ -292,12 +322,15 @@ def campaign(
     ends = time.monotonic() + seconds
     while len(through) < moments and time.monotonic() < ends:
         name = f"disturbed_{len(runs)}"
-        directory, log = place / "runs" / name, place / f"{name}.log"
+        directory, log = place / "runs" / name, logs / f"{name}.log"
         arguments = overrides(place, name, steps)
         while True:
             kind, rng = kinds[len(through) % len(kinds)], random.Random(f"{seed} {len(through)}")
+            # A run that is finished says so and is gone before a fault could reach it.
+            over = is_finished(directory, total_tokens=512 * steps)
+            said = log.stat().st_size if log.exists() else 0
             start = Start(arguments, log)
-            disturbed = len(through) < moments and time.monotonic() < ends
+            disturbed = len(through) < moments and time.monotonic() < ends and not over
             if disturbed:
                 wait_for_moment(start, directory, rng)
             if disturbed and len(start.poll()) < RANKS:
@@ -305,6 +338,8 @@ def campaign(
                 statuses = inflict(kind, start, directory, disk, rng)
                 through.append({"kind": kind, "run": name, "rows": at, "statuses": statuses})
                 print(f"{len(through):3} {kind:24} {name} after {at:3} rows: {statuses}", flush=True)
+                if not as_promised(kind, statuses):
+                    print(f"    not as promised; it said:\n{log.read_text(errors='replace')[said:][-3000:]}", flush=True)
             else:
                 statuses = start.wait(1200)
                 if any(statuses):
@@ -323,11 +358,13 @@ def campaign(
 def table(record: dict[str, Any]) -> str:
     """The campaign as Markdown."""
     equal = {run["run"]: all(run["equal"].values()) for run in record["runs"]}
+    promised = sum(as_promised(moment["kind"], moment["statuses"]) for moment in record["moments"])
     held = sum(equal[moment["run"]] for moment in record["moments"])
     lines = [
         f"{len(record['moments'])} moments over {len(equal)} runs of {record['steps']} steps on {record['ranks']} processes "
         f"(CPU, gloo), seed {record['seed']}: {held} in runs whose end equals the undisturbed one to the bit "
-        f"({record['tensors']} tensors of weights and moments, every row of `training.csv`, every evaluation).",
+        f"({record['tensors']} tensors of weights and moments, every row of `training.csv`, every evaluation); "
+        f"{promised} ended with the promised status.",
         "",
         "| fault | moments | in runs equal to the bit | statuses of the ranks |",
         "| --- | --- | --- | --- |",
@@ -356,8 +393,11 @@ def main() -> int:
     import nemo_longctx.adapters.nemo.launch.run  # noqa: F401  what the forks need not import again
 
     keep = args.output.with_suffix(".json").absolute() if args.output else None
-    with tempfile.TemporaryDirectory(prefix="faults", ignore_cleanup_errors=True) as folder:
-        place, disk = Path(folder), None
+    with (
+        tempfile.TemporaryDirectory(prefix="faults", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="logs") as log_folder,
+    ):
+        place, logs, disk = Path(folder), Path(log_folder), None
         if (
             not args.no_mount
             and not subprocess.run(
@@ -366,9 +406,9 @@ def main() -> int:
         ):
             disk = place
         try:
-            record = campaign(args.moments, args.seed, place, disk, args.steps, 60 * args.minutes, keep)
+            record = campaign(args.moments, args.seed, place, logs, disk, args.steps, 60 * args.minutes, keep)
         except BaseException:
-            for log in sorted(place.glob("*.log")):
+            for log in sorted(logs.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}", file=sys.stderr)
             raise
         finally:
@@ -379,7 +419,8 @@ def main() -> int:
     print(text)
     if keep is not None:
         keep.with_suffix(".md").write_text(text)
-    return 0 if all(all(run["equal"].values()) for run in record["runs"]) else 1
+    promised = all(as_promised(moment["kind"], moment["statuses"]) for moment in record["moments"])
+    return 0 if promised and all(all(run["equal"].values()) for run in record["runs"]) else 1
 
 
 if __name__ == "__main__":

@@ -111,9 +111,11 @@ def release_lock(directory: Path) -> None:
 
 
 def is_finished(directory: Path, *, total_tokens: int) -> bool:
-    """Whether the run in `directory` reached the end that it is asked to reach, and its last checkpoint is whole."""
+    """Whether the run in `directory` reached the end that it is asked to reach, and its checkpoint of that end is whole."""
     record, found = read_finished(directory), checkpoints(directory)
-    return record is not None and record.get("tokens") == total_tokens and bool(found) and fault_of(found[0].path) is None
+    if record is None or record.get("tokens") != total_tokens or not found:
+        return False
+    return found[0].step == record.get("step") and fault_of(found[0].path) is None
 
 
 def write_finished(directory: Path, *, step: int, tokens: int, evaluated: Sequence[str] = ()) -> None:

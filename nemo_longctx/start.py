@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
 from nemo_longctx.capability import cuda_devices
 from nemo_longctx.config import ConfigError
+from nemo_longctx.runs import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from nemo_longctx.recipe import TrainerConfig
@@ -86,6 +89,21 @@ def main_hidden() -> Iterator[None]:
             del main.__file__
         else:
             main.__file__ = file
+
+
+@contextlib.contextmanager
+def signals_not_inherited() -> Iterator[None]:
+    """Processes that are started meanwhile get no stop signal: Ctrl-C, `scancel` and torchrun's end reach every process of a
+    run, and would kill what its checkpoints need.
+
+    For this thread signals wait until the end.
+    """
+    resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM in again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(process: int) -> None:

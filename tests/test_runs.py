@@ -112,7 +112,7 @@ def test_a_rehearsal_names_nothing_that_is_removed(tmp_path):
     assert "nemo-longctx export" in runs.ending(tmp_path / "my-dry-run-1" / "mine")
 
 
-@pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint"])
+@pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint", "put aside"])
 def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
     directory = tmp_path / "mine"
     finished(directory)
@@ -121,6 +121,9 @@ def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
         truncate(directory / "checkpoints" / "step=10-last" / "weights" / ".metadata")
     elif what == "no checkpoint":
         os.rename(directory / "checkpoints", directory / "elsewhere")
+    elif what == "put aside":  # with resume.fallback; the run trains on from the one before, and may be killed again
+        make(directory, 9)
+        os.rename(directory / "checkpoints" / "step=10-last", directory / "elsewhere")
     assert not runs.is_finished(directory, total_tokens=81_920 if what == "longer" else 40_960)
 
 

@@ -125,12 +125,17 @@ def tiny_corpus(tmp_path):
 PARENT = """
 import multiprocessing, os, signal, time
 from multiprocessing.managers import SyncManager
-from nemo_longctx.start import end_with, main_hidden
+from nemo_longctx.runs import STOP_SIGNALS
+from nemo_longctx.start import end_with, main_hidden, signals_not_inherited
 
-with main_hidden():
+with main_hidden(), signals_not_inherited():
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(end_with, (os.getpid(),))
-manager.Queue().put(1)
+[child] = multiprocessing.active_children()
+for signum in STOP_SIGNALS:
+    os.kill(child.pid, signum)
+time.sleep(0.2)
+manager.Queue().put(1)  # a broken pipe where a signal to all of a run reached it
 print("started", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from nemo_longctx.start import end_with, main_hidden
+from nemo_longctx.start import end_with, main_hidden, signals_not_inherited
 
 
 def groups_of(module: Any) -> Any:
@@ -58,10 +58,11 @@ def start_results_queue() -> None:
     """Start the process that the writers of checkpoints report to, before the first checkpoint does (0.15 spawns one).
 
     Spawned there, it imports the main script again: half a minute where that imports NeMo, and a bare EOFError where it has no
-    main guard; and it outlives a run that is killed, for good. This one ends with the run.
+    main guard; it outlives a run that is killed, for good, and a signal to all of a run kills it, and with it the last save.
+    This one ends with the run and not before.
     """
     if getattr(filesystem_async, "_results_queue", filesystem_async) is None:
-        with main_hidden():
+        with main_hidden(), signals_not_inherited():
             manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
             manager.start(end_with, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()

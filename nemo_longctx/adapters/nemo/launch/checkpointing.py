@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from nemo.utils import AppState
 
 from nemo_longctx.checkpoints import checkpoint_to_resume, finished_in, write_manifest
 from nemo_longctx.files import first_process
-from nemo_longctx.runs import STOP_SIGNALS
+from nemo_longctx.start import signals_not_inherited
 
 LAST = "-last"
 
@@ -104,7 +101,7 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         return not name.endswith(LAST) and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
-        with _signals_not_inherited():
+        with signals_not_inherited():
             super()._save_checkpoint(trainer, filepath)
 
     def _get_finalize_save_checkpoint_callback(self, trainer: Any, filepath: str, global_step: int) -> Callable[[], None]:
@@ -136,17 +133,3 @@ class LongContextResume(nl.AutoResume):
             nl.ModelCheckpoint._remove_unfinished_checkpoints(Path(log_dir) / "checkpoints")
         found = checkpoint_to_resume(Path(log_dir), fallback=self.fallback)
         return None if found is None else found.path
-
-
-@contextlib.contextmanager
-def _signals_not_inherited() -> Iterator[None]:
-    """Processes that are started meanwhile get no stop signal: Ctrl-C goes to the whole group, and would kill a save's writers.
-
-    For this thread signals wait until the end.
-    """
-    resource_tracker.ensure_running()  # it lets SIGINT and SIGTERM in again when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
