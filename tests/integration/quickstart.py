@@ -1,10 +1,10 @@
-"""docs/quickstart.md as it is printed, block by block, with what a reader brings made small: two checkpoints, some text.
+"""docs/quickstart.md, or the README, as it is printed, with what a reader brings made small: two checkpoints, some text.
 
-    python tests/integration/quickstart.py FOLDER
+    python tests/integration/quickstart.py FOLDER [--page README.md]
 
-Every shell line runs in FOLDER as it stands, `make demo` aside, which is a run of its own. What only a cluster has is made
-small on the command line: `scale=tiny` and two processes behind the line of torchrun, a dry run in place of Slurm. The Python
-block runs with a small model in place of the 7 B one. A command that ends with another status than 0 ends the script.
+Every shell line runs in FOLDER as it stands, `make` aside, whose targets are runs of their own. What only a cluster has is
+made small on the command line: `scale=tiny` and two processes behind the line of torchrun, a dry run in place of Slurm. A
+command that ends with another status than 0 ends the script.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from pathlib import Path
 
 from first_hour import ROOT, Steps, save_model, stories
 
-PAGE = ROOT / "docs" / "quickstart.md"
 
-
-def shell_lines() -> list[str]:
-    """Commands of the page, in its order."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def shell_lines(page: str) -> list[str]:
+    """Commands of a page, in its order."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith(("#", "make "))]
 
@@ -40,6 +39,8 @@ def bring(folder: Path) -> None:
         (folder / name).mkdir()
         for number, text in enumerate(some):
             (folder / name / f"{number}.txt").write_text(text, encoding="utf-8")
+    for number in range(40):  # shorter than the recipe's lengths made small
+        (folder / "papers" / f"note {number}.txt").write_text(f"note {number}", encoding="utf-8")
     books = "".join(json.dumps({"text": text}) + "\n" for text in texts[25:])
     (folder / "books.jsonl.zst").write_bytes(zstandard.compress(books.encode()))
     for name in ("my_model_hf", "ckpt/llama2_7b_hf"):
@@ -55,7 +56,13 @@ def small(line: str, folder: Path) -> list[str]:
         words[words.index("--nproc-per-node") + 1] = "2"
         words = [word for word in words if not word.startswith("trainer.num_nodes=")]
         # The checkpoint that was brought is no Llama 2 7B.
-        words += ["scale=tiny", "trainer.accelerator=cpu", "trainer.precision=auto", "data.validation=[]", "model=from_checkpoint"]
+        words += [
+            "scale=tiny",
+            "trainer.accelerator=cpu",
+            "trainer.precision=auto",
+            "data.validation=[]",
+            "model=from_checkpoint",
+        ]
     elif words[0] == "nemo":
         words += ["scale=tiny", "--dryrun", "-y"]
     return words
@@ -64,11 +71,13 @@ def small(line: str, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty or new folder")
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--page", default="docs/quickstart.md")
+    args = parser.parse_args()
+    folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     bring(folder)
     steps = Steps(folder, Path(sys.executable))
-    for number, line in enumerate(shell_lines()):
+    for number, line in enumerate(shell_lines(args.page)):
         steps.run(f"line {number + 1}", *small(line, folder))
     print(f"{'total':12} {sum(steps.seconds.values()):6.1f} s")
 
