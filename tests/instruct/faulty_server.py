@@ -34,7 +34,7 @@ class Behaviour:
     accept_key: str | None = None
     takes_not: tuple[str, ...] = ()  # fields of a request that are refused, in the words of servers of reasoning models
     delay_s: float = 0.0
-    hang_s: float = 3.0
+    hang_s: float = 3.0  # a "hung" reply never comes; so much later the connection closes
     arrivals: Counter = field(default_factory=Counter)
     answered: Counter = field(default_factory=Counter)
     bodies: list[dict] = field(default_factory=list)

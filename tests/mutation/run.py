@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--changed", metavar="REF", help="only files that differ from this commit")
     parser.add_argument("--named", action="store_true", help="the faults of named.json instead of a sample")
     parser.add_argument("--only", default="", help="only files whose path contains this")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the report says how many were not reached")
     parser.add_argument("--floor", type=float, default=0.0, help="end with status 1 below this share caught")
     parser.add_argument("--map", default=str(Path(__file__).with_name("map.json.gz")), help="what collect.py wrote")
     parser.add_argument("--processes", type=int, default=2)
@@ -156,6 +157,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
     if journal is not None and journal.exists():
         done = {each["mutant"]: each for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines())}
     todo = [mutant for mutant in chosen if mutant.name not in done and options.only in mutant.path]
+    began = time.monotonic()
     queue: Any = multiprocessing.get_context("spawn").Queue()
     answers: Any = multiprocessing.get_context("spawn").Queue()
     for index, mutant in enumerate(todo):
@@ -167,6 +169,11 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         worker.start()
         workers.append(worker)
     for number in range(len(todo)):
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over: {len(todo) - number} of {len(todo)} not reached", flush=True)
+            for worker in workers:
+                worker.terminate()
+            break
         while True:
             try:
                 index, caught, how, seconds = answers.get(timeout=5)
@@ -198,6 +205,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
 
 def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
     """One process with its own copy of the tree; every mutant is planted there, run in a fork, and taken out again."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the time is over: no copy and no test may stay behind
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "tree"
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -226,7 +234,7 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
                 hosted = True
             key = tuple(tests)
             if key not in healthy:
-                status, took = forked(tests, 900)
+                status, took, _ = forked(tests, 900)
                 healthy[key] = status == 0
                 limits[key] = 30 + 5 * took
             if not healthy[key]:
@@ -240,21 +248,37 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
             target = copy / mutant.path
             original = target.read_bytes()
             target.write_text(mutant.source, encoding="utf-8")
-            status, _ = forked(tests, limit)
+            status, _, failed = forked(tests, limit)
             target.write_bytes(original)
-            how = {0: "all of its tests pass", -1: "no end in time"}.get(status, "a test fails")
-            answers.put((index, status != 0, f"{how}, {len(tests)} run", round(time.monotonic() - began, 1)))
+            how = {0: f"all of its {len(tests)} tests pass", -1: "no end in time"}.get(status, failed or "its tests do not run")
+            answers.put((index, status != 0, how, round(time.monotonic() - began, 1)))
 
 
 limits: dict[tuple[str, ...], float] = {}
 
 
-def forked(tests: list[str], limit: float) -> tuple[int, float]:
-    """Run the tests in a fork of this process; its status, -1 where it did not end within `limit` seconds."""
+class Failed:
+    """A plugin of pytest: the name of the test, or of the file, that failed goes to a pipe."""
+
+    def __init__(self, pipe: int):
+        self.pipe = pipe
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            os.write(self.pipe, report.nodeid.encode()[:500] + b"\n")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def forked(tests: list[str], limit: float) -> tuple[int, float, str]:
+    """Run the tests in a fork of this process: its status, -1 where it did not end within `limit` seconds; how long it
+    took; and the first test that failed."""
     began = time.monotonic()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sink = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(sink, stream)
@@ -262,18 +286,26 @@ def forked(tests: list[str], limit: float) -> tuple[int, float]:
 
         plain = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
         try:
-            os._exit(int(pytest.main([*plain, *tests])))
+            os._exit(int(pytest.main([*plain, *tests], plugins=[Failed(writer)])))
         except BaseException:  # whatever a mutant does to the process of its tests is noticed
             os._exit(3)
-    while time.monotonic() - began < limit:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            _end_group(child)
-            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 3, time.monotonic() - began
-        time.sleep(0.02)
-    _end_group(child)
-    os.waitpid(child, 0)
-    return -1, limit
+    os.close(writer)
+    os.set_blocking(reader, False)  # a process that a test left may hold the other end open
+    try:
+        while time.monotonic() - began < limit:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                first = ""
+                with contextlib.suppress(BlockingIOError):
+                    first = os.read(reader, 2000).decode(errors="replace").partition("\n")[0]
+                return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 3, time.monotonic() - began, first
+            time.sleep(0.02)
+        _end_group(child)
+        os.waitpid(child, 0)
+        return -1, limit, ""
+    finally:
+        _end_group(child)
+        os.close(reader)
 
 
 def _end_group(child: int) -> None:
