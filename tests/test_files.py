@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import fcntl
 import gc
 import os
 
@@ -26,6 +27,15 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="in the middle"):
         build()
     assert not list(tmp_path.iterdir())
+
+
+def test_one_builder_at_a_time_is_let_in(tmp_path):
+    with files.locked(tmp_path / "lock"), open(tmp_path / "lock") as other:
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, kind | fcntl.LOCK_NB)
+    with files.locked(tmp_path / "lock"):  # it is free again
+        pass
 
 
 def test_files_that_cycles_hold_open_do_not_add_up(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.recipe import OptimizerConfig, load_recipe
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "megatron_gpt_continual.py"
 
@@ -72,6 +72,8 @@ def test_overrides_reach_the_schema():
         (["recipe=tiny_cpu_lnog"], "did you mean 'tiny_cpu_long'"),
         (["rope=abff"], "did you mean 'abf'"),
         (["optimizer.lr=-1"], "optimizer.lr=-1"),
+        (["optimizer.lr=1e-4", "optimizer.min_lr=1.1e-4"], "optimizer.min_lr=0.00011: set it between 0 and optimizer.lr"),
+        (["optimizer.min_lr=-1e-9"], "optimizer.min_lr=-1e-09: set it between 0 and optimizer.lr"),
         (["nonsense"], "write key=value"),
         (["name=" + "x" * 201], "at most 200 bytes"),
         (["restore_from="], "restore_from='': names no place"),
@@ -120,7 +122,19 @@ def test_precision_follows_the_accelerator():
 
 def test_warmup_and_validation_are_counted_in_tokens():
     made = recipe("recipe=tiny_cpu_long")
-    assert made.steps("x", 5 * made.curriculum.tokens_per_step) == 5
+    step = made.curriculum.tokens_per_step
+    assert made.steps("x", 5 * step) == 5
+    for key in ("optimizer.warmup_tokens", "trainer.val_every_tokens", "checkpoint.every_tokens"):
+        recipe("recipe=tiny_cpu_long", f"{key}={3 * step}")
+        for wrong, nearest in ((3 * step + 1, 3 * step), (4 * step - 1, 4 * step)):
+            with pytest.raises(ConfigError, match=rf"{re.escape(key)}={wrong}: .*the nearest is {nearest}"):
+                recipe("recipe=tiny_cpu_long", f"{key}={wrong}")
+
+
+def test_the_rate_ends_where_it_began_at_most():
+    made = OptimizerConfig(lr=1e-4, min_lr=1e-4)  # "constant" by another name
+    assert made.min_lr == made.lr
+    assert OptimizerConfig(lr=1e-4, min_lr=0.0).min_lr == 0
 
 
 def test_the_script_says_what_is_wrong_in_one_sentence_and_helps():

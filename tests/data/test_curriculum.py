@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError, build
-from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.data.curriculum import PARALLEL_SIZES, Curriculum, StageConfig
 
 
 @st.composite
@@ -81,6 +81,14 @@ def test_what_cannot_be_is_refused(changes, message):
     build(Curriculum, GOOD, where="curriculum")
     with pytest.raises(ConfigError, match=message):
         build(Curriculum, GOOD | changes, where="curriculum")
+
+
+@pytest.mark.parametrize("name", ["seq_length", "micro_batch_size", *PARALLEL_SIZES])
+def test_sizes_of_a_stage_are_whole_numbers_of_at_least_one(name):
+    for wrong in (True, False, 0, -1, 1.0, "8"):  # from Python, where no YAML is read
+        with pytest.raises(ConfigError, match=rf"curriculum\.stages\.{name}={wrong!r}: a whole number of at least 1"):
+            StageConfig(**{"until": 1.0, "seq_length": 8, name: wrong})
+    assert getattr(StageConfig(**{"until": 1.0, "seq_length": 8, name: 1}), name) == 1
 
 
 def test_a_stage_that_names_no_activations_takes_the_runs():

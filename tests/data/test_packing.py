@@ -125,6 +125,8 @@ def test_loss_counts_real_labels_only(telling_corpora, tmp_path_factory, run, ma
         same_document = (labels % PER_DOCUMENT > 0) & follows
         if masking:
             assert (mask == same_document).all()
+            ends = np.array([0, *lengths])[tokens // PER_DOCUMENT] - 1  # each token but a document's last has a next one
+            assert (mask == ((tokens > 0) & (tokens % PER_DOCUMENT < ends))).all()
         else:
             assert (mask[same_document] == 1).all()
             last = np.flatnonzero(tokens)[-1] if tokens.any() else 0  # nothing after the last real token counts

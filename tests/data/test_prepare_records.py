@@ -20,6 +20,7 @@ from nemo_longctx.data.mixture import Documents, MixConfig
 from nemo_longctx.data.prepare import PrepareConfig, prepare
 from nemo_longctx.data.readers import split_file
 from nemo_longctx.data.shards import ShardJob, tokenize_shard
+from nemo_longctx.data.writer import work_directory
 
 WORDS = "the old dog runs over long hills and short words"
 
@@ -248,6 +249,32 @@ def test_bad_records_that_a_killed_run_left_out_stop_a_run_that_must_fail(tmp_pa
     made, _ = run(tmp_path, tmp_path / "a.jsonl", tok, on_error="skip")
     assert made["bad_records"] == 1
     assert made["documents"]["train"] == 2
+
+
+@pytest.mark.parametrize(("bad", "on_error"), [(True, "skip"), (True, "fail"), (False, "skip"), (False, "fail")])
+def test_a_finished_corpus_serves_a_command_that_would_have_made_it(tmp_path, tok, bad, on_error):
+    """One that left bad records out does not serve a command that must stop at them; every other one is kept."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + '{"text": 1}\n' * bad)
+    run(tmp_path, path, tok, on_error="skip")
+    made = (tmp_path / "c.bin").stat().st_ino
+    if bad and on_error == "fail":
+        with pytest.raises(ConfigError, match="another corpus is there"):
+            run(tmp_path, path, tok, on_error=on_error)
+        with pytest.raises(ConfigError, match=r"a\.jsonl:2"):
+            run(tmp_path, path, tok, on_error=on_error, force=True)
+    else:
+        _, said = run(tmp_path, path, tok, on_error=on_error)
+        assert any("nothing to do" in line for line in said)
+    assert (tmp_path / "c.bin").stat().st_ino == made
+
+
+def test_one_run_at_a_time_writes_to_an_output(tmp_path, tok):
+    path = write_rows(tmp_path / "a.jsonl", [WORDS])
+    with work_directory(tmp_path / "c.work"), pytest.raises(ConfigError, match="another run is writing there; wait for it"):
+        run(tmp_path, path, tok)
+    made, _ = run(tmp_path, path, tok)
+    assert made["documents"]["train"] == 1
 
 
 def test_max_input_bytes_takes_whole_files_by_the_seed(tmp_path, tok):

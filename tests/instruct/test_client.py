@@ -44,11 +44,12 @@ def test_a_call_carries_its_settings_and_the_reply_its_usage():
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_each_fault_is_retried(fault):
+def test_each_fault_is_retried(fault, monkeypatch):
+    monkeypatch.setattr(client_module, "_RETRIES_BEFORE_FIRST_ANSWER", 20)
     behaviour = Behaviour(fault_rate=1.0, faults=(fault,), most_faults=2, hang_s=0.6)
     with serve(behaviour) as url:
         hung = {"timeout_s": 0.3, "max_retries": 20}  # a busy machine may be late with a good reply, too
-        config = ClientConfig(endpoint=url, **(hung if fault == "hung" else {"timeout_s": 60.0, "max_retries": 2}))
+        config = ClientConfig(endpoint=url, **(hung if fault == "hung" else {"timeout_s": 60, "max_retries": 2}))
         (reply,), faults = complete(config, call())
     assert reply.text == answer("Here is the part: A b.")
     assert sum(faults.values()) == 2 or (fault == "hung" and sum(faults.values()) > 2)
@@ -75,6 +76,27 @@ def test_a_server_that_stays_broken_ends_the_run():
 
     with serve(Behaviour(status=500)) as url:
         asyncio.run(run(url))
+
+
+def test_a_server_is_down_only_after_calls_given_up_on_end():
+    """Two of three are a bad day, and any answer begins the count anew."""
+    behaviour, given_up = Behaviour(), []
+
+    async def run(url):
+        client = ChatClient(ClientConfig(endpoint=url, max_retries=0), api_key=None)
+        for attempt, works in enumerate([True, False, False, True, False, False, True, False, False, False]):
+            behaviour.status = None if works else 500
+            try:
+                await client.complete(call(attempt=attempt))
+            except CallError:
+                given_up.append(attempt)
+            except EndpointError:
+                given_up.append("down")
+        await client.close()
+
+    with serve(behaviour) as url:
+        asyncio.run(run(url))
+    assert given_up == [1, 2, 4, 5, 7, 8, "down"]
 
 
 def test_endpoint_that_is_down():

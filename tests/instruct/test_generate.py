@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -170,6 +170,14 @@ def test_faults_do_not_change_the_output(whole_run, tokenizer_folder, tmp_path):
     assert len(calls["faults_retried"]) >= 4
     assert sum(calls["out_of_form"].values()) > 0
     assert calls["made"] == len(behaviour.answered) == len(set(command.journal_keys()))
+    # A critique is asked at 0; where its reply was out of form the same words would bring the same, so it is warmed up.
+    asked = defaultdict(set)
+    for body in behaviour.bodies:
+        if "<verdict>" in (prompt := body["messages"][0]["content"]):
+            asked[prompt].add((body["seed"], body["temperature"]))
+    attempts = [[temperature for _, temperature in sorted(each)] for each in asked.values()]
+    assert all(temperatures == [0.0] + [0.7] * (len(temperatures) - 1) for temperatures in attempts)
+    assert max(map(len, attempts)) > 1
 
 
 def test_a_second_run_asks_nothing_and_writes_the_same(whole_run, tokenizer_folder, tmp_path):
@@ -179,12 +187,16 @@ def test_a_second_run_asks_nothing_and_writes_the_same(whole_run, tokenizer_fold
     shutil.copy(whole.output / "journal.jsonl", again)
     behaviour = Behaviour(status=500)
     with serve(behaviour) as url:
-        command = Command(documents, tokenizer_folder, again, url, max_retries=0)
+        command = Command(documents, tokenizer_folder, again, url, max_retries=0, price_input=3, price_output=50)
         status, out, err = command.run()
     assert status == 0, err
     assert "kept" in out
     assert not behaviour.bodies
     assert command.written() == whole.written()
+    calls, paid = command.report()["calls"], len(whole.journal_keys())  # what was paid for before counts, too
+    assert (calls["made"], calls["replayed"]) == (0, paid)
+    assert (calls["prompt_tokens"], calls["completion_tokens"]) == (100 * paid, 10 * paid)
+    assert calls["cost"] == pytest.approx(paid * (3 * 100 + 50 * 10) / 1e6, rel=1e-6)
 
 
 def kill_again_and_again(command: Command, behaviour: Behaviour, *, kills: int, share: float, concurrency: int) -> None:
@@ -319,6 +331,23 @@ def test_an_endpoint_that_is_down_is_said_soon(tokenizer_folder, tmp_path):
     assert status == 2
     assert "does not answer" in err
     assert "Traceback" not in err
+
+
+def test_a_document_that_is_edited_in_mid_run_is_no_other_documents_text(tokenizer_folder, tmp_path):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(seed, 12) for seed in range(60)])
+
+    class Bodies(list):
+        def append(self, body):
+            super().append(body)
+            if len(self) == 4:  # as long as before, so that every document begins where it did
+                documents.write_bytes(documents.read_bytes().replace(b"the ", b"THE "))
+
+    with serve(Behaviour(bodies=Bodies())) as url:
+        command = Command(documents, tokenizer_folder, tmp_path / "out", url, concurrency=2)
+        status, _, err = command.run()
+    assert status == 2
+    assert "changed while it was being read; run the command again" in err
+    assert not (tmp_path / "out" / "instances.jsonl").exists()
 
 
 def test_no_room_for_a_document(tokenizer_folder, tmp_path):

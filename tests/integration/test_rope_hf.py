@@ -20,6 +20,7 @@ from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf, hf_model, i
 from nemo_longctx.adapters.nemo.checkpoint.hf_verify import verify_export
 from nemo_longctx.adapters.nemo.checkpoint.hf_weights import family_of_nemo, to_hugging_face
 from nemo_longctx.adapters.nemo.checkpoint.load import load_model
+from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import VARIANTS, Rope, RopeVariant, parse
 
@@ -230,8 +231,9 @@ def test_rope_parameters_of_transformers_5_are_imported(tmp_path, caplog):
     assert largest_difference(source, module, 300)[0] < 1e-4
 
 
-def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch):
-    """A RoPE read wrongly and a weight put in the wrong place end the import, and nothing is left of it."""
+def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch, capsys):
+    """A RoPE read wrongly and a weight put in the wrong place end the import, and nothing is left of it; `--no-verify` asks
+    for neither look."""
     source, target = plain_source(tmp_path / "hf"), tmp_path / "checkpoint"
     with monkeypatch.context() as planted:
         planted.setattr(RopeVariant, "from_hf", classmethod(lambda cls, config: Rope(base=10_000.0)))
@@ -248,7 +250,8 @@ def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="logits"):
         import_hf(source, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-    assert import_hf(source, target, verify=False) == Rope(base=20_000.0)
+    assert main(["import", str(source), str(target), "--no-verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
     assert (target / "weights").is_dir()
     exported = checkpoint_module.hf_model
 
@@ -262,6 +265,8 @@ def test_an_import_is_compared_with_its_source(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="logits"):  # so does an export whose verification fails
         export_hf(target, tmp_path / "exported")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
+    assert main(["export", str(target), str(tmp_path / "exported"), "--no-verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
