@@ -118,10 +118,21 @@ def _parses(source: str) -> bool:
     return True
 
 
+def known_faults() -> list[dict[str, Any]]:
+    """Content of named.json."""
+    faults: list[dict[str, Any]] = json.loads(NAMED.read_text(encoding="utf-8"))
+    return faults
+
+
 def named() -> list[Mutant]:
-    """Faults that a review of the tests found unnoticed once, each a text of a file and what it became."""
+    """Faults that a review of the tests found unnoticed once, each a text of a file, what it became, and the test for it.
+
+    Those whose test is slow are left to the slow tests.
+    """
     chosen = []
-    for each in json.loads(NAMED.read_text(encoding="utf-8")):
+    for each in known_faults():
+        if each.get("slow"):
+            continue
         source = (ROOT / each["path"]).read_text(encoding="utf-8")
         if source.count(each["was"]) != 1:
             raise SystemExit(f"{NAMED}: {each['path']} holds {each['was']!r} {source.count(each['was'])} times; say it anew")
@@ -166,8 +177,9 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
     began = time.monotonic()
     queue: Any = multiprocessing.get_context("spawn").Queue()
     answers: Any = multiprocessing.get_context("spawn").Queue()
+    told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
     for index, mutant in enumerate(todo):
-        queue.put((index, tests_of(mutant, covering)))
+        queue.put((index, told.get(mutant.kind) or tests_of(mutant, covering)))
     workers = []
     for _ in range(min(options.processes, len(todo))):
         queue.put(None)
@@ -341,6 +353,15 @@ def report(results: list[dict[str, Any]], covering: dict[str, Any], options: arg
     for each in sorted((r for r in results if not r["caught"]), key=lambda r: r["mutant"]):
         path, function, change = each["mutant"].split("::", 2)
         lines.append(f"- {path}:{each['line']} `{function}` {each['kind']}: `{change}` ({each['how']})")
+    lines += [
+        "",
+        "## Faults that a review once found unnoticed",
+        "",
+        "With the test that catches each now (`run.py --named`):",
+        "",
+    ]
+    for each in known_faults():
+        lines.append(f"- {each['about']} ({each['path']}): {each['test']}{', slow' * bool(each.get('slow'))}")
     return "\n".join(lines) + "\n"
 
 
