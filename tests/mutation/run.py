@@ -287,11 +287,19 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
             answers.put((index, status != 0, how, round(time.monotonic() - began, 1)))
 
 
-class Failed:
-    """A plugin of pytest: the name of the test, or of the file, that failed goes to a pipe."""
+class Watch:
+    """A plugin of pytest: runs the tests in the order given; the name of the one, or of the file, that fails goes to a pipe.
 
-    def __init__(self, pipe: int):
-        self.pipe = pipe
+    Of a test with parameters those that the map names; all of them where none is there any more.
+    """
+
+    def __init__(self, tests: list[str], pipe: int):
+        self.order, self.pipe = {test: place for place, test in enumerate(tests)}, pipe
+
+    def pytest_collection_modifyitems(self, items):
+        known = {item.nodeid.partition("[")[0] for item in items if item.nodeid in self.order}
+        items[:] = [item for item in items if item.nodeid in self.order or item.nodeid.partition("[")[0] not in known]
+        items.sort(key=lambda item: self.order.get(item.nodeid, len(self.order)))
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -316,7 +324,8 @@ def forked(tests: list[str], limit: float) -> tuple[int, str]:
 
         plain = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
         try:
-            os._exit(int(pytest.main([*plain, *tests], plugins=[Failed(writer)])))
+            functions = dict.fromkeys(test.partition("[")[0] for test in tests)
+            os._exit(int(pytest.main([*plain, *functions], plugins=[Watch(tests, writer)])))
         except BaseException:  # whatever a mutant does to the process of its tests is noticed
             os._exit(3)
     os.close(writer)
