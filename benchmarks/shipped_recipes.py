@@ -292,8 +292,10 @@ def prepare(place: Path) -> None:
     files = sorted((HERE.parent / "docs").glob("*.md")) + [HERE.parent / "CHANGELOG.md", HERE.parent / "README.md"]
     files += sorted((HERE.parent / "nemo_longctx").glob("*.py"))
     common = ["--tokenizer", "tokenizer", "--append-eod"]
-    # Documents of many lengths: the files, and their paragraphs.
+    # Documents of many lengths: pieces of the files, and their paragraphs.
+    # None is longer than a mix of 24,576 tokens can place: 6,000 characters are some 2,000 tokens.
     texts = [file.read_text(encoding="utf-8") for file in files]
+    texts = [text[start : start + 6000] for text in texts for start in range(0, len(text), 6000)]
     parts = [part for text in texts for part in text.split("\n\n") if part.strip()]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *parts]))
     args = ["prepare", "texts.jsonl", "--output", "data/corpus", *common, "--train-tokenizer", "500", "--holdout", "0.1"]

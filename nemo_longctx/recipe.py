@@ -24,6 +24,7 @@ from nemo_longctx.rope.request import RopeRequest, parse_request
 
 SCHEDULES = ("cosine", "constant")
 BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
+LONGEST_PART = 255  # bytes of a file's or folder's name on Linux's file systems
 LONGEST_NAME = 200  # what a file system takes, and room for a suffix
 
 
@@ -262,8 +263,8 @@ class RunConfig:
             raise ConfigError("seed", self.seed, "set a whole number of at least 1, below 2^32")
         _check_name(self.name)
         for key, value in (("output_dir", self.output_dir), ("restore_from", self.restore_from)):
-            if value is not None and not value.strip():
-                raise ConfigError(key, value, "names no place; leave it out, or name one")
+            if value is not None:
+                _check_place(key, value)
         if not self.restore_from and "config" not in self.model:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
@@ -395,6 +396,13 @@ def load_instruct_recipe(values: Mapping[str, Any]) -> InstructRecipe:
     """
     refuse_missing(values)
     return build(InstructRecipe, values)
+
+
+def _check_place(key: str, path: str) -> None:
+    if not path.strip():
+        raise ConfigError(key, path, "names no place; leave it out, or name one")
+    if longest := next((part for part in path.split("/") if len(part.encode()) > LONGEST_PART), None):
+        raise ConfigError(key, path, f"{longest[:20]}... is longer than a file system takes: at most {LONGEST_PART} bytes")
 
 
 def _check_name(name: str) -> None:
