@@ -231,6 +231,8 @@ def _replace_norm() -> None:
         if config.layernorm_zero_centered_gamma:  # Nemotron's and Gemma's
             norm.__class__ = _ZeroCentredLayerNorm if isinstance(norm, torch.nn.LayerNorm) else _ZeroCentredRMSNorm
             torch.nn.init.zeros_(norm.weight)
+        elif type(norm) is torch.nn.RMSNorm:
+            norm.__class__ = _RMSNorm
         for weight in norm.parameters():
             weight.sequence_parallel = config.sequence_parallel
         return norm
@@ -254,6 +256,13 @@ def _replace_host_rng(random: Any) -> None:
     _replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
     _replace(random.CudaRNGStatesTracker, "fork", fork_seeded)
+
+
+class _RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that gives the type that it got, which torch 2.6 does not where the weight is of a wider one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(x.dtype)
 
 
 class _ZeroCentredLayerNorm(torch.nn.LayerNorm):
