@@ -142,7 +142,7 @@ def looked_at(directory: Path, log: Path, steps: int, named: int | None = None) 
         "steps": len(trained),
         "validations": len(validated),
         "checkpoint": found.step + (0 if named is None else steps - named),
-        "RoPE": record["settings"].get("rope.variant", {}).get("run") or record.get("rope", {}).get("variant", ""),
+        "RoPE": ((record.get("recipe") or {}).get("rope") or {}).get("variant") or "the base's",
     }
     wrong = []
     if trained != list(range(1, steps + 1)):
