@@ -31,6 +31,14 @@ _ROPE_FIELDS = (
     "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
     "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
 )  # fmt: skip
+# What another family's layers compute by: in a config.json of a family that converts, transformers passes over it.
+_OTHERS = (
+    "rotary_pct", "rope_pct", "rotary_dim", "rope_local_base_freq", "use_mrope", "logit_scale", "logits_scaling", "scale_emb",
+    "scale_depth", "dim_model_base", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "use_qk_norm", "qk_norm", "qk_layernorm",
+    "num_local_experts", "num_experts", "attention_chunk_size", "pruned_heads", "num_nextn_predict_layers",
+    "use_bidirectional_attention", "add_cross_attention",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +118,7 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
     windows = windows_of(family, found, values, notes)
     no_rope = no_rope_of(family, found, values)
     values |= _rope_values(raw, family, values)
+    notes += _passed_over(raw, family)
     if raw.get("rope_parameters"):
         notes.append(
             "transformers 4 does not read rope_parameters; it is given the same RoPE as rope_theta and rope_scaling, so a "
@@ -262,6 +271,20 @@ def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> d
         raise ConfigError("rope.variant", variant.variant, "transformers' phi3 takes no scaling of RoPE but longrope")
     scaling = {key: keys["rope_scaling"][key] for key in ("short_factor", "long_factor")}
     return {**keys, "rope_scaling": {"type": "longrope", **scaling}}
+
+
+def _passed_over(raw: Mapping[str, Any], family: str) -> list[str]:
+    """A sentence on settings that change what a model computes, and that neither transformers nor the host reads here."""
+    notes = []
+    others = [key for key in _OTHERS if raw.get(key)]
+    if others:
+        notes.append(f"{', '.join(others)}: transformers' {family} does not read it, and neither does the import")
+    for where in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(where)
+        unread = sorted(set(map(str, scaling)) - {*_ROPE_FIELDS, "type", *ROPE_KEYS}) if isinstance(scaling, Mapping) else []
+        if unread:
+            notes.append(f"{where}: {', '.join(unread)} is read by no RoPE of transformers' {family}; left out")
+    return notes
 
 
 def _check_phi3_scaling(scaling: Mapping[str, Any]) -> None:

@@ -95,7 +95,31 @@ _CENTRED = (
     "nemo.collections.llm.import_ckpt converts it, with plain RoPE"
 )
 _OWN_CODE = "its code comes with the directory (auto_map) and is not run; NeMo's nemo.collections.llm.import_ckpt runs it"
+_CODE_HERE = "its code comes with the directory (auto_map), and nothing here knows what it computes"
+_PARTIAL = "it rotates a part of each head (partial_rotary_factor)"
+_PAIRS = "it rotates neighbouring dimensions as pairs, and no converter here reorders its weights for that"
+_BESIDE = "its attention and MLP run side by side, which the host has not"
+_NO_ROPE = "it has no RoPE, so that there is nothing to extend here"
+_NOT_ATTENTION = "some of its layers are no attention (state spaces, convolutions, linear attention)"
+_ENCODER = "it is no causal language model"
+_AS_LLAMA = "say model_type llama in config.json if its tensors are named as Llama's"
 WHY_NOT: dict[str, str] = {
+    **dict.fromkeys(("phi", "gpt_neox", "gptj", "codegen"), f"{_PARTIAL}, and its attention and MLP run side by side"),
+    **dict.fromkeys(("stablelm", "persimmon"), _PARTIAL),
+    **dict.fromkeys(("glm", "glm4"), f"{_PARTIAL}, in neighbouring pairs"),
+    **dict.fromkeys(("helium", "ernie4_5"), _PAIRS),
+    "falcon": _BESIDE,
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "opt", "bloom", "mpt"), _NO_ROPE),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "jamba", "bamba", "zamba2", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next", "rwkv"), _NOT_ATTENTION
+    ),
+    **dict.fromkeys(("bert", "roberta", "modernbert", "t5", "bart"), _ENCODER),
+    "granite": "its embeddings, attention, residuals and logits have multipliers, which the host's class has not",
+    "arcee": "its MLP has no gate and a squared relu, and no class of the host has that beside Llama's norms",
+    "exaone4": "it norms after attention and MLP, which the host has not",
+    "bitnet": "its weights are of three values; there is nothing to train on in bf16 or fp32",
+    **dict.fromkeys(("internlm2", "internlm3", "qwen", "minicpm", "minicpm3", "mimo"), _CODE_HERE),
+    **dict.fromkeys(("yi", "aquila"), _AS_LLAMA),
     "gemma": _CENTRED,
     "gemma2": (
         "its layers are Transformer Engine's in NeMo, with all scores of a window at once (soft-capping), which no long window "
@@ -106,17 +130,20 @@ WHY_NOT: dict[str, str] = {
     "nemotron": _CENTRED,
     "chatglm": _OWN_CODE,
     "baichuan": _OWN_CODE,
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "olmoe", "dbrx", "dots1", "glm4_moe", "jetmoe"), _EXPERTS
+    ),
     "gpt_oss": f"{_EXPERTS}, and attention sinks",
-    "deepseek_v2": "its latent attention keeps a RoPE of its own in each layer",
-    "deepseek_v3": "its latent attention keeps a RoPE of its own in each layer",
-    "olmo2": "it norms after attention and MLP, and q and k over all heads at once, which the host has not",
-    "olmo3": "it norms after attention and MLP, and q and k over all heads at once, which the host has not",
-    "cohere": "its attention and MLP run side by side, which the host has not",
-    "cohere2": "its attention and MLP run side by side, which the host has not",
-    "llama4": _MULTIMODAL,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), "its latent attention keeps a RoPE of its own in each layer"),
+    "olmo": "its norms have no weights, which the host has not",
+    **dict.fromkeys(
+        ("olmo2", "olmo3"), "it norms after attention and MLP, and q and k over all heads at once, which the host has not"
+    ),
+    **dict.fromkeys(("cohere", "cohere2"), _BESIDE),
+    **dict.fromkeys(
+        ("llama4", "mllama", "llava", "llava_next", "mistral3", "pixtral", "gemma3n", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        _MULTIMODAL,
+    ),
     "llama4_text": f"{_EXPERTS}, and chunked attention",
     "ministral": "say model_type mistral in config.json if all of its layers have one window",
 }
@@ -128,15 +155,15 @@ def refusal(family: object, raw: Mapping[str, Any]) -> ConfigError:
     known = ", ".join(DEFAULTS)
     if not isinstance(family, str) or not family:
         return ConfigError("model_type", family, f"config.json must name its architecture; {known} can be converted")
-    plain = family.lower().replace("-", "_")
+    plain = family.strip().lower().replace("-", "_")
     if plain != family and plain in DEFAULTS:
         return ConfigError("model_type", family, f"transformers writes it {plain!r}; mend config.json")
-    if family in WHY_NOT:
-        why = WHY_NOT[family]
+    if plain in WHY_NOT:
+        why = WHY_NOT[plain]
     elif any(isinstance(raw.get(key), Mapping) for key in _FOR_MULTIMODAL):
         why = _MULTIMODAL
     elif raw.get("auto_map"):
-        why = "its code comes with the directory (auto_map), and nothing here knows what it computes"
+        why = _CODE_HERE
     elif any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
         why = _EXPERTS
     else:

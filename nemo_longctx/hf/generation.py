@@ -17,13 +17,15 @@ _COUNTS = ("max_length", "max_new_tokens", "num_beams", "num_return_sequences", 
 _NUMBERS = (*SAMPLING, "repetition_penalty", "length_penalty")
 _FLAGS = ("do_sample", "use_cache", "renormalize_logits")
 _AT_LEAST = {"min_length": 0, "min_new_tokens": 0, "top_k": 0}
+_SHARES = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # transformers refuses others when it generates
 
 
 def read_generation_config(raw: Mapping[str, Any], vocab_size: int) -> tuple[dict[str, Any], list[str]]:
     """The fields that stock transformers generates by, and a sentence for each that was changed.
 
     Sampling fields without `do_sample` are ignored by transformers, which then refuses to save the file; servers (vLLM) use
-    them. They are kept, with `do_sample` true, as the publishers of such files mended them later.
+    them. They are kept, with `do_sample` true, as the publishers of such files mended them later; and left out where
+    the file says itself that nothing is sampled.
 
     Raises:
         ConfigError: a value of another kind than the field's, or a token beyond the vocabulary.
@@ -43,7 +45,14 @@ def read_generation_config(raw: Mapping[str, Any], vocab_size: int) -> tuple[dic
                 raise ConfigError(key, raw[key], f"must be true or false, in {FILE}")
             kept[key] = raw[key]
     samples = [key for key, unset in SAMPLING.items() if kept.get(key, unset) != unset]
-    if samples and not kept.get("do_sample"):
+    greedy = kept.get("temperature") == 0  # transformers samples at temperatures above 0 alone, and servers take 0 for greedy
+    if samples and (greedy or kept.get("do_sample") is False):
+        for key in samples:
+            del kept[key]
+        kept["do_sample"] = False
+        why = "temperature=0" if greedy else "do_sample=false"
+        notes.append(f"{FILE} says {why}, by which {', '.join(samples)} have no effect: left out, since it would not be saved")
+    elif samples and not kept.get("do_sample"):
         kept["do_sample"] = True
         notes.append(f"{FILE} sets {', '.join(samples)} without do_sample; do_sample=True is written, since they say sampling")
     if kept.get("num_beams", 1) == 1:
@@ -76,6 +85,10 @@ def _checked(raw: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]
     least = _AT_LEAST.get(key, 1 if whole else 0)
     if value < least and key != "length_penalty":
         raise ConfigError(key, value, f"must be {least} or more, in {FILE}")
+    if key in _SHARES and value > 1:
+        raise ConfigError(key, value, f"must be a share of 0 to 1, in {FILE}")
+    if key == "repetition_penalty" and not value:
+        raise ConfigError(key, value, f"must be above 0, in {FILE}; 1.0 is none")
     return {key: value}
 
 

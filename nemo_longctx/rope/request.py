@@ -20,6 +20,11 @@ from nemo_longctx.rope.variants import VARIANTS, Rope, to_dict
 
 FACTOR, TRAINED = "factor", "original_max_position_embeddings"
 _LISTS = ("short_factor", "long_factor")  # LongRoPE's, which only its own checkpoint has
+# RoPE by layer type, as this key and as the configs of Gemma 3, OLMo 3 and ModernBERT say it.
+_BY_LAYER = frozenset(
+    ("layers", "layer_types", "full_attention", "sliding_attention", "local_base", "rope_local_base_freq", "local_rope_theta",
+     "global_rope_theta")
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,12 +148,16 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
     if not isinstance(values, Mapping):
         raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
     fields = {key: value for key, value in values.items() if value is not None}
-    if "layers" in fields:
+    for key in _BY_LAYER & fields.keys():
         mend = "one RoPE holds for all layers here; model.no_rope_freq leaves some without, and the rest have this one"
-        raise ConfigError(f"{where}.layers", fields["layers"], mend)
+        raise ConfigError(f"{where}.{key}", fields[key], mend)
     name = fields.pop("variant", None)
     if name is None and fields.keys() == {"base"}:
         return RopeRequest(variant=None, values={"base": build(Rope, fields, where=where).base})
+    if name is None and fields:
+        raise ConfigError(
+            f"{where}.variant", None, f"name it beside {', '.join(map(str, fields))}; known: {', '.join(VARIANTS)}"
+        )
     if not isinstance(name, str) or name not in VARIANTS:
         raise ConfigError(f"{where}.variant", name, f"no such variant, {did_you_mean(str(name), VARIANTS)}")
     cls = VARIANTS[name]

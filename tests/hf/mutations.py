@@ -139,7 +139,8 @@ def try_mutation(folder, number):
     generation.save_pretrained(folder / "saved")
     variant, longest = found.config.variant, found.config.values["max_position_embeddings"]
     readings = [config]
-    if not raw.get("rope_parameters"):
+    endless = type(raw.get("num_labels")) is int and raw["num_labels"] > 10**6  # transformers would name each of them
+    if not raw.get("rope_parameters") and not endless:
         with contextlib.suppress(Exception):  # what transformers makes of the file as it stands, where it makes anything
             theirs = AutoConfig.from_pretrained(folder)
             frequencies(theirs, 2)

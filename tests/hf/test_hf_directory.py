@@ -47,7 +47,11 @@ def refused(folder, message):
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config='bitsandbytes'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
         ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
-        ({"model_type": "gpt2"}, "model_type='gpt2': cannot be converted: no converter knows it; .*llama, mistral"),
+        ({"model_type": "seed_oss"}, "model_type='seed_oss': cannot be converted: no converter knows it; .*llama, mistral"),
+        ({"model_type": "gpt2"}, "it has no RoPE"),
+        ({"model_type": "glm4"}, "a part of each head"),
+        ({"model_type": "Yi"}, "say model_type llama"),
+        ({"model_type": "llama "}, "transformers writes it 'llama'"),
         ({"model_type": "ministral"}, "model_type='ministral': cannot be converted: say model_type mistral"),
         ({"model_type": "llava", "text_config": {}}, "it is multimodal; save its language model alone"),
         ({"model_type": "gemma3_text"}, "RoPE of two bases"),
@@ -82,6 +86,13 @@ def test_a_config_that_would_be_lost_is_refused_in_a_sentence(directory, changes
 )  # fmt: skip
 def test_what_says_enough_is_taken(directory, changes, variant):
     assert check_directory(directory(**changes)).config.variant == variant
+
+
+def test_settings_that_nothing_reads_are_said():
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attn_factor": 1.2}
+    first, second = read_config(config_of(rope_scaling=scaling, logit_scale=0.5, num_experts=0)).notes
+    assert first == "logit_scale: transformers' llama does not read it, and neither does the import"
+    assert second == "rope_scaling: attn_factor is read by no RoPE of transformers' llama; left out"
 
 
 def test_rope_parameters_of_transformers_5_are_written_in_keys_that_4_reads():
@@ -151,6 +162,30 @@ def test_sampling_without_do_sample_is_made_sampling():
     GenerationConfig(**kept).validate(strict=True)
     with pytest.raises(ConfigError, match="temperature='hot'"):
         read_generation_config({"temperature": "hot"}, 100)
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept"),
+    [
+        ({"temperature": 0.0, "top_p": 0.9}, {"do_sample": False}),
+        ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
+        ({"temperature": 0.7, "top_k": 20, "do_sample": False}, {"do_sample": False}),
+        ({"top_p": 1.5}, "top_p=1.5: must be a share"),
+        ({"do_sample": True, "min_p": 2}, "min_p=2: must be a share"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: must be above 0"),
+    ],
+)
+def test_what_transformers_would_refuse_when_it_generates_is_mended_or_refused(raw, kept):
+    from transformers import GenerationConfig
+
+    if isinstance(kept, str):
+        with pytest.raises(ConfigError, match=kept):
+            read_generation_config(raw, 100)
+        return
+    found, notes = read_generation_config(raw, 100)
+    assert found == kept
+    assert "have no effect" in notes[0]
+    GenerationConfig(**found).validate(strict=True)
 
 
 def test_tokens_of_the_config_are_kept_where_nothing_else_says_them(directory):
