@@ -22,7 +22,17 @@ VARIANTS = {
     "xpos": {"variant": "xpos", "base": 500_000, "scale_base": 16},
     "yarn": {"variant": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "abf": {"variant": "abf"},
+    "yarn in layers that differ": {"variant": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }
+# The first layer has a window of 10 tokens, the second all of them and no RoPE.
+LAYERS = {
+    "yarn in layers that differ": {"window_size": (9, 0), "window_attn_skip_freq": [1, 0], "no_rope_freq": [0, 1]}
+}  # fmt: skip
+
+
+def named(name, **sizes):
+    """The model of one of `VARIANTS`."""
+    return build(VARIANTS[name], **LAYERS.get(name, {}), **sizes)
 
 
 def build(rope, *, seed=0, **sizes):
@@ -65,7 +75,7 @@ def run(rank, size, kind, results):
     out = {}
     sizes = {f"{kind}_parallel_size": size}
     for name, rope in VARIANTS.items():
-        model = build(rope, **sizes)
+        model = named(name, **sizes)
         model.load_state_dict(shard(results[name, "weights"], model, rank, size))
         verify_live_rope(model, parse(rope))
         ids, positions = tokens()

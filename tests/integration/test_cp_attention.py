@@ -16,8 +16,13 @@ from nemo_longctx.attention.documents import context_parallel_segments, document
 from nemo_longctx.attention.loss import chunked_cross_entropy
 
 SHAPE = (2, 48, 4, 2, 16)  # B, S, H, K, D
-# One document, many (crossing chunks and ranks, one of a single token), and two windows of 24 in a row.
-CASES = {"none": ((0, 48), 48), "documents": ((0, 5, 6, 23, 48), 48), "windows": ((0, 10, 24, 31, 48), 24)}
+# One document, many (crossing chunks and ranks, one of a single token), two windows of 24 in a row; and how far queries look
+# back, where that is not to the document's beginning.
+CASES = {
+    "none": ((0, 48), 48, None), "documents": ((0, 5, 6, 23, 48), 48, None), "windows": ((0, 10, 24, 31, 48), 24, None),
+    "sliding": ((0, 48), 48, 7), "sliding in documents": ((0, 5, 6, 23, 48), 48, 9),
+    "sliding in windows": ((0, 10, 24, 31, 48), 24, 13),
+}  # fmt: skip
 
 
 def tensors():
@@ -35,7 +40,7 @@ def share(x, rank, size, window):
 def attention_on_rank(rank, size, case, by_segment):
     """Output and gradients, and whether what was gathered was freed. `by_segment` lays keys out as for CUDA's varlen."""
     context_parallel.keys_by_segment = lambda device, dtype: by_segment
-    cu_seqlens, window = CASES[case]
+    cu_seqlens, window, back = CASES[case]
     q, k, v, grad = (share(x, rank, size, window) for x in tensors())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     segments = context_parallel_segments(cu_seqlens, window, rank, size)
@@ -52,7 +57,7 @@ def attention_on_rank(rank, size, case, by_segment):
 
     context_parallel._gather, context_parallel._select = map(watch, originals)
     out = context_parallel.context_parallel_attention(
-        *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window
+        *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window, sliding_window=back
     )
     freed = [storage.expired() for storage in gathered]
     context_parallel._gather, context_parallel._select = originals
@@ -85,12 +90,12 @@ def float32_on_cuda(rank, size, case):
     chosen = context_parallel.backend_name, core.backend_name
     context_parallel.backend_name = core.backend_name = lambda *args, **kwargs: "sdpa"
     context_parallel.keys_by_segment = lambda device, dtype: False
-    cu_seqlens, window = CASES[case]
+    cu_seqlens, window, back = CASES[case]
     q, k, v, grad = (share(x, rank, size, window) for x in tensors())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     segments = context_parallel_segments(cu_seqlens, window, rank, size)
     out = context_parallel.context_parallel_attention(
-        *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window
+        *leaves, segments=segments, group=dist.group.WORLD, windows=SHAPE[1] // window, sliding_window=back
     )
     grads = torch.autograd.grad(out, leaves, grad)
     context_parallel.backend_name, core.backend_name = chosen
@@ -106,10 +111,10 @@ def both_on_rank(rank, size):
 
 def test_two_ranks_equal_one_process():
     ranks = gloo.run_on(2, both_on_rank)
-    for case, (cu_seqlens, window) in CASES.items():
+    for case, (cu_seqlens, window, back) in CASES.items():
         q, k, v, grad = tensors()
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        whole = causal_attention(*leaves, segments=document_segments(cu_seqlens))
+        whole = causal_attention(*leaves, segments=document_segments(cu_seqlens), window=back)
         expected = [whole.detach(), *torch.autograd.grad(whole, leaves, grad)]
         for rank, by_segment in itertools.product(range(2), (False, True)):
             results, freed = ranks[rank][0][case, by_segment]

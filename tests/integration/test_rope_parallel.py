@@ -44,7 +44,7 @@ def close(a, b):
 def test_scores_are_those_of_the_float64_rotation(name, interleaved):
     """What reaches the core attention, as scores, against the plain NumPy path."""
     rope = parse(worker.VARIANTS[name])
-    model = worker.build(worker.VARIANTS[name], rotary_interleaved=interleaved)
+    model = worker.named(name, rotary_interleaved=interleaved)
     seen, given = [], []
     attention = self_attentions(model)[0]
     project = attention.get_query_key_value_tensors
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_float64_rotation(name, interleaved):
 
 @pytest.mark.parametrize("name", worker.VARIANTS)
 def test_a_cache_filled_in_steps_equals_the_full_pass(name):
-    model = worker.build(worker.VARIANTS[name])
+    model = worker.named(name)
     ids, positions = worker.tokens()
     with torch.no_grad():
         full = model(ids, positions, None)
@@ -81,7 +81,7 @@ def test_a_cache_filled_in_steps_equals_the_full_pass(name):
 
 @pytest.mark.parametrize("name", worker.VARIANTS)
 def test_packed_documents_equal_each_alone(name):
-    model = worker.build(worker.VARIANTS[name])
+    model = worker.named(name)
     with torch.no_grad():
         together = model(*worker.tokens(), None, packed_seq_params=worker.thd(worker.DOCUMENTS))
     close(together, worker.documents_apart(model))
@@ -91,8 +91,8 @@ def test_packed_documents_equal_each_alone(name):
 @pytest.mark.parametrize("kind", ["tensor_model", "context"])
 def test_ranks_together_equal_one_process(kind):
     whole, given = {}, {}
-    for name, rope in worker.VARIANTS.items():
-        model = worker.build(rope)
+    for name in worker.VARIANTS:
+        model = worker.named(name)
         given[name, "weights"] = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
         with torch.no_grad():
             whole[name] = model(*worker.tokens(), None), worker.documents_apart(model)
