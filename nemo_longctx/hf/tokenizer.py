@@ -16,10 +16,11 @@ from nemo_longctx.hf.config import read_json
 from nemo_longctx.hf.files import KEY
 
 CONFIG, FAST, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.json", "tokenizer.model"
+SPECIAL = "special_tokens_map.json"
 NO_LIMIT = int(1e30)  # transformers' own way to say: any length
 # Files that a tokenizer may be made of; everything else of a directory is another thing's.
 FILES = (
-    CONFIG, FAST, SENTENCEPIECE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    CONFIG, FAST, SENTENCEPIECE, SPECIAL, "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "chat_template.jinja", "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 _CARRIERS = (FAST, SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -77,7 +78,27 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     if (directory / CONFIG).is_file():
         as_transformers_4(read_json(directory / CONFIG))
     tokens = tokens_of(directory)
-    check_numbers(tokens, vocab_size)
+    check_numbers(tokens | added_on_loading(directory, tokens), vocab_size)
+
+
+def added_on_loading(directory: Path, tokens: Mapping[str, int]) -> dict[str, int]:
+    """Special tokens that a directory names and its vocabulary has not: transformers numbers them behind all others.
+
+    Args:
+        directory: of the tokenizer. tokens: `tokens_of` it.
+    """
+    settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    places = [settings]
+    if settings.get("added_tokens_decoder") is None and (directory / SPECIAL).is_file():  # else it is not read
+        places.append(read_json(directory / SPECIAL))
+    named: list[Any] = []
+    for place in places:
+        named += [place.get(key) for key in _NAMED]
+        for some in (place.get("extra_special_tokens"), place.get("additional_special_tokens")):
+            named += some.values() if isinstance(some, Mapping) else some if isinstance(some, list) else ()
+    contents = [each for each in map(_content, named) if isinstance(each, str) and each]
+    new = [each for each in dict.fromkeys(contents) if each not in tokens]
+    return {token: max(tokens.values(), default=-1) + 1 + number for number, token in enumerate(new)}
 
 
 def check_numbers(tokens: Mapping[str, int], vocab_size: int) -> None:

@@ -38,6 +38,8 @@ def check_length(name: str, value: object) -> None:
     """A whole number of tokens, or a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"rope.{name}", value, "must be a whole number of tokens, 1 or more")
+    if value > hf.LONGEST:
+        raise ConfigError(f"rope.{name}", value, f"is beyond every model ({hf.LONGEST:,} tokens at most)")
 
 
 _BY_NAME: dict[str, type[RopeVariant]] = {}

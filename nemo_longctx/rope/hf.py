@@ -14,6 +14,7 @@ from nemo_longctx.config import ConfigError, did_you_mean, is_finite
 Keys = dict[str, Any]
 Found = tuple[str, Keys]  # a variant's name and its fields
 
+LONGEST = 2**31  # tokens; transformers makes tensors of lengths, which hold no more than 64 bits
 ORIGINAL = "original_max_position_embeddings"
 NO_XPOS = "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo"
 
@@ -130,6 +131,8 @@ def _length(key: str, value: Any) -> int:
     whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and is_finite(value) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 1:
         raise ConfigError(key, value, "must be a whole number of tokens, 1 or more")
+    if value > LONGEST:
+        raise ConfigError(key, value, f"is beyond every model ({LONGEST:,} tokens at most)")
     return int(value)
 
 
@@ -217,7 +220,7 @@ def _dynamic_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
 
 
 def _llama3_from_hf(params: Keys, config: Mapping[str, Any]) -> Found:
-    if not _is_v5(config) and ORIGINAL not in params:  # only 5 falls back on the whole length
+    if not _is_v5(config) and params.get(ORIGINAL) is None:  # only 5 falls back on the whole length
         raise KeyError(ORIGINAL)
     return "llama3", {
         "base": params["base"],

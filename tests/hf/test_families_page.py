@@ -13,6 +13,7 @@ def test_the_page_is_that_of_the_script():
     text = make_families.PAGE.read_text(encoding="utf-8")
     for family, why in make_families.refused().items():
         assert f"| `{family}` | {why} |" in text
-    rows = {line.split("`")[1]: line for line in text.splitlines() if line.count("|") == len(make_families.COLUMNS) + 3}
+    lines = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == len(make_families.COLUMNS) + 3]
+    rows = {line.split("`")[1]: line for line in lines}
     assert set(make_families.DEFAULTS) | set(make_families.OPTIONS) == set(rows)
     assert all(line.count("| yes") == len(make_families.COLUMNS) for line in rows.values())

@@ -198,6 +198,21 @@ def test_tokens_of_the_config_are_kept_where_nothing_else_says_them(directory):
         ({"tokenizer.json": word_tokenizer(**{"[PAD]": 100})}, r"tokenizer='\[PAD\]': is number 100 beyond .*100 rows"),
         ({"tokenizer.json": word_tokenizer(512)}, "tokenizer='w100': is number 100, one of 412 tokens"),
         ({"tokenizer.json": word_tokenizer(), "added_tokens.json": {"<x>": 101}}, "tokenizer='<x>'"),
+        (
+            {"tokenizer.json": word_tokenizer(), "tokenizer_config.json": {"pad_token": "<pad>"}},
+            "tokenizer='<pad>': is number 100",
+        ),
+        (
+            {
+                "tokenizer.json": word_tokenizer(),
+                "special_tokens_map.json": {"eos_token": {"content": "</s>"}, "bos_token": "w1"},
+            },
+            "tokenizer='</s>': is number 100",
+        ),
+        (
+            {"tokenizer.json": word_tokenizer(), "tokenizer_config.json": {"additional_special_tokens": ["w3", "<a>", "<b>"]}},
+            "tokenizer='<a>': is number 100, one of 2 tokens",
+        ),
         ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, "neither tokenizer.json nor tokenizer.model"),
         ({"tokenizer.model": "no model"}, "is no SentencePiece model"),
         ({"tokenizer.json": "{"}, "is not JSON"),

@@ -245,7 +245,9 @@ def _nemo_tokenizer(found: HFDirectory, made: Path, folder: Path) -> Any:
 
     if not found.has_tokenizer:
         return None
-    load_hf_tokenizer(made, named=found.path).save_pretrained(folder)
+    loaded = load_hf_tokenizer(made, named=found.path)
+    check_numbers(loaded.get_vocab(), found.config.values["vocab_size"])  # a class may add tokens of its own
+    loaded.save_pretrained(folder)
     return AutoTokenizer(str(folder))
 
 
