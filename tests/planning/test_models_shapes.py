@@ -31,6 +31,21 @@ def test_parameter_counts_are_the_published_ones():
     assert {name: model.parameters for name, model in MODELS.items()} == PUBLISHED
 
 
+@pytest.mark.parametrize(
+    ("sizes", "published"),
+    [  # Llama 3.2 1B and Qwen2.5 0.5B: one table for the embedding and the head
+        ({"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32, "num_query_groups": 8,
+          "vocab_size": 128256, "seq_length": 8192}, 1_235_814_400),
+        ({"num_layers": 24, "hidden_size": 896, "ffn_hidden_size": 4864, "num_attention_heads": 14, "num_query_groups": 2,
+          "vocab_size": 151936, "seq_length": 8192, "add_qkv_bias": True}, 494_032_768),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_both_embedding_and_head_counts_once(sizes, published):
+    tied, apart = (ModelShape(**sizes, share_embeddings_and_output_weights=shared) for shared in (True, False))
+    assert tied.parameters == published
+    assert apart.parameters == published + sizes["vocab_size"] * sizes["hidden_size"]
+
+
 def test_config_json_gives_the_same_model_as_its_name(tmp_path):
     config = {
         "model_type": "qwen2",

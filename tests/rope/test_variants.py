@@ -1,6 +1,7 @@
 """What holds for every variant, whatever its numbers."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def test_a_dimension_that_makes_no_pairs_is_refused(name, rotary_dim):
 def test_a_mistake_is_named_with_its_mend(values, message):
     with pytest.raises(ConfigError, match=message):
         parse(values)
+
+
+@pytest.mark.parametrize("wrong", [True, False, "5e5", None, math.nan, math.inf])
+def test_what_is_no_number_is_refused_from_python_too(wrong):
+    """`True` is 1 to Python, and a factor of 1 would be a variant that does nothing."""
+    for make, key in ((lambda: Rope(base=wrong), "base"), (lambda: VARIANTS["pi"](factor=wrong), "factor")):
+        with pytest.raises(ConfigError, match=rf"rope\.{key}={re.escape(repr(wrong))}: not a number"):
+            make()
+    assert VARIANTS["pi"](factor=1).factor == 1
 
 
 @pytest.mark.parametrize("cls", [float, np.float64, np.float32, np.int64])
