@@ -53,7 +53,7 @@ def main() -> int:
         return 2
     chosen = named() if options.named else sample(every, options.number, options.seed, equivalent)
     results = run_all(chosen, covering, options)
-    text = report(results, covering, options)
+    text = report(results, len(chosen), covering, options)
     print(text)
     if options.report:
         Path(options.report).write_text(text, encoding="utf-8")
@@ -352,7 +352,7 @@ def _end_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
-def report(results: list[dict[str, Any]], covering: dict[str, Any], options: argparse.Namespace) -> str:
+def report(results: list[dict[str, Any]], asked: int, covering: dict[str, Any], options: argparse.Namespace) -> str:
     rooms: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         path = result["mutant"].split("::")[0]
@@ -362,8 +362,11 @@ def report(results: list[dict[str, Any]], covering: dict[str, Any], options: arg
     command = f"`python tests/mutation/run.py --number {options.number} --seed {options.seed}` at {commit.stdout.strip()}"
     seconds = sum(result["seconds"] for result in results)
     lines = [
-        "# Planted faults", "", f"{command}: {len(results)}",
-        f"planted, against {len(covering['tests'])} tests; {seconds:.0f} s of test processes.", "",
+        "# Planted faults", "",
+        "A small fault (a bound, a sign, a dropped check or argument) is planted, and the default tests that run its function",
+        "run until one fails. Modules take turns, so a sample that is cut short is spread evenly over them.",
+        "", f"{command}:",
+        f"{len(results)} of {asked} reached, against {len(covering['tests'])} tests; {seconds:.0f} s of test processes.", "",
         "| where | planted | caught | share |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     groups = {"cores": [], "adapters": []}  # type: dict[str, list[dict[str, Any]]]
@@ -377,13 +380,7 @@ def report(results: list[dict[str, Any]], covering: dict[str, Any], options: arg
     for each in sorted((r for r in results if not r["caught"]), key=lambda r: r["mutant"]):
         path, function, change = each["mutant"].split("::", 2)
         lines.append(f"- {path}:{each['line']} `{function}` {each['kind']}: `{change}` ({each['how']})")
-    lines += [
-        "",
-        "## Faults that a review once found unnoticed",
-        "",
-        "With the test that catches each now (`run.py --named`):",
-        "",
-    ]
+    lines += ["", "## Unnoticed once", "", "Faults of a review, with the test that catches each now (`run.py --named`):", ""]
     for each in known_faults():
         lines.append(f"- {each['about']} ({each['path']}): {each['test']}{', slow' * bool(each.get('slow'))}")
     return "\n".join(lines) + "\n"
