@@ -19,7 +19,7 @@ def test_importing_the_functions_imports_neither_torch_nor_the_host():
         "from nemo_longctx import evaluate, export, plan, prepare, train\n"
         "heavy = {'torch', 'numpy', 'transformers', 'nemo', 'megatron'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

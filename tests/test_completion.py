@@ -35,7 +35,7 @@ def script(tmp_path_factory):
     ids=" ".join,
 )
 def test_bash_offers_what_can_follow(script, typed, offered):
-    done = subprocess.run(["bash", "-c", ASK, script, "nemo-longctx", *typed], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", ASK, script, "nemo-longctx", *typed], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == [offered], done.stderr
 
 

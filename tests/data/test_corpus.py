@@ -295,8 +295,8 @@ def test_more_shards_than_the_soft_limit_on_open_files_and_than_the_hard_one(tmp
     for number in range(100):
         write(tmp_path / f"{number:03d}", [[number], [1]])
     command = [sys.executable, "-c", MANY, str(tmp_path)]
-    done = subprocess.run([*command, "4096"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "4096"], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["200", "[1]", str(sum(range(100)) + 100)], done.stderr
-    refused = subprocess.run([*command, "128"], capture_output=True, text=True, timeout=60)
+    refused = subprocess.run([*command, "128"], capture_output=True, text=True, timeout=300)
     assert "100 shards" in refused.stderr.splitlines()[-1]
     assert "ConfigError" in refused.stderr.splitlines()[-1]

@@ -321,7 +321,7 @@ def start_and_wait_for_a_shard(tmp_path, bpe):
 def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path, bpe):
     process, arguments = start_and_wait_for_a_shard(tmp_path, bpe)
     os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "the same command goes on from here" in error
     assert "Traceback" not in error
@@ -335,7 +335,7 @@ def test_a_killed_worker_is_said(tmp_path, bpe):
     process, _ = start_and_wait_for_a_shard(tmp_path, bpe)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     workers[0].kill()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "out of memory?" in error
     assert "Traceback" not in error

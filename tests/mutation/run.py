@@ -242,9 +242,9 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
         copy = Path(directory) / "tree"
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
         for name in filter(None, listed):
-            if (ROOT / name).is_file():
+            if os.path.lexists(ROOT / name):  # the package's conf is a link to a folder
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, copy / name)
+                shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
         mode = py_compile.PycInvalidationMode.CHECKED_HASH  # by content: a planted file is never taken for the one before it
         compileall.compile_dir(copy / "nemo_longctx", quiet=1, invalidation_mode=mode)
         os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
