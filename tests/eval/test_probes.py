@@ -48,6 +48,7 @@ def test_every_probe_is_exact_to_the_token(tokenizer):
             assert "One of the special magic" not in text
         if probe.kind == "first_sentence":
             assert text.startswith(probe.answers[0])
+            assert not text[len(probe.answers[0]) :].lstrip().startswith(probe.answers[0])  # it stands there once
         elif probe.kind == "variable_tracking":
             assert re.search(rf"VAR {probe.answers[0]} = \d{{5}}\.", text)
             assert all(f"VAR {b} = VAR {a}." in text for a, b in zip(probe.answers, probe.answers[1:], strict=False))

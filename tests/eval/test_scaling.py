@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.cli import main
+from nemo_longctx.eval import scaling
 from nemo_longctx.eval.scaling import PAPER, fit_context_law, fit_context_law_by_document, read_curves
 
 NAMES = ("alpha", "beta", "gamma")
@@ -90,6 +91,24 @@ def test_a_negative_gamma_is_zero_and_the_rest_is_the_best_under_that():
     cost = np.square((law.loss(CONTEXTS) - loss) / loss).sum()
     for alpha, beta in ((law.alpha * 1.02, law.beta), (law.alpha / 1.02, law.beta)):
         assert np.square(((alpha / CONTEXTS) ** beta - loss) / loss).sum() > cost
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_at_every_beta_the_best_of_all_bounded_pairs_is_taken(seed):
+    """The plain way: of the least squares with both terms, with one and with none, the best that breaks no bound."""
+    rng = np.random.default_rng(seed)
+    y_RN = np.exp(np.cumsum(rng.normal(-0.3, 0.4, (3, 6)), axis=1))
+    w_RN, beta_RK, log_c = rng.uniform(0.1, 5, (3, 6)), rng.uniform(0.05, 3, (3, 5)), np.log(2.0 ** np.arange(6))
+    cost_RK, A_RK, gamma_RK = scaling._project(log_c, beta_RK, y_RN, w_RN)
+    for r, k in np.ndindex(cost_RK.shape):
+        w, columns, found = w_RN[r] / w_RN[r].sum(), np.stack([np.exp(-beta_RK[r, k] * log_c), np.ones(6)], axis=1), []
+        for used in ([0, 1], [0], [1], []):
+            solved = np.zeros(2)
+            if used:
+                solved[used] = np.linalg.lstsq(columns[:, used] * np.sqrt(w)[:, None], y_RN[r] * np.sqrt(w), rcond=None)[0]
+            if (solved >= 0).all():
+                found.append((float((w * np.square(y_RN[r] - columns @ solved)).sum()), *solved))
+        assert (cost_RK[r, k], A_RK[r, k], gamma_RK[r, k]) == pytest.approx(min(found), abs=1e-9)
 
 
 def test_gamma_is_never_negative_and_beta_of_a_power_law_is_found():

@@ -192,6 +192,16 @@ def test_verification_sees_a_lost_attention_factor_and_a_wrong_weight(tmp_path):
         verify_export(module, tmp_path / "weight", variant, rotary_dim=HEAD, tokens=64, longest=FAR)
 
 
+def test_a_weight_without_its_counterpart_ends_an_export():
+    model = hugging_face("llama", example("abf").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR))
+    weights = dict(model.state_dict())
+    checkpoint_module._load_strictly(model, weights)
+    lost = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+    for wrong, named in ((lost, "model.norm.weight"), (weights | {"model.more.weight": torch.ones(1)}, "model.more.weight")):
+        with pytest.raises(ConfigError, match=f"{named}.*have no counterpart in transformers' model; cannot be exported"):
+            checkpoint_module._load_strictly(model, wrong)
+
+
 def longrope_scaling(**changes):
     scaling = {**LONG, "rope_type": "longrope", "original_max_position_embeddings": 64}
     return {key: value for key, value in (scaling | changes).items() if value is not None}

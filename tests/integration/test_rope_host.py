@@ -1,6 +1,7 @@
 """Variants on stock NeMo models: placed, checked live, kept in the checkpoint's context, and planted errors caught."""
 
 import contextlib
+import dataclasses
 import tempfile
 
 import pytest
@@ -242,6 +243,17 @@ def test_a_planted_pi_factor_is_caught(asked):
     module.rotary_pos_emb.forward.cache_clear()
     with pytest.raises(LiveRopeError, match=r"the model has 0\.125 at pair 0"):
         verify_live_rope(module, example(asked, 16))
+
+
+def test_frequencies_beyond_the_trained_length_are_compared_too():
+    """LongRoPE has two lists of factors: a model may be right where it reads little and wrong where it reads much."""
+    variant, model = example("longrope", 16), fresh("llama")
+    place_rope(model, variant)
+    module = build(model)
+    verify_live_rope(module, variant)
+    other = dataclasses.replace(variant, long_factor=(*variant.long_factor[:-1], 99.0))
+    with pytest.raises(LiveRopeError, match="the model at 256 tokens has"):
+        verify_live_rope(module, other)
 
 
 class LocalRope(SelfAttention):
