@@ -86,7 +86,7 @@ def test_what_is_missing_is_said_before_torch_is_imported(tmp_path):
         "assert not {'torch', 'nemo', 'megatron', 'lightning'} & set(sys.modules)\nsys.exit(status)"
     )
     asked = ["recipe=tiny_cpu_base", f"output_dir={tmp_path}/runs", f"data.mix.sources=[{{path: {tmp_path}/nothing}}]"]
-    result = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2, result.stderr
     assert "nothing.idx is missing" in result.stderr
 
@@ -143,6 +143,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_what_a_run_started_ends_with_it_even_by_sigkill():
     """A manager's process waited for good, and held the pipes of whoever had started the run: this call would not return."""
-    done = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "started\n"
