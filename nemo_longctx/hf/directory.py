@@ -70,6 +70,10 @@ def check_directory(path: str | Path) -> HFDirectory:
         notes.append(
             f"{other} is a tokenizer that transformers does not load; the checkpoint carries none (export --tokenizer)"
         )
+    if (path / "adapter_config.json").is_file():
+        notes.append(
+            "the adapter beside the weights (adapter_config.json) is left out; to have it, merge it in (peft: merge_and_unload)"
+        )
     weights = check_weights(path, config)
     notes += weights.notes
     config = replace(config, values={**config.values, "dtype": weights.dtype})

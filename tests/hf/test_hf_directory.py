@@ -320,6 +320,12 @@ def test_files_that_stand_for_something_else_are_named(directory, name, content,
     refused(folder, message)
 
 
+def test_an_adapter_beside_whole_weights_is_said(directory):
+    folder = directory()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json) is left out" in check_directory(folder).notes[-1]
+
+
 def test_links_into_a_cache_are_followed(directory, tmp_path):
     folder = directory()
     (tmp_path / "blobs").mkdir()
