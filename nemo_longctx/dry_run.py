@@ -28,7 +28,7 @@ from nemo_longctx.loggers import check_loggers
 from nemo_longctx.model_fields import check_layout
 from nemo_longctx.nemo_files import io_config
 from nemo_longctx.precision import PRECISIONS
-from nemo_longctx.recipe import InstructRecipe, RunConfig
+from nemo_longctx.recipe import RunConfig
 from nemo_longctx.runs import REHEARSAL
 from nemo_longctx.start import check_start
 
@@ -77,7 +77,8 @@ def refuse(recipe: RunConfig) -> None:
 
     Raises:
         ModuleNotFoundError: NeMo is not installed.
-        ConfigError: no device, other processes than the layout's, or a checkpoint, a corpus or a text that is not there.
+        ConfigError: no device, other processes than the layout's, a checkpoint, a corpus or a text that is not
+            there, or a mix that the corpora cannot give.
     """
     if not has_module("nemo"):
         raise ModuleNotFoundError("No module named 'nemo'", name="nemo")
@@ -85,10 +86,8 @@ def refuse(recipe: RunConfig) -> None:
     check_base(recipe)
     for path in _corpora(recipe):
         _open(path)
-    if isinstance(recipe, InstructRecipe):
-        for key in ("short", "long"):
-            for path in getattr(recipe.data, key):
-                _file(f"data.{key}", path)
+    for see in _data(recipe):  # files that are there, a mix that can be met
+        see()
     for each in recipe.data.validation:
         _validation(each)
     _evaluation(recipe)

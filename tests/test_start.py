@@ -97,6 +97,10 @@ def test_what_is_missing_is_said_before_torch_is_imported(tmp_path):
         ("restore_from=HERE/hf", "is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import"),
         ("restore_from=HERE/none", "no finished NeMo checkpoint"),
         ("data.validation=[{name: v, path: HERE/none, seq_length: 256}]", "none.idx is missing"),
+        (
+            "data.mix={sources: [{path: HERE/all}], long_length: 2, long_share: 0.5}",
+            "source all has no documents shorter than 2 tokens",
+        ),
         ("eval.tasks=[{kind: probes, text: HERE/none.txt}]", "no such text"),
         ("eval.tasks=[{kind: position, corpus: HERE/none, seq_length: 256}]", "none.idx is missing"),
     ],

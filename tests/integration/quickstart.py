@@ -39,8 +39,8 @@ def bring(folder: Path) -> None:
         (folder / name).mkdir()
         for number, text in enumerate(some):
             (folder / name / f"{number}.txt").write_text(text, encoding="utf-8")
-    for number in range(40):  # shorter than the recipe's lengths made small
-        (folder / "papers" / f"note {number}.txt").write_text(f"note {number}", encoding="utf-8")
+    for number in range(400):  # shorter than the recipe's lengths made small
+        (folder / "papers" / f"a note {number}.txt").write_text(f"note {number}", encoding="utf-8")
     books = "".join(json.dumps({"text": text}) + "\n" for text in texts[25:])
     (folder / "books.jsonl.zst").write_bytes(zstandard.compress(books.encode()))
     for name in ("my_model_hf", "ckpt/llama2_7b_hf"):
