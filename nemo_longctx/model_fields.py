@@ -169,6 +169,8 @@ def _check_window(value: Any, key: str) -> None:
         raise ConfigError(
             key, value, "two whole numbers: tokens before a query and after it, -1 for all; null for full attention"
         )
+    if window[1] > 0:
+        raise ConfigError(key, value, "looks ahead, where attention is causal; write 0 for the second number")
 
 
 def _check_layers(value: Any, key: str) -> None:

@@ -35,6 +35,7 @@ def test_what_the_run_sets_is_refused(name):
         ({"normalization": ["RMSNorm"]}, "must be text"),
         ({"window_size": 4096}, "must be a list"),
         ({"window_size": [1, 2, 3]}, "two whole numbers"),
+        ({"window_size": [1023, 3]}, "looks ahead, where attention is causal"),
         ({"moe_router_bias_update_rate": float("nan")}, "must be a finite number"),
         ({"moe_layer_freq": [1.0, float("inf")]}, "moe_layer_freq[1]=inf: must be a finite number"),
         ({"num_layer": 3}, "no field of the host's config classes, did you mean 'num_layers'?"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
-from nemo_longctx.hf.families import DEFAULTS
+from nemo_longctx.hf.families import DEFAULTS, WHY_NOT
 from nemo_longctx.hf.layers import windows_of
 from nemo_longctx.nemo_files import embedding_rows
 
@@ -240,7 +240,8 @@ def model_from_hf(path: Path) -> ModelShape:
     where = str(path)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ConfigError("model", where, f"model_type={kind!r} is not planned for; known: {', '.join(DEFAULTS)}")
+        why = f" ({WHY_NOT[kind]})" if isinstance(kind, str) and kind in WHY_NOT else ""
+        raise ConfigError("model", where, f"model_type={kind!r} is not planned for{why}; known: {', '.join(DEFAULTS)}")
     experts = [key for key in _HF_EXPERTS if config.get(key)]
     if experts:
         raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
