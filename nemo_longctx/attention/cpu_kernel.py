@@ -11,6 +11,7 @@ probabilities and its row sums those of the whole (as in Ring Attention, Liu et 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,7 +32,19 @@ def cpu_segment_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """`core.causal_attention` on the CPU; `segments` are checked by the caller."""
+    groups = q_BSHD.shape[2] // k_BTKD.shape[2]
+    if groups > 1 and not shares_heads():
+        k_BTKD, v_BTKD = k_BTKD.repeat_interleave(groups, 2), v_BTKD.repeat_interleave(groups, 2)
     return _SegmentAttention.apply(q_BSHD, k_BTKD, v_BTKD, blocks_of(segments, window), scale)
+
+
+@functools.cache
+def shares_heads() -> bool:
+    """Whether torch's kernel lets several query heads see one key head. That of torch 2.6 takes the next head in memory for each,
+    past the end of what it was given, without a word."""
+    both = torch.stack([torch.zeros(1, 8), torch.ones(1, 8)]).unsqueeze(0)  # what lies behind the first head is ours
+    out, _ = _forward_kernel(torch.ones_like(both), both[:, :1], both[:, :1], 0.0, False, scale=1.0)
+    return not out.any().item()
 
 
 def _rows(x: torch.Tensor, block: Block, part: Part | None = None) -> torch.Tensor:
