@@ -40,8 +40,10 @@ def cpu_segment_attention(
 
 @functools.cache
 def shares_heads() -> bool:
-    """Whether torch's kernel lets several query heads see one key head. That of torch 2.6 takes the next head in memory for each,
-    past the end of what it was given, without a word."""
+    """Whether torch's kernel lets several query heads see one key head.
+
+    That of torch 2.6 takes the next head in memory for each, past the end of what it was given, without a word.
+    """
     both = torch.stack([torch.zeros(1, 8), torch.ones(1, 8)]).unsqueeze(0)  # what lies behind the first head is ours
     out, _ = _forward_kernel(torch.ones_like(both), both[:, :1], both[:, :1], 0.0, False, scale=1.0)
     return not out.any().item()
