@@ -53,7 +53,7 @@ FORMS = {
 
 
 def test_grouped_queries_on_a_torch_whose_kernel_shares_no_head(monkeypatch):
-    """torch 2.6's reads past the end of the keys; what is seen of it here is that no kernel is given fewer heads than queries."""
+    """torch 2.6's reads past the end of the keys; here is seen that no kernel is given fewer heads than queries."""
     made = []
     kernel = cpu_kernel._forward_kernel
     monkeypatch.setattr(
