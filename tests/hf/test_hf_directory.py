@@ -127,6 +127,22 @@ def test_tokens_that_only_the_class_names_and_the_vocabulary_has_not_are_none():
     assert (found.values["bos_token_id"], found.values["eos_token_id"], found.values["pad_token_id"]) == (1, None, None)
 
 
+@pytest.mark.parametrize(
+    ("family", "windows", "said"),
+    [
+        ("qwen2", (64, 128), r"window_size=\[64, 128\]: transformers has one window for all layers with one"),
+        ("llama", (64, None), "window_size=64: transformers' llama has no window; its mistral has"),
+        ("mistral", (64, None), "window_attn_skip_freq=.*transformers' mistral has one window in every layer"),
+    ],
+)
+def test_windows_that_no_config_json_can_say_are_refused(family, windows, said):
+    with pytest.raises(ConfigError, match=said):
+        attention_values(family, windows, (False, False))
+    assert attention_values(family, (None, None), (False, False))["sliding_window"] is None
+    if family != "llama":
+        assert attention_values(family, (64, 64), (False, False))["sliding_window"] == 64
+
+
 def test_smollm3s_layers_without_rope():
     assert read_config(config_of("smollm3", pad_token_id=None)).no_rope == (False, False, False, True)
     said = read_config(config_of("smollm3", pad_token_id=None, no_rope_layers=[0, 1, 1, 0]))
