@@ -121,11 +121,12 @@ class Start:
         time.sleep(2)
 
     def wait(self, timeout: float) -> list[int]:
-        """Statuses by rank; after the first loss the others have half a minute, as under torchrun."""
+        """Statuses by rank; after the first loss the others have two minutes: torchrun gives half a minute, but a machine that
+        does other work besides may need more."""
         end = time.monotonic() + timeout
         while len(self.poll()) < RANKS:
             if self.statuses and any(self.statuses.values()):
-                end = min(end, time.monotonic() + 30)
+                end = min(end, time.monotonic() + 120)
             if time.monotonic() > end:
                 self.send(signal.SIGKILL, range(RANKS))
             time.sleep(0.05)
@@ -178,13 +179,13 @@ def inflict(kind: str, start: Start, directory: Path, disk: Path | None, rng: ra
         ballast = disk / "ballast"
         if kind == "full disk":
             fill(ballast)
-            statuses = start.wait(60)
+            statuses = start.wait(180)
             ballast.unlink(missing_ok=True)
             return statuses
         with read_only(directory / "checkpoints"):
-            return start.wait(60)
+            return start.wait(180)
     start.send(signum, [rng.randrange(RANKS)] if "one rank" in kind else range(RANKS))
-    statuses = start.wait(60)
+    statuses = start.wait(180)
     if "checkpoint" in kind and (path := newest(directory)) is not None:
         files = sorted(file for file in (path / "weights").iterdir() if file.is_file())
         file = rng.choice(files)
