@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
         names: the files that will be read; one that is absent is another check's concern.
 
     Raises:
-        ConfigError: an empty file, a pointer of Git LFS, a link to nothing, or a folder of a file's name.
+        ConfigError: an empty file, a pointer of Git LFS, a link to nothing, a folder of a file's name, or JSON behind
+            a byte order mark.
     """
     for name in names:
         path = directory / name
@@ -33,8 +35,12 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
         if path.stat().st_size == 0:
             raise ConfigError(KEY, str(path), "is empty; copy or download it again")
         with open(path, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise ConfigError(KEY, str(path), "is a pointer of Git LFS, not the file; run `git lfs pull` in its directory")
+            begins = file.read(len(_POINTER))
+        if begins == _POINTER:
+            raise ConfigError(KEY, str(path), "is a pointer of Git LFS, not the file; run `git lfs pull` in its directory")
+        if name.endswith(".json") and begins.startswith(codecs.BOM_UTF8):
+            mend = "begins with a byte order mark, which transformers cannot read; save it as UTF-8 without one"
+            raise ConfigError(KEY, str(path), mend)
 
 
 def check_target(target: Path, source: Path) -> None:

@@ -321,6 +321,11 @@ def test_two_sets_of_weights_are_refused(directory):
         ("config.json", "", "config.json'?: is empty"),
         ("tokenizer.json", "", "tokenizer.json'?: is empty"),
         ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
+        (
+            "config.json",
+            "\ufeff{}",
+            "begins with a byte order mark, which transformers cannot read; save it as UTF-8 without one",
+        ),
         ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
         ("model.safetensors", None, "is a link to .*blobs/0123, which is not there"),
         ("config.json", None, "is a link to .*blobs/0123, which is not there"),
@@ -332,7 +337,7 @@ def test_files_that_stand_for_something_else_are_named(directory, name, content,
     if content is None:
         (folder / name).symlink_to("../../blobs/0123")
     else:
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="utf-8")
     refused(folder, message)
 
 

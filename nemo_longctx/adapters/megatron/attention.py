@@ -103,7 +103,11 @@ def layer_window(config: Any, layer_number: int) -> int | None:
     Raises:
         ConfigError: a window that looks ahead, or fields of another form than Megatron-Core's.
     """
-    size = getattr(config, "window_size", None)
+    size, skip = getattr(config, "window_size", None), getattr(config, "window_attn_skip_freq", None)
+    if not size and skip is not None:
+        raise ConfigError(
+            "window_attn_skip_freq", skip, "says which layers have a window, and there is none; set window_size too"
+        )
     if not size:
         return None
     if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) and n >= -1 for n in size):
@@ -111,7 +115,6 @@ def layer_window(config: Any, layer_number: int) -> int | None:
     before, after = size
     if after > 0:
         raise ConfigError("window_size", size, "looks ahead, where attention is causal; write 0 for the second number")
-    skip = getattr(config, "window_attn_skip_freq", None)
     if isinstance(skip, (tuple, list)) and len(skip) != config.num_layers:
         mend = f"must be one number for each of the {config.num_layers} layers, 1 for those with the window"
         raise ConfigError("window_attn_skip_freq", skip, mend)
