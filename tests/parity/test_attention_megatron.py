@@ -137,7 +137,7 @@ def test_what_it_cannot_do_is_refused(pair):
         small_gpt.build(small_gpt.config(attention_dropout=0.1))
     with pytest.raises(ConfigError, match="window_size"):
         check_attention_config(small_gpt.config(window_size=(128, 4)))  # looks ahead
-    with pytest.raises(ConfigError, match="window_attn_skip_freq=2: says which layers have a window, and none has"):
+    with pytest.raises(ConfigError, match="window_attn_skip_freq=2: says which layers have a window, and there is none"):
         check_attention_config(small_gpt.config(window_attn_skip_freq=2))
     ids, positions, _ = small_gpt.tokens(1, 8)
     with pytest.raises(ConfigError, match="packed_seq_params"):
