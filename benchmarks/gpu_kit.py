@@ -26,11 +26,12 @@ torch numpy transformers tokenizers safetensors huggingface-hub hf-xet regex pyy
 charset-normalizer filelock jinja2 markupsafe sympy mpmath networkx typing-extensions packaging fsspec tqdm triton setuptools
 pip click typer shellingham httpx httpcore h11 anyio sniffio
 """
-# What a run on a GPU does not use: tools for developers, lm-eval, a server's client, Ray.
+# What a run on a GPU does not use: tools for developers, notebooks, lm-eval, a server's client, Ray.
 NOT_FOR_A_RUN = """
 uv ruff mypy mypy-extensions pytest pytest-timeout pytest-xdist execnet hypothesis pre-commit virtualenv nodeenv identify cfgv
 mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps x-transformers types-pyyaml types-tqdm lm-eval rouge-score
-openai ray text-unidecode babel nltk sacrebleu evaluate
+openai ray text-unidecode babel nltk sacrebleu evaluate debugpy ipykernel ipython jedi parso nbclient nbformat jupyter-client
+jupyter-core
 """
 
 
