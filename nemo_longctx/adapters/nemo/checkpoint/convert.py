@@ -274,7 +274,8 @@ def _check_tokens(tokenizer: Any, config: Any) -> None:
 def _saveable(generation: Any, vocab_size: int) -> Any:
     """A generation config that transformers saves: other tools' checkpoints carry fields without effect, which it refuses."""
     try:
-        generation.validate(strict=True)
+        with tempfile.TemporaryDirectory(prefix="nemo_longctx_generation_") as folder:
+            generation.save_pretrained(folder)
     except ValueError:
         return GenerationConfig(**read_generation_config(generation.to_diff_dict(), vocab_size)[0])
     return copy.deepcopy(generation)

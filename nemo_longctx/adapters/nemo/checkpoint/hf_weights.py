@@ -125,7 +125,8 @@ def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig
     window = next((each for each in windows if each is not None), None)
     if window is not None:
         fields["window_size"] = (window - 1, 0)  # Megatron-Core counts the tokens before the query
-        fields["window_attn_skip_freq"] = None if None not in windows else [int(each is not None) for each in windows]
+        if None in windows:
+            fields["window_attn_skip_freq"] = [int(each is not None) for each in windows]
     if any(found.config.no_rope):
         fields["no_rope_freq"] = [int(each) for each in found.config.no_rope]
     if family.model_type == "starcoder2":
@@ -134,6 +135,10 @@ def nemo_config(found: HFDirectory, family: Family, config_class: type[GPTConfig
             fields["activation_func"] = ACTIVATIONS[source["hidden_act"]]
     if family.model_type == "qwen3":
         fields["max_position_embeddings"] = source["max_position_embeddings"]
+    lacking = sorted(fields.keys() - {field.name for field in dataclasses.fields(config_class)})
+    if lacking:
+        mend = f"its layers differ ({', '.join(lacking)}), which this version of NeMo cannot build; take a newer one"
+        raise ConfigError("HF_DIR", str(found.path), mend)
     return config_class(**fields)
 
 
