@@ -64,7 +64,7 @@ def small(line: str, folder: Path) -> list[str]:
             "model=from_checkpoint",
         ]
     elif words[0] == "nemo":
-        words += ["scale=tiny", "--dryrun", "-y"]
+        words += ["--dryrun", "-y"]
     return words
 
 
