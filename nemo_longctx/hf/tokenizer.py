@@ -85,7 +85,8 @@ def added_on_loading(directory: Path, tokens: Mapping[str, int]) -> dict[str, in
     """Special tokens that a directory names and its vocabulary has not: transformers numbers them behind all others.
 
     Args:
-        directory: of the tokenizer. tokens: `tokens_of` it.
+        directory: of the tokenizer.
+        tokens: `tokens_of` it.
     """
     settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     places = [settings]
