@@ -78,7 +78,10 @@ def _training(what: str, run: Run) -> Array:
         steps = np.diff([0, *tokens])
         return np.array([sum(n / row["tokens_per_second"] for n, row in zip(steps, rows, strict=True)
                              if row.get("tokens_per_second")) / 3600])  # fmt: skip
-    raise ValueError(f"training/{what} is no measure; there are training/loss, training/hours and training/flops")
+    if what == "processor_hours":
+        return np.array([sum(row.get("processor_seconds", 0) for row in rows) / 3600])
+    has = "training/loss, training/hours, training/processor_hours and training/flops"
+    raise ValueError(f"training/{what} is no measure; there are {has}")
 
 
 def table(measure: Measure, runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Array]:

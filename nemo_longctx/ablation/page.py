@@ -91,10 +91,13 @@ def write_study(
         table = measure_table(measure, arms, next(iter(arms)))
         write_table(directory / f"{name}.csv", table)
         figure = plot_effects(arms, directory / f"{name}.png", title=measure.text)
+        note = f"Measured as {(paths or {}).get(name, measure.path)}."
+        if measure.timed:
+            note += " Told, not tested: what else the machine did is in it, and it is never twice the same."
         sections.append(
             Section(
                 heading=measure.text,
-                note=f"Measured as {(paths or {}).get(name, measure.path)}.",
+                note=note,
                 figures=[figure],
                 table=table,
             )

@@ -89,7 +89,7 @@ class Runner:
             self.say("\n".join([*tail, f"{name} ended with status {status}; the same command goes on from here"]))
             return False
         seconds = round(self.done.get(name, {}).get("seconds", 0) + time.monotonic() - start, 1)
-        self.done[name] = {"command": shlex.join(command), "seconds": seconds}
+        self.done[name] = {"command": shlex.join(command), "seconds": seconds, "commit": commit()}
         write_text(self.record, json.dumps(self.done, indent=1) + "\n")
         return True
 
@@ -138,7 +138,7 @@ class Runner:
             "seconds": seconds | {"all": round(sum(seconds.values()), 1)},
             "commands": {name: shlex.join(command) for name, command in self.commands()},
             "versions": versions(),
-            "commit": commit(),
+            "commit": " ".join(dict.fromkeys(each["commit"] for each in self.done.values() if each.get("commit"))),
         }
         return write_study(
             self.out / "page" / self.study.name,

@@ -30,7 +30,8 @@ class Measure:
         path: where it lies in the last evaluation of a run: `context/TASK/READ`, each document's loss after a read of so many
             tokens; `gain/TASK`, what the longest context takes off it; `watched/NAME`, each document's loss;
             `probes/KIND/LENGTH`, the score, depths averaged; `training/loss`, the mean of the last tenth of the run;
-            `training/hours`, its time; `training/flops`, its operations as the plan counts them.
+            `training/hours` and `training/processor_hours`, its time on the clock and on the processor, which are never twice the
+            same; `training/flops`, its operations as the plan counts them.
         paper: arm -> the paper's number, printed beside ours. paper_text: what that number is.
     """
 
@@ -44,7 +45,13 @@ class Measure:
         if root not in ROOTS:
             raise ConfigError("measures.path", self.path, f"begins with one of its roots, {did_you_mean(root, ROOTS)}")
 
+    @property
+    def timed(self) -> bool:
+        """Whether it is a time, which the machine's other work changes: told, and no ground for a claim."""
+        return self.path in TIMES
 
+
+TIMES = ("training/hours", "training/processor_hours")
 FIGURES = ("score_decay", "context_law")
 ROOTS = ("context", "gain", "watched", "probes", "training")
 
@@ -116,6 +123,9 @@ class Study:
                                       ("second", claim.second, self.arms)):  # fmt: skip
                 if value not in known:
                     raise ConfigError(f"{where}.claims[{number}].{key}", value, did_you_mean(value, known))
+            if measures[claim.measure].timed:
+                mend = "no claim rests on a time, which the machine's other work changes; training/flops counts operations"
+                raise ConfigError(f"{where}.claims[{number}].measure", claim.measure, mend)
         for name, scale in scales.items():
             for arm in scale.arms:
                 if arm not in self.arms:

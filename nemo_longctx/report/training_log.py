@@ -10,7 +10,9 @@ from typing import Any
 
 from nemo_longctx.files import write_text
 
-TRAINING_COLUMNS = ("step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second")
+TRAINING_COLUMNS = (
+    "step", "tokens", "seq_length", "loss", "lr", "grad_norm", "validation_loss", "tokens_per_second", "processor_seconds",
+)  # fmt: skip
 
 WHOLE_COLUMNS = frozenset(TRAINING_COLUMNS[:3])
 SET_LOSS = "validation_loss_"  # and the name of a validation set: columns after the others

@@ -155,6 +155,8 @@ class TrainingLogCallback(Callback):
 
     Args:
         path: the CSV; columns `TRAINING_COLUMNS` and the loss of each validation set by its name, losses with all digits.
+            `processor_seconds` is what the processor of this process spent since the row before, which other work on the
+            machine lengthens far less than the clock.
         curriculum: gives tokens and sequence length of a step.
         every: steps between two rows.
     """
@@ -162,7 +164,7 @@ class TrainingLogCallback(Callback):
     def __init__(self, *, path: str, curriculum: Any, every: int = 1):
         self.path, self.curriculum, self.every = Path(path), curriculum, every
         self.validated: set[int] = set()  # steps whose validation is in the file; on rank 0
-        self._last: tuple[int, float] | None = None
+        self._last: tuple[int, float, float] | None = None  # step, clock and processor time
         self._columns = list(TRAINING_COLUMNS)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -173,14 +175,14 @@ class TrainingLogCallback(Callback):
         self._columns = training_columns(rows, [each.name for each in sets])
         self._rewrite(rows)
         self.validated = {row["step"] for row in rows if "validation_loss" in row}
-        self._last = (trainer.global_step, time.perf_counter())
+        self._note(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if not trainer.is_global_zero or (step % self.every and step != self.curriculum.total_steps):
             return
-        before, began = self._last or (step - 1, time.perf_counter())
-        now = time.perf_counter()
+        now, used = time.perf_counter(), time.process_time()
+        before, began, spent = self._last or (step - 1, now, used)
         tokens, seq_length = self.curriculum.tokens_per_step, self.curriculum.stage_at_step(step - 1).seq_length
         for each in trainer.loggers:
             each.log_metrics({"consumed_tokens": step * tokens, "seq_length": seq_length}, step=step)
@@ -192,8 +194,9 @@ class TrainingLogCallback(Callback):
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             grad_norm=_number(trainer.callback_metrics.get("grad_norm")),
             tokens_per_second=round((step - before) * tokens / max(now - began, 1e-9), 1),
+            processor_seconds=round(used - spent, 4),
         )
-        self._last = (step, now)
+        self._last = (step, now, used)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or "val_loss" not in trainer.callback_metrics:
@@ -211,7 +214,7 @@ class TrainingLogCallback(Callback):
             self._rewrite([row for row in read_training_log(self.path) if row["step"] != step or "loss" in row])
         self.validated.add(step)
         self._append(step=step, tokens=tokens, seq_length=seq_length, **losses)
-        self._last = (step, time.perf_counter())  # validation is no training time
+        self._note(step)  # validation is no training time
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -226,6 +229,9 @@ class TrainingLogCallback(Callback):
         picture = self.path.with_suffix(".png")
         plot_training_curve(read_training_log(self.path), picture, switches=switches)
         log_pictures(trainer, {"figures/training": picture})
+
+    def _note(self, step: int) -> None:
+        self._last = (step, time.perf_counter(), time.process_time())
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
