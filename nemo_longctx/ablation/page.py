@@ -151,6 +151,7 @@ def _markdown(study: Study, sections: Sequence[Section]) -> str:
 
 
 def write_table(path: Path, table: Sequence[Sequence[object]]) -> None:
-    """The CSV of a table, the header first."""
+    """The CSV of a table, the header first, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)

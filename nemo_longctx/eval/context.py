@@ -310,7 +310,8 @@ def _taken_off(c: Array, curves_RC: Array) -> Array:
     """Share of the squared error about a constant that the best law takes off, for each curve."""
     around = np.square(curves_RC - curves_RC.mean(axis=1, keepdims=True)).sum(axis=1)
     alpha, beta, gamma = fit_many(c, curves_RC).T[..., None]
-    fitted = np.exp(beta * (np.log(alpha) - np.log(c))) + gamma
+    with np.errstate(divide="ignore"):  # alpha 0: a constant
+        fitted = np.exp(beta * (np.log(alpha) - np.log(c))) + gamma
     left = np.square(curves_RC - fitted).sum(axis=1)
     left = np.where(np.isfinite(left), left, around)  # no law falls with this curve
     return (around - left) / np.maximum(around, 1e-300)
