@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from nemo_longctx.ablation.study import BASE
 from nemo_longctx.planning.recipe import plan_of
 from nemo_longctx.planning.report import PlanSettings, make_plan
-from nemo_longctx.recipe import RecipeConfig
+from nemo_longctx.recipe import RunConfig
 
 
-def planned_hours(recipes: Mapping[str, RecipeConfig], gpu: str = "h100") -> dict[str, float]:
+def planned_hours(recipes: Mapping[str, RunConfig], gpu: str = "h100") -> dict[str, float]:
     """Arm -> hours of training one seed of it on one GPU.
 
     Args:

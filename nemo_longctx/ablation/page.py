@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_longctx.ablation.study import Measure, Study
-from nemo_longctx.ablation.verdict import Effect, effect, verdict
+from nemo_longctx.ablation.verdict import UNKNOWN, Effect, effect, verdict
 from nemo_longctx.files import write_text
 from nemo_longctx.report.html import Section, write_page
 from nemo_longctx.report.plots import COLOURS, INK, new_figure, save
@@ -26,26 +26,29 @@ Table = list[list[str]]
 
 def claim_table(study: Study, found: Found) -> Table:
     """One line a claim: the sentence, the arms, the effect with its interval, the verdict."""
-    table: Table = [["claim", "where", "compared", "difference (95 % interval)", "seeds", "documents", "verdict"]]
+    table: Table = [["claim", "verdict", "difference (95 % interval)", "of", "where", "seeds", "documents"]]
     for claim in study.claims:
         arms = found.get(claim.measure, {})
         compared = f"{claim.first} − {claim.second}: {study.measures[claim.measure].text}"
         if claim.first not in arms or claim.second not in arms:
-            table.append([claim.text, claim.where, compared, "not run at this scale", "–", "–", "cannot be told here"])
+            table.append([claim.text, UNKNOWN, "not measured at this scale", compared, claim.where, "–", "–"])
             continue
         seen = effect(arms[claim.first], arms[claim.second])
-        row = [claim.text, claim.where, compared, str(seen), str(seen.seeds), str(seen.documents), verdict(claim, seen)]
+        row = [claim.text, verdict(claim, seen), str(seen), compared, claim.where, str(seen.seeds), str(seen.documents)]
         table.append(row)
     return table
 
 
 def measure_table(measure: Measure, arms: Mapping[str, NDArray[np.float64]], reference: str) -> Table:
     """One line an arm: the mean, its difference from the reference arm with the interval, and the paper's number."""
-    table: Table = [["arm", "mean", f"difference from {reference} (95 % interval)", f"paper: {measure.paper_text or '–'}"]]
+    table: Table = [["arm", "mean", f"difference from {reference} (95 % interval)"]]
     for arm, values in arms.items():
         against = "–" if arm == reference else str(effect(values, arms[reference]))
-        paper = f"{measure.paper[arm]:g}" if arm in measure.paper else "–"
-        table.append([arm, number(float(values.mean())), against, paper])
+        table.append([arm, number(float(values.mean())), against])
+    if measure.paper:
+        table[0].append(f"paper: {measure.paper_text}")
+        for row in table[1:]:
+            row.append(f"{measure.paper[row[0]]:g}" if row[0] in measure.paper else "–")
     return table
 
 
@@ -83,7 +86,7 @@ def write_study(
     )
     if ended:
         note = f"{ended} {note}"
-    sections = [Section(heading="What can be said", note=note, table=claims)]
+    sections = [Section(heading="What can be said", note=note, table=claims, said=True)]
     for name, measure in study.measures.items():
         arms = found.get(name, {})
         if not arms:

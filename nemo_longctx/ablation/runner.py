@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_longctx.ablation.drawn import decay_section, law_section
+from nemo_longctx.ablation.drawn import context_section, decay_section, law_section, retrieval_section, training_section
 from nemo_longctx.ablation.measured import last_result, of_result, table
 from nemo_longctx.ablation.page import write_study
 from nemo_longctx.ablation.study import BASE, Measure, Run, Scale, Study, filled
 from nemo_longctx.files import write_text
 from nemo_longctx.report.html import Section
 
+PROBES = ("passkey", "first_sentence")  # drawn by length
 Execute = Callable[[list[str], Path], int]
 Say = Callable[[str], None]
 
@@ -49,7 +50,7 @@ class Runner:
     ):
         self.study, self.name, self.out, self.text, self.say, self.execute = study, scale, out, text, say, run
         self.scale: Scale = study.scale(scale)
-        self.executor = executor or self.scale.executor
+        self.executor = "" if study.tuned else executor or self.scale.executor
         self.runs: list[Run] = study.runs(scale, out)
         self.record = out / f"{study.name}.done.json"
         self.done: dict[str, dict[str, Any]] = json.loads(self.record.read_text()) if self.record.exists() else {}
@@ -121,7 +122,10 @@ class Runner:
         for name, measure in self._measures().items():
             have = [r for r in self.runs if self._is_done(r.name, r.command(self.executor))]
             whole = [arm for arm in arms if sum(r.arm == arm for r in have) == len(self.scale.seeds)]
-            values[name] = table(measure, have, whole, self.scale.seeds)
+            try:
+                values[name] = table(measure, have, whole, self.scale.seeds)
+            except ValueError as error:  # an evaluation that failed costs its measure, not the page
+                self.say(f"{self.study.name}: {measure.text}: left out, {error}")
         return values
 
     def _measures(self) -> Mapping[str, Measure]:
@@ -152,21 +156,26 @@ class Runner:
         )
 
     def _drawn(self, directory: Path) -> list[Section]:
-        """Figures beside the measures, of the arms of this scale."""
-        values, sections = self.scale.values, []
+        """Figures beside the measures, of the arms that every seed has."""
+        values, asked = self.scale.values, self.study.figures
         arms: dict[str, list[Run]] = {}
         for run in self.runs:
             if run.arm != BASE:
                 arms.setdefault(run.arm, []).append(run)
-        if "score_decay" in self.study.figures:
+        whole = {arm: runs for arm, runs in arms.items() if all(self._is_done(r.name, r.command(self.executor)) for r in runs)}
+        sections: list[Section | None] = []
+        if "training_curve" in asked:
+            sections.append(training_section(whole, directory))
+        if "context_curve" in asked:
+            sections.append(context_section(whole, values["task"], directory))
+        if "retrieval" in asked:
+            sections += [retrieval_section(whole, kind, directory) for kind in PROBES]
+        if "score_decay" in asked:
             first = [runs[0] for runs in arms.values()]
             sections.append(decay_section(first, directory, short=values["short"], distances=values["twice"]))
-        if "context_law" in self.study.figures:
-            done = {arm: [r for r in runs if self._is_done(r.name, r.command(self.executor))] for arm, runs in arms.items()}
-            whole = {arm: runs for arm, runs in done.items() if len(runs) == len(self.scale.seeds)}
-            law = law_section(whole, values["task"], directory)
-            sections += [law] if law else []
-        return sections
+        if "context_law" in asked:
+            sections.append(law_section(whole, values["task"], directory))
+        return [section for section in sections if section is not None]
 
 
 def versions() -> dict[str, str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.ablation.verdict import Claim
-from nemo_longctx.compose import CONF_DIR
+from nemo_longctx.compose import CONF_DIR, compose
 from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.recipe import RunConfig, load_instruct_recipe, load_recipe
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 FOLDER = CONF_DIR / "ablation"
@@ -30,8 +31,8 @@ class Measure:
         path: where it lies in the last evaluation of a run: `context/TASK/READ`, each document's loss after a read of so many
             tokens; `gain/TASK`, what the longest context takes off it; `watched/NAME`, each document's loss;
             `probes/KIND/LENGTH`, the score, depths averaged; `training/loss`, the mean of the last tenth of the run;
-            `training/hours` and `training/processor_hours`, its time on the clock and on the processor, which are never twice the
-            same; `training/flops`, its operations as the plan counts them.
+            `training/hours` and `training/processor_hours`, its time on the clock and on the processor, which are never
+            twice the same; `training/flops`, its operations as the plan counts them.
         paper: arm -> the paper's number, printed beside ours. paper_text: what that number is.
     """
 
@@ -52,7 +53,7 @@ class Measure:
 
 
 TIMES = ("training/hours", "training/processor_hours")
-FIGURES = ("score_decay", "context_law")
+FIGURES = ("training_curve", "context_curve", "retrieval", "score_decay", "context_law")
 ROOTS = ("context", "gain", "watched", "probes", "training")
 
 
@@ -93,8 +94,10 @@ class Study:
     Args:
         name, title, paper: what it is and where in the paper. arms: name -> overrides. measures: by name. claims: in order.
         gate: probe kind -> score that the base must reach at its own length, or the study ends there.
-        figures: what is drawn beside the measures: `score_decay` of the arms' position encodings (Figure 4), `context_law` of
-            each arm (Figure 1).
+        tuned: whether arms are runs of instruction tuning (`nemo-longctx sft`, conf/sft.yaml) from the base; they are started
+            here, since nemo_run has no entry point for them.
+        figures: what is drawn beside the measures: `training_curve`, `context_curve`, `retrieval` (passkeys and first
+            sentences by length), `score_decay` of the arms' position encodings (Figure 4), `context_law` of each (Figure 1).
     """
 
     name: str
@@ -105,6 +108,7 @@ class Study:
     claims: tuple[Any, ...]
     scales: Mapping[str, Any]
     gate: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tuned: bool = False
     figures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -154,13 +158,14 @@ class Study:
             common = (f"output_dir={out}", f"seed={seed}")
             after: tuple[str, ...] = ()
             if size.base is not None:
-                name = f"{BASE}-{seed}"
+                # Studies of one scale that begin from the same base share it: position and mix do, instruct has its own.
+                name = f"{self.name}_{BASE}-{seed}" if self.tuned else f"{BASE}-{seed}"
                 made.append(Run(arm=BASE, seed=seed, folder=out / name, overrides=(*size.base, *common, f"name={name}")))
                 after = (f"restore_from={out / name}",)
             for arm in arms:
                 name = f"{arm}-{seed}"
                 overrides = (*size.arm, *self.arms[arm], *common, *after, f"name={name}")
-                made.append(Run(arm=arm, seed=seed, folder=out / name, overrides=overrides))
+                made.append(Run(arm=arm, seed=seed, folder=out / name, overrides=overrides, tuned=self.tuned))
         return [dataclasses.replace(run, overrides=tuple(filled(o, size, out=out) for o in run.overrides)) for run in made]
 
 
@@ -179,6 +184,7 @@ class Run:
     seed: int
     folder: Path
     overrides: tuple[str, ...]
+    tuned: bool = False  # instruction tuning, of conf/sft.yaml
 
     @property
     def name(self) -> str:
@@ -188,7 +194,17 @@ class Run:
         """What a user would type: the example script here, or nemo_run's executor on a cluster."""
         if executor:
             return ["nemo", "longctx", "train", *self.overrides, f"run.executor={executor}"]
-        return ["nemo-longctx", "train", *self.overrides]
+        return ["nemo-longctx", "sft" if self.tuned else "train", *self.overrides]
+
+    def recipe(self) -> RunConfig:
+        """What it runs, composed and checked.
+
+        Raises:
+            ConfigError: a key or value that no recipe takes.
+        """
+        if self.tuned:
+            return load_instruct_recipe(compose(self.overrides, config_name="sft"))
+        return load_recipe(compose(self.overrides))
 
     def told(self, executor: str = "") -> str:
         return shlex.join(self.command(executor))

@@ -34,12 +34,16 @@ class Effect:
 
     def __str__(self) -> str:
         if not math.isfinite(self.low):
-            return f"{self._told(self.mean)} (no interval: {self.seeds} seed, {self.documents} documents)"
+            return f"{self._told(self.mean)} (no interval: {_many(self.seeds, 'seed')}, {_many(self.documents, 'document')})"
         return f"{self._told(self.mean)} ({self._told(self.low)} to {self._told(self.high)})"
 
     @staticmethod
     def _told(value: float) -> str:
         return f"{value:+.4f}" if abs(value) < 1e5 else f"{value:+.4g}"
+
+
+def _many(number: int, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def effect(first_SD: ArrayLike, second_SD: ArrayLike) -> Effect:

@@ -118,13 +118,10 @@ def check(runner) -> dict[str, Any]:
     Raises:
         ConfigError: a recipe that does not compose, by its run.
     """
-    from nemo_longctx.compose import compose
-    from nemo_longctx.recipe import load_recipe
-
     recipes = {}
     for each in (run for run in runner.runs if run.seed == runner.scale.seeds[0]):
         try:
-            recipes[each.arm] = load_recipe(compose(each.overrides))
+            recipes[each.arm] = each.recipe()
         except ConfigError as error:
             raise ConfigError(error.key, error.value, f"{error.mend} (in {runner.study.name}: {each.name})") from error
     return recipes

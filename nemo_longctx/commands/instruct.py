@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_longctx.config import build
+from nemo_longctx.config import ConfigError, build
 
 if TYPE_CHECKING:
     from nemo_longctx.instruct.client import Completer
@@ -41,6 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     who = generate.add_mutually_exclusive_group(required=True)
     who.add_argument("--endpoint", metavar="URL", help="base URL of an OpenAI-compatible server (http://localhost:8000/v1)")
     who.add_argument("--checkpoint", type=Path, help="or a model in Hugging Face form, run in this process")
+    who.add_argument(
+        "--rules", action="store_true", help="or rules: questions whose answers stand in the text, without a model"
+    )
     generate.add_argument("--model", help="the model's name, as the server knows it (with --checkpoint: the folder's)")
     generate.add_argument(
         "--template", default="tokenizer", help="with --checkpoint: tokenizer, llama2, or a Jinja file (tokenizer)"
@@ -62,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         from nemo_longctx.instruct.local import fingerprint
 
         settings["model"] = fingerprint(args.checkpoint)
+    if args.rules:
+        if args.prompts is not None:
+            raise ConfigError("prompts", str(args.prompts), "rules read the shipped prompts alone; leave it out")
+        settings["model"] = "rules"
     config = build(GenerateConfig, settings)
     prices = Prices(input=args.price_input, output=args.price_output)
     report = asyncio.run(_generate(args, config, PromptSet.load(args.prompts), prices))
@@ -99,6 +106,10 @@ async def _generate(args: argparse.Namespace, config: GenerateConfig, prompts: P
 def _completer(args: argparse.Namespace) -> Completer:
     from nemo_longctx.instruct.client import ChatClient, ClientConfig, read_key
 
+    if args.rules:
+        from nemo_longctx.instruct.rules import Rules
+
+        return Rules()
     if args.checkpoint is not None:
         from nemo_longctx.instruct.local import LocalCheckpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import is_corpus
 from nemo_longctx.data.tokenization import check_hub_name
-from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask, ProbeTask
+from nemo_longctx.eval.config import AnswersTask, ContextTask, EvalConfig, HarnessTask, PositionTask, ProbeTask
 from nemo_longctx.eval.question_data import FILES, read_labelled
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -40,6 +40,8 @@ def check_eval(config: EvalConfig | None, *, check_names: Callable[[HarnessTask]
                 check_there(f"{key}.probes.data", task.probes.data)
                 read_labelled(task.probes.data)
                 _check_questions(f"{key}.probes.data", task.probes.data, task.probes.kinds)
+        elif isinstance(task, AnswersTask):
+            check_there(f"{key}.conversations", task.conversations)
         elif isinstance(task, HarnessTask):
             if task.include_path is not None:
                 check_there(f"{key}.include_path", task.include_path)

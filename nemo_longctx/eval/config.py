@@ -116,6 +116,35 @@ class ProbeTask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswersTask:
+    """Loss on the answers of held-out conversations, read with all that stands before them.
+
+    Args:
+        conversations: JSONL file, {"messages": [...]} a line, as instruction tuning reads.
+        template: `tokenizer`, `llama2`, or the path of a Jinja file; what the model was or will be tuned with.
+        samples: how many, evenly spaced among those that the model can read; fewer where there are fewer.
+        guard: watch the mean loss of these answers against the first evaluation.
+        label: tells tasks of several files apart.
+    """
+
+    kind: str = dataclasses.field(default="answers", init=False)
+
+    conversations: str
+    template: str = "tokenizer"
+    samples: int = 64
+    guard: bool = False
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ConfigError("eval.samples", self.samples, "give a positive number")
+
+    @property
+    def name(self) -> str:
+        return f"answers_{self.label}" if self.label else "answers"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HarnessTask:
     """lm-eval tasks: ours, its own (`include_defaults`, which takes it some seconds to index), or from `include_path`.
 
@@ -169,12 +198,12 @@ class HarnessTask:
         return f"{name}@{self.label}" if self.label else name
 
 
-Task = PositionTask | ContextTask | ProbeTask | HarnessTask
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (PositionTask, ContextTask, ProbeTask, HarnessTask)}
+Task = PositionTask | ContextTask | ProbeTask | AnswersTask | HarnessTask
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (PositionTask, ContextTask, ProbeTask, AnswersTask, HarnessTask)}
 
 
 def parse_tasks(blocks: Sequence[Mapping[str, Any] | Task]) -> list[Task]:
-    """Tasks from YAML blocks, each {kind: position | context | probes | lm_eval, ...}.
+    """Tasks from YAML blocks, each {kind: position | context | probes | answers | lm_eval, ...}.
 
     Raises:
         ConfigError: an unknown kind or key.
@@ -211,7 +240,7 @@ class EvalConfig:
     """What is measured while a model trains.
 
     Attributes:
-        tasks: blocks {kind: position | context | probes | lm_eval, ...}; none measures nothing.
+        tasks: blocks {kind: position | context | probes | answers | lm_eval, ...}; none measures nothing.
         every: optimizer steps between evaluations; 0 for none in the middle.
         at_start, at_end: before the first and after the last step.
         time_budget: seconds of one evaluation; tasks not expected to end within it are skipped and reported.

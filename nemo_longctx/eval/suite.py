@@ -18,8 +18,10 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import is_corpus, open_corpus
+from nemo_longctx.data.sft_instances import PROMPT, chat_template, encode_conversation, read_conversations
 from nemo_longctx.eval import context, position, probe_scores, probes
 from nemo_longctx.eval.config import (
+    AnswersTask,
     ContextTask,
     HarnessTask,
     PositionTask,
@@ -34,7 +36,17 @@ from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer, Speed
 from nemo_longctx.eval.sharing import PeerError, check_in, everywhere, new_tokens, run_shared
 from nemo_longctx.eval.truncation import TruncationRecord
 
-__all__ = ["ContextTask", "HarnessTask", "PositionTask", "ProbeTask", "Suite", "Task", "longest_input", "parse_tasks"]
+__all__ = [
+    "AnswersTask",
+    "ContextTask",
+    "HarnessTask",
+    "PositionTask",
+    "ProbeTask",
+    "Suite",
+    "Task",
+    "longest_input",
+    "parse_tasks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +87,9 @@ class Suite:
                 "eval.tasks", twice, "two tasks of this name; give each a `label` (probes: put them in one block)"
             )
         if tokenizer is None and any(not isinstance(task, PositionTask | ContextTask) for task in self.tasks):
-            raise ConfigError("eval.tokenizer", None, "probes and lm-eval tasks need the model's Hugging Face tokenizer")
+            raise ConfigError(
+                "eval.tokenizer", None, "probes, answers and lm-eval tasks need the model's Hugging Face tokenizer"
+            )
         self.rate = 0.0  # tokens a second, from what was run before
         self.speed: Speed | None = None  # of the model that was measured last
         self.took: dict[str, float] = {}  # seconds of each task, from the last time
@@ -152,6 +166,13 @@ class Suite:
             result.context[task.name] = self._context(task, model, group, quiet)
         elif isinstance(task, ProbeTask):
             result.probes.extend(self._probes(task, model, result.model, group, quiet))
+        elif isinstance(task, AnswersTask):
+            losses, right = self._answers(task, model, group, quiet)
+            spread = losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else np.nan
+            values = {"loss": float(losses.mean()), "loss_stderr": float(spread), "right": float(right.mean())}
+            result.tasks[task.name] = values | {"samples": len(losses)}
+            if task.guard:
+                result.watched.update({f"loss_{task.name}": losses.tolist(), f"{task.name}/right": right.tolist()})
         elif harness is None:
             raise ConfigError("eval.tasks", task.tasks, "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]")
         else:
@@ -213,6 +234,30 @@ class Suite:
         rows = probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
         return rows + probe_scores.empty_rows(task.probes, unmade, name=name)
 
+    def _answers(self, task: AnswersTask, model: CausalModel, group: Any, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of each conversation: mean loss of its answers' tokens, and whether greedy decoding would write each of them, [n]."""
+        template = chat_template(task.template, self.tokenizer)
+        encoded = [encode_conversation(self.tokenizer, template, m) for m in read_conversations(task.conversations)]
+        read = [one for one in encoded if len(one[0]) <= model.max_length]
+        if not read:
+            shortest = min((len(tokens) for tokens, _ in encoded), default=0)
+            raise ValueError(f"no conversation fits {model.max_length} tokens; the shortest has {shortest}")
+        chosen = np.unique(np.linspace(0, len(read) - 1, min(task.samples, len(read))).round().astype(int))
+        requests, of = [], []  # an answer of a conversation each
+        for number, place in enumerate(chosen):
+            tokens, roles = read[place]
+            edges = np.flatnonzero(np.diff(np.concatenate([[PROMPT], roles, [PROMPT]])))
+            for start, end in edges.reshape(-1, 2):
+                requests.append(Continuation(context=tokens[:start].tolist(), continuation=tokens[start:end].tolist()))
+                of.append(number)
+        scores = self._run(requests, model, group, "loss on answers", quiet)
+        sums, counts, right = np.zeros(len(chosen)), np.zeros(len(chosen)), np.ones(len(chosen))
+        for number, score in zip(of, scores, strict=True):
+            sums[number] -= score.log_likelihood
+            counts[number] += len(score.token_log_probs)
+            right[number] *= score.is_greedy
+        return sums / counts, right
+
     def _run(self, requests: Sequence[Any], model: CausalModel, group: Any, what: str, quiet: bool) -> list[Any]:
         scorer, began = Scorer(model, chunks=self.chunks), time.monotonic()
         scorer.speed = self.speed
@@ -227,12 +272,12 @@ def _apart(task: Task) -> list[Task]:
 
 
 def _tokens_of(task: Task) -> int:
-    """About how many tokens a task reads; 0 for lm-eval tasks, whose data is not loaded yet."""
+    """About how many tokens a task reads; 0 for those whose data is not loaded yet."""
     if isinstance(task, PositionTask):
         return task.documents * task.seq_length
     if isinstance(task, ContextTask):
         return task.documents * task.blocks * sum(c + task.targets for c in task.contexts)
-    if isinstance(task, HarnessTask):
+    if isinstance(task, HarnessTask | AnswersTask):
         return 0
     asked = task.probes
     cells = sum(1 if kind in probes.WITHOUT_DEPTH else len(asked.depths) for kind in asked.kinds)

@@ -72,7 +72,7 @@ def recipe_plan(name: str, overrides: Sequence[str] = (), *, model: str | None =
     return plan_of(recipe, gpu=gpu, named=parse_model(model) if model else None)
 
 
-def plan_of(recipe: RecipeConfig, *, gpu: str | None, named: tuple[str, ModelShape] | None = None) -> RecipePlan:
+def plan_of(recipe: RunConfig, *, gpu: str | None, named: tuple[str, ModelShape] | None = None) -> RecipePlan:
     """What the planner needs of a recipe that is at hand; `named` takes the place of its model.
 
     Raises:
@@ -89,7 +89,7 @@ def plan_of(recipe: RecipeConfig, *, gpu: str | None, named: tuple[str, ModelSha
     )
 
 
-def _eval_length(recipe: RecipeConfig) -> int:
+def _eval_length(recipe: RunConfig) -> int:
     """The longest context that the recipe's evaluations name, tokens; 0 without any."""
     if recipe.eval is None or not recipe.eval.tasks or recipe.eval.max_length:
         return (recipe.eval and recipe.eval.max_length) or 0

@@ -17,7 +17,9 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0;d
 th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
 th{font-weight:600;white-space:normal;vertical-align:bottom;background:#f6f6f4}
 tr:hover td{background:#fafaf7}
-th:first-child,td:first-child{text-align:left}p.note{color:#555;max-width:46rem}
+th:first-child,td:first-child{text-align:left}
+table.said td{white-space:normal;vertical-align:top}table.said td:first-child{min-width:11rem}
+table.said td:nth-child(2){font-weight:600;text-align:left}p.note{color:#555;max-width:46rem}
 nav{columns:2;margin:1rem 0 0;padding:0}nav a{display:block;color:#0072B2;text-decoration:none}
 nav a:hover{text-decoration:underline}
 @media(max-width:40rem){body{padding:0 .75rem}img{max-width:none;width:46rem}nav{columns:1}nav a{padding:.3rem 0}}
@@ -32,6 +34,7 @@ class Section:
     Args:
         heading: its title. note: a paragraph under it.
         figures: PNG files to embed. table: rows, the first of them the header.
+        said: the table's cells are sentences, which wrap, and the second column says what came out.
         code: text in a fixed pitch, folded until it is asked for.
     """
 
@@ -39,6 +42,7 @@ class Section:
     note: str = ""
     figures: Sequence[str | Path] = ()
     table: Sequence[Sequence[object]] = field(default_factory=tuple)
+    said: bool = False
     code: str = ""
 
 
@@ -57,7 +61,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
             name = html.escape(Path(figure).stem)
             parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>')
         if section.table:
-            parts.append(_table(section.table))
+            parts.append(_table(section.table, said=section.said))
         if section.code:
             parts.append(f"<details><summary>show</summary><pre>{html.escape(section.code)}</pre></details>")
     path = Path(path)
@@ -69,11 +73,12 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     return path
 
 
-def _table(rows: Sequence[Sequence[object]]) -> str:
+def _table(rows: Sequence[Sequence[object]], *, said: bool) -> str:
     head, *body = ([_cell(value) for value in row] for row in rows)
     lines = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body]
-    return f"<table>{''.join(lines)}</table>"
+    kind = ' class="said"' if said else ""
+    return f"<table{kind}>{''.join(lines)}</table>"
 
 
 def _cell(value: object) -> str:

@@ -107,6 +107,6 @@ def test_what_a_scale_leaves_out_cannot_be_told(tmp_path):
     study = load_study("position")
     page = write_study(tmp_path, study, {}, scale="smoke", provenance={}, ended="The base cannot do it.")
     text = page.read_text(encoding="utf-8")
-    assert "not run at this scale" in text
+    assert "not measured at this scale" in text
     assert "The base cannot do it." in text
     assert str(Effect(mean=1, low=0.5, high=1.5, seeds=3, documents=2)) == "+1.0000 (+0.5000 to +1.5000)"
