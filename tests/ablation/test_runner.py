@@ -1,5 +1,6 @@
 """Studies as files and their runner: every run composes, a killed study goes on, a weak base ends it before its arms."""
 
+import json
 import re
 
 import numpy as np
@@ -51,8 +52,8 @@ class Machine:
         return 0
 
 
-def runner(tmp_path, scale="laptop"):
-    return Runner(load_study("position"), scale, tmp_path, text="here", say=lambda line: None)
+def runner(tmp_path, name="position"):
+    return Runner(load_study(name), "laptop", tmp_path, text="here", say=lambda line: None)
 
 
 def tables(folder):
@@ -61,23 +62,23 @@ def tables(folder):
 
 @pytest.mark.slow
 def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
-    whole = runner(tmp_path / "whole")
+    whole = runner(tmp_path / "whole", "scaling")
     Machine(whole)
     assert whole() is not None
-    for dies in (2, 3, 5, 9, 11):  # the runs done before are not run again, so each dies later in the study
-        broken = runner(tmp_path / "killed")
+    for dies in (2, 3, 5, 8, 9):  # the runs done before are not run again, so each dies later in the study
+        broken = runner(tmp_path / "killed", "scaling")
         machine = Machine(broken, dies=[max(1, dies - len(broken.done))])
         assert broken() is None
-    last = runner(tmp_path / "killed")
+    last = runner(tmp_path / "killed", "scaling")
     machine = Machine(last)
     before = len(last.done)
     assert last() is not None
     assert len(machine.ran) == len(last.commands()) - before
-    assert "Measured as context/context_4032/2048." in (tmp_path / "whole/page/position/README.md").read_text()
+    assert "Measured as context/context_4032/2048." in (tmp_path / "whole/page/scaling/README.md").read_text()
     made = tables(tmp_path / "whole")
     assert made == tables(tmp_path / "killed")
-    assert len(made) == 8  # a table a measure, the claims, and the decay of scores
-    again = runner(tmp_path / "killed")
+    assert set(made) == {"loss_long.csv", "gain.csv", "claims.csv", "context_curve.csv", "law.csv"}
+    again = runner(tmp_path / "killed", "scaling")
     machine = Machine(again)
     again()
     assert machine.ran == []
@@ -92,6 +93,22 @@ def test_a_base_that_cannot_do_it_ends_the_study_before_its_arms(tmp_path):
     assert "cannot be told here" in page
 
 
+def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
+    broken, said = runner(tmp_path), []
+    broken.say = said.append
+    for run in broken.runs:
+        measured(run.folder, run.seed, run.arm, scale=broken.scale)
+        broken.done[run.name] = {"command": run.told(), "seconds": 1.0}
+    record = broken.runs[-1].folder / "results" / "eval" / RECORD
+    values = json.loads(record.read_text())
+    values["results"][0]["probes"] = []
+    write_json(record, values)
+    found = broken.found()
+    assert [line for line in said if "left out, yarn, seed 3 did not measure probes/passkey/2048" in line]
+    assert set(found) == {"loss_long", "loss_twice", "loss_short", "loss_training"}
+    assert set(found["loss_long"]) == set(broken.study.arms)
+
+
 def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
     for study in map(load_study, studies()):
         for name in study.scales:
@@ -104,12 +121,23 @@ def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", studies())
-def test_every_run_of_every_scale_composes(name, tmp_path, capsys):
+def test_every_scale_composes(name, tmp_path):
     study = load_study(name)
     for scale in set(study.scales) - {"smoke"}:  # which a slow test runs
+        runs = study.runs(scale, tmp_path)
+        for run in (runs[0], runs[-1]):  # the base, where there is one, and an arm
+            assert run.recipe().seed == run.seed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", studies())
+def test_a_dry_run_checks_and_prints_every_command(name, tmp_path, capsys):
+    study = load_study(name)
+    for scale in set(study.scales) - {"smoke"}:
         assert main(["ablate", name, "--scale", scale, "--out", str(tmp_path), "--dry-run"]) == 0
         said = capsys.readouterr().out
-        assert all(run.told(study.scales[scale].executor) in said for run in study.runs(scale, tmp_path))
+        executor = "" if study.tuned else study.scales[scale].executor
+        assert all(run.told(executor) in said for run in study.runs(scale, tmp_path))
         if scale == "gpu":  # what issue and page promise: half an hour on one H100, by the plan
             assert int(re.search(r"training takes (\d+) min on one H100", said).group(1)) <= 25
 
@@ -119,6 +147,9 @@ def test_mistakes_in_a_study_are_named(capsys):
     claim = {"text": "c", "measure": "m", "first": "c", "second": "a"}
     with pytest.raises(ConfigError, match=r"claims\[0\]\.first"):
         Study(**values | {"measures": {"m": {"text": "m", "path": "training/loss"}}, "claims": (claim,)})
+    timed = {"measures": {"m": {"text": "m", "path": "training/processor_hours"}}, "claims": (claim | {"first": "b"},)}
+    with pytest.raises(ConfigError, match="no claim rests on a time"):
+        Study(**values | timed)
     with pytest.raises(ConfigError, match="begins with one of its roots"):
         Study(**values | {"measures": {"m": {"text": "m", "path": "trainin/loss"}}, "claims": ()})
     with pytest.raises(ConfigError, match="did you mean 'laptop'"):

@@ -39,6 +39,39 @@ def test_loss_by_position_is_that_of_each_document(corpus, llama):
     assert result.scalars()["position_40/loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
+def test_loss_on_answers_is_that_of_each_answer_behind_its_prompt(tmp_path):
+    words = ["the ship sailed north", "letters and ice", "whales"]
+    tokenizer = byte_tokenizer(words)
+    llama = tiny_llama(vocab=len(tokenizer))
+    written = "{{ ('Q' if m.role == 'user' else '') + m.content + ('</s>' if m.role == 'assistant' else '') }}"
+    template = "{% for m in messages %}" + written + "{% endfor %}"
+    (tmp_path / "template.jinja").write_text(template)
+    file = tmp_path / "held_out.jsonl"
+    talks = [[("the ship", "ice")], [("whales", "north"), ("and", "letters")], [("ice " * 200, "ice")]]
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": r, "content": c} for turn in talk for r, c in zip(roles, turn, strict=True)]} for talk in talks
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    block = {"kind": "answers", "conversations": str(file), "template": str(tmp_path / "template.jinja"), "guard": True}
+    model = HFCausalModel(llama, max_length=100)
+    result = Suite(parse_tasks([block]), tokenizer=tokenizer).run(model, name="tiny", quiet=True)
+    expected = []
+    for talk in talks[:2]:  # the third is longer than the model reads
+        text, losses = "", []
+        for question, answer in talk:
+            before = len(tokenizer(text + "Q" + question)["input_ids"])
+            text += "Q" + question + answer + "</s>"
+            losses.extend(token_losses(model, tokenizer(text)["input_ids"])[before - 1 :])
+        expected.append(np.mean(losses))
+    assert result.errors == {}
+    np.testing.assert_allclose(result.watched["loss_answers"], expected, rtol=1e-4)
+    assert result.tasks["answers"]["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert result.tasks["answers"]["samples"] == 2
+    assert from_record(as_record(result)).watched == result.watched
+    assert write_results(tmp_path / "out", [result], provenance={}).exists()
+
+
 def test_documents_are_chosen_long_enough_first():
     lengths = np.array([5, 100, 1, 50, 80, 90])
     assert choose_documents(lengths, 50, 2).tolist() == [1, 5]

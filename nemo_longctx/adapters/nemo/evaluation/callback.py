@@ -36,7 +36,7 @@ class LongContextEvalCallback(Callback):
     JSON, CSV, figures and one page to `directory`, where a resumed run finds what was measured before.
 
     Args:
-        tasks: blocks {kind: position | probes | lm_eval, ...} (`nemo_longctx.eval.suite`).
+        tasks: blocks {kind: position | context | probes | answers | lm_eval, ...} (`nemo_longctx.eval.suite`).
         directory: where results go.
         every: optimizer steps between evaluations; 0 for none in the middle.
         at_start, at_end: before the first and after the last step.

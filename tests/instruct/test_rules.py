@@ -1,0 +1,60 @@
+"""Rules as the one who answers: what they ask has its answer in the text, and their verdict tells right pairs from wrong."""
+
+import asyncio
+import json
+
+import pytest
+from stories import jsonl, story
+
+from nemo_longctx.cli import main
+from nemo_longctx.instruct.client import Call
+from nemo_longctx.instruct.prompts import KINDS, FormError, PromptSet, parse_pair, parse_verdict
+from nemo_longctx.instruct.rules import Rules, records
+
+RECORDS = (
+    "Some text.\nThe number for bade is 12345.\nbade = 12345\nkufi: 54321;\n"
+    "more text\nThe code of lame is 11111.\nlame = 22222\n"
+)
+
+
+def ask(prompt, seed=1):
+    call = Call(model="rules", prompt=prompt, max_tokens=9, temperature=0, seed=seed, attempt=0)
+    return asyncio.run(Rules().complete(call)).text
+
+
+def test_a_record_told_twice_with_different_values_is_not_asked_for():
+    assert records(RECORDS) == {"bade": "12345", "kufi": "54321"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [RECORDS, story(1, 20)])
+def test_answers_stand_in_the_part_and_the_verdict_knows(kind, part):
+    prompts = PromptSet.load()
+    for seed in range(20):
+        reply = ask(prompts.fill(f"question_{kind}", chunk=part), seed)
+        assert reply == ask(prompts.fill(f"question_{kind}", chunk=part), seed)
+        question, answer = parse_pair(reply)
+        said = answer.removesuffix(".").split()[-1] if answer.startswith("The number for") else answer
+        assert said in " ".join(part.split())
+        assert parse_verdict(ask(prompts.fill("critique", chunk=part, question=question, answer=answer)))[0]
+        assert not parse_verdict(ask(prompts.fill("critique", chunk=part, question=question, answer="never told")))[0]
+
+
+def test_too_short_a_part_is_out_of_form():
+    with pytest.raises(FormError):
+        parse_pair(ask(PromptSet.load().fill("question_short", chunk="four words are few")))
+
+
+def test_the_generator_takes_rules_and_no_words_that_they_cannot_read(tmp_path, tokenizer_folder, capsys):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(seed, 40) + RECORDS for seed in range(3)])
+    command = ["instruct", "generate", str(documents), "--rules", "--output", str(tmp_path / "out"), "--target-length", "4096"]
+    command += ["--tokenizer", str(tokenizer_folder), "--chunk-tokens", "128"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/instances.jsonl").read_text().splitlines()]
+    assert len(rows) >= 5
+    for row in rows:
+        assert row["provenance"]["model"] == "rules"
+        prompt, answer = (message["content"] for message in row["messages"])
+        assert answer.startswith("The number for") or answer in " ".join(prompt.split())
+    assert main([*command, "--prompts", str(tmp_path)]) == 2
+    assert "rules read the shipped prompts alone" in capsys.readouterr().err
