@@ -21,8 +21,8 @@ ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it i
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "A suite file holds a list `tasks` of blocks {kind: position | context | probes | answers | lm_eval, ...}; the options "
-        "to it. Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, whatever it "
-        "was trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
+        "below add to it. Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, "
+        "whatever it was trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
     )
     parser.add_argument("checkpoints", nargs="+", help="NeMo 2 checkpoints or runs, or Hugging Face models (folder or name)")
     parser.add_argument(
