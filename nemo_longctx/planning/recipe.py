@@ -26,7 +26,7 @@ from nemo_longctx.planning.models import (
     sizes_of,
 )
 from nemo_longctx.precision import PRECISIONS
-from nemo_longctx.recipe import RecipeConfig, RunConfig, load_recipe
+from nemo_longctx.recipe import RunConfig, load_recipe
 
 CPU = "cpu"
 
@@ -161,7 +161,7 @@ def _checkpoint_model(restore_from: str) -> tuple[str, ModelShape]:
     return path.name, model_by_name(path.name)
 
 
-def _layout(recipe: RecipeConfig) -> Layout:
+def _layout(recipe: RunConfig) -> Layout:
     """On GPUs with Transformer Engine, on a CPU without; the loss is always ours, in chunks."""
     trainer = recipe.trainer
     return Layout(
