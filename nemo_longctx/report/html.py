@@ -20,7 +20,8 @@ tr:hover td{background:#fafaf7}
 th:first-child,td:first-child{text-align:left}
 table.said td,table.said th{white-space:normal;vertical-align:top;text-align:left}
 table.said td:first-child{min-width:11rem}
-table.said td:nth-child(2){font-weight:600;min-width:4rem}table.said td:nth-child(4){min-width:13rem}p.note{color:#555;max-width:46rem}
+table.said td:nth-child(2){font-weight:600;min-width:4rem}table.said td:nth-child(4){min-width:13rem}
+p.note{color:#555;max-width:46rem}
 nav{columns:2;margin:1rem 0 0;padding:0}nav a{display:block;color:#0072B2;text-decoration:none}
 nav a:hover{text-decoration:underline}
 @media(max-width:40rem){body{padding:0 .75rem}img{max-width:none;width:46rem}nav{columns:1}nav a{padding:.3rem 0}}
