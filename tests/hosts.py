@@ -50,6 +50,7 @@ TESTS = {
     "models, RoPE and guard": ["tests/integration/test_rope_host.py"],
     "attention, loss, recompute": [f"tests/parity/test_{name}_megatron.py" for name in ("attention", "loss", "activations")],
     "kill, resume, evaluation, export": [RUN],
+    "import and export": ["tests/integration/test_rope_hf.py"],
     "NeMo's recipes made long": ["tests/integration/test_stock_recipes.py"],
 }
 PART = "--part"

@@ -316,9 +316,12 @@ def _save_nemo(model: llm.GPTModel, weights: Weights, target: Path) -> None:
     strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)
     # The transform itself changes no weight; NeMo only asks that its callback be there.
     callbacks = [ModelTransform()] if model.model_transform is not None else []
+    # Attention has no weights, and the stock one of older Megatron-Core takes windows from Transformer Engine alone.
+    window, model.config.window_size = model.config.window_size, None
     trainer = connector.nemo_setup(
         model, nl.Trainer(devices=1, accelerator="cpu", strategy=strategy, callbacks=callbacks, logger=False)
     )
+    model.config.window_size = window
     module = model.module
     converted = to_megatron(weights, set(module.state_dict()), model.config)
     missing, unexpected = module.load_state_dict(converted, strict=False)
