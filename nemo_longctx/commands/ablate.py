@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         for runner in runners:
             print(f"# {runner.study.title}")
+            if runner.scale.hours:
+                print(f"# takes about {runner.scale.hours}")
             if args.scale == "gpu":
                 from nemo_longctx.ablation.estimate import planned_hours
 
