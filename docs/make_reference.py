@@ -14,7 +14,7 @@ from nemo_longctx.cli import COMMANDS
 from nemo_longctx.compose import groups
 from nemo_longctx.recipe import RecipeConfig
 from nemo_longctx.reference import Setting, meanings, settings
-from nemo_longctx.rope.variants import VARIANTS
+from nemo_longctx.rope.variants import VARIANTS, Rope
 
 HERE = Path(__file__).parent
 
@@ -39,11 +39,16 @@ def settings_page() -> str:
         lines += ["", f"## {group or 'The run'}", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [f"| `{row.key}` | {row.kind} | {_code(row.default)} | {_cell(row.meaning)} |" for row in rows]
     lines += ["", "## RoPE variants", "", "`rope.variant` and its fields; what is not set is the checkpoint's."]
+    lines += [
+        "",
+        f"Of every variant: `rope.layers`, `all` or `full_attention`; `rope.local_base`: {meanings(Rope)['local_base']}",
+    ]
     for name, cls in VARIANTS.items():
         texts = meanings(cls)
-        fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(cls))
+        own = [field for field in dataclasses.fields(cls) if field.name != "local_base"]
+        fields = ", ".join(f"`{field.name}`" for field in own)
         lines += ["", f"### {name}", "", f"{(cls.__doc__ or '').split(chr(10))[0]} Fields: {fields}.", ""]
-        lines += [f"- `{field.name}`: {_cell(texts[field.name])}" for field in dataclasses.fields(cls) if field.name in texts]
+        lines += [f"- `{field.name}`: {_cell(texts[field.name])}" for field in own if field.name in texts]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -29,6 +29,7 @@ from nemo_longctx.model_fields import check_layout
 from nemo_longctx.nemo_files import io_config
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RunConfig
+from nemo_longctx.rope.request import check_layers_differ
 from nemo_longctx.runs import REHEARSAL
 from nemo_longctx.start import check_start
 
@@ -107,12 +108,22 @@ def check_base(recipe: RunConfig) -> None:
     context = nemo_context(path)
     if context is not None:
         check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
+        _check_rope_layers(recipe)
         return
     if (path / "config.json").is_file():
         mend = f"is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import {shlex.quote(str(path))} CKPT"
         raise ConfigError("restore_from", recipe.restore_from, mend)
     mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
     raise ConfigError("restore_from", recipe.restore_from, mend)
+
+
+def _check_rope_layers(recipe: RunConfig) -> None:
+    from nemo_longctx.planning.recipe import model_of
+
+    if recipe.rope_variant is None or not recipe.rope_variant.by_layer or "config" in recipe.model:
+        return
+    shape = model_of(recipe)[1]
+    check_layers_differ([True] * shape.windowed_layers + [False] * (shape.num_layers - shape.windowed_layers))
 
 
 def _corpora(recipe: RunConfig) -> list[str | Sequence[str]]:
@@ -136,7 +147,10 @@ def _model(recipe: RunConfig) -> str:
 
     check_base(recipe)
     name, shape = model_of(recipe)
-    rope = "its own" if recipe.rope_variant is None else recipe.rope_variant.variant
+    asked = recipe.rope_variant
+    rope = "its own" if asked is None or asked.variant is None else asked.variant
+    if asked is not None and asked.by_layer:
+        rope += f", plain in the {shape.windowed_layers} layers with a window"
     trained = f", trained at {shape.seq_length:,} tokens" if recipe.restore_from else ", from random weights"
     return f"{name}: {shape.parameters / 1e6:,.1f} M parameters{trained}; RoPE: {rope}"
 

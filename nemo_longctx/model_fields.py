@@ -200,6 +200,21 @@ def no_rope_layers(said: Any, num_layers: int, key: str = "model.no_rope_freq") 
     return [int(each) for each in said]
 
 
+def check_layer_lists(model: Mapping[str, Any]) -> None:
+    """What is said layer by layer, against the number of layers, as soon as that is known.
+
+    Raises:
+        ConfigError: a list of another length, or a number that does not go into the layers.
+    """
+    layers, skip = model.get("num_layers"), model.get("window_attn_skip_freq")
+    if not isinstance(layers, int):
+        return
+    no_rope_layers(model.get("no_rope_freq"), layers)
+    if isinstance(skip, (list, tuple)) and len(skip) != layers:
+        mend = f"must be one number for each of the {layers} layers, 1 for those with the window"
+        raise ConfigError("model.window_attn_skip_freq", list(skip), mend)
+
+
 def _check_plain(value: Any, key: str) -> None:
     """Numbers that are finite, text, true or false, null, and lists and mappings of these."""
     if isinstance(value, Mapping):
@@ -232,8 +247,9 @@ def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> Non
         curriculum: `Curriculum`.
 
     Raises:
-        ConfigError: windows, layers or heads that the parallel sizes do not divide.
+        ConfigError: windows, layers or heads that the parallel sizes do not divide, or a list of other layers than it has.
     """
+    check_layer_lists(shape)
     virtual = trainer.virtual_pipeline_model_parallel_size
     for number, stage in enumerate(curriculum.stages):
         own = stage.parallel_sizes

@@ -18,9 +18,9 @@ from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import LARGEST_BASE, check_layout, check_model
-from nemo_longctx.planning.models import class_sizes
+from nemo_longctx.planning.models import class_sizes, sizes_of
 from nemo_longctx.precision import PRECISIONS, check_speed, check_trainer
-from nemo_longctx.rope.request import RopeRequest, parse_request
+from nemo_longctx.rope.request import RopeRequest, check_layers_differ, parse_request
 
 SCHEDULES = ("cosine", "constant")
 BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
@@ -274,6 +274,7 @@ class RunConfig:
             if isinstance(value, (int, float)) and value > LARGEST_BASE:
                 raise ConfigError(f"rope.{key}", value, f"must be at most {LARGEST_BASE:g}: nothing turns beyond it")
         check_model(self.model)
+        self._check_rope_layers()
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
         check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed)
@@ -289,6 +290,16 @@ class RunConfig:
         if warmup >= total:
             mend = f"the run has {total} tokens, so its learning rate would never reach optimizer.lr; set less than that, or 0"
             raise ConfigError("optimizer.warmup_tokens", warmup, mend)
+
+    def _check_rope_layers(self) -> None:
+        """RoPE by layer type needs layers of two types; what a checkpoint has is looked at where it is opened."""
+        asked = self.rope_variant
+        if asked is None or not asked.by_layer or self.restore_from:
+            return
+        sizes = sizes_of(class_sizes(self.model) | dict(self.model))
+        sliding = sizes.get("sliding_window") is not None
+        full = self.model.get("window_attn_skip_freq") is not None and sizes.get("full_layers") != 0
+        check_layers_differ([sliding, sliding and not full])
 
     def _check_activations(self) -> None:
         named: dict[str, str | None] = {"trainer.offload": self.trainer.offload}

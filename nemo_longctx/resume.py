@@ -216,6 +216,8 @@ NOT_COMPARED = ("seq_length", "max_position_embeddings", "recompute", "attention
 def live_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's record says that its model had."""
     settings = {key: value["run"] for key, value in record.get("settings", {}).items()} | record.get("model", {})
+    if "rope.variant" in settings:
+        settings.setdefault("rope.layers", "all")  # records of before it could be another
     return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
 
 

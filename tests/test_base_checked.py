@@ -50,6 +50,28 @@ def test_the_class_s_sizes_are_held_against_the_layout(model, layout, said):
         load_recipe(compose(asked))
 
 
+@pytest.mark.parametrize(
+    ("has", "asked", "said"),
+    [
+        ({}, [], "no layer of the model has a window"),
+        ({"window_size": [9, 0]}, [], "every layer of the model has the window"),
+        ({"window_size": [9, 0], "window_attn_skip_freq": [1, 0, 1]}, ["++model.window_size=null"], "no layer of the model"),
+        ({"window_size": [9, 0], "window_attn_skip_freq": [1, 0, 1]}, [], None),
+        ({}, ["++model.window_size=[9,0]", "++model.window_attn_skip_freq=3"], None),
+    ],
+)
+def test_rope_by_layer_type_is_held_against_the_checkpoint_s_windows(tmp_path, has, asked, said):
+    sizes = {"num_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "ffn_hidden_size": 96, "vocab_size": 512}
+    base = checkpoint(tmp_path / "base", **sizes)
+    (base / "context" / "model.yaml").write_text(json.dumps({"config": sizes | {"num_query_groups": 2} | has}))
+    recipe = load_recipe(compose([*TINY, f"restore_from={base}", "rope=yarn", "rope.layers=full_attention", *asked]))
+    if said is None:
+        check_base(recipe)
+        return
+    with pytest.raises(ConfigError, match=f"rope.layers='full_attention': {said}"):
+        check_base(recipe)
+
+
 def test_a_base_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no finished NeMo checkpoint is there; make one with `nemo-longctx import"):
         check_base(load_recipe(compose([*TINY, f"restore_from={tmp_path / 'none'}"])))

@@ -152,6 +152,23 @@ def test_what_nobody_foresaw_ends_in_one_sentence(monkeypatch, capsys, debug):
     assert "a b; NEMO_LONGCTX_DEBUG=1 shows the traceback" in said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.no_rope_freq=[0,1]"], "model.no_rope_freq=[0, 1]: must be one number for each of the 3 layers"),
+        (["model.no_rope_freq=2"], "model.no_rope_freq=2: must divide the 3 layers"),
+        (
+            ["model.window_size=[99,0]", "model.window_attn_skip_freq=[1,0]"],
+            "model.window_attn_skip_freq=[1, 0]: must be one number for each of the 3 layers",
+        ),
+    ],
+)
+def test_layer_lists_are_compared_with_the_layers_as_soon_as_these_are_known(overrides, message):
+    with pytest.raises(ConfigError) as raised:
+        load_recipe(compose(["recipe=tiny_cpu_base", *overrides]))
+    assert str(raised.value).startswith(message)
+
+
 def test_layers_without_rope_are_listed():
     assert no_rope_layers(2, 4) == [0, 1, 0, 1]
     assert no_rope_layers([0, 0, 0, 1], 4) == [0, 0, 0, 1]

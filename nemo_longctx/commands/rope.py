@@ -127,7 +127,11 @@ def _show(args: argparse.Namespace) -> None:
         spread=args.spread,
         seq_length=seq_length,
     )
+    local = variant.local
+    windowed = None if local is None else local.inv_freq(_rotary_dim(args))
     if args.json:
+        if windowed is not None:
+            facts["local_inv_freq"] = windowed.tolist()
         facts = {**to_dict(variant), "head_dim": args.head_dim, "seq_length": seq_length, **facts}
         print(json.dumps(facts, indent=1, allow_nan=False))
         return
@@ -138,16 +142,20 @@ def _show(args: argparse.Namespace) -> None:
         return f"   (Xiong et al. 2023: {paper[key]})" if key in paper else ""
 
     limit = "none" if facts["granularity_limit"] is None else f"{facts['granularity_limit']:.4f}{beside('granularity_limit')}"
+    if local is not None:
+        print(f"layers with a window: plain rope, base {local.base:g}, attention factor 1")
     print(f"attention factor   {facts['attention_factor']:.6g}")
     print(f"raw score at 0     {facts['raw_score_at_0']:.2f}{beside('raw_score_at_0')}")
     lower, upper = facts["granularity_bounds"]
     print(f"granularity C_d    {facts['granularity']:.4f}, for any x of spread {args.spread:g}: {lower:.4f} to {upper:.4f}")
     print(f"  as d grows       {limit}")
     print(f"{'pair':>5}{'inv_freq':>14}{'tokens a turn':>16}{'turns in ' + str(seq_length):>18}", end="")
-    print(f"{'xPos scale':>14}" if "xpos_scale" in facts else "")
+    print(f"{'xPos scale':>14}" if "xpos_scale" in facts else "", end="")
+    print("" if windowed is None else f"{'with a window':>16}")
     for j, (freq, wave, turns) in enumerate(zip(facts["inv_freq"], facts["wavelengths"], facts["turns"], strict=True)):
         print(f"{j:>5}{freq:>14.6g}{wave:>16.1f}{turns:>18.3f}", end="")
-        print(f"{facts['xpos_scale'][j]:>14.6f}" if "xpos_scale" in facts else "")
+        print(f"{facts['xpos_scale'][j]:>14.6f}" if "xpos_scale" in facts else "", end="")
+        print("" if windowed is None else f"{windowed[j]:>16.6g}")
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_longctx.config import ConfigError, is_finite
 from nemo_longctx.hf.families import ACTIVATIONS, DEFAULTS, FIXED, norm_epsilon, refusal
 from nemo_longctx.hf.files import KEY
-from nemo_longctx.hf.layers import attention_values, no_rope_of, windows_of
+from nemo_longctx.hf.layers import ALL_SLIDE, attention_values, no_rope_of, windows_of
 from nemo_longctx.rope.base import RopeVariant
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -263,8 +263,14 @@ def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> d
     """`RopeVariant.to_hf`'s keys as the family's config class in transformers takes them.
 
     Raises:
-        ConfigError: Phi-3 under another scaling than LongRoPE's.
+        ConfigError: Phi-3 under another scaling than LongRoPE's, or layers with a window that have a RoPE of their own.
     """
+    if variant.local_base is not None:
+        mend = (
+            f"transformers' {family} has one RoPE for all of its layers, and those that have two (OLMo 3, Gemma 3) norm "
+            "elsewhere; the model stays in NeMo, where generate and eval read it"
+        )
+        raise ConfigError("rope.layers", "full_attention", mend)
     if family != "phi3" or not keys.get("rope_scaling"):
         return dict(keys)
     if variant.variant != "longrope":
@@ -276,7 +282,15 @@ def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> d
 def _passed_over(raw: Mapping[str, Any], family: str) -> list[str]:
     """A sentence on settings that change what a model computes, and that neither transformers nor the host reads here."""
     notes = []
-    others = [key for key in _OTHERS if raw.get(key)]
+    if "max_position_embeddings" not in raw:
+        longest = DEFAULTS[family]["max_position_embeddings"]
+        notes.append(f"max_position_embeddings is not said: {longest:,} tokens, as transformers takes it for {family}")
+    windowed = ("sliding_window", "layer_types", "use_sliding_window") if family == "llama" else ()
+    others = [key for key in (*_OTHERS, *windowed) if raw.get(key)]
+    if family in ALL_SLIDE and raw.get("use_sliding_window") is False and raw.get("sliding_window"):
+        notes.append(
+            f"use_sliding_window=false: transformers' {family} does not read it and keeps its window; write null there"
+        )
     if others:
         notes.append(f"{', '.join(others)}: transformers' {family} does not read it, and neither does the import")
     for where in ("rope_scaling", "rope_parameters"):
@@ -310,6 +324,9 @@ def _rope_values(raw: Mapping[str, Any], family: str, values: Mapping[str, Any])
         if share is not None and (isinstance(share, bool) or share != 1):
             raise ConfigError("partial_rotary_factor", share, f"a {family} model of the host rotates whole heads")
     variant = RopeVariant.from_hf(given)
+    if variant.local_base is not None:
+        mend = f"one set a layer type, where transformers' {family} has one RoPE for all of its layers"
+        raise ConfigError("rope_parameters", sorted(map(str, nested or {})), mend)
     if nested and (given.get("rope_scaling") or given.get("rope_theta") is not None):
         old = RopeVariant.from_hf({key: value for key, value in given.items() if key != "rope_parameters"})
         if old != variant:

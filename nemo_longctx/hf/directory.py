@@ -16,7 +16,7 @@ from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.tokenizer import FILES, check_tokenizer, copy_tokenizer, has_tokenizer, other_tokenizer
 from nemo_longctx.hf.weights import check_weights
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_WEIGHTS, _INDEX = (".safetensors", ".bin"), (".safetensors.index.json", ".bin.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,16 @@ def check_directory(path: str | Path) -> HFDirectory:
 
 
 def write_copy(directory: HFDirectory, target: Path) -> Path:
-    """The directory as transformers 4 loads it: checked config and generation config, tokenizer, links to the weights."""
+    """The directory as transformers 4 loads it: checked config, generation config, index; tokenizer, links to weights."""
     target.mkdir(parents=True, exist_ok=True)
     for name in sorted(os.listdir(directory.path)):
         if name.endswith(_WEIGHTS):
             (target / name).symlink_to((directory.path / name).resolve())
+        elif name.endswith(_INDEX):  # transformers ends in a KeyError where it has no metadata
+            index = read_json(directory.path / name)
+            said = index.get("metadata")
+            index["metadata"] = said if isinstance(said, dict) else {}
+            (target / name).write_text(json.dumps(index), encoding="utf-8")
     if directory.has_tokenizer:
         copy_tokenizer(directory.path, target)
     (target / "config.json").write_text(json.dumps(dict(directory.config.values)), encoding="utf-8")

@@ -125,8 +125,8 @@ WHY_NOT: dict[str, str] = {
         "its layers are Transformer Engine's in NeMo, with all scores of a window at once (soft-capping), which no long window "
         "fits; NeMo's own nemo.collections.llm.import_ckpt converts it there"
     ),
-    "gemma3_text": "its layers have RoPE of two bases (rope_local_base_freq), and one variant holds for all layers here",
-    "gemma3": "its layers have RoPE of two bases (rope_local_base_freq), and it is multimodal",
+    "gemma3_text": "its norms are of 1 + weight and stand before and after attention and MLP, which the host has not",
+    "gemma3": "it is multimodal, and its norms are of 1 + weight, before and after attention and MLP, which the host has not",
     "nemotron": _CENTRED,
     "chatglm": _OWN_CODE,
     "baichuan": _OWN_CODE,

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_longctx.config import ConfigError
 
 KEY = "HF_DIR"
+_TEXT = (".json", ".txt", ".jinja")
 _POINTER = b"version https://git-lfs"
 
 
@@ -21,7 +22,7 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
         names: the files that will be read; one that is absent is another check's concern.
 
     Raises:
-        ConfigError: an empty file, a pointer of Git LFS, a link to nothing, a folder of a file's name, or JSON behind
+        ConfigError: an empty file, a pointer of Git LFS, a link to nothing, a folder of a file's name, or text behind
             a byte order mark.
     """
     for name in names:
@@ -38,7 +39,7 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
             begins = file.read(len(_POINTER))
         if begins == _POINTER:
             raise ConfigError(KEY, str(path), "is a pointer of Git LFS, not the file; run `git lfs pull` in its directory")
-        if name.endswith(".json") and begins.startswith(codecs.BOM_UTF8):
+        if name.endswith(_TEXT) and begins.startswith(codecs.BOM_UTF8):
             mend = "begins with a byte order mark, which transformers cannot read; save it as UTF-8 without one"
             raise ConfigError(KEY, str(path), mend)
 

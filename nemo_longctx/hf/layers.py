@@ -35,7 +35,8 @@ def windows_of(family: str, found: Mapping[str, Any], values: dict[str, Any], no
             raise ConfigError("layer_types", said, f"{family}'s layers all have the window; transformers ignores these")
         sliding = [kind == SLIDING for kind in said] if family not in ALL_SLIDE else sliding
         if any(sliding) and window is None and family not in ALL_SLIDE:
-            raise ConfigError("sliding_window", None, f"layer_types names {SLIDING!r}; set the window, or {FULL!r} everywhere")
+            mend = f"layer_types names {SLIDING!r}; set it and use_sliding_window=true, or {FULL!r} everywhere"
+            raise ConfigError("sliding_window", found.get("sliding_window") if values["sliding_window"] else None, mend)
     if window is None or family == "llama" or not any(sliding):
         return (None,) * layers
     if window >= longest:

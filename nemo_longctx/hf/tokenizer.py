@@ -61,10 +61,30 @@ def tokens_of(directory: Path) -> dict[str, int]:
         tokens |= _pieces(directory / SENTENCEPIECE)
     elif (directory / "vocab.json").is_file():
         tokens |= _numbered(directory / "vocab.json", read_json(directory / "vocab.json"))
+    fast = (directory / FAST).is_file()
     if (directory / "added_tokens.json").is_file():
-        tokens |= _numbered(directory / "added_tokens.json", read_json(directory / "added_tokens.json"))
+        path = directory / "added_tokens.json"
+        tokens = _joined(path, tokens, _numbered(path, read_json(path)), fast=fast)
     settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    return tokens | _added(directory / CONFIG, settings.get("added_tokens_decoder"))
+    return _joined(directory / CONFIG, tokens, _added(directory / CONFIG, settings.get("added_tokens_decoder")), fast=fast)
+
+
+def _joined(path: Path, tokens: Mapping[str, int], added: Mapping[str, int], *, fast: bool) -> dict[str, int]:
+    """`tokens` with those that `path` adds, whose numbers must be those that transformers gives them.
+
+    Args:
+        fast: `tokens` are a tokenizer.json's, behind which transformers numbers what it lacks without a hole.
+    """
+    made = dict(tokens)
+    for token, number in sorted(added.items(), key=lambda each: each[1]):
+        given = made.get(token, max(made.values(), default=-1) + 1 if fast else number)
+        if given != number:
+            mend = (
+                f"gives token {token!r} the number {number}, where transformers loads it as {given}; save the tokenizer again"
+            )
+            raise ConfigError(KEY, str(path), mend)
+        made[token] = number
+    return made
 
 
 def check_tokenizer(directory: Path, vocab_size: int) -> None:
@@ -75,8 +95,10 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     """
     if (directory / CONFIG).is_file() and not any((directory / name).is_file() for name in _CARRIERS):
         raise ConfigError(KEY, str(directory), f"has {CONFIG}, but neither {FAST} nor {SENTENCEPIECE}; copy the tokenizer too")
-    if (directory / CONFIG).is_file():
-        as_transformers_4(read_json(directory / CONFIG))
+    settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    as_transformers_4(settings)
+    if settings.get("added_tokens_decoder") is None and (directory / SPECIAL).is_file():  # else it is not read
+        _check_special(read_json(directory / SPECIAL), SPECIAL)
     tokens = tokens_of(directory)
     check_numbers(tokens | added_on_loading(directory, tokens), vocab_size)
 
@@ -191,9 +213,8 @@ def as_transformers_4(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("tokenizer_class", kind, f"must name a class of transformers, in {CONFIG}")
     if kind in _CLASSES or (kind or "").endswith("Backend"):
         made["tokenizer_class"] = _CLASSES.get(str(kind), "PreTrainedTokenizerFast")
+    _check_special(made, CONFIG)
     for key in _NAMED:
-        if made.get(key) is not None and not _is_token(made[key]):
-            raise ConfigError(key, made[key], f"must be a token, in {CONFIG}")
         if isinstance(made.get(key), Mapping):
             made[key] = {"__type": "AddedToken", **made[key]}  # without it transformers takes no mapping
     extra = made.get("extra_special_tokens")
@@ -205,9 +226,6 @@ def as_transformers_4(settings: Mapping[str, Any]) -> dict[str, Any]:
         made["additional_special_tokens"] = [*(more if isinstance(more, list) else []), *kept]
     elif extra is not None and not (isinstance(extra, Mapping) and all(_is_token(token) for token in extra.values())):
         raise ConfigError("extra_special_tokens", extra, f"must be a list of tokens or names of tokens, in {CONFIG}")
-    more = made.get("additional_special_tokens")
-    if more is not None and not (isinstance(more, list) and all(_is_token(token) for token in more)):
-        raise ConfigError("additional_special_tokens", more, f"must be a list of tokens, in {CONFIG}")
     limit = made.get("model_max_length")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1):
         raise ConfigError("model_max_length", limit, f"must be a number of tokens, in {CONFIG}")
@@ -219,7 +237,26 @@ def as_transformers_4(settings: Mapping[str, Any]) -> dict[str, Any]:
             made.pop(key, None)
         elif value is not None and not isinstance(value, wanted):
             raise ConfigError(key, value, f"is of another kind than this setting, in {CONFIG}")
+    templates = made.get("chat_template")
+    for each in templates if isinstance(templates, list) else ():
+        if not (isinstance(each, Mapping) and all(isinstance(each.get(key), str) for key in ("name", "template"))):
+            mend = f"must be a template, or a list of mappings of name and template, in {CONFIG}"
+            raise ConfigError("chat_template", templates, mend)
     return made
+
+
+def _check_special(values: Mapping[str, Any], file: str) -> None:
+    """Special tokens by their names, as both files say them.
+
+    Raises:
+        ConfigError: no token, or no list of them.
+    """
+    for key in _NAMED:
+        if values.get(key) is not None and not _is_token(values[key]):
+            raise ConfigError(key, values[key], f"must be a token, in {file}")
+    more = values.get("additional_special_tokens")
+    if more is not None and not (isinstance(more, list) and all(_is_token(token) for token in more)):
+        raise ConfigError("additional_special_tokens", more, f"must be a list of tokens, in {file}")
 
 
 def _content(token: object) -> object:

@@ -231,9 +231,27 @@ def _header(path: Path) -> dict[str, Stored]:
                 wide = _DTYPES.get(entry["dtype"])
                 if wide and math.prod(entry["shape"]) * wide != end - begin:
                     raise ValueError(f"{name} of shape {entry['shape']} does not fill its {end - begin} bytes")
+        held = sum(each.end - each.start for each in found.values())
+        if held != size - start:
+            raise ValueError(f"its tensors have {held} bytes of the {size - start} behind the header")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(KEY, str(path), f"{damaged} ({error})") from error
+    if "__metadata__" in entries:
+        _check_metadata(path, entries["__metadata__"])
     return found
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
+    """A header that has metadata must say there that its tensors are laid out as torch's; one without is taken as such."""
+    if metadata is None:
+        return
+    said = metadata.get("format") if isinstance(metadata, dict) else metadata
+    if said not in ("pt", "mlx") or not all(isinstance(each, str) for each in metadata.values()):  # type: ignore[attr-defined]
+        mend = (
+            f"its metadata says format {said!r}, and transformers takes 'pt' alone; load it with safetensors and save it with "
+            "metadata={'format': 'pt'}"
+        )
+        raise ConfigError(KEY, str(path), mend)
 
 
 def _check_tied_head(stored: dict[str, Stored], config: HFConfig) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.hf.config import read_config
 from nemo_longctx.hf.families import DEFAULTS, WHY_NOT
-from nemo_longctx.hf.layers import windows_of
 from nemo_longctx.nemo_files import embedding_rows
 
 
@@ -201,13 +201,15 @@ CLASSES = {
     "MistralConfig7B": "mistral_7b",
 }
 
-# Of a Hugging Face config.json: sizes that it must name; what transformers takes for the others is in hf/families.py.
+# Of a Hugging Face config.json, once `hf.config` has checked it and filled in what transformers takes where it says nothing.
 _HF_SIZES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_attention_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
+    "num_key_value_heads": "num_query_groups",
+    "max_position_embeddings": "seq_length",
 }
 _HF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -245,46 +247,22 @@ def model_from_hf(path: Path) -> ModelShape:
     experts = [key for key in _HF_EXPERTS if config.get(key)]
     if experts:
         raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
-    missing = [key for key in _HF_SIZES if config.get(key) is None]
-    if missing:
-        raise ConfigError("model", where, f"its config.json lacks {', '.join(missing)}")
-    config = {**DEFAULTS[kind], **config}
-    layers, longest = (_hf_size(config, key, where) for key in ("num_hidden_layers", "max_position_embeddings"))
-    said = {
-        "num_hidden_layers": layers,
-        "max_position_embeddings": longest or ModelShape.seq_length,
-        "sliding_window": _hf_size(config, "sliding_window", where),
-        "use_sliding_window": _hf_flag(config, "use_sliding_window", where),
-    }
-    windows = windows_of(kind, config, said, [])
+    try:
+        found = read_config(config)  # what an import refuses is no model to plan for
+    except ConfigError as error:
+        raise ConfigError(f"model.{error.key}", error.value, f"{error.mend}, in {where}") from error
+    values, windows, head_dim = found.values, found.windows, found.rotary_dim
     window = next((each for each in windows if each is not None), None)
     return ModelShape(
-        **{ours: _hf_size(config, theirs, where) for theirs, ours in _HF_SIZES.items()},
-        num_query_groups=_hf_size(config, "num_key_value_heads", where),
-        kv_channels=_hf_size(config, "head_dim", where),
-        share_embeddings_and_output_weights=_hf_flag(config, "tie_word_embeddings", where),
+        **{ours: values[theirs] for theirs, ours in _HF_SIZES.items()},
+        kv_channels=None if head_dim * values["num_attention_heads"] == values["hidden_size"] else head_dim,
+        share_embeddings_and_output_weights=values["tie_word_embeddings"],
         # Qwen2 always has these biases, and its config.json does not say so; StarCoder2's others are too small to count.
         gated_linear_unit=kind != "starcoder2",
-        add_qkv_bias=kind in ("qwen2", "starcoder2") or _hf_flag(config, "attention_bias", where),
-        seq_length=_hf_size(config, "max_position_embeddings", where),
+        add_qkv_bias=kind in ("qwen2", "starcoder2"),
         sliding_window=window,
         full_layers=windows.count(None) if window and None in windows else None,
     )
-
-
-def _hf_size(config: Mapping[str, Any], key: str, where: str) -> Any:
-    """A size of a config.json, None where it names none."""
-    value = config.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigError(f"model.{key}", value, f"must be a whole number of 1 or more, in {where}")
-    return value
-
-
-def _hf_flag(config: Mapping[str, Any], key: str, where: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"model.{key}", value, f"must be true or false, in {where}")
-    return bool(value)
 
 
 def json_mapping(path: Path, *, key: str) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class RopeVariant:
 
     Attributes:
         base: the b of theta_j = b^(-2j/d), above 1.
+        local_base: base of the plain RoPE that layers with a sliding window have instead (OLMo 3, Gemma 3); None: all layers
+            have this variant.
     """
 
     variant: ClassVar[str]
@@ -58,6 +60,7 @@ class RopeVariant:
     depends_on_length: ClassVar[bool] = False
 
     base: float = 10_000.0
+    local_base: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,6 +73,18 @@ class RopeVariant:
             if isinstance(value, np.generic):  # as the Python number that it is, which JSON and YAML can hold
                 object.__setattr__(self, field.name, value.item())
         check_number("base", self.base, above=1.0)
+        if self.local_base is not None:
+            check_number("local_base", self.local_base, above=1.0)
+
+    @property
+    def local(self) -> RopeVariant | None:
+        """What layers with a sliding window have, where it is another than this; None: all layers have this."""
+        return None if self.local_base is None else _BY_NAME["rope"](base=self.local_base)
+
+    @property
+    def everywhere(self) -> Self:
+        """This variant on all layers."""
+        return dataclasses.replace(self, local_base=None)
 
     def theta(self, rotary_dim: int, seq_length: int | None = None) -> Float64s:
         """Angle a position, radians, float64 [rotary_dim / 2]. `seq_length` matters where `depends_on_length`."""
@@ -116,7 +131,8 @@ class RopeVariant:
             rotary_dim: dimensions of a head that are rotated; NTK-aware is written as the base that it makes there.
             max_position_embeddings: tokens the extended model is for. Dynamic NTK writes its trained length instead, since
                 that is where transformers starts to stretch.
-            version: major version of transformers: 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+            version: major version of transformers: 4 (`rope_theta`, `rope_scaling`; Gemma 3's `rope_local_base_freq` where
+                layers with a window have another) or 5 (`rope_parameters`, by layer type there).
             partial_rotary_factor: share of a head's dimensions that are rotated.
 
         Raises:
@@ -138,8 +154,8 @@ class RopeVariant:
         is all that such a config knows of them. A variant's own `from_hf` (`YarnRope.from_hf`) gives that variant or refuses.
 
         Raises:
-            ConfigError: a `rope_type` with no variant here, one set of parameters a layer type, a key that is missing or holds
-                no usable value, or another variant than the one that was asked for.
+            ConfigError: a `rope_type` with no variant here, layers with a window whose RoPE is not a plain one, a key that is
+                missing or holds no usable value, or another variant than the one that was asked for.
         """
         if "variant" in vars(cls):
             return cls(**hf.read_as(config, cls.variant))

@@ -1,5 +1,8 @@
 """RoPE variants to and from a transformers `config.json`: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
 
+Where layers with a window have a plain RoPE of their own, 4.x says its base as `rope_local_base_freq` (Gemma 3) or gives it
+`rope_theta` without the scaling (OLMo 3), and 5.x has one set of parameters a layer type.
+
 Variants are known here by name and fields alone (`RopeVariant` imports this module, not the other way round).
 """
 
@@ -16,6 +19,7 @@ Found = tuple[str, Keys]  # a variant's name and its fields
 
 LONGEST = 2**31  # tokens; transformers makes tensors of lengths, which hold no more than 64 bits
 ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"
 NO_XPOS = "transformers has no xPos: its RoPE cannot scale q and k by position; keep it in NeMo"
 
 
@@ -35,9 +39,14 @@ def write(variant: Any, *, rotary_dim: int, max_position_embeddings: int, versio
         max_position_embeddings = variant.original_max_position_embeddings
     partial = {} if partial_rotary_factor == 1.0 else {"partial_rotary_factor": partial_rotary_factor}
     keys: Keys = {"max_position_embeddings": max_position_embeddings}
+    local = variant.local_base
     if version == 5:
-        keys["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **scaling, **partial}
+        everywhere = {"rope_type": "default", "rope_theta": theta, **scaling, **partial}
+        windowed = {"rope_type": "default", "rope_theta": local, **partial}
+        keys["rope_parameters"] = everywhere if local is None else {FULL: everywhere, SLIDING: windowed}
         return keys
+    if local is not None:
+        keys["rope_local_base_freq"] = float(local)
     keys |= {"rope_theta": theta, "rope_scaling": scaling or None, **partial}
     if variant.variant == "longrope":
         # transformers 4 reads LongRoPE's trained length from the top of the config alone.
@@ -53,9 +62,13 @@ def read(config: Mapping[str, Any]) -> Found:
     rope_type = _rope_type(params, config)
     params["base"] = _base(params, config)
     try:
-        return _FROM_HF[rope_type](params, config)
+        name, fields = _FROM_HF[rope_type](params, config)
     except KeyError as error:
         raise ConfigError(f"rope_scaling.{error.args[0]}", None, f"missing; rope_type {rope_type!r} needs it") from error
+    local = _local_base(config, params["base"])
+    if local is not None and (name, local) != ("rope", params["base"]):
+        fields["local_base"] = local
+    return name, fields
 
 
 def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
@@ -64,7 +77,8 @@ def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
     if name == wanted:
         return fields
     if (name, wanted) in _ALSO:
-        return {ours: fields[theirs] for ours, theirs in _ALSO[name, wanted].items()}
+        local = {"local_base": fields["local_base"]} if "local_base" in fields else {}
+        return {ours: fields[theirs] for ours, theirs in _ALSO[name, wanted].items()} | local
     rope_type = _rope_type(_parameters(config), config)
     if wanted == "xpos":
         raise ConfigError("rope_type", rope_type, NO_XPOS)
@@ -102,9 +116,33 @@ def _parameters(config: Mapping[str, Any]) -> Keys:
         return {}
     if not isinstance(params, Mapping):
         raise ConfigError(key, params, "must be a mapping with rope_type and what it needs, or null")
-    if any(isinstance(v, Mapping) for v in params.values()):
-        raise ConfigError(key, sorted(map(str, params)), "one set a layer type: models of several RoPEs are not supported")
-    return dict(params)
+    if not any(isinstance(each, Mapping) for each in params.values()):
+        return dict(params)
+    kinds = {kind: each for kind, each in params.items() if isinstance(each, Mapping)}
+    windowed = kinds.get(SLIDING, {})
+    if key == "rope_scaling" or set(params) != {FULL, SLIDING} or len(kinds) != 2:
+        mend = f"one set a layer type is known as {FULL} and {SLIDING}, in rope_parameters"
+        raise ConfigError(key, sorted(map(str, params)), mend)
+    if windowed.get("rope_type", "default") != "default" or windowed.get("rope_theta") is None:
+        mend = "layers with a window can have plain RoPE here: rope_type default, and its rope_theta"
+        raise ConfigError(f"{key}.{SLIDING}", dict(windowed), mend)
+    return dict(kinds[FULL])
+
+
+_LOCAL_BASES = {"gemma3": 1e4, "gemma3_text": 1e4, "gemma3n_text": 1e4}  # of configs that do not say rope_local_base_freq
+
+
+def _local_base(config: Mapping[str, Any], base: float) -> float | None:
+    """The base of layers with a window where they have a RoPE of their own, as the family's class of transformers reads it."""
+    nested = config.get("rope_parameters") or {}
+    if isinstance(nested.get(SLIDING), Mapping):
+        return _number(f"rope_parameters.{SLIDING}.rope_theta", nested[SLIDING]["rope_theta"])
+    family = config.get("model_type")
+    if family == "olmo3":
+        return base
+    if family in _LOCAL_BASES or (family is None and config.get("rope_local_base_freq") is not None):
+        return _number("rope_local_base_freq", config.get("rope_local_base_freq", _LOCAL_BASES.get(str(family))))
+    return None
 
 
 def _rope_type(params: Keys, config: Mapping[str, Any]) -> str:

@@ -6,12 +6,15 @@ where they are not set.
 A checkpoint whose RoPE is stretched already (Llama 3.1's scaling, YaRN, PI) was trained with its plain frequencies at the
 shorter length that its scaling begins from. Another variant takes the scaling's place, it is not laid over it: so it begins
 from that length too, and its factor covers the whole way. The same variant goes on: its other numbers stay, its factor grows.
+
+Layers with a sliding window need no stretch: `layers: full_attention` leaves them plain RoPE (OLMo 3), of a base of their own
+where `local_base` says one (Gemma 3).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
@@ -20,11 +23,12 @@ from nemo_longctx.rope.variants import VARIANTS, Rope, to_dict
 
 FACTOR, TRAINED = "factor", "original_max_position_embeddings"
 _LISTS = ("short_factor", "long_factor")  # LongRoPE's, which only its own checkpoint has
-# RoPE by layer type, as this key and as the configs of Gemma 3, OLMo 3 and ModernBERT say it.
-_BY_LAYER = frozenset(
-    ("layers", "layer_types", "full_attention", "sliding_attention", "local_base", "rope_local_base_freq", "local_rope_theta",
-     "global_rope_theta")
-)  # fmt: skip
+LOCAL, LAYERS = "local_base", "layers"
+EVERYWHERE, BY_LAYER = "all", "full_attention"  # what `rope.layers` may be
+# RoPE by layer type as the configs of Gemma 3, OLMo 3 and ModernBERT say it.
+_OTHER_WORDS = frozenset(
+    ("layer_types", "full_attention", "sliding_attention", "rope_local_base_freq", "local_rope_theta", "global_rope_theta")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +38,18 @@ class RopeRequest:
     Attributes:
         variant: a name of `VARIANTS`; None: the checkpoint's, with another base.
         values: fields that are set, checked.
+        layers: the layers that have it: "full_attention" leaves those with a window plain RoPE of `local_base` (or of the base
+            that the checkpoint has there), "all" takes theirs away; None keeps what the checkpoint has there.
     """
 
     variant: str | None
     values: Mapping[str, Any]
+    layers: str | None = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers with a window are asked to have another RoPE than the rest."""
+        return self.layers == BY_LAYER or LOCAL in self.values
 
     @property
     def evaluation_only(self) -> bool:
@@ -61,11 +73,12 @@ class RopeRequest:
         Raises:
             ConfigError: a number that neither the user nor the checkpoint gives.
         """
+        local, said = self._local(under, source)
         if self.variant is None:
-            return CompletedRope(variant=dataclasses.replace(under, **self.values), notes=())
+            return CompletedRope(variant=dataclasses.replace(under, **{**self.values, LOCAL: local}), notes=said)
         names = {field.name for field in dataclasses.fields(VARIANTS[self.variant])}
-        made = {**_carried(self.variant, under), **self.values}
-        notes = []
+        made = {**_carried(self.variant, under), **self.values, LOCAL: local}
+        notes = list(said)
         if self.base is None:
             made["base"] = under.base
             notes.append(f"rope.base={under.base:g}: that of {source}")
@@ -84,6 +97,19 @@ class RopeRequest:
                 mend = "missing: LongRoPE's divisors are searched for each model; set a list, one number a pair of dimensions"
                 raise ConfigError(f"rope.{name}", None, mend)
         return CompletedRope(variant=build(VARIANTS[self.variant], made, where="rope"), notes=tuple(notes))
+
+    def _local(self, under: RopeVariant, source: str) -> tuple[float | None, tuple[str, ...]]:
+        """The base of layers with a window (None: they have what all have), and a sentence where nobody set it."""
+        if LOCAL in self.values:
+            return self.values[LOCAL], ()
+        if self.layers == EVERYWHERE:
+            return None, ()
+        if under.local_base is not None:
+            said = f"rope.{LOCAL}={under.local_base:g}: layers with a window keep the plain RoPE that they have in {source}"
+            return under.local_base, (said,)
+        if self.layers == BY_LAYER:
+            return under.base, (f"rope.{LOCAL}={under.base:g}: layers with a window have plain RoPE of the base of {source}",)
+        return None, ()
 
     def _factor(self, under: RopeVariant, seq_length: int, trained: int, source: str) -> tuple[float, str]:
         begin = self.values.get(TRAINED)
@@ -115,7 +141,7 @@ def _carried(variant: str | None, under: RopeVariant) -> dict[str, Any]:
     if variant != under.variant:
         return {}
     kept = to_dict(under)
-    return {name: value for name, value in kept.items() if name not in ("variant", "base", FACTOR)}
+    return {name: value for name, value in kept.items() if name not in ("variant", "base", FACTOR, LOCAL)}
 
 
 def trained_length(under: RopeVariant, seq_length: int) -> int:
@@ -148,12 +174,18 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
     if not isinstance(values, Mapping):
         raise ConfigError(where, values, "must be a mapping: variant, and that variant's own keys")
     fields = {key: value for key, value in values.items() if value is not None}
-    for key in _BY_LAYER & fields.keys():
-        mend = "one RoPE holds for all layers here; model.no_rope_freq leaves some without, and the rest have this one"
+    for key in _OTHER_WORDS & fields.keys():
+        mend = f"say {where}.{LAYERS}={BY_LAYER}, and the base of layers with a window as {where}.{LOCAL}"
         raise ConfigError(f"{where}.{key}", fields[key], mend)
-    name = fields.pop("variant", None)
-    if name is None and fields.keys() == {"base"}:
-        return RopeRequest(variant=None, values={"base": build(Rope, fields, where=where).base})
+    name, layers = fields.pop("variant", None), fields.pop(LAYERS, None)
+    if layers is not None and layers not in (EVERYWHERE, BY_LAYER):
+        mend = f"{BY_LAYER} leaves layers with a window plain RoPE of {where}.{LOCAL}; {EVERYWHERE} gives it to all layers"
+        raise ConfigError(f"{where}.{LAYERS}", layers, mend)
+    if layers == EVERYWHERE and LOCAL in fields:
+        raise ConfigError(f"{where}.{LOCAL}", fields[LOCAL], f"has no effect with {where}.{LAYERS}={EVERYWHERE}; leave one out")
+    if name is None and (fields or layers) and fields.keys() <= {"base", LOCAL}:
+        plain = build(Rope, fields, where=where)
+        return RopeRequest(variant=None, values={key: getattr(plain, key) for key in fields}, layers=layers)
     if name is None and fields:
         raise ConfigError(
             f"{where}.variant", None, f"name it beside {', '.join(map(str, fields))}; known: {', '.join(VARIANTS)}"
@@ -164,4 +196,26 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
     known = {field.name for field in dataclasses.fields(cls)}
     stand_ins = {FACTOR: 1.0, TRAINED: 2, **dict.fromkeys(_LISTS, (1.0,))}
     made = build(cls, {**{key: value for key, value in stand_ins.items() if key in known}, **fields}, where=where)
-    return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields})
+    return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields}, layers=layers)
+
+
+def check_layers_differ(windows: Sequence[bool], *, key: str = f"rope.{LAYERS}") -> None:
+    """Refuse RoPE by layer type on a model whose layers are all of one type, where it would have no effect.
+
+    Args:
+        windows: whether each layer has a sliding window.
+
+    Raises:
+        ConfigError: no layer has one, or all have.
+    """
+    if not any(windows):
+        mend = (
+            "no layer of the model has a window, so that none would keep plain RoPE; set model.window_size and "
+            "model.window_attn_skip_freq, or leave it out"
+        )
+        raise ConfigError(key, BY_LAYER, mend)
+    if all(windows):
+        mend = (
+            "every layer of the model has the window; say in model.window_attn_skip_freq which see all tokens, or leave it out"
+        )
+        raise ConfigError(key, BY_LAYER, mend)

@@ -356,4 +356,7 @@ def parse(values: Mapping[str, Any], *, where: str = "rope") -> RopeVariant:
 
 def to_dict(variant: RopeVariant) -> dict[str, Any]:
     """The mapping that `parse` turns back into `variant`."""
-    return {"variant": variant.variant, **dataclasses.asdict(variant)}
+    fields = dataclasses.asdict(variant)
+    if variant.local_base is None:  # as records and checkpoints of one RoPE for all layers have always been
+        del fields["local_base"]
+    return {"variant": variant.variant, **fields}

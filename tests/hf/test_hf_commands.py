@@ -30,7 +30,7 @@ def command(capsys, *arguments):
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config='awq': its weights are quantised"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": None}, "rope_theta=None: null"),
         ({"rope_scaling": [1.0]}, "rope_scaling=[1.0]: must be a mapping"),
-        ({"model_type": "gemma3_text", **GEMMA3}, "model_type='gemma3_text': cannot be converted: its layers have RoPE of two"),
+        ({"model_type": "gemma3_text", **GEMMA3}, "model_type='gemma3_text': cannot be converted: its norms are of 1"),
         ({"model_type": "nemotron"}, "Megatron-Core has in Transformer Engine alone"),
         ({"model_type": "chatglm"}, "its code comes with the directory (auto_map) and is not run"),
         ({"model_type": "mixtral"}, "it has experts"),

@@ -41,6 +41,10 @@ def refused(folder, message):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_theta": 10000.0, "rope_parameters": YARN | {"rope_theta": 5e5}}, "beside it say"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set a layer type"),
+        (
+            {"rope_parameters": {"full_attention": YARN | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
+            "one set a layer type, where transformers' llama has one RoPE for all",
+        ),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config='awq': its weights are quantised"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config='gptq'"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config='compressed-tensors'"),
@@ -54,7 +58,7 @@ def refused(folder, message):
         ({"model_type": "llama "}, "transformers writes it 'llama'"),
         ({"model_type": "ministral"}, "model_type='ministral': cannot be converted: say model_type mistral"),
         ({"model_type": "llava", "text_config": {}}, "it is multimodal; save its language model alone"),
-        ({"model_type": "gemma3_text"}, "RoPE of two bases"),
+        ({"model_type": "gemma3_text"}, "its norms are of 1"),
         ({"model_type": "Llama"}, "transformers writes it 'llama'"),
         ({"model_type": None}, "must name its architecture"),
         ({"model_type": "afmoe", "auto_map": {"AutoConfig": "x.Y"}}, "its code comes with the directory"),
@@ -213,7 +217,7 @@ def test_tokens_of_the_config_are_kept_where_nothing_else_says_them(directory):
     [
         ({"tokenizer.json": word_tokenizer(**{"[PAD]": 100})}, r"tokenizer='\[PAD\]': is number 100 beyond .*100 rows"),
         ({"tokenizer.json": word_tokenizer(512)}, "tokenizer='w100': is number 100, one of 412 tokens"),
-        ({"tokenizer.json": word_tokenizer(), "added_tokens.json": {"<x>": 101}}, "tokenizer='<x>'"),
+        ({"tokenizer.json": word_tokenizer(), "added_tokens.json": {"<x>": 100}}, "tokenizer='<x>'"),
         (
             {"tokenizer.json": word_tokenizer(), "tokenizer_config.json": {"pad_token": "<pad>"}},
             "tokenizer='<pad>': is number 100",
@@ -234,6 +238,31 @@ def test_tokens_of_the_config_are_kept_where_nothing_else_says_them(directory):
         ({"tokenizer.json": "{"}, "is not JSON"),
         ({"generation_config.json": {"pad_token_id": 100}}, "pad_token_id=100: outside .*generation_config.json"),
         ({"quantize_config.json": {"bits": 4}}, "quantised .quantize_config.json"),
+        (
+            {"tokenizer.json": word_tokenizer(90, **{"<p>": 90}), "added_tokens.json": {"<p>": 91}},
+            "added_tokens.json'?: gives token '<p>' the number 91, where transformers loads it as 90",
+        ),
+        (
+            {
+                "tokenizer.json": word_tokenizer(90),
+                "tokenizer_config.json": {"added_tokens_decoder": {"95": {"content": "<p>"}}},
+            },
+            "tokenizer_config.json'?: gives token '<p>' the number 95, where transformers loads it as 90",
+        ),
+        (
+            {"tokenizer.json": word_tokenizer(), "special_tokens_map.json": {"eos_token": ["w2"]}},
+            r"eos_token=\['w2'\]: must be a token, in special_tokens_map.json",
+        ),
+        (
+            {"tokenizer.json": word_tokenizer(), "special_tokens_map.json": {"additional_special_tokens": {"a": "w2"}}},
+            "additional_special_tokens=.*must be a list of tokens, in special_tokens_map.json",
+        ),
+        (
+            {"tokenizer.json": word_tokenizer(), "tokenizer_config.json": {"chat_template": ["{{ messages }}"]}},
+            "chat_template=.*must be a template, or a list of mappings of name and template",
+        ),
+        ({"tokenizer.json": word_tokenizer(), "chat_template.jinja": "\ufeff{{ messages }}"}, "begins with a byte order mark"),
+        ({"vocab.txt": "\ufeffw0"}, "begins with a byte order mark"),
     ],
 )
 def test_files_that_do_not_fit_the_model_are_refused(directory, files, message):
@@ -270,13 +299,70 @@ def test_an_index_is_followed_and_holes_in_it_are_named(directory):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    check_directory(folder)
+    made = write_copy(check_directory(folder), folder.parent / "copy")
+    # transformers ends in a KeyError over an index without metadata
+    assert json.loads((made / "model.safetensors.index.json").read_text()) == {**index, "metadata": {}}
     index["weight_map"]["model.norm.weight"] = "model-00001-of-00001.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "holds model.norm.weight, which it does not")
     index["weight_map"]["model.norm.weight"] = "../model-00002-of-00001.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "which is not there")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "its metadata says format None, and transformers takes 'pt' alone"),
+        ({"format": "tf"}, "its metadata says format 'tf'"),
+        ({"format": "pt", "step": 1}, "its metadata says format 'pt'|cannot load"),
+        (["pt"], "its metadata says format"),
+        ({"format": "pt"}, None),
+        ({"format": "mlx"}, None),
+        (None, None),
+    ],
+)
+def test_the_header_of_safetensors_says_what_transformers_takes(directory, metadata, message):
+    folder = directory()
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(raw[8 : 8 + length])}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    if message is None:
+        check_directory(folder)
+    else:
+        refused(folder, message)
+
+
+def test_bytes_that_belong_to_no_tensor_are_damage(directory):
+    folder = directory()
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(bytes(8))
+    refused(folder, "its tensors have 51200 bytes of the 51208 behind the header")
+
+
+def test_tokens_behind_a_tokenizer_json_are_numbered_as_transformers_does(directory):
+    from transformers import AutoTokenizer
+
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {"95": {"content": "<p>", "special": True}},
+    }
+    folder = directory(files={"tokenizer.json": word_tokenizer(90), "tokenizer_config.json": settings})
+    refused(folder, "the number 95, where transformers loads it as 90")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": {
+        "95": {"content": "<p>", "special": True, "__type": "AddedToken"}}}))  # fmt: skip
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<p>") == 90
+
+
+def test_settings_that_a_family_does_not_read_are_said():
+    unsaid = {key: value for key, value in config_of().items() if key != "max_position_embeddings"}
+    assert "max_position_embeddings is not said: 2,048 tokens" in read_config(unsaid).notes[0]
+    said = read_config(config_of("mistral", sliding_window=64, use_sliding_window=False)).notes
+    assert said == ("use_sliding_window=false: transformers' mistral does not read it and keeps its window; write null there",)
+    assert "sliding_window: transformers' llama does not read it" in read_config(config_of(sliding_window=64)).notes[0]
+    with pytest.raises(ConfigError, match=r"sliding_window=64: layer_types names .* set it and use_sliding_window=true"):
+        read_config(config_of("qwen2", sliding_window=64, use_sliding_window=False, layer_types=["sliding_attention"] * 4))
 
 
 def shards(folder, *contents, index=None):

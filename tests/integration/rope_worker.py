@@ -23,11 +23,13 @@ VARIANTS = {
     "yarn": {"variant": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "abf": {"variant": "abf"},
     "yarn in layers that differ": {"variant": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn by layer type": {"variant": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "local_base": 1_000.0},
 }
-# The first layer has a window of 10 tokens, the second all of them and no RoPE.
+# One layer has a window of 10 tokens; the other sees all of them, without RoPE or with another one.
 LAYERS = {
-    "yarn in layers that differ": {"window_size": (9, 0), "window_attn_skip_freq": [1, 0], "no_rope_freq": [0, 1]}
-}  # fmt: skip
+    "yarn in layers that differ": {"window_size": (9, 0), "window_attn_skip_freq": [1, 0], "no_rope_freq": [0, 1]},
+    "yarn by layer type": {"window_size": (9, 0), "window_attn_skip_freq": [0, 1]},
+}
 
 
 def named(name, **sizes):

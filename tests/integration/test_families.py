@@ -21,4 +21,6 @@ def test_the_families_table_is_made_again():
     status, said = host_server.start(DOCS / "make_families.py", *page).finish()
     assert status == 0, said[-3000:]
     assert answers(said) == page
+    stays = "llama, rope.layers=full_attention"  # two RoPEs, which no Llama of transformers has
+    assert page.pop(stays) == [*["yes"] * 4, "no"]
     assert set(map(tuple, page.values())) == {("yes",) * 5}

@@ -1,5 +1,8 @@
 """Hugging Face <-> NeMo: weights, RoPE at far positions, tokenizer; what cannot be said is refused."""
 
+import copy
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +18,10 @@ from nemo.collections import llm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from nemo_longctx.adapters.megatron import cpu
-from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of
+from nemo_longctx.adapters.megatron.attention import packed_documents
+from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, evaluating
+from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
+from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of, transform_rope
 from nemo_longctx.adapters.nemo.checkpoint import convert as checkpoint_module
 from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf, hf_model, import_hf
 from nemo_longctx.adapters.nemo.checkpoint.hf_verify import verify_export
@@ -35,6 +41,7 @@ FIELDS = {
     "longrope": LONG,
     **dict.fromkeys(("yarn", "ntk_by_parts", "dynamic_ntk", "llama3"), PARTS),
 }
+PATTERN = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -107,8 +114,28 @@ def largest_difference(source, module, length):
     return float((ours - theirs).abs().max()), float(theirs.std())
 
 
-@pytest.mark.parametrize("length", [3000, pytest.param(FAR, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "xpos"])
+@torch.no_grad()
+def same_in_every_way(source, module):
+    """Logits equal those of a transformers model: whole, packed documents against each alone, and token by token."""
+    length, ends, steps = 700, (0, 300, 303, 700), (0, 300, *range(301, 340), 700)
+    worst, spread = largest_difference(source, module, length)
+    assert worst < 1e-4 < 0.1 < spread
+    ids = torch.randint(0, 100, (1, length), generator=torch.Generator().manual_seed(3))
+    whole = source(ids).logits
+    alone = torch.cat([source(ids[:, a:b]).logits for a, b in itertools.pairwise(ends)], 1)
+    packed = module(ids, torch.arange(length)[None], None, packed_seq_params=packed_documents(ends))
+    assert (packed - alone).abs().max() < 1e-4
+    with evaluating(module):
+        model = MCoreCausalModel(module, vocab_size=100, max_length=FAR)
+        states = torch.cat([model.extend(ids[0, a:b]) for a, b in itertools.pairwise(steps)])
+        cached = torch.stack([model.next_logits(state) for state in states])
+    assert (cached - whole[0]).abs().max() < 1e-4
+
+
+SLOW = [pytest.param(name, FAR, marks=pytest.mark.slow) for name in ("yarn", "longrope", "dynamic_ntk")]
+
+
+@pytest.mark.parametrize(("name", "length"), [*((name, 3000) for name in VARIANTS if name != "xpos"), *SLOW])
 def test_every_exportable_variant_gives_the_same_logits(name, length, tmp_path):
     """HF -> NeMo -> HF, beyond the trained length of 2,048: three models, one set of logits; verification agrees."""
     keys = example(name).to_hf(rotary_dim=HEAD, max_position_embeddings=FAR)
@@ -335,16 +362,39 @@ def test_a_longest_input_that_dynamic_ntk_cannot_say_is_refused(tmp_path):
     assert export_hf(tmp_path / "checkpoint", tmp_path / "hf").variant == example("dynamic_ntk")
 
 
+def by_layer_type(source, module, config, yarn):
+    """OLMo 3's: layers with a window have its own rotary embedding of the default type, of another base; the rest YaRN."""
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+
+    asked = dataclasses.replace(yarn, local_base=1_000.0)
+    transform_rope(module, asked)
+    assert largest_difference(source, module, 700)[0] > 0.01  # the source has one RoPE so far
+    windowed = copy.deepcopy(source.config)
+    windowed.rope_theta = asked.local_base
+    rotary = Olmo3RotaryEmbedding(windowed, rope_type="default")
+
+    def own_angles(attention, args, kwargs):
+        states = kwargs["hidden_states"]
+        return args, {**kwargs, "position_embeddings": rotary(states, torch.arange(states.shape[1])[None])}
+
+    assert [layer.attention_type for layer in source.model.layers] == ["full_attention", "sliding_attention"]
+    source.model.layers[1].self_attn.register_forward_pre_hook(own_angles, with_kwargs=True)
+    verify_live_rope(module, asked)
+    same_in_every_way(source, module)
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': transformers' qwen2 has one RoPE"):
+        hf_model(module, config, asked, max_position_embeddings=FAR)
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
         ("mistral", {"sliding_window": 24}),
-        ("qwen2", {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen2", PATTERN),
         ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     ],
 )
 def test_layers_with_a_window_or_without_rope_convert_both_ways(model_type, changes, tmp_path):
-    """Logits of transformers' own models, far beyond the window; what is exported says the same."""
+    """Logits of transformers' own models, full, packed and cached, far beyond the window; what is exported says the same."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     source = hugging_face(model_type, example("yarn").to_hf(rotary_dim=HEAD, max_position_embeddings=FAR), **changes)
@@ -354,8 +404,7 @@ def test_layers_with_a_window_or_without_rope_convert_both_ways(model_type, chan
             nemo_from(source, tmp_path)
         return
     config, module, variant = nemo_from(source, tmp_path)
-    worst, spread = largest_difference(source, module, 700)
-    assert worst < 1e-4 < 0.1 < spread
+    same_in_every_way(source, module)
     again = hf_model(module, config, variant, max_position_embeddings=FAR)
     ids = torch.randint(0, 100, (1, 200), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -363,6 +412,8 @@ def test_layers_with_a_window_or_without_rope_convert_both_ways(model_type, chan
     said = again.config.to_dict()
     for key in ("sliding_window", "layer_types", "no_rope_layers"):
         assert said.get(key) == source.config.to_dict().get(key), key
+    if model_type == "qwen2":
+        by_layer_type(source, module, config, variant)
 
 
 def test_other_architectures_are_refused_on_export():

@@ -17,7 +17,8 @@ from nemo.lightning import io
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.rope_guard import LiveRopeError, verify_live_rope
 from nemo_longctx.adapters.megatron.rope_module import rotary_dim_of, transform_rope
-from nemo_longctx.adapters.nemo.model.rope import RopeTransform, place_rope, variant_of
+from nemo_longctx.adapters.nemo.model.config import prepare_model
+from nemo_longctx.adapters.nemo.model.rope import RopeTransform, place_rope, set_config_field, variant_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.variants import VARIANTS, parse, to_dict
 
@@ -201,6 +202,28 @@ def test_a_checkpoints_context_keeps_the_variant(name, architecture, tmp_path):
         assert variant_of(again) == variant
     cpu.adapt_model_config(again.config)
     verify_live_rope(build(again), variant)
+
+
+@pytest.mark.parametrize("name", ["abf", "pi", "llama3", "yarn", "longrope"])
+@pytest.mark.parametrize("architecture", ["llama", "llama31", pytest.param("gpt_oss", marks=needs_gpt_oss)])
+def test_a_rope_by_layer_type_is_live_and_kept(name, architecture, tmp_path):
+    """Whatever the host's own fields could say of it alone: layers with a window have the plain one."""
+    model, variant = fresh(architecture), dataclasses.replace(example(name, 16), local_base=2_000.0)
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': no layer of the model has a window"):
+        place_rope(model, variant)
+    for key, value in (("window_size", (9, 0)), ("window_attn_skip_freq", [1, 0])):
+        set_config_field(model, key, value)
+    place_rope(model, variant)
+    model.io_dump(tmp_path / "context", yaml_attrs=[])
+    with cpu.stock_configs():
+        again = io.load_context(tmp_path / "context")
+    assert variant_of(again) == variant
+    cpu.adapt_model_config(again.config)
+    assert "plain rope (base=2000.0) in 1 layers with a window" in verify_live_rope(build(again), variant)
+    set_config_field(again, "window_size", None)
+    set_config_field(again, "window_attn_skip_freq", None)
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': no layer"):
+        prepare_model(again, seq_length=64)
 
 
 def test_a_new_variant_replaces_the_one_of_the_checkpoint():

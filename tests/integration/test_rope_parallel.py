@@ -1,5 +1,6 @@
 """xPos and the attention factor under a KV cache, packing, tensor and context parallelism: always the whole model's logits."""
 
+import dataclasses
 import math
 import tempfile
 
@@ -13,11 +14,12 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemo_longctx.adapters.megatron import cpu
-from nemo_longctx.adapters.megatron.rope_module import self_attentions
+from nemo_longctx.adapters.megatron.rope_guard import LiveRopeError, verify_live_rope
+from nemo_longctx.adapters.megatron.rope_module import self_attentions, temporary_rope
 from nemo_longctx.adapters.megatron.rope_scale import ScoreScale, packed_positions
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.rotation import rotate
-from nemo_longctx.rope.variants import parse
+from nemo_longctx.rope.variants import Rope, parse
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,14 +41,15 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", worker.VARIANTS)
+@pytest.mark.parametrize(("name", "layer"), [*((name, 0) for name in worker.VARIANTS), ("yarn by layer type", 1)])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_scores_are_those_of_the_float64_rotation(name, interleaved):
+def test_scores_are_those_of_the_float64_rotation(name, layer, interleaved):
     """What reaches the core attention, as scores, against the plain NumPy path."""
     rope = parse(worker.VARIANTS[name])
+    rope = Rope(base=rope.local_base) if layer else rope.everywhere
     model = worker.named(name, rotary_interleaved=interleaved)
     seen, given = [], []
-    attention = self_attentions(model)[0]
+    attention = self_attentions(model)[layer]
     project = attention.get_query_key_value_tensors
     attention.get_query_key_value_tensors = lambda *a, **k: given.append(project(*a, **k)) or given[-1]
     attention.core_attention.register_forward_pre_hook(lambda m, args: seen.append(args[:2]))
@@ -150,3 +153,43 @@ def test_inference_past_the_core_attention_is_refused():
     context = StaticInferenceContext(1, 8)
     with pytest.raises(ConfigError, match="static batching"), torch.no_grad():
         self_attentions(model)[0](torch.zeros(4, 1, 32), None, inference_context=context)
+
+
+def test_another_rope_in_one_layer_type_is_seen_live():
+    """The guard reads each layer type's own frequencies, whatever the config says of them."""
+    name = "yarn by layer type"
+    asked, model = parse(worker.VARIANTS[name]), worker.named(name)
+    assert "plain rope (base=1000.0) in 1 layers with a window" in verify_live_rope(model, asked)
+    for other, message in (
+        (dataclasses.replace(asked, local_base=1_001.0), "the model's layers with a window has"),
+        (dataclasses.replace(asked, factor=5.0), "the model has"),
+        (asked.everywhere, "rope.layers='two RoPEs'"),
+    ):
+        with pytest.raises(LiveRopeError, match=message):
+            verify_live_rope(model, other)
+    model._rope_hooks[0].remove()  # the layer that sees all tokens takes both tables for one
+    with pytest.raises((LiveRopeError, RuntimeError)):
+        verify_live_rope(model, asked)
+    model = worker.named(name)
+    model.rotary_pos_emb.local.inv_freq *= 2  # a tool's own table, in layers with a window alone
+    type(model.rotary_pos_emb.local).forward.cache_clear()
+    with pytest.raises(LiveRopeError, match="the model's layers with a window has"):
+        verify_live_rope(model, asked)
+
+
+def test_a_temporary_rope_leaves_two_tables_as_they_were():
+    name = "yarn by layer type"
+    asked, model = parse(worker.VARIANTS[name]), worker.named(name)
+    with torch.no_grad():
+        before = model(*worker.tokens(), None)
+        with temporary_rope(model, Rope()):
+            verify_live_rope(model, Rope())
+            assert not torch.equal(model(*worker.tokens(), None), before)
+        assert torch.equal(model(*worker.tokens(), None), before)
+    verify_live_rope(model, asked)
+
+
+@pytest.mark.parametrize("layers", [{}, {"window_size": (9, 0)}])
+def test_two_ropes_need_layers_of_two_types(layers):
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': (no|every) layer of the model"):
+        worker.build(worker.VARIANTS["yarn by layer type"], **layers)

@@ -163,3 +163,33 @@ def test_configs_are_read_as_transformers_reads_them(scaling, top):
         inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
         np.testing.assert_allclose(variant.inv_freq(128, length), inv_freq.numpy(), rtol=4e-6)
         assert variant.attention_scaling == pytest.approx(attention_factor)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma3_text"])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512},
+                                     {"rope_type": "linear", "factor": 8.0}], ids=str)  # fmt: skip
+def test_families_of_two_ropes_are_read_as_transformers_reads_them(family, scaling):
+    """OLMo 3 stretches layers that see all tokens alone; Gemma 3 has another base in layers with a window too."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=4,
+                                  max_position_embeddings=4096, rope_theta=50_000.0, rope_scaling=scaling)  # fmt: skip
+    variant = RopeVariant.from_hf(config.to_dict())
+    whole, windowed = rotary_embeddings(config)
+    for ours, module in ((variant.everywhere, whole), (variant.local or variant.everywhere, windowed)):
+        np.testing.assert_allclose(ours.inv_freq(64), module.inv_freq.numpy(), rtol=4e-6)
+        assert ours.attention_scaling == pytest.approx(module.attention_scaling)
+
+
+def rotary_embeddings(config):
+    """transformers' own modules of a family: of layers that see all tokens, and of those with a window."""
+    import copy
+
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+
+    if config.model_type == "olmo3":
+        return Olmo3RotaryEmbedding(config), Olmo3RotaryEmbedding(config, rope_type="default")
+    local = copy.deepcopy(config)
+    local.rope_theta, local.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+    return Gemma3RotaryEmbedding(config), Gemma3RotaryEmbedding(local)

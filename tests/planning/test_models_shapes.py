@@ -136,6 +136,11 @@ def test_experts_are_refused_rather_than_counted_wrongly(tmp_path):
         (json.dumps({**LLAMA, "vocab_size": None}), "vocab_size"),
         (json.dumps({**LLAMA, "attention_bias": "yes"}), "attention_bias='yes'"),
         (json.dumps({**LLAMA, "num_local_experts": 8}), "num_local_experts=8"),
+        (json.dumps({**LLAMA, "quantization_config": {"quant_method": "awq"}}), "quantization_config='awq': its weights are"),
+        (json.dumps({**LLAMA, "rope_theta": None}), "rope_theta=None: null"),
+        (json.dumps({**LLAMA, "rope_scaling": [2.0]}), "rope_scaling=[2.0]: must be a mapping"),
+        (json.dumps({**LLAMA, "dtype": "float8_e4m3fn"}), "dtype='float8_e4m3fn': weights of this type"),
+        (json.dumps({**LLAMA, "max_position_embeddings": None}), "max_position_embeddings=None: write the longest input"),
     ],
 )
 def test_a_config_json_that_cannot_be_planned_is_named_with_what_is_wrong(tmp_path, content, says):

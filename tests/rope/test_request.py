@@ -5,13 +5,17 @@ import re
 
 import pytest
 
+from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
+from nemo_longctx.recipe import load_recipe
+from nemo_longctx.resume import check_live, live_settings
 from nemo_longctx.rope.request import parse_request
-from nemo_longctx.rope.variants import VARIANTS, Llama3Rope, LongRope, PiRope, Rope, YarnRope
+from nemo_longctx.rope.variants import VARIANTS, Llama3Rope, LongRope, PiRope, Rope, YarnRope, to_dict
 
 LLAMA2 = {"under": Rope(base=10_000.0), "trained": 4096}
 QWEN = {"under": Rope(base=1_000_000.0), "trained": 32_768}
 LLAMA31 = {"under": Llama3Rope(), "trained": 131_072}  # factor 8 from 8,192
+TRAINED = {"original_max_position_embeddings": 4096}
 DIVISORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -112,9 +116,15 @@ def test_longrope_asks_for_its_divisors_or_takes_the_checkpoints():
         (["pi"], "must be a mapping"),
         ({}, "no such variant"),
         ({"factor": 2.0}, "name it beside factor"),
-        ({"variant": "yarn", "layers": ["full_attention"]}, "rope.layers=.*one RoPE holds for all layers"),
-        ({"full_attention": {"variant": "yarn"}}, "rope.full_attention=.*one RoPE holds for all layers"),
-        ({"base": 1e6, "rope_local_base_freq": 1e4}, "rope.rope_local_base_freq=.*one RoPE holds for all layers"),
+        (
+            {"variant": "yarn", "layers": ["full_attention"]},
+            "rope.layers=.*full_attention leaves layers with a window plain RoPE",
+        ),
+        ({"full_attention": {"variant": "yarn"}}, "rope.full_attention=.*say rope.layers=full_attention"),
+        (
+            {"base": 1e6, "rope_local_base_freq": 1e4},
+            "rope.rope_local_base_freq=.*base of layers with a window as rope.local_base",
+        ),
         ({"base": 0.5}, "rope.base=0.5: must be above 1"),
     ],
 )
@@ -122,3 +132,75 @@ def test_a_bad_request_is_refused_before_a_checkpoint_is_at_hand(values, message
     with pytest.raises(ConfigError) as raised:
         parse_request(values)
     assert re.search(message, str(raised.value))
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"abf"}))
+def test_layers_with_a_window_keep_the_base_that_they_have(name):
+    """OLMo 3's extension: only layers that see all tokens are stretched."""
+    values = {"variant": name, "layers": "full_attention", **(DIVISORS if name == "longrope" else {})}
+    for checkpoint in (LLAMA2, QWEN):
+        made = completed(values, **checkpoint, seq_length=262_144)
+        everywhere = completed({**values, "layers": "all"}, **checkpoint, seq_length=262_144).variant
+        assert made.variant.local == Rope(base=checkpoint["under"].base)
+        assert made.variant.everywhere == everywhere
+        assert everywhere.local is None
+        assert any(note.startswith("rope.local_base=") for note in made.notes)
+
+
+def test_two_bases_are_two_settings():
+    """Gemma 3's: 1,000,000 and a factor of 8 where all tokens are seen, 10,000 in layers with a window."""
+    values = {"variant": "pi", "base": 1e6, "factor": 8.0, "layers": "full_attention", "local_base": 1e4}
+    made = completed(values, **QWEN, seq_length=131_072).variant
+    assert made == PiRope(base=1e6, factor=8.0, local_base=1e4)
+    assert completed({"base": 5e6}, under=made, trained=131_072, seq_length=131_072).variant.local_base == 1e4
+    grown = completed({"variant": "pi"}, under=made, trained=131_072, seq_length=262_144)
+    assert grown.variant == PiRope(base=1e6, factor=16.0, local_base=1e4)  # a checkpoint's windows keep theirs
+    assert any("rope.local_base=10000: layers with a window keep" in note for note in grown.notes)
+    assert completed({"layers": "all"}, under=made, trained=131_072, seq_length=131_072).variant == made.everywhere
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variant": "yarn", "layers": "sliding_attention"}, "rope.layers='sliding_attention': full_attention leaves"),
+        ({"variant": "yarn", "layers": "all", "local_base": 1e4}, "rope.local_base=10000.0: has no effect with"),
+        ({"variant": "yarn", "layers": "full_attention", "local_base": 1}, "rope.local_base=1: must be above 1"),
+        ({"variant": "yarn", "local_base": "1e4"}, "rope.local_base='1e4': not a number"),
+    ],
+)
+def test_a_bad_word_on_layers_is_refused(values, message):
+    with pytest.raises(ConfigError) as raised:
+        parse_request(values)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "no layer of the model has a window"),
+        ({"window_size": [9, 0]}, "every layer of the model has the window"),
+        ({"window_size": [9, 0], "window_attn_skip_freq": [1, 1, 1]}, "every layer of the model has the window"),
+        ({"window_size": [9, 0], "window_attn_skip_freq": [1, 0, 1]}, None),
+        ({"window_size": [9, 0], "window_attn_skip_freq": 3}, None),
+        ({"window_size": [9, 0], "window_attn_skip_freq": 4}, "every layer of the model has the window"),
+    ],
+)
+def test_layers_of_one_type_are_refused_before_anything_starts(model, message):
+    overrides = [f"++model.{key}={value}" for key, value in model.items()]
+    asked = compose(["recipe=tiny_cpu_base", "rope=yarn", "rope.layers=full_attention", *overrides])
+    if message is None:
+        assert load_recipe(asked).rope_variant.by_layer
+        return
+    with pytest.raises(ConfigError, match=f"rope.layers='full_attention': {message}"):
+        load_recipe(asked)
+
+
+def test_a_restart_with_other_layers_is_refused():
+    settings = {f"rope.{key}": {"run": value} for key, value in to_dict(YarnRope(factor=2.0, **TRAINED)).items()}
+    for has, asked in (("all", "full_attention"), ("full_attention", "all")):
+        live = live_settings({"settings": {**settings, "rope.layers": {"run": has}}})
+        with pytest.raises(ConfigError, match=f"rope.layers='{asked}': it was trained with '{has}'"):
+            check_live(live, {"rope.layers": asked}, where="it")
+    old = live_settings({"settings": settings})  # of a run before layers could differ
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': it was trained with 'all'"):
+        check_live(old, {"rope.layers": "full_attention"}, where="it")

@@ -54,6 +54,17 @@ def test_show_takes_every_field_by_its_name(capsys):
     assert "truncate=False" in capsys.readouterr().out
 
 
+def test_show_prints_both_tables(capsys):
+    argv = ["rope", "show", "--variant", "pi", "--factor", "4", "--local-base", "1000", "--head-dim", "8"]
+    assert main([*argv, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    np.testing.assert_array_equal(np.float32(facts["local_inv_freq"]), Rope(base=1000.0).inv_freq(8))
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "layers with a window: plain rope, base 1000" in said
+    assert "with a window" in next(line for line in said.splitlines() if "inv_freq" in line)
+
+
 def test_show_prints_xpos_scales(capsys):
     assert main(["rope", "show", "--variant", "xpos", "--head-dim", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["xpos_scale"][0] == pytest.approx(0.4 / 1.4)

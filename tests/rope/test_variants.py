@@ -258,6 +258,17 @@ def test_each_variant_reads_its_own_keys_back(name, version):
         assert again == variant
 
 
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("xpos", "ntk", "longrope")])
+def test_layers_with_a_window_are_written_and_read_back(name, version):
+    variant = example(name, local_base=1_000.0)
+    keys = variant.to_hf(rotary_dim=DIM, max_position_embeddings=16_384, version=version)
+    assert type(variant).from_hf(keys) == variant
+    assert parse(to_dict(variant)) == variant
+    assert variant.local == Rope(base=1_000.0)
+    assert type(variant).from_hf(variant.everywhere.to_hf(rotary_dim=DIM, max_position_embeddings=16_384)) == variant.everywhere
+
+
 def test_a_config_of_another_variant_is_refused():
     plain = {"rope_theta": 500_000.0, "max_position_embeddings": 64}
     assert AbfRope.from_hf(plain) == AbfRope(base=500_000.0)
@@ -284,6 +295,11 @@ def test_xpos_is_refused_with_the_reason():
         ({"rope_scaling": {"rope_type": "linnear", "factor": 2.0}}, "did you mean 'linear'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor=None: missing"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set a layer type"),
+        (
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4}}},
+            "rope_parameters.sliding_attention=.*layers with a window can have plain RoPE here",
+        ),
+        ({"rope_local_base_freq": 0.5}, "rope.local_base=0.5: must be above 1"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear': must be a mapping"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type=None: missing"),
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "rope_type='linear': .*type='yarn'"),

@@ -20,11 +20,14 @@ from nemo_longctx.adapters.megatron.host import fuses_qkv_rope, groups_of, yarn_
 from nemo_longctx.adapters.megatron.rope_module import (
     YARN_FIELDS,
     TableRotaryEmbedding,
+    TwoTablesRotaryEmbedding,
     check_supported,
+    check_windows,
     has_no_rope,
     rotary_dim_of,
     score_scale,
     self_attentions,
+    variant_of_layer,
 )
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
@@ -56,7 +59,9 @@ def verify_live_rope(model: Any, variant: RopeVariant) -> str:
         LiveRopeError: the first frequency or layer that differs, with both values.
     """
     check_supported(model.config)
+    check_windows(model.config, variant)
     rotary_dim = rotary_dim_of(model.config)
+    _check_tables(model, variant, rotary_dim)
     live, expected = live_inv_freq(model), expected_inv_freq(model, variant, rotary_dim)
     _check_frequencies(live, expected, variant, "the model")
     ours = variant.theta(rotary_dim, 2)
@@ -67,10 +72,28 @@ def verify_live_rope(model: Any, variant: RopeVariant) -> str:
         _check_frequencies(_table(model, long), variant.inv_freq(rotary_dim, long), variant, f"the model at {long} tokens")
     layers = self_attentions(model)
     for attention in layers:
-        _verify_layer(model, attention, variant, rotary_dim)
-    described = ", ".join(f"{key}={value}" for key, value in vars(variant).items() if value is not None)
+        _verify_layer(model, attention, variant_of_layer(variant, attention), rotary_dim)
+    described = ", ".join(f"{key}={value}" for key, value in vars(variant.everywhere).items() if value is not None)
     slowest = f"slowest pair {live[-1]:.6g} rad a token"
-    return f"RoPE verified live: {variant.variant} ({described}), {rotary_dim} dimensions, {len(layers)} layers, {slowest}"
+    apart = sum(variant_of_layer(variant, each) == variant.local for each in layers)
+    counted = f"{len(layers)} layers" if variant.local is None else f"{len(layers) - apart} layers that see all tokens"
+    said = f"RoPE verified live: {variant.variant} ({described}), {rotary_dim} dimensions, {counted}, {slowest}"
+    return said if variant.local is None else f"{said}; plain rope (base={variant.local_base}) in {apart} layers with a window"
+
+
+def _check_tables(model: Any, variant: RopeVariant, rotary_dim: int) -> None:
+    """Whether layers with a window have a table of their own, and which."""
+    rotary, local = model.rotary_pos_emb, variant.local
+    has_two = isinstance(rotary, TwoTablesRotaryEmbedding)
+    if has_two != (local is not None):
+        has, asked = ("two RoPEs", "one") if has_two else ("one RoPE", f"two (local_base={variant.local_base:g})")
+        raise LiveRopeError(
+            "rope.layers", has, f"in the model, the config asks for {asked}. The checkpoint or a tool changed it"
+        )
+    if local is not None:
+        # Where its second half begins: both tables of two positions, one after the other.
+        found = _pairs(rotary, rotary(2, packed_seq=True)[3, 0, 0])
+        _check_frequencies(found, local.inv_freq(rotary_dim, 2), local, "the model's layers with a window")
 
 
 def live_inv_freq(model: Any) -> np.ndarray:
@@ -80,7 +103,7 @@ def live_inv_freq(model: Any) -> np.ndarray:
 
 def expected_inv_freq(model: Any, variant: RopeVariant, rotary_dim: int) -> np.ndarray:
     """The bits that `live_inv_freq` must be, float32 [rotary_dim / 2]."""
-    if type(model.rotary_pos_emb) is TableRotaryEmbedding:
+    if isinstance(model.rotary_pos_emb, TableRotaryEmbedding):
         return variant.inv_freq(rotary_dim, 2)
     reference = _host_reference(model, variant, rotary_dim)
     return variant.inv_freq(rotary_dim, 2) if reference is None else _frequencies(reference)
@@ -88,7 +111,10 @@ def expected_inv_freq(model: Any, variant: RopeVariant, rotary_dim: int) -> np.n
 
 def _frequencies(rotary: torch.nn.Module) -> np.ndarray:
     out = rotary(2, packed_seq=True)  # packed: the whole table, not this rank's part of a window
-    angles = (out[0] if isinstance(out, tuple) else out)[1, 0, 0]
+    return _pairs(rotary, (out[0] if isinstance(out, tuple) else out)[1, 0, 0])
+
+
+def _pairs(rotary: torch.nn.Module, angles: torch.Tensor) -> np.ndarray:
     pairs = angles[::2] if rotary.rotary_interleaved else angles[: len(angles) // 2]
     return pairs.detach().cpu().numpy()
 
@@ -189,7 +215,7 @@ def _ones_for(attention: Any, query: torch.Tensor, key: torch.Tensor) -> Iterato
 
 @torch.no_grad()
 def _verify_layer(model: Any, attention: Any, variant: RopeVariant, rotary_dim: int) -> None:
-    """q and k of ones must arrive at this layer's core attention as `variant` rotates and scales them."""
+    """q and k of ones must arrive at this layer's core attention as `variant`, the layer's own, rotates and scales them."""
     config, rotary = model.config, model.rotary_pos_emb
     cp_size = 1 if rotary.cp_group is None else rotary.cp_group.size()
     weight = next(attention.parameters())
@@ -200,7 +226,10 @@ def _verify_layer(model: Any, attention: Any, variant: RopeVariant, rotary_dim: 
         for n in heads
     )
     out = rotary(local * cp_size)
-    angles = out[0] if isinstance(out, tuple) else out
+    handed = out[0] if isinstance(out, tuple) else out
+    angles = handed
+    if isinstance(rotary, TwoTablesRotaryEmbedding):
+        angles = handed.chunk(2)[int(variant == rotary.local.variant)]
     unrotated = has_no_rope(attention)
     mscale = variant.attention_scaling if type(rotary) is YarnRotaryEmbedding else 1.0
     expected = [query, key]
@@ -213,7 +242,7 @@ def _verify_layer(model: Any, attention: Any, variant: RopeVariant, rotary_dim: 
     where = f"layer {attention.layer_number}"
     try:
         with _ones_for(attention, query, key):
-            attention(torch.zeros_like(query[..., 0, :]), None, rotary_pos_emb=angles)
+            attention(torch.zeros_like(query[..., 0, :]), None, rotary_pos_emb=handed)
     except _ArrivedError as arrived:
         seen = (arrived.query, arrived.key)
     else:

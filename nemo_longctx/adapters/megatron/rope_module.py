@@ -11,9 +11,11 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
+from nemo_longctx.adapters.megatron.attention import layer_window
 from nemo_longctx.adapters.megatron.rope_scale import ScoreScale, refuse_other_inference
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.request import check_layers_differ
 
 # Megatron-Core's YaRN attributes -> YarnRope's.
 YARN_FIELDS = {
@@ -35,7 +37,7 @@ def rotary_dim_of(config: Any) -> int:
 
 
 def check_supported(config: Any) -> None:
-    """Raise ConfigError for models whose RoPE is not one table for all layers."""
+    """Raise ConfigError for models whose RoPE is not one table of Megatron-Core's for all layers."""
     kind = getattr(config, "position_embedding_type", "rope")
     if kind not in ("rope", "yarn"):
         raise ConfigError("position_embedding_type", kind, "only RoPE models can be extended")
@@ -44,7 +46,15 @@ def check_supported(config: Any) -> None:
             "multi_latent_attention", True, "latent attention keeps a RoPE of its own in each layer; not supported"
         )
     if isinstance(getattr(config, "rotary_base", 0), (tuple, list)):
-        raise ConfigError("rotary_base", config.rotary_base, "models that mix local and global RoPE are not supported")
+        raise ConfigError("rotary_base", config.rotary_base, "the host's own mixture of local and global RoPE is not supported")
+
+
+def check_windows(config: Any, variant: RopeVariant) -> None:
+    """Raise ConfigError where layers with a window are to have another RoPE, and a model's layers are all of one type."""
+    if variant.local_base is not None:
+        check_layers_differ([layer_window(config, layer + 1) is not None for layer in range(config.num_layers)])
+        if getattr(config, "mtp_num_layers", None):
+            raise ConfigError("mtp_num_layers", config.mtp_num_layers, "is not supported with rope.layers=full_attention")
 
 
 class TableRotaryEmbedding(RotaryEmbedding):
@@ -76,36 +86,80 @@ class TableRotaryEmbedding(RotaryEmbedding):
         return torch.outer(positions, self.table(max_seq_len))
 
 
+class TwoTablesRotaryEmbedding(TableRotaryEmbedding):
+    """Both tables of a model whose layers with a window have plain RoPE: the host hands what this gives to each layer, whose
+    `PickTable` takes its part.
+
+    Args: as `TableRotaryEmbedding`; the variant has a `local` one.
+    """
+
+    def __init__(self, variant: RopeVariant, like: RotaryEmbedding, rotary_dim: int):
+        super().__init__(variant, like, rotary_dim)
+        self.local = TableRotaryEmbedding(variant.local, like, rotary_dim)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Angles float32 [2 * positions, 1, 1, rotary_dim]: those of layers that see all tokens, then of those with a window.
+
+        One after the other, so that each part is a tensor of the host's form, without a copy.
+        """
+        return torch.cat((super().forward(*args, **kwargs), self.local(*args, **kwargs)))
+
+
+class PickTable:
+    """Forward pre-hook (with keyword arguments) of a self-attention under `TwoTablesRotaryEmbedding`: its own angles."""
+
+    def __init__(self, attention: Any):
+        self.has_window = layer_window(attention.config, attention.layer_number) is not None
+
+    def __call__(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Angles of all positions [2 * positions, 1, 1, rotary_dim] -> [positions, 1, 1, rotary_dim]."""
+        if kwargs.get("rotary_pos_emb") is None:
+            return args, kwargs
+        return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"].chunk(2)[self.has_window]}
+
+
+def variant_of_layer(variant: RopeVariant, attention: Any) -> RopeVariant:
+    """What one layer rotates by under `variant` of the model."""
+    local = variant.local
+    return local if local is not None and PickTable(attention).has_window else variant.everywhere
+
+
 def transform_rope(model: Any, variant: RopeVariant) -> None:
-    """Place `variant` on one built Megatron-Core GPTModel: its frequency table, and the scaling of q and k.
+    """Place `variant` on one built Megatron-Core GPTModel: its frequency table (or both), and the scaling of q and k.
 
     Args:
         model: `megatron.core.models.gpt.GPTModel`, whatever its layer spec.
 
     Raises:
-        ConfigError: a model whose rotary embedding is not the host's plain one or YaRN.
+        ConfigError: a model whose rotary embedding is not the host's plain one or YaRN, or whose layers do not differ where
+            the variant's do.
     """
     check_supported(model.config)
+    check_windows(model.config, variant)
     like = model.rotary_pos_emb
-    if type(like) not in (RotaryEmbedding, YarnRotaryEmbedding, TableRotaryEmbedding):
+    if type(like) not in (RotaryEmbedding, YarnRotaryEmbedding, TableRotaryEmbedding, TwoTablesRotaryEmbedding):
         raise ConfigError(
             "rotary_pos_emb", type(like).__name__, "a rotary embedding of its own, which would be lost; not supported"
         )
     for handle in getattr(model, "_rope_hooks", ()):
         handle.remove()
     rotary_dim = model.rotary_pos_emb.rotary_dim if isinstance(like, TableRotaryEmbedding) else 2 * len(like.inv_freq)
-    model.rotary_pos_emb = TableRotaryEmbedding(variant, like, rotary_dim)
+    by_layer = variant.local_base is not None
+    model.rotary_pos_emb = (TwoTablesRotaryEmbedding if by_layer else TableRotaryEmbedding)(variant, like, rotary_dim)
     model.position_embedding_type = "rope"
-    model._rope_hooks = ()
-    if variant.attention_scaling == 1.0 and variant.xpos_zeta(rotary_dim) is None:
-        return
-    scale = score_scale(variant, model, rotary_dim)
+    scales = variant.attention_scaling != 1.0 or variant.xpos_zeta(rotary_dim) is not None
+    scale = score_scale(variant, model, rotary_dim) if scales else None
     handles = []
     for attention in self_attentions(model):
         if has_no_rope(attention):
             continue
-        handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
-        handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
+        picks = PickTable(attention) if by_layer else None
+        if picks is not None:
+            handles.append(attention.register_forward_pre_hook(picks, with_kwargs=True))
+        if scale is not None and not (picks is not None and picks.has_window):
+            handles.append(attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True))
+        if by_layer or scales:
+            handles.append(attention.register_forward_pre_hook(refuse_other_inference, with_kwargs=True))
     model._rope_hooks = tuple(handles)
 
 

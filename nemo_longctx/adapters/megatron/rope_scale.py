@@ -128,12 +128,11 @@ def _times(x: torch.Tensor, scale: torch.Tensor | float, rotary_dim: int) -> tor
 
 
 def refuse_other_inference(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a self-attention: inference that goes past the core attention would lose the scaling in silence."""
+    """Forward pre-hook of a self-attention: inference past the core attention would lose the scaling, and past the layers'
+    angles those of layers with a window, in silence."""
     context = kwargs.get("inference_context") or kwargs.get("inference_params")
     if context is None:
         return
     if attention.config.flash_decode or not context.is_static_batching():
-        mend = (
-            "this RoPE variant scales q and k inside the core attention, which this engine does not call; use static batching"
-        )
+        mend = "this RoPE variant works inside each layer's attention, where this engine has its own way; use static batching"
         raise ConfigError("inference_context", type(context).__name__, mend)

@@ -21,7 +21,7 @@ from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 from nemo_longctx.activations import megatron_fields, recompute_name
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.attention import long_context_layer_spec
-from nemo_longctx.adapters.megatron.rope_module import check_supported
+from nemo_longctx.adapters.megatron.rope_module import check_supported, check_windows
 from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.adapters.nemo.model.rope import place_rope, set_config_field, variant_of
 from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
@@ -189,6 +189,7 @@ def prepare_model(
         set_config_field(model, "max_position_embeddings", seq_length)
     if variant is not None:
         place_rope(model, variant)
+    check_windows(model.config, variant_of(model))  # a checkpoint's RoPE by layer type, whose windows this run took away
     for name, value in cpu.machine_fields(model.config).items():
         set_config_field(model, name, value)
     for name, value in ({} if recompute is None else megatron_fields(recompute)).items():

@@ -7,6 +7,7 @@
 | llama3                 | `scale_factor`, ... where the config has them (Llama31Config), else the transform      |
 | yarn                   | `yarn_*` where the config has them (gpt-oss) and the host can say it, else the transform |
 | all others             | the transform                                                                          |
+| any with `local_base`  | the transform                                                                          |
 
 The transform is kept in the checkpoint's context as the model's `model_transform`, so that whoever loads it has the variant.
 Importing any module of this room, as such a checkpoint does, also keeps the host's exporters from losing what they cannot say
@@ -21,9 +22,16 @@ from typing import Any
 import torch
 from nemo.lightning import io
 
-from nemo_longctx.adapters.megatron.rope_module import YARN_FIELDS, check_supported, rotary_dim_of, transform_rope
+from nemo_longctx.adapters.megatron.rope_module import (
+    YARN_FIELDS,
+    check_supported,
+    check_windows,
+    rotary_dim_of,
+    transform_rope,
+)
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.request import BY_LAYER, EVERYWHERE, LAYERS
 from nemo_longctx.rope.variants import (
     AbfRope,
     Llama3Rope,
@@ -57,16 +65,17 @@ def host_fields(variant: RopeVariant, config: Any) -> tuple[dict[str, Any], bool
     base = ntk_base(variant.base, variant.factor, rotary_dim_of(config)) if isinstance(variant, NtkRope) else variant.base
     fields: dict[str, Any] = {"rotary_base": int(base) if float(base).is_integer() else base}
     fields["seq_len_interpolation_factor"] = variant.factor if isinstance(variant, PiRope) else None
-    complete = isinstance(variant, (Rope, AbfRope, PiRope, NtkRope))
+    by_layer = variant.local_base is not None  # which no field of the host says
+    complete = isinstance(variant, (Rope, AbfRope, PiRope, NtkRope)) and not by_layer
     if _has_all(config, LLAMA31_FIELDS):
         is_llama3 = isinstance(variant, Llama3Rope)
         fields |= (
             {host: getattr(variant, ours) for host, ours in LLAMA31_FIELDS.items()} if is_llama3 else {"scale_factor": 1.0}
         )
         # With scale_factor 1 Llama31Config still recomputes its frequencies, which moves them by a rounding.
-        complete = is_llama3
+        complete = is_llama3 and not by_layer
     if _has_all(config, YARN_FIELDS):
-        if isinstance(variant, YarnRope) and _host_can_yarn(variant, config):
+        if isinstance(variant, YarnRope) and not by_layer and _host_can_yarn(variant, config):
             fields |= {host: getattr(variant, ours) for host, ours in YARN_FIELDS.items()}
             fields["position_embedding_type"] = "yarn"
             complete = True
@@ -92,10 +101,12 @@ def place_rope(model: Any, variant: RopeVariant) -> None:
         model: its config is changed in place, and what NeMo will write as its context too.
 
     Raises:
-        ConfigError: a model without RoPE, with several, or with another transform (PEFT).
+        ConfigError: a model without RoPE, with several, with another transform (PEFT), or with layers of one type where the
+            variant is for those of two.
     """
     config = model.config
     check_supported(config)
+    check_windows(config, variant)
     was = model.model_transform
     if was is not None and not isinstance(was, RopeTransform):
         raise ConfigError("model_transform", type(was).__name__, "a model has one transform, and this RoPE variant needs it")
@@ -154,5 +165,6 @@ class RopeTransform(io.IOMixin):
 
 
 def settings(variant: RopeVariant) -> dict[str, Any]:
-    """`rope.variant` and each field, for the table of settings that a run prints and stores."""
-    return {f"rope.{key}": value for key, value in to_dict(variant).items()}
+    """`rope.variant`, `rope.layers` and each field, for the table of settings that a run prints and stores."""
+    said = {LAYERS: EVERYWHERE if variant.local_base is None else BY_LAYER}
+    return {f"rope.{key}": value for key, value in (to_dict(variant) | said).items()}
