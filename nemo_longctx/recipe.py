@@ -233,7 +233,8 @@ class RunConfig:
             `restore_from` the checkpoint says what the model is: what is named here is compared with its shape, and a
             difference is an error.
         rope: `variant` and its fields (`nemo_longctx.rope.variants`); None keeps what the checkpoint or the config has. Base,
-            trained length and factor that are not set are the checkpoint's (`nemo_longctx.rope.request`).
+            trained length and factor that are not set are the checkpoint's (`nemo_longctx.rope.request`). `layers`:
+            "full_attention" leaves layers with a sliding window plain RoPE, of `local_base` or the base that they have.
         data: what is read.
         eval: what is measured while the model trains; None measures nothing.
         logger: where figures and pictures go besides the run's own files: "none", "tensorboard", "wandb", "mlflow", "csv", or

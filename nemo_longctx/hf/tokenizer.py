@@ -77,10 +77,12 @@ def _joined(path: Path, tokens: Mapping[str, int], added: Mapping[str, int], *, 
     """
     made = dict(tokens)
     for token, number in sorted(added.items(), key=lambda each: each[1]):
-        given = made.get(token, max(made.values(), default=-1) + 1 if fast else number)
-        if given != number:
+        new = {len(made), max(made.values(), default=-1) + 1} if fast else {number}  # two where the vocabulary has holes
+        given = {made[token]} if token in made else new
+        if number not in given:
+            loaded = " or ".join(map(str, sorted(given)))
             mend = (
-                f"gives token {token!r} the number {number}, where transformers loads it as {given}; save the tokenizer again"
+                f"gives token {token!r} the number {number}, where transformers loads it as {loaded}; save the tokenizer again"
             )
             raise ConfigError(KEY, str(path), mend)
         made[token] = number
