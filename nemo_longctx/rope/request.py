@@ -75,7 +75,7 @@ class RopeRequest:
         """
         local, said = self._local(under, source)
         if self.variant is None:
-            return CompletedRope(variant=dataclasses.replace(under, **{**self.values, LOCAL: local}), notes=said)
+            return _effective(dataclasses.replace(under, **{**self.values, LOCAL: local}), said)
         names = {field.name for field in dataclasses.fields(VARIANTS[self.variant])}
         made = {**_carried(self.variant, under), **self.values, LOCAL: local}
         notes = list(said)
@@ -96,7 +96,7 @@ class RopeRequest:
             if name in names and name not in made:
                 mend = "missing: LongRoPE's divisors are searched for each model; set a list, one number a pair of dimensions"
                 raise ConfigError(f"rope.{name}", None, mend)
-        return CompletedRope(variant=build(VARIANTS[self.variant], made, where="rope"), notes=tuple(notes))
+        return _effective(build(VARIANTS[self.variant], made, where="rope"), tuple(notes))
 
     def _local(self, under: RopeVariant, source: str) -> tuple[float | None, tuple[str, ...]]:
         """The base of layers with a window (None: they have what all have), and a sentence where nobody set it."""
@@ -129,6 +129,21 @@ class CompletedRope:
 
     variant: RopeVariant
     notes: tuple[str, ...]
+
+
+def _effective(variant: RopeVariant, notes: tuple[str, ...]) -> CompletedRope:
+    """`variant`, unless it asks for two RoPEs that are one."""
+    if (
+        variant.local is not None
+        and type(variant) in (VARIANTS["rope"], VARIANTS["abf"])
+        and variant.base == variant.local_base
+    ):
+        mend = (
+            f"has no effect: all layers would have plain RoPE of base {variant.base:g}; set rope.variant, rope.base or "
+            f"rope.{LOCAL}, or leave it out"
+        )
+        raise ConfigError(f"rope.{LAYERS}", BY_LAYER, mend)
+    return CompletedRope(variant=variant, notes=notes)
 
 
 def _own_base(variant: str | None) -> float | None:
@@ -194,6 +209,8 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
         raise ConfigError(f"{where}.variant", name, f"no such variant, {did_you_mean(str(name), VARIANTS)}")
     cls = VARIANTS[name]
     known = {field.name for field in dataclasses.fields(cls)}
+    for key in fields.keys() - known:
+        raise ConfigError(f"{where}.{key}", fields[key], f"unknown key, {did_you_mean(str(key), [*known, LAYERS])}")
     stand_ins = {FACTOR: 1.0, TRAINED: 2, **dict.fromkeys(_LISTS, (1.0,))}
     made = build(cls, {**{key: value for key, value in stand_ins.items() if key in known}, **fields}, where=where)
     return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields}, layers=layers)

@@ -134,7 +134,7 @@ def test_a_bad_request_is_refused_before_a_checkpoint_is_at_hand(values, message
     assert re.search(message, str(raised.value))
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"abf"}))
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"abf", "rope"}))
 def test_layers_with_a_window_keep_the_base_that_they_have(name):
     """OLMo 3's extension: only layers that see all tokens are stretched."""
     values = {"variant": name, "layers": "full_attention", **(DIVISORS if name == "longrope" else {})}
@@ -145,6 +145,12 @@ def test_layers_with_a_window_keep_the_base_that_they_have(name):
         assert made.variant.everywhere == everywhere
         assert everywhere.local is None
         assert any(note.startswith("rope.local_base=") for note in made.notes)
+
+
+@pytest.mark.parametrize("values", [{}, {"variant": "rope"}, {"base": 1e6}, {"variant": "abf", "base": 1e6}])
+def test_two_ropes_that_are_one_are_refused(values):
+    with pytest.raises(ConfigError, match="rope.layers='full_attention': has no effect"):
+        completed({**values, "layers": "full_attention"}, **QWEN, seq_length=131_072)
 
 
 def test_two_bases_are_two_settings():
@@ -163,6 +169,7 @@ def test_two_bases_are_two_settings():
     ("values", "message"),
     [
         ({"variant": "yarn", "layers": "sliding_attention"}, "rope.layers='sliding_attention': full_attention leaves"),
+        ({"variant": "yarn", "layer": "full_attention"}, "rope.layer='full_attention': unknown key, did you mean 'layers'?"),
         ({"variant": "yarn", "layers": "all", "local_base": 1e4}, "rope.local_base=10000.0: has no effect with"),
         ({"variant": "yarn", "layers": "full_attention", "local_base": 1}, "rope.local_base=1: must be above 1"),
         ({"variant": "yarn", "local_base": "1e4"}, "rope.local_base='1e4': not a number"),
