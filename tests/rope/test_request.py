@@ -149,7 +149,7 @@ def test_layers_with_a_window_keep_the_base_that_they_have(name):
 
 @pytest.mark.parametrize("values", [{}, {"variant": "rope"}, {"base": 1e6}, {"variant": "abf", "base": 1e6}])
 def test_two_ropes_that_are_one_are_refused(values):
-    with pytest.raises(ConfigError, match="rope.layers='full_attention': has no effect"):
+    with pytest.raises(ConfigError, match=r"rope.layers='full_attention': has no effect"):
         completed({**values, "layers": "full_attention"}, **QWEN, seq_length=131_072)
 
 
