@@ -48,7 +48,7 @@ OPTIONS = {
     ),
 }
 # What no class of transformers can say: how its export is refused.
-KEPT = {"llama, rope.layers=full_attention": "rope.layers='full_attention': transformers' llama has one RoPE"}
+KEPT = {"llama, rope.layers=full_attention": "rope.layers='full_attention': no class of transformers"}
 NOTES = {
     "llama, model.no_rope_freq=4": "each fourth layer without RoPE from this run on; exported as SmolLM3",
     "mistral, model.window_size=[99,0]": "a window from this run on; llama cannot say one, so export from it is refused",

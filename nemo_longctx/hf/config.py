@@ -259,18 +259,27 @@ def _dtype(found: Mapping[str, Any]) -> dict[str, str]:
     return {"dtype": name}
 
 
+def check_one_rope(variant: RopeVariant) -> None:
+    """Refuse what no class of transformers that the host's weights fit can say.
+
+    Raises:
+        ConfigError: layers with a window have a RoPE of their own.
+    """
+    if variant.local_base is not None:
+        mend = (
+            "no class of transformers has this model's layers with two RoPEs (OLMo 3 and Gemma 3 norm elsewhere); it stays in "
+            "NeMo, where generate, chat and eval read it"
+        )
+        raise ConfigError("rope.layers", "full_attention", mend)
+
+
 def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> dict[str, Any]:
     """`RopeVariant.to_hf`'s keys as the family's config class in transformers takes them.
 
     Raises:
         ConfigError: Phi-3 under another scaling than LongRoPE's, or layers with a window that have a RoPE of their own.
     """
-    if variant.local_base is not None:
-        mend = (
-            f"transformers' {family} has one RoPE for all of its layers, and those that have two (OLMo 3, Gemma 3) norm "
-            "elsewhere; the model stays in NeMo, where generate and eval read it"
-        )
-        raise ConfigError("rope.layers", "full_attention", mend)
+    check_one_rope(variant)
     if family != "phi3" or not keys.get("rope_scaling"):
         return dict(keys)
     if variant.variant != "longrope":

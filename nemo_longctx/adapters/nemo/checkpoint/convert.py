@@ -45,7 +45,7 @@ from nemo_longctx.adapters.nemo.checkpoint.load import load_model
 from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model
 from nemo_longctx.adapters.nemo.model.rope import place_rope, variant_of
 from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import family_rope, token_numbers
+from nemo_longctx.hf.config import check_one_rope, family_rope, token_numbers
 from nemo_longctx.hf.directory import HFDirectory, check_directory, write_copy
 from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.hf.files import check_target
@@ -162,6 +162,7 @@ def export_hf(
     check_target(target, directory / "weights")
     described = checkpoint_model(directory, {}, adapters=True)
     variant = variant_of(described)
+    check_one_rope(variant)
     longest = described.config.seq_length if max_position_embeddings is None else max_position_embeddings
     if max_position_embeddings is not None and isinstance(variant, DynamicNtkRope):
         mend = "dynamic NTK must write its trained length there, where transformers starts to stretch; leave it out"
