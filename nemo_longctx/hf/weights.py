@@ -101,6 +101,7 @@ def check_weights(directory: Path, config: HFConfig) -> Weights:
             "bf16 or fp32, or dequantise it first (transformers: model.dequantize(), then save_pretrained)"
         )
         raise ConfigError(KEY, str(directory), mend)
+    _check_tables(stored, config)
     _check_tied_head(stored, config)
     _check_frequencies(stored, config)
     dtype, more = _kept_dtype(stored, config)
@@ -252,6 +253,19 @@ def _check_metadata(path: Path, metadata: object) -> None:
             "metadata={'format': 'pt'}"
         )
         raise ConfigError(KEY, str(path), mend)
+
+
+def _check_tables(stored: dict[str, Stored], config: HFConfig) -> None:
+    """The embedding has the vocabulary's rows, and a head of its own is there where config.json says so."""
+    table = stored.get("model.embed_tokens.weight")
+    if table is None:
+        return
+    if len(table.shape) == 2 and table.shape[0] != config.values["vocab_size"]:
+        mend = f"the embedding in the files has {table.shape[0]} rows; take config.json and weights from the same model"
+        raise ConfigError("vocab_size", config.values["vocab_size"], mend)
+    if not config.values["tie_word_embeddings"] and "lm_head.weight" not in stored:
+        mend = "the files have no lm_head.weight; write true where the head is the embedding, or copy the file that holds it"
+        raise ConfigError("tie_word_embeddings", False, mend)
 
 
 def _check_tied_head(stored: dict[str, Stored], config: HFConfig) -> None:

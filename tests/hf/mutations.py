@@ -127,7 +127,7 @@ def try_mutation(folder, number):
 
     raw = write_mutation(folder, number)
     table = np.zeros((100, 4), np.float32)
-    write_safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": table})
+    write_safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": table, "lm_head.weight": table})
     try:
         found = check_directory(folder)
         made = write_copy(found, folder / "copy")

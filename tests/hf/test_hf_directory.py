@@ -287,6 +287,15 @@ def test_tensors_that_would_be_dropped_are_looked_at(directory, tensors, dtypes,
     refused(directory(tensors=tensors, dtypes=dtypes, **changes), message)
 
 
+def test_a_head_that_is_not_there_is_named_with_the_mend(directory):
+    folder = directory()
+    table = {"model.embed_tokens.weight": np.zeros((100, 64), np.float32)}
+    write_safetensors(folder / "model.safetensors", table)
+    refused(folder, "tie_word_embeddings=False: the files have no lm_head.weight; write true where the head is the embedding")
+    check_directory(directory(tie_word_embeddings=True))
+    refused(directory(vocab_size=90), "vocab_size=90: the embedding in the files has 100 rows")
+
+
 def test_stored_frequencies_that_agree_are_dropped(directory):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     check_directory(directory(tensors={name: Rope().inv_freq(16)}, tie_word_embeddings=True))
@@ -297,7 +306,8 @@ def test_stored_frequencies_that_agree_are_dropped(directory):
 def test_an_index_is_followed_and_holes_in_it_are_named(directory):
     folder = directory()
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}}
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     made = write_copy(check_directory(folder), folder.parent / "copy")
     # transformers ends in a KeyError over an index without metadata
