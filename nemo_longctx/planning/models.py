@@ -10,7 +10,6 @@ from typing import Any
 
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
-from nemo_longctx.hf.config import read_config
 from nemo_longctx.hf.families import DEFAULTS, WHY_NOT
 from nemo_longctx.nemo_files import embedding_rows
 
@@ -247,6 +246,8 @@ def model_from_hf(path: Path) -> ModelShape:
     experts = [key for key in _HF_EXPERTS if config.get(key)]
     if experts:
         raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
+    from nemo_longctx.hf.config import read_config  # a plan by name needs no NumPy
+
     try:
         found = read_config(config)  # what an import refuses is no model to plan for
     except ConfigError as error:
