@@ -44,7 +44,9 @@ def decay_section(runs: Sequence[Run], directory: Path, *, short: int, distances
 
 def law_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Path) -> Section | None:
     """L(c) of each arm (Figure 1; `law.csv`), a document's losses averaged over seeds; None where no arm was measured."""
-    table: list[list[object]] = [["arm", "alpha (tokens)", "beta", "gamma (nats)", "documents", "p of a constant loss"]]
+    table: list[list[object]] = [
+        ["arm", "alpha (tokens)", "beta", "gamma (nats)", "documents", "p of a constant loss", "why not drawn"]
+    ]
     laws, curves = {}, {}
     for arm, runs in arms.items():
         found = [result.context[task] for run in runs if (result := last_result(run)) is not None and task in result.context]
@@ -55,11 +57,11 @@ def law_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Path) -
         test = context.judge_law(c, losses_DC)
         p_value = "–" if np.isnan(test.p_value) else f"{test.p_value:.3g}"
         if test.law is None:
-            table.append([arm, f"not drawn: {test.why}", "", "", str(len(losses_DC)), p_value])
+            table.append([arm, "–", "–", "–", str(len(losses_DC)), p_value, test.why])
             continue
         laws[arm], curves[arm] = test.law, {"context": c, "loss": losses_DC.mean(axis=0)}
         values = [with_interval(test.law, key) for key in ("alpha", "beta", "gamma")]
-        table.append([arm, *values, str(len(losses_DC)), p_value])
+        table.append([arm, *values, str(len(losses_DC)), p_value, "–"])
     if len(table) == 1:
         return None
     write_table(directory / "law.csv", table)

@@ -6,12 +6,14 @@ runs what has no record, or another command than it had. A run that was killed g
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from nemo_longctx.ablation.drawn import context_section, decay_section, law_sect
 from nemo_longctx.ablation.measured import last_result, of_result, table
 from nemo_longctx.ablation.page import write_study
 from nemo_longctx.ablation.study import BASE, Measure, Run, Scale, Study, filled
+from nemo_longctx.config import ConfigError
 from nemo_longctx.files import write_text
 from nemo_longctx.report.html import Section
 
+PATIENCE = 50  # tenths of a second
 PROBES = ("passkey", "first_sentence")  # drawn by length
 Execute = Callable[[list[str], Path], int]
 Say = Callable[[str], None]
@@ -64,7 +68,32 @@ class Runner:
         return prepared + [(run.name, run.command(self.executor)) for run in self.runs]
 
     def __call__(self) -> Path | None:
-        """Run what is not done yet; the page, or None where a command failed."""
+        """Run what is not done yet; the page, or None where a command failed.
+
+        Raises:
+            ConfigError: another process runs this study in the same folder.
+        """
+        with self._alone():
+            return self._go()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / f"{self.study.name}.lock").open("w") as lock:
+            for _ in range(PATIENCE):  # the runs of a study that was killed end a moment after it
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            else:
+                mend = f"another process runs {self.study.name} there; wait for it, or name another folder"
+                raise ConfigError("--out", str(self.out), mend)
+            # What that process did since this one looked is done.
+            self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
+            yield
+
+    def _go(self) -> Path | None:
         began, commands = time.monotonic(), self.commands()
         left = [name for name, command in commands if not self._is_done(name, command)]
         for number, (name, command) in enumerate(commands, start=1):

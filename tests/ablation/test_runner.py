@@ -109,6 +109,13 @@ def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
     assert set(found["loss_long"]) == set(broken.study.arms)
 
 
+def test_a_study_that_runs_is_not_started_again_beside_itself(tmp_path, monkeypatch):
+    first, second = runner(tmp_path, "scaling"), runner(tmp_path, "scaling")
+    monkeypatch.setattr("nemo_longctx.ablation.runner.PATIENCE", 1)
+    with first._alone(), pytest.raises(ConfigError, match="another process runs scaling there"):
+        second()
+
+
 def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
     for study in map(load_study, studies()):
         for name in study.scales:
