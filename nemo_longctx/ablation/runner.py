@@ -151,10 +151,12 @@ class Runner:
         for name, measure in self._measures().items():
             have = [r for r in self.runs if self._is_done(r.name, r.command(self.executor))]
             whole = [arm for arm in arms if sum(r.arm == arm for r in have) == len(self.scale.seeds)]
-            try:
-                values[name] = table(measure, have, whole, self.scale.seeds)
-            except ValueError as error:  # an evaluation that failed costs its measure, not the page
-                self.say(f"{self.study.name}: {measure.text}: left out, {error}")
+            values[name] = {}
+            for arm in whole:
+                try:
+                    values[name] |= table(measure, have, [arm], self.scale.seeds)
+                except ValueError as error:  # an evaluation that failed costs its arm this measure, not the page
+                    self.say(f"{self.study.name}: {measure.text}: {arm} is left out, {error}")
         return values
 
     def _measures(self) -> Mapping[str, Measure]:

@@ -104,8 +104,8 @@ def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
     values["results"][0]["probes"] = []
     write_json(record, values)
     found = broken.found()
-    assert [line for line in said if "left out, yarn, seed 3 did not measure probes/passkey/2048" in line]
-    assert set(found) == {"loss_long", "loss_twice", "loss_short", "loss_training"}
+    assert [line for line in said if "yarn is left out, yarn, seed 3 did not measure probes/passkey/2048" in line]
+    assert set(found["passkey"]) == set(broken.study.arms) - {"yarn"}
     assert set(found["loss_long"]) == set(broken.study.arms)
 
 
