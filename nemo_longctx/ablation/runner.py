@@ -57,15 +57,22 @@ class Runner:
         self.executor = "" if study.tuned else executor or self.scale.executor
         self.runs: list[Run] = study.runs(scale, out)
         self.record = out / f"{study.name}.done.json"
-        self.done: dict[str, dict[str, Any]] = json.loads(self.record.read_text()) if self.record.exists() else {}
+        if out.exists() and not out.is_dir():
+            raise ConfigError("--out", str(out), "is a file; name a folder")
+        self.done: dict[str, dict[str, Any]] = self._read_record()
 
     def commands(self) -> list[tuple[str, list[str]]]:
         """All commands of the study in order, with names: preparation, then runs."""
-        prepared = [
-            (f"data {n}", ["nemo-longctx", *shlex.split(filled(line, self.scale, out=self.out, text=self.text))])
-            for n, line in enumerate(self.scale.prepare, start=1)
-        ]
+        prepared = [(f"data {n}", ["nemo-longctx", *self._words(line)]) for n, line in enumerate(self.scale.prepare, start=1)]
         return prepared + [(run.name, run.command(self.executor)) for run in self.runs]
+
+    def _words(self, line: str) -> list[str]:
+        """The words of a line of preparation; which files of a folder to take is nothing that a file of the user's is asked."""
+        words = shlex.split(filled(line, self.scale, out=self.out, text=self.text))
+        if any("://" not in text and Path(text).is_dir() for text in shlex.split(self.text)):
+            return words
+        globs = {place for place, word in enumerate(words) if word == "--glob"}
+        return [word for place, word in enumerate(words) if place not in globs and place - 1 not in globs]
 
     def __call__(self) -> Path | None:
         """Run what is not done yet; the page, or None where a command failed.
@@ -90,8 +97,17 @@ class Runner:
                 mend = f"another process runs {self.study.name} there; wait for it, or name another folder"
                 raise ConfigError("--out", str(self.out), mend)
             # What that process did since this one looked is done.
-            self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
+            self.done = self._read_record()
             yield
+
+    def _read_record(self) -> dict[str, dict[str, Any]]:
+        if not self.record.exists():
+            return {}
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            mend = f"is damaged ({error}); delete it: runs that have ended are found, and not trained again"
+            raise ConfigError("--out", str(self.record), mend) from None
 
     def _go(self) -> Path | None:
         began, commands = time.monotonic(), self.commands()

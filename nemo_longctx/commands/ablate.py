@@ -39,12 +39,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from nemo_longctx.ablation.runner import Runner
     from nemo_longctx.ablation.study import load_study, studies
+    from nemo_longctx.eval.checks import check_there
 
     if args.study != "all" and args.study not in studies():
         raise ConfigError("study", args.study, did_you_mean(args.study, [*studies(), "all"]))
     wanted = studies() if args.study == "all" else [args.study]
     loaded = {name: load_study(name) for name in wanted}
     chosen = {n: s for n, s in loaded.items() if args.study != "all" or args.scale in s.scales}
+    for place in args.text:
+        if "://" not in place:
+            check_there("--text", place)
     out = args.out or Path("runs/ablate") / args.scale
     text = shlex.join(args.text) if args.text else shlex.quote(sysconfig.get_path("purelib"))
     runners = [Runner(study, args.scale, out, text=text, executor=args.executor, run=here) for study in chosen.values()]

@@ -116,6 +116,30 @@ def test_a_study_that_runs_is_not_started_again_beside_itself(tmp_path, monkeypa
         second()
 
 
+def test_what_cannot_be_begun_is_named_before_anything_is_done(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("words")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "scaling.done.json").write_text('{"small')
+    for more, said in (
+        (["--text", str(tmp_path / "boook.txt")], "--text='"),
+        (["--text", str(tmp_path / "boook.txt")], "did you mean '"),
+        (["--out", str(tmp_path / "book.txt")], "is a file; name a folder"),
+        (["--out", str(tmp_path / "damaged")], "is damaged"),
+    ):
+        assert main(["ablate", "scaling", "--scale", "smoke", *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_file_of_text_is_taken_whole_and_a_folder_by_its_names(tmp_path):
+    (tmp_path / "book.txt").write_text("words")
+    study = load_study("mix")
+    for text, globs in ((tmp_path / "book.txt", 0), (tmp_path, 4 + 2)):
+        made = Runner(study, "smoke", tmp_path / "out", text=str(text)).commands()
+        assert sum(command.count("--glob") for _, command in made) == globs
+        assert all(str(text) in command for _, command in made[:2])
+        assert all(word for _, command in made for word in command)
+
+
 def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
     for study in map(load_study, studies()):
         for name in study.scales:
