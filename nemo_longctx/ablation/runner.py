@@ -163,7 +163,7 @@ class Runner:
     def found(self) -> dict[str, dict[str, Any]]:
         """Measure -> arm -> values [S, D], of what is done."""
         arms = [arm for arm in self.study.arms if arm in {run.arm for run in self.runs}]
-        values = {}
+        values: dict[str, dict[str, Any]] = {}
         for name, measure in self._measures().items():
             have = [r for r in self.runs if self._is_done(r.name, r.command(self.executor))]
             whole = [arm for arm in arms if sum(r.arm == arm for r in have) == len(self.scale.seeds)]
