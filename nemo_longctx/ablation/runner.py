@@ -186,7 +186,7 @@ class Runner:
         provenance = {
             "study": self.study.name,
             "scale": self.name,
-            "seconds": seconds | {"all": round(sum(seconds.values()), 1)},
+            "seconds since each run's last start": seconds | {"all": round(sum(seconds.values()), 1)},
             "commands": {name: shlex.join(command) for name, command in self.commands()},
             "versions": versions(),
             "commit": " ".join(dict.fromkeys(each["commit"] for each in self.done.values() if each.get("commit"))),
