@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_longctx.cli import COMMANDS
@@ -59,8 +60,19 @@ def commands_page() -> str:
         module = importlib.import_module(f"nemo_longctx.commands.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(prog=f"nemo-longctx {name}", description=line, formatter_class=_Wide)
         module.configure(parser)
-        lines += [f"## {name}", "", "```text", parser.format_help().rstrip(), "```", ""]
+        for under, each in _with_jobs(name, parser):
+            lines += [f"##{'#' * (under != name)} {under}", "", "```text", each.format_help().rstrip(), "```", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _with_jobs(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """A command, and what it does by a word of its own (`rope show`)."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, job in action.choices.items():
+                job.formatter_class = _Wide
+                yield from _with_jobs(f"{name} {word}", job)
 
 
 class _Wide(argparse.HelpFormatter):

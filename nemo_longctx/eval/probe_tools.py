@@ -91,9 +91,10 @@ class Tools:
             taken.append(next(endless))
             have += len(self.encode(show(10, taken[-1]) + between))
         while True:
-            order = list(taken)
+            order, place = list(taken), -1
             for depth, entry in sorted(needed):
-                order.insert(round(depth * len(order)), entry)
+                place = max(place + 1, round(depth * len(order)))  # never before one of less depth
+                order.insert(place, entry)
             parts = [self.encode(show(number, entry) + between) for number, entry in enumerate(order, start=1)]
             if sum(map(len, parts)) <= room:
                 break

@@ -14,12 +14,12 @@ import compileall
 import contextlib
 import functools
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
 import py_compile
 import queue as queues
-import random
 import re
 import shutil
 import signal
@@ -92,20 +92,24 @@ def changed_files(reference: str) -> list[str]:
 
 
 def sample(every: dict[str, list[Mutant]], number: int, seed: int, equivalent: dict[str, str]) -> list[Mutant]:
-    """A round over the modules takes one mutant of each, until there are `number`; no two of one node."""
-    piles = {}
-    for path, found in sorted(every.items()):
-        pile = [mutant for mutant in found if mutant.name not in equivalent]
-        random.Random(f"{seed}/{path}").shuffle(pile)
-        piles[path] = pile
-    order, chosen, taken = sorted(piles), [], set()
-    random.Random(seed).shuffle(order)
+    """A round over the modules takes one mutant of each, until there are `number`; no two of one node or of one name.
+
+    The order is by a hash of the name, so that an edit changes the sample only where it changes the code.
+    """
+
+    def drawn(name: str) -> str:
+        return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
+
+    piles = {path: sorted(found, key=lambda m: (drawn(m.name), -m.line)) for path, found in every.items()}
+    chosen: list[Mutant] = []
+    taken: set[object] = set(equivalent)
     while len(chosen) < number and any(piles.values()):
-        for path in order:
+        for path in sorted(piles, key=drawn):
             while piles[path] and len(chosen) < number:
                 mutant = piles[path].pop()
-                if (path, mutant.line, mutant.was) not in taken and _parses(mutant.source):
-                    taken.add((path, mutant.line, mutant.was))
+                node = (path, mutant.line, mutant.was)
+                if not taken & {node, mutant.name} and _parses(mutant.source):
+                    taken |= {node, mutant.name}
                     chosen.append(mutant)
                     break
     return chosen
@@ -147,7 +151,8 @@ def named() -> list[Mutant]:
 def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]]:
     """The tests that run the mutant's function, and their seconds; all of the file's for its top.
 
-    Those first that are quick, that stand in a file or have a name that speaks of the function's, and that run few of its file.
+    Those first that are quick, that stand in a file or have a name that speaks of the function's, and that run few of its file;
+    behind the first 30 the files of tests take turns.
     """
     runs = covering["functions"].get(mutant.path, {})
     breadth = Counter(test for tests in runs.values() for test in tests)
@@ -160,7 +165,14 @@ def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]
     tests, spent, chosen = covering["tests"], 0.0, []
     speaks = re.compile("|".join({*re.findall("[a-z]{4,}", Path(mutant.path).stem + "_" + wanted.lower()), "::::"}))
     near = {index: -len(set(speaks.findall(tests[index][0].lower()))) for index in found}
-    for index in sorted(found, key=lambda i: (tests[i][1] > 2, near[i], breadth[i], tests[i][1])):
+    order = sorted(found, key=lambda i: (tests[i][1] > 2, near[i], breadth[i], tests[i][1]))
+    turns: Counter[str] = Counter()
+    turn = {}
+    for place, index in enumerate(order):
+        file = tests[index][0].split("::")[0]
+        turn[index] = 0 if place < 30 else turns[file]
+        turns[file] += 1
+    for index in sorted(order, key=lambda i: (tests[i][1] > 2, turn[i])):
         if len(chosen) == TESTS:
             break
         if not _is_there(tests[index][0]):
@@ -177,23 +189,34 @@ def _is_there(test: str) -> bool:
     return all(f"{name}(" in _text(path) or f"class {name}" in _text(path) for name in names) and bool(_text(path))
 
 
+def _digest(tests: list[tuple[str, float]]) -> str:
+    """Of the tests' names and the text of their files."""
+    files = sorted({test.split("::")[0] for test, _ in tests})
+    return hashlib.sha256("".join([*(test for test, _ in tests), *map(_text, files)]).encode()).hexdigest()[:16]
+
+
 @functools.lru_cache
 def _text(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
 
 
 def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
+    tests = {mutant.name: told.get(mutant.kind) or tests_of(mutant, covering) for mutant in chosen}
     journal = Path(options.journal) if options.journal else None
     done = {}
     if journal is not None and journal.exists():
         done = {each["mutant"]: each for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines())}
+    for mutant in chosen:  # what survived other tests than today's is run again
+        before = done.get(mutant.name, {"caught": True})
+        if not before["caught"] and before["against"] != _digest(tests[mutant.name]):
+            del done[mutant.name]
     todo = [mutant for mutant in chosen if mutant.name not in done and any(part in mutant.path for part in options.only)]
     began = time.monotonic()
     queue: Any = multiprocessing.get_context("spawn").Queue()
     answers: Any = multiprocessing.get_context("spawn").Queue()
-    told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
     for index, mutant in enumerate(todo):
-        queue.put((index, told.get(mutant.kind) or tests_of(mutant, covering)))
+        queue.put((index, tests[mutant.name]))
     workers = []
     for _ in range(min(options.processes, len(todo))):
         queue.put(None)
@@ -201,18 +224,18 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         worker.start()
         workers.append(worker)
     for number in range(len(todo)):
-        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+        answer = None
+        while answer is None and (options.minutes is None or time.monotonic() - began < 60 * options.minutes):
+            with contextlib.suppress(queues.Empty):
+                answer = answers.get(timeout=2)
+            if answer is None and not any(worker.is_alive() for worker in workers):
+                raise SystemExit("the processes that run the tests have died; what they said stands above")
+        if answer is None:
             print(f"{options.minutes:g} minutes are over: {len(todo) - number} of {len(todo)} not reached", flush=True)
             for worker in workers:
                 worker.terminate()
             break
-        while True:
-            try:
-                index, caught, how, seconds = answers.get(timeout=5)
-                break
-            except queues.Empty:
-                if not any(worker.is_alive() for worker in workers):
-                    raise SystemExit("the processes that run the tests have died; what they said stands above") from None
+        index, caught, how, seconds = answer
         mutant = todo[index]
         result = {
             "mutant": mutant.name,
@@ -221,6 +244,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
             "caught": caught,
             "how": how,
             "seconds": seconds,
+            "against": _digest(tests[mutant.name]),
         }
         done[mutant.name] = result
         if journal is not None:

@@ -65,4 +65,7 @@ def test_a_step_is_named_with_stage_tokens_and_the_first_documents():
     )
     said = bad.sentence(most=2)
     assert said == "x at step 7, stage 1 (sequences of 128), tokens 1,536 to 1,792; documents books:0, books:1 and 13 more"
+    assert bad.sentence().endswith("books:10, books:11 and 3 more")
+    assert bad.sentence(most=14).endswith("books:13 and 1 more")
+    assert bad.sentence(most=15).endswith("books:14")
     assert bad.record()["documents"] == documents

@@ -143,7 +143,19 @@ def test_advise_gives_the_paper_s_practice_beside_the_bound(capsys):
     assert abf == [500_000.0, facts["smallest_base"]]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "500000: Llama 2 Long (Xiong et al. 2023)" in out
+    assert out.startswith("From 4096 to 32768 tokens, head size 128, trained base 10000\n")
+    practice = "Practice: what was trained and seen to work at 32768 tokens or more, from base 10000\n"
+    assert f"\n\n{practice}  500000: Llama 2 Long (Xiong et al. 2023)" in out
+    for said in (
+        "reaches: first distance",
+        "unseen pairs: pairs that meet",
+        "\n\nBound: of the untrained score",
+        "not keep it: ",
+    ):
+        assert f"\n{said}" in out
+    assert f"smallest base for 32768 tokens: {facts['smallest_base']:.3g} (their fit 0.0424 L^1.628: " in out
+    table = [line.split() for line in out.splitlines() if line.startswith(("variant ", "abf "))]
+    assert [row[:2] for row in table] == [["variant", "base"], *(["abf", f"{base:.6g}"] for base in abf)]
     assert "too small" not in out
     assert main([*argv[:-1], "131072"]) == 0
     assert "no published base above it" in capsys.readouterr().out
