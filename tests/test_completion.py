@@ -1,11 +1,12 @@
 """`nemo-longctx completion`: what bash makes of the script, and that each shell's names every command."""
 
+import re
 import subprocess
 
 import pytest
 
 from nemo_longctx.cli import COMMANDS, main
-from nemo_longctx.commands.completion import bash
+from nemo_longctx.commands.completion import bash, fish, words_of
 
 ASK = """
 source "$0"
@@ -44,3 +45,20 @@ def test_each_shell_s_script_names_every_command(shell, capsys):
     assert main(["completion", shell]) == 0
     said = capsys.readouterr().out
     assert all(command in said for command in COMMANDS)
+
+
+def test_fish_offers_what_bash_does():
+    offered = {command: [] for command in COMMANDS}
+    told = {}
+    for line in fish().splitlines():
+        if found := re.fullmatch(r"complete -c nemo-longctx -n __fish_use_subcommand -a (\S+) -d '(.+)'", line):
+            told[found[1]] = found[2].replace("\\'", "'")
+            continue
+        command, kind, words = re.fullmatch(
+            r"complete -c nemo-longctx -n '__fish_seen_subcommand_from (\S+)' -(l|a) '?([^']+)'?", line
+        ).groups()
+        offered[command] += [f"--{words}"] if kind == "l" else words.split()
+    assert told == dict(COMMANDS)
+    assert {command: sorted(words) for command, words in offered.items()} == {
+        command: sorted(words_of(command)) for command in COMMANDS
+    }

@@ -51,6 +51,8 @@ def test_what_is_spent_over_all_looks_is_the_runs_error():
 def test_holm_by_hand():
     assert holm({"a": 0.01, "b": 0.02, "c": 0.03, "d": 0.2}, 0.05) == {"a"}  # 0.0125 yes, 0.0167 no
     assert holm({"a": 0.01, "b": 0.016, "c": 0.02, "d": 0.2}, 0.05) == {"a", "b", "c"}
+    assert holm({"a": 0.025, "b": 0.05}, 0.05) == {"a", "b"}  # a p-value at its level falls
+    assert holm({"a": 0.0251, "b": 0.05}, 0.05) == set()
     assert holm({}, 0.05) == set()
 
 
