@@ -16,7 +16,7 @@ BINARY = {
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 # Calls whose first two arguments may change places.
-EITHER_WAY = {"max", "min", "gcd", "isinstance", "getattr", "hasattr", "array_equal", "allclose"}
+EITHER_WAY = {"max", "min", "gcd", "isinstance", "getattr", "hasattr", "array_equal", "allclose", "cast"}
 
 
 @dataclass(frozen=True)

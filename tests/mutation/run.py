@@ -27,18 +27,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 from collect import functions  # noqa: E402
+from page import page  # noqa: E402
 from points import Mutant, mutants  # noqa: E402
 
 TESTS, SECONDS = 60, 30.0  # at most so many tests and so much of their own time for one mutant
-HEAVY = ("numpy", "torch", "transformers", "tokenizers", "hypothesis", "pytest")
-HOST = ("nemo.collections.llm", "megatron.core", "lightning.pytorch")
+HEAVY = ("numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers", "hypothesis.strategies",
+         "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard")  # fmt: skip
+HOST = ("nemo.collections.llm", "nemo_run", "megatron.core", "lightning.pytorch", "lm_eval.tasks")
 
 
 def main() -> int:
@@ -46,6 +48,10 @@ def main() -> int:
     covering = json.loads(gzip.decompress(Path(options.map).read_bytes()))
     equivalent = {each["mutant"]: each["why"] for each in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
     files = [] if options.named else changed_files(options.changed) if options.changed else package_files()
+    if not files and options.changed:
+        why = "no such commit is here" if files is None else "no file of the package differs from it"
+        print(f"nothing to plant: {options.changed}: {why}")
+        return 0
     every = {path: mutants(path, (ROOT / path).read_text(encoding="utf-8")) for path in files}
     gone = {name for name in equivalent if name.split("::")[0] in every} - {m.name for found in every.values() for m in found}
     if gone and not (options.changed or options.named):
@@ -54,7 +60,7 @@ def main() -> int:
     chosen = named() if options.named else sample(every, options.number, options.seed, equivalent)
     results = run_all(chosen, covering, options)
     text = report(results, len(chosen), covering, options)
-    print(text)
+    print(text.split("\n## Unnoticed once")[0])
     if options.report:
         Path(options.report).write_text(text, encoding="utf-8")
     caught = sum(result["caught"] for result in results)
@@ -86,7 +92,13 @@ def package_files() -> list[str]:
     return listed.stdout.split()
 
 
-def changed_files(reference: str) -> list[str]:
+def changed_files(reference: str) -> list[str] | None:
+    """Files of the package that differ from a commit; None where that commit is not here, as in a clone without its past."""
+    known = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}"], cwd=ROOT, capture_output=True
+    )
+    if known.returncode:
+        return None
     command = ["git", "diff", "--name-only", "--diff-filter=d", reference, "--", "nemo_longctx/*.py"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
@@ -204,9 +216,12 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
     told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
     tests = {mutant.name: told.get(mutant.kind) or tests_of(mutant, covering) for mutant in chosen}
     journal = Path(options.journal) if options.journal else None
-    done = {}
+    done: dict[str, dict[str, Any]] = {}
+    first: dict[str, bool] = {}  # whether the tests of then caught it
     if journal is not None and journal.exists():
-        done = {each["mutant"]: each for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines())}
+        for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
+            done[each["mutant"]] = each
+            first.setdefault(each["mutant"], each["caught"])
     for mutant in chosen:  # what survived other tests than today's is run again
         before = done.get(mutant.name, {"caught": True})
         if not before["caught"] and before["against"] != _digest(tests[mutant.name]):
@@ -256,7 +271,8 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         )
     for worker in workers:
         worker.join()
-    return [done[mutant.name] for mutant in chosen if mutant.name in done]
+    reached = [mutant for mutant in chosen if mutant.name in done]
+    return [done[m.name] | {"line": m.line, "first": first.get(m.name, done[m.name]["caught"])} for m in reached]
 
 
 def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
@@ -377,37 +393,17 @@ def _end_group(child: int) -> None:
 
 
 def report(results: list[dict[str, Any]], asked: int, covering: dict[str, Any], options: argparse.Namespace) -> str:
-    rooms: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
-        path = result["mutant"].split("::")[0]
-        parts = Path(path).parts[1:]
-        rooms["/".join(parts[:2]) if parts[0] == "adapters" else parts[0] if len(parts) > 1 else "top level"].append(result)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    command = f"`python tests/mutation/run.py --number {options.number} --seed {options.seed}` at {commit.stdout.strip()}"
-    seconds = sum(result["seconds"] for result in results)
-    lines = [
-        "# Planted faults", "",
-        "A small fault (a bound, a sign, a dropped check or argument) is planted, and the default tests that run its function",
-        "run until one fails. Modules take turns, so a sample that is cut short is spread evenly over them.",
-        "", f"{command}:",
-        f"{len(results)} of {asked} reached, against {len(covering['tests'])} tests; {seconds:.0f} s of test processes.", "",
-        "| where | planted | caught | share |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
-    groups = {"cores": [], "adapters": []}  # type: dict[str, list[dict[str, Any]]]
-    for room, found in rooms.items():
-        groups["adapters" if room.startswith("adapters") else "cores"] += found
-    for room, found in [*sorted(rooms.items()), *(("**" + name + "**", found) for name, found in groups.items())]:
-        if found:
-            caught = sum(each["caught"] for each in found)
-            lines.append(f"| {room} | {len(found)} | {caught} | {100 * caught / len(found):.0f} % |")
-    lines += ["", "## Survivors", ""]
-    for each in sorted((r for r in results if not r["caught"]), key=lambda r: r["mutant"]):
-        path, function, change = each["mutant"].split("::", 2)
-        lines.append(f"- {path}:{each['line']} `{function}` {each['kind']}: `{change}` ({each['how']})")
-    lines += ["", "## Unnoticed once", "", "Faults of a review, with the test that catches each now (`run.py --named`):", ""]
-    for each in known_faults():
-        lines.append(f"- {each['about']} ({each['path']}): {each['test']}{', slow' * bool(each.get('slow'))}")
-    return "\n".join(lines) + "\n"
+    what = "--named" if options.named else f"--number {options.number} --seed {options.seed}"
+    what += f" --changed {options.changed}" if options.changed else ""
+    return page(
+        results,
+        asked=asked,
+        command=f"`python tests/mutation/run.py {what}` at {commit.stdout.strip()}",
+        tests=len(covering["tests"]),
+        equivalents=len(json.loads(EQUIVALENT.read_text(encoding="utf-8"))),
+        named=known_faults(),
+    )
 
 
 if __name__ == "__main__":
