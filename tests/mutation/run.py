@@ -38,8 +38,10 @@ from page import page  # noqa: E402
 from points import Mutant, mutants  # noqa: E402
 
 TESTS, SECONDS = 60, 30.0  # at most so many tests and so much of their own time for one mutant
-HEAVY = ("numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers",
-         "hypothesis.strategies", "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard")  # fmt: skip
+HEAVY = (
+    "numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers", "hypothesis.strategies",
+    "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard",
+)  # fmt: skip
 HOST = ("nemo.collections.llm", "nemo_run", "megatron.core", "lightning.pytorch", "lm_eval.tasks")
 
 
