@@ -12,7 +12,6 @@ import argparse
 import ast
 import compileall
 import contextlib
-import functools
 import gzip
 import hashlib
 import json
@@ -20,24 +19,22 @@ import multiprocessing
 import os
 import py_compile
 import queue as queues
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
+from choice import SECONDS, digest, tests_of  # noqa: E402
 from collect import functions  # noqa: E402
 from page import page  # noqa: E402
 from points import Mutant, mutants  # noqa: E402
 
-TESTS, SECONDS = 60, 30.0  # at most so many tests and so much of their own time for one mutant
 HEAVY = (
     "numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers", "hypothesis.strategies",
     "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard",
@@ -162,58 +159,6 @@ def named() -> list[Mutant]:
     return chosen
 
 
-def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]]:
-    """The tests that run the mutant's function, and their seconds; all of the file's for its top.
-
-    Those first that are quick, that stand in a file or have a name that speaks of the function's, and that run few of its file;
-    behind the first 30 the files of tests take turns.
-    """
-    runs = covering["functions"].get(mutant.path, {})
-    breadth = Counter(test for tests in runs.values() for test in tests)
-    wanted = mutant.function
-    while wanted not in runs and "." in wanted:
-        wanted = wanted.rsplit(".", 1)[0]
-    found = runs.get(wanted) or ([] if mutant.function in runs else sorted(breadth))
-    if not mutant.function:
-        found = sorted(breadth)
-    tests, spent, chosen = covering["tests"], 0.0, []
-    speaks = re.compile("|".join({*re.findall("[a-z]{4,}", Path(mutant.path).stem + "_" + wanted.lower()), "::::"}))
-    near = {index: -len(set(speaks.findall(tests[index][0].lower()))) for index in found}
-    order = sorted(found, key=lambda i: (tests[i][1] > 2, near[i], breadth[i], tests[i][1]))
-    turns: Counter[str] = Counter()
-    turn = {}
-    for place, index in enumerate(order):
-        file = tests[index][0].split("::")[0]
-        turn[index] = 0 if place < 30 else turns[file]
-        turns[file] += 1
-    for index in sorted(order, key=lambda i: (tests[i][1] > 2, turn[i])):
-        if len(chosen) == TESTS:
-            break
-        if not _is_there(tests[index][0]):
-            continue
-        if spent + tests[index][1] <= SECONDS or not chosen:
-            chosen.append((tests[index][0], tests[index][1]))
-            spent += tests[index][1]
-    return chosen
-
-
-def _is_there(test: str) -> bool:
-    """Whether a test of the map is still in the tree under its name."""
-    path, *names = test.partition("[")[0].split("::")
-    return all(f"{name}(" in _text(path) or f"class {name}" in _text(path) for name in names) and bool(_text(path))
-
-
-def _digest(tests: list[tuple[str, float]]) -> str:
-    """Of the tests' names and the text of their files."""
-    files = sorted({test.split("::")[0] for test, _ in tests})
-    return hashlib.sha256("".join([*(test for test, _ in tests), *map(_text, files)]).encode()).hexdigest()[:16]
-
-
-@functools.lru_cache
-def _text(path: str) -> str:
-    return (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
-
-
 def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
     tests = {mutant.name: told.get(mutant.kind) or tests_of(mutant, covering) for mutant in chosen}
@@ -226,7 +171,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
             first.setdefault(each["mutant"], each["caught"])
     for mutant in chosen:  # what survived other tests than today's is run again
         before = done.get(mutant.name, {"caught": True})
-        if not before["caught"] and before["against"] != _digest(tests[mutant.name]):
+        if not before["caught"] and before["against"] != digest(tests[mutant.name]):
             del done[mutant.name]
     todo = [mutant for mutant in chosen if mutant.name not in done and any(part in mutant.path for part in options.only)]
     began = time.monotonic()
@@ -261,7 +206,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
             "caught": caught,
             "how": how,
             "seconds": seconds,
-            "against": _digest(tests[mutant.name]),
+            "against": digest(tests[mutant.name]),
         }
         done[mutant.name] = result
         if journal is not None:
@@ -322,6 +267,10 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
                 if not tests:
                     status = 0
                     break
+            limit = 60 + 10 * sum(seconds for _, seconds in tests)
+            if status < 0 and forked([test for test, _ in tests], limit)[0] < 0:
+                answers.put((index, False, "its tests do not end in time, planted or not", limit))
+                continue
             if status > 0 and not failed and forked([test for test, _ in tests], 900)[0]:
                 answers.put((index, False, "its tests do not run, planted or not: make the map anew", 0.0))
                 continue

@@ -1,0 +1,80 @@
+"""Which tests a mutant meets: those that run its function, the likeliest to notice first."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from points import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS, SECONDS = 60, 30.0  # at most so many tests and so much of their own time for one mutant
+
+
+def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]]:
+    """The tests that run the mutant's function, and their seconds; all of the file's for its top.
+
+    Those first that are quick, that stand in a file or have a name that speaks of the function's, and that run few of its file;
+    behind the first 30 the files of tests take turns.
+    """
+    runs = covering["functions"].get(mutant.path, {})
+    breadth = Counter(test for tests in runs.values() for test in tests)
+    wanted = mutant.function
+    while wanted not in runs and "." in wanted:
+        wanted = wanted.rsplit(".", 1)[0]
+    found = runs.get(wanted) or ([] if mutant.function in runs else sorted(breadth))
+    if not mutant.function:
+        found = sorted(breadth)
+    tests, spent, chosen = covering["tests"], 0.0, []
+    speaks = re.compile("|".join({*re.findall("[a-z]{4,}", Path(mutant.path).stem + "_" + wanted.lower()), "::::"}))
+    near = {index: -len(set(speaks.findall(tests[index][0].lower()))) for index in found}
+    file = {index: tests[index][0].split("::")[0] for index in found}
+    shared = _shared(covering)
+    slow = {index: max(tests[index][1], shared.get(file[index], 0)) > 2 for index in found}
+    order = sorted(found, key=lambda i: (slow[i], near[i], breadth[i], tests[i][1]))
+    turns: Counter[str] = Counter()
+    turn = {}
+    for place, index in enumerate(order):
+        turn[index] = 0 if place < 30 else turns[file[index]]
+        turns[file[index]] += 1
+    begun: set[str] = set()
+    for index in sorted(order, key=lambda i: (slow[i], turn[i])):
+        if len(chosen) == TESTS:
+            break
+        if not _is_there(tests[index][0]):
+            continue
+        takes = tests[index][1] + (0 if file[index] in begun else shared.get(file[index], 0))
+        if spent + takes <= SECONDS or not chosen:
+            chosen.append((tests[index][0], takes))
+            begun.add(file[index])
+            spent += takes
+    return chosen
+
+
+def _shared(covering: dict[str, Any]) -> dict[str, float]:
+    """Seconds that the first test of a file makes ready what the others read: of files that train or start the host."""
+    most: dict[str, float] = defaultdict(float)
+    for test, seconds in covering["tests"]:
+        most[test.split("::")[0]] = max(most[test.split("::")[0]], seconds)
+    return {file: seconds for file, seconds in most.items() if seconds > 10 and "/integration/" in file}
+
+
+def _is_there(test: str) -> bool:
+    """Whether a test of the map is still in the tree under its name."""
+    path, *names = test.partition("[")[0].split("::")
+    return all(f"{name}(" in _text(path) or f"class {name}" in _text(path) for name in names) and bool(_text(path))
+
+
+def digest(tests: list[tuple[str, float]]) -> str:
+    """Of the tests' names and the text of their files."""
+    files = sorted({test.split("::")[0] for test, _ in tests})
+    return hashlib.sha256("".join([*(test for test, _ in tests), *map(_text, files)]).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def _text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
