@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, tiny_llama
 
+from nemo_longctx import capability
 from nemo_longctx.cli import COMMANDS, main
 from nemo_longctx.data.writer import CorpusWriter
 
@@ -35,6 +36,22 @@ def test_doctor_reports_versions_and_what_missing_parts_cost(capsys):
     assert set(parts) == {"CUDA", "bf16", "Transformer Engine", "flash-attn", "NVIDIA's apex", "gloo", "nccl"}
     for part in parts.values():
         assert part["available"] or (part["cost"] and part["remedy"] and part["detail"])
+
+
+def test_doctor_tells_people_what_a_missing_part_costs(monkeypatch, capsys):
+    parts = [
+        capability.Capability(name="CUDA", available=False, detail="no driver", cost="a CPU's speed", remedy="a GPU"),
+        capability.Capability(name="gloo", available=True, detail="of torch"),
+    ]
+    monkeypatch.setattr(capability, "capabilities", lambda: parts)
+    monkeypatch.setattr(capability, "package_versions", lambda: {"torch": "2.7.1", "nemo_toolkit": None})
+    monkeypatch.setattr(capability, "host_fault", lambda: "NeMo 9 is none that was tried")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "torch         2.7.1", "nemo_toolkit  not installed", "host          no  NeMo 9 is none that was tried",
+        "CUDA          no  no driver", "                  costs: a CPU's speed", "                  get it: a GPU",
+        "gloo          yes of torch",
+    ]  # fmt: skip
 
 
 def test_unknown_command_suggests_the_nearest(capsys):

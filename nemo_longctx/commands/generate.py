@@ -75,8 +75,8 @@ def sampling_of(args: argparse.Namespace, **more: Any) -> Any:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names}, **more)
-    values = {name: getattr(sampling, name) for name in names} | {"max_new_tokens": sampling.max_new_tokens or 1}
-    Generation(context=[0], stop=bool, **values)  # refuses what no generation takes
+    values = {name: getattr(sampling, name) for name in names[1:]}
+    Generation(context=[0], max_new_tokens=1, stop=bool, **values)  # refuses what no generation takes
     return sampling
 
 

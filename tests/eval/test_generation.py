@@ -87,3 +87,31 @@ def test_a_chat_template_asks_as_a_user():
     assert tokenizer.decode(tokens) == "[system]Be brief.[user]Hi[assistant]"
     with pytest.raises(ConfigError, match="no chat template"):
         generation.prompt_tokens({"id": "1", "messages": [{"role": "user", "content": "Hi"}]}, tokenizer, template=None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--max-new-tokens", "0", "--max-new-tokens=0: give at least 1"),
+        ("--temperature", "-0.1", "temperature=-0.1: give 0 for greedy"),
+        ("--top-p", "0", "top_p=0.0: give a share above 0"),
+        ("--top-p", "1.01", "top_p=1.01: give a share above 0"),
+        ("--top-k", "-1", "top_k=-1: give 0 for no limit"),
+    ],
+)
+def test_options_are_refused_before_a_model_is_opened(option, value, said, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("What?\n")
+    assert main(["generate", str(tmp_path / "no model"), "--prompts", str(tmp_path / "p.txt"), option, value]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_text_s_end_or_its_tokens():
+    tokenizer = byte_tokenizer([STORY], vocab=258)
+    made = tokenizer.encode("It was.")
+    row = {"id": "1", "messages": [{"role": "user", "content": "Où?"}]}
+    for tokens, how in ((made, "length"), ([*made, tokenizer.eos_token_id], "stop")):
+        found = generation.answer(row, [1, 2], tokens, tokenizer, generation.Sampling())
+        assert (found["response"], found["finish_reason"], found["prompt_tokens"]) == ("It was.", how, 2)
+        assert found["completion_tokens"] == len(tokens)
+        assert json.loads(found["prompt"]) == row["messages"]
+        assert "Où" in found["prompt"]
