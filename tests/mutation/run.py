@@ -253,9 +253,10 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
                 hosted = True
             target = copy / mutant.path
             original = target.read_bytes()
+            limit = min(60 + 10 * sum(seconds for _, seconds in tests), 400)
             while True:
                 target.write_text(mutant.source, encoding="utf-8")
-                status, failed = forked([test for test, _ in tests], 60 + 10 * sum(seconds for _, seconds in tests))
+                status, failed = forked([test for test, _ in tests], limit)
                 target.write_bytes(original)
                 if not failed:
                     break
@@ -267,7 +268,6 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
                 if not tests:
                     status = 0
                     break
-            limit = 60 + 10 * sum(seconds for _, seconds in tests)
             if status < 0 and forked([test for test, _ in tests], limit)[0] < 0:
                 answers.put((index, False, "its tests do not end in time, planted or not", limit))
                 continue
