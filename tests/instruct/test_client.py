@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import time
+import types
 
 import pytest
 from faulty_server import TRANSIENT, Behaviour, answer, serve
@@ -54,6 +55,37 @@ def test_each_fault_is_retried(fault, monkeypatch):
     assert reply.text == answer("Here is the part: A b.")
     assert sum(faults.values()) == 2 or (fault == "hung" and sum(faults.values()) > 2)
     assert len(behaviour.bodies) == sum(faults.values()) + 1
+
+
+def test_waits_double_to_a_minute_and_hold_to_the_rate(monkeypatch):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    def most(low, high):
+        assert low == 0
+        return high
+
+    async def run():
+        client = ChatClient(ClientConfig(endpoint="http://127.0.0.1:9/v1", requests_per_minute=30), api_key=None)
+        try:
+            for tries in range(1, 10):
+                await client._back_off(tries, 0.0)
+            await client._back_off(1, 7.0)  # the server asks for it: every call waits, and the next one longer by the rate
+            await client._wait_for_turn()
+            await client._wait_for_turn()
+            await client._back_off(1, 1000.0)
+            await client._wait_for_turn()
+        finally:
+            await client.close()
+
+    monkeypatch.setattr(client_module, "_BACKOFF_FIRST_S", 0.5)
+    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(client_module.random, "uniform", most)
+    monkeypatch.setattr(client_module, "time", types.SimpleNamespace(monotonic=lambda: 100.0))
+    asyncio.run(run())
+    assert slept == [0.5, 1, 2, 4, 8, 16, 32, 60, 60, 0.5, 7, 9, 0.5, 60]
 
 
 def test_retries_end():

@@ -1,5 +1,7 @@
 """Prompts are files with checked holes, and replies are parsed strictly."""
 
+import re
+
 import pytest
 
 from nemo_longctx.config import ConfigError
@@ -38,6 +40,13 @@ def test_own_file_replaces_one_prompt_and_changes_the_version(tmp_path):
 def test_wrong_prompt_files_are_named(tmp_path, name, text, said):
     (tmp_path / f"{name}.txt").write_text(text)
     with pytest.raises(ConfigError, match=said):
+        PromptSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "shown"), [(40, "x" * 40), (41, "x" * 37 + "...")])
+def test_a_wrong_prompt_is_shown_by_its_head(tmp_path, size, shown):
+    (tmp_path / "train_short.txt").write_text("x" * size)
+    with pytest.raises(ConfigError, match=re.escape(f"='{shown}': ")):
         PromptSet.load(tmp_path)
 
 
