@@ -59,7 +59,7 @@ def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]
             chosen.append((tests[index][0], takes))
             begun.add(file[index])
             spent += takes
-    if mutant.path.startswith("nemo_longctx/adapters/nemo/") and mutant.function and mutant.function not in runs:
+    if "/adapters/" in mutant.path and mutant.function and mutant.function not in runs:
         chosen += [(test, 10.0) for test in END_TO_END]
     return chosen
 
