@@ -1,0 +1,67 @@
+"""Which of Lightning's loggers a run gets, what each is told, and that each gets the pictures."""
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+
+from nemo_longctx.adapters.nemo import loggers
+
+
+@pytest.mark.parametrize(
+    ("names", "given"),
+    [
+        ([], {}),
+        (["tensorboard"], {"tensorboard": {"save_dir": "runs/a", "name": "tensorboard", "version": ""}}),
+        (["wandb"], {"wandb": {"directory": "runs/a", "name": "mine"}}),
+        (["csv"], {"extra_loggers": [{"save_dir": "runs/a", "name": "csv"}]}),
+        (
+            ["csv", "mlflow"],
+            {"extra_loggers": [{"directory": "runs/a", "name": "mine"}, {"save_dir": "runs/a", "name": "csv"}]},
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_gets_the_loggers_that_it_names(names, given, tmp_path):
+    made = loggers.logger_parts(names, directory="runs/a", run_name="mine")
+    assert made.pop("update_logger_directory") is False
+    plain = {
+        key: [dict(one.__arguments__) for one in part] if isinstance(part, list) else dict(part.__arguments__)
+        for key, part in made.items()
+    }
+    assert plain == given
+
+
+def recorder(kind, told):
+    """A logger of a kind, whose tool writes down what it is told."""
+
+    class Recorded(kind):
+        def __init__(self):
+            pass
+
+        run_id = "7"
+        experiment = SimpleNamespace(
+            add_image=lambda name, image, **more: told.append((name, image.shape[-1], more)),
+            log_artifact=lambda run, path, artifact_path: told.append((run, path, artifact_path)),
+        )
+
+        def log_image(self, name, images):
+            told.append((name, images))
+
+    return Recorded()
+
+
+def test_every_logger_gets_the_pictures_that_are_there(tmp_path):
+    Figure().savefig(tmp_path / "loss.png")
+    pictures = loggers.figures_in(tmp_path) | {"figures/none": tmp_path / "none.png"}
+    assert list(pictures) == ["figures/loss", "figures/none"]
+    path = str(tmp_path / "loss.png")
+    for kind, said in (
+        (TensorBoardLogger, ("figures/loss", 4, {"global_step": 5, "dataformats": "HWC"})),
+        (WandbLogger, ("figures/loss", [path])),
+        (MLFlowLogger, ("7", path, "figures")),
+    ):
+        told = []
+        loggers.log_pictures(SimpleNamespace(loggers=[recorder(kind, told)], global_step=5), pictures)
+        assert told == [said]

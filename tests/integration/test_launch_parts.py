@@ -1,0 +1,112 @@
+"""Small parts of a launch by themselves: each rule on both sides of its bound, without a run."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import nemo.lightning as nl
+import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+from nemo_longctx.adapters.nemo.launch import executors, here, parts
+from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
+from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
+from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
+from nemo_longctx.config import ConfigError
+
+
+@pytest.mark.parametrize(("warmup", "becomes"), [(99, 99), (100, 10), (250, 10), (0, 0), (None, None), (2.5, 2.5)])
+def test_a_warmup_as_long_as_the_run_becomes_a_tenth_of_it(warmup, becomes):
+    schedule = SimpleNamespace(warmup_steps=warmup)
+    fit_warmup(SimpleNamespace(optim=SimpleNamespace(lr_scheduler=schedule)), SimpleNamespace(total_steps=100))
+    assert schedule.warmup_steps == becomes
+    fit_warmup(SimpleNamespace(), SimpleNamespace(total_steps=100))  # a recipe without a schedule has none to shorten
+
+
+@pytest.mark.parametrize(("takes", "field"), [(True, True), (True, False), (False, True), (False, False)])
+def test_weights_are_sharded_where_both_hosts_can(monkeypatch, takes, field):
+    class With:
+        def __init__(self, fsdp=None, save_ckpt_format="torch_dist"):
+            pass
+
+    class Without:
+        def __init__(self):
+            pass
+
+    name = "data_parallel_sharding_strategy" if field else "another"
+    monkeypatch.setattr(parts.nl, "MegatronStrategy", With if takes else Without)
+    fields = [name, "use_megatron_fsdp"]
+    monkeypatch.setattr(parts, "DistributedDataParallelConfig", dataclasses.make_dataclass("Config", fields))
+    strategy = SimpleNamespace(ddp=SimpleNamespace())
+    if not (takes and field):
+        with pytest.raises(ConfigError, match="trainer.fsdp='megatron': this NeMo and Megatron-Core have none"):
+            parts.shard_weights(strategy)
+        return
+    parts.shard_weights(strategy)
+    assert (strategy.fsdp, strategy.save_ckpt_format) == ("megatron", "fsdp_dtensor")
+    assert strategy.ddp.data_parallel_sharding_strategy == "optim_grads_params"
+
+
+@pytest.mark.parametrize("account", [None, "me"])
+def test_slurm_gets_whole_nodes_and_the_user_s_account(monkeypatch, account):
+    monkeypatch.delenv("SLURM_ACCOUNT", raising=False)
+    if account:
+        monkeypatch.setenv("SLURM_ACCOUNT", account)
+    made = executors.longctx_slurm()
+    assert made.account == (account or "")
+    assert (made.time, made.ntasks_per_node, made.gpus_per_node, made.exclusive, made.mem) == ("04:00:00", 8, 8, True, "0")
+    assert made.tunnel.job_dir.endswith("runs/slurm")
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "rows", "top", "owed"),
+    [
+        (0, 10, (), None, False),
+        (10, 10, (), None, True),
+        (10, 10, (10,), None, False),
+        (10, 10, (5,), None, True),
+        (10, 10, (10,), 0, False),
+        (10, 10, (10,), 2, True),  # it may not have been compared
+        (7, 10, (), 2, False),
+        (7, float("inf"), (), 2, False),
+        (40, float("inf"), (), None, True),  # the run's end
+        (40, float("inf"), (40,), None, False),
+    ],
+)
+def test_a_validation_is_owed_where_a_run_never_stopped_would_have_made_it(step, every, rows, top, owed):
+    trainer = SimpleNamespace(
+        val_check_batch=every, datamodule=SimpleNamespace(curriculum=SimpleNamespace(total_steps=40)),
+        callbacks=[SimpleNamespace(), SimpleNamespace(validated=rows)], strategy=SimpleNamespace(broadcast=lambda value: value),
+        checkpoint_callback=None if top is None else SimpleNamespace(save_top_k=top),
+    )  # fmt: skip
+    loop = SimpleNamespace(trainer=trainer, epoch_loop=SimpleNamespace(global_step=step))
+    assert _MakesUp._validation_is_owed(loop) is owed
+
+
+@pytest.mark.parametrize("asked", ["cpu", "gpu", None])
+def test_a_machine_without_cuda_trains_on_the_cpu_without_what_needs_a_gpu(monkeypatch, asked):
+    said, made = [], {}
+    monkeypatch.setattr(here, "rank_zero_info", said.append)
+    monkeypatch.setattr(here.cpu, "install", lambda: True)
+    monkeypatch.setattr(here.nl, "Trainer", lambda **settings: made.update(settings))
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True)
+    strategy = nl.MegatronStrategy(ckpt_async_save=True, ckpt_parallel_load=True, ddp=ddp)
+    kept = object()
+    overlap = object.__new__(MegatronCommOverlapCallback)
+    given = {} if asked is None else {"accelerator": asked}
+    here.trainer_here(strategy=strategy, callbacks=[overlap, kept], **given)
+    assert made["accelerator"] == "cpu"
+    assert made["callbacks"] == [kept]
+    assert len(said) == (asked != "cpu")
+    assert (strategy.async_save, strategy.parallel_load) == (False, False)
+    assert (strategy.ddp_config.overlap_grad_reduce, strategy.ddp_config.overlap_param_gather) == (False, False)
+
+
+def test_the_newest_save_is_not_removed_with_the_best(tmp_path):
+    callback = object.__new__(LongContextCheckpoint)
+    callback.dirpath = str(tmp_path)
+    trainer = SimpleNamespace(ckpt_path=None)
+    for place in ("", "/weights"):
+        assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5-last{place}", f"{tmp_path}/step=9")
+    assert callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=9")
+    assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=5")
