@@ -39,7 +39,7 @@ def test_weights_are_sharded_where_both_hosts_can(monkeypatch, takes, field):
     monkeypatch.setattr(parts, "DistributedDataParallelConfig", dataclasses.make_dataclass("Config", fields))
     strategy = SimpleNamespace(ddp=SimpleNamespace())
     if not (takes and field):
-        with pytest.raises(ConfigError, match="trainer.fsdp='megatron': this NeMo and Megatron-Core have none"):
+        with pytest.raises(ConfigError, match=r"trainer\.fsdp='megatron': this NeMo and Megatron-Core have none"):
             parts.shard_weights(strategy)
         return
     parts.shard_weights(strategy)
