@@ -120,5 +120,8 @@ def test_conversations_are_shown_with_their_loss_weights(corpus, capsys, weight,
     assert {loss for *_, loss in rows} == {prompts, "1"}
     assert main(["inspect", str(corpus / "chats.jsonl"), "--show", "1", "--at", "3", *options]) == 2
     assert "has 3 conversations" in capsys.readouterr().err
+    (corpus / "empty.jsonl").write_text("")
+    assert main(["inspect", str(corpus / "empty.jsonl"), "--show", "1", *options]) == 2
+    assert "has 0 conversations" in capsys.readouterr().err
     assert main(["inspect", str(corpus / "chats.jsonl")]) == 2
     assert "--show N --tokenizer" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import transformers
 
+from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.hf.generation import with_length
-from nemo_longctx.hf.serving import reading_lines, readings
+from nemo_longctx.hf.serving import reading_lines, readings, vllm_attention_factor
 from nemo_longctx.hf.tokenizer import NO_LIMIT, with_limit
-from nemo_longctx.rope import AbfRope, DynamicNtkRope, Llama3Rope, PiRope, YarnRope
+from nemo_longctx.rope import AbfRope, DynamicNtkRope, Llama3Rope, LongRope, PiRope, YarnRope
 
 LONG = 32_768
 
@@ -42,6 +44,29 @@ def test_an_attention_factor_that_vllm_does_not_read_is_said():
     assert "differs" not in lines
     _, lines = read(YarnRope(factor=8.0, original_max_position_embeddings=4096, attention_factor=1.0), LONG)
     assert "differs: vLLM multiplies q and k by 1.20794, not 1" in lines
+
+
+@pytest.mark.parametrize(("trained", "factor"), [(4096, math.sqrt(1 + 3 / 12)), (LONG, 1.0), (2 * LONG, 1.0)])
+def test_vllm_counts_longrope_s_factor_from_the_longest_input(trained, factor):
+    """Of 32,768 = 2^15 from 4,096 = 2^12: sqrt(1 + log 2^3 / log 2^12)."""
+    variant = LongRope(
+        short_factor=(1.0,) * 32,
+        long_factor=(2.0,) * 32,
+        factor=8.0,
+        original_max_position_embeddings=trained,
+        attention_factor=1.0,
+    )
+    assert vllm_attention_factor(variant, LONG) == pytest.approx(factor)
+    (theirs, served), lines = read(variant, LONG)
+    assert (theirs.attention_factor, theirs.longest) == (1.0, LONG)
+    assert served.attention_factor == pytest.approx(factor)
+    assert ("differs: vLLM multiplies q and k by" in lines) == (factor != 1.0)
+    assert lines.startswith("transformers reads: 32,768 tokens, attention factor 1 vLLM reads: 32,768 tokens")
+
+
+def test_models_are_opened_in_a_type_by_the_word_of_transformers_at_hand():
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    assert in_dtype("auto") == {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": "auto"}
 
 
 def test_limits_of_the_old_model_go_with_the_length():

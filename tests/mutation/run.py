@@ -39,6 +39,7 @@ HEAVY = (
     "numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers", "hypothesis.strategies",
     "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard",
 )  # fmt: skip
+HOSTED = ("/integration/", "/parity/", "/adapters/")  # tests that import it
 HOST = ("nemo.collections.llm", "nemo_run", "megatron.core", "lightning.pytorch", "lm_eval.tasks")
 
 
@@ -239,6 +240,7 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
         sys.path.insert(0, str(copy))
         for name in HEAVY:
             __import__(name)
+        sys.modules["pytest"].main(["--version"])  # its plugins are imported here, once
         hosted = False
         sound: dict[str, bool] = {}  # of a test that failed once: whether it passes where nothing is planted
         while (item := queue.get()) is not None:
@@ -247,35 +249,50 @@ def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
             if not tests:
                 answers.put((index, False, "no test runs it", 0.0))
                 continue
-            if not hosted and any(part in test for test, _ in tests for part in ("integration", "parity", "adapters")):
-                for name in HOST:
-                    __import__(name)
-                hosted = True
-            target = copy / mutant.path
-            original = target.read_bytes()
-            limit = min(60 + 10 * sum(seconds for _, seconds in tests), 400)
-            while True:
-                target.write_text(mutant.source, encoding="utf-8")
-                status, failed = forked([test for test, _ in tests], limit)
-                target.write_bytes(original)
-                if not failed:
+            for part in parts(tests):
+                if not hosted and any(folder in part[0][0] for folder in HOSTED):
+                    for name in HOST:
+                        __import__(name)
+                    hosted = True
+                caught, how = planted(mutant, copy / mutant.path, part, sound)
+                if caught or how:
                     break
-                if failed not in sound:  # a test that fails by itself, or for the machine's load, catches nothing
-                    sound[failed] = "::" not in failed or forked([failed], 600)[0] == 0
-                if sound[failed]:
-                    break
-                tests = [each for each in tests if each[0] != failed]
-                if not tests:
-                    status = 0
-                    break
-            if status < 0 and forked([test for test, _ in tests], limit)[0] < 0:
-                answers.put((index, False, "its tests do not end in time, planted or not", limit))
-                continue
-            if status > 0 and not failed and forked([test for test, _ in tests], 900)[0]:
-                answers.put((index, False, "its tests do not run, planted or not: make the map anew", 0.0))
-                continue
-            how = {0: f"all of its {len(tests)} tests pass", -1: "no end in time"}.get(status, failed or "its tests do not run")
-            answers.put((index, status != 0, how, round(time.monotonic() - began, 1)))
+            answers.put((index, caught, how or f"all of its {len(tests)} tests pass", round(time.monotonic() - began, 1)))
+
+
+def parts(tests: list[tuple[str, float]]) -> list[list[tuple[str, float]]]:
+    """The tests of the two likeliest files, those of the others, and those that start the host: a file takes long to open."""
+    files = list(dict.fromkeys(test.split("::")[0] for test, _ in tests))
+    hosted = [file for file in files if any(folder in file for folder in HOSTED)]
+    plain = [file for file in files if file not in hosted]
+    groups = [plain[:2], plain[2:], hosted]
+    return [chosen for group in groups if (chosen := [each for each in tests if each[0].split("::")[0] in group])]
+
+
+def planted(mutant: Mutant, target: Path, tests: list[tuple[str, float]], sound: dict[str, bool]) -> tuple[bool, str]:
+    """Whether the tests catch the mutant, and how; "" where all pass."""
+    original = target.read_bytes()
+    limit = min(60 + 10 * sum(seconds for _, seconds in tests), 400)
+    while tests:
+        target.write_text(mutant.source, encoding="utf-8")
+        try:
+            status, failed = forked([test for test, _ in tests], limit)
+        finally:
+            target.write_bytes(original)
+        if status < 0:
+            ends = forked([test for test, _ in tests], limit)[0] >= 0
+            return ends, "no end in time" if ends else "its tests do not end in time, planted or not"
+        if not failed and status > 0:
+            runs = forked([test for test, _ in tests], limit)[0] == 0
+            return runs, "its tests do not run" if runs else "its tests do not run, planted or not: make the map anew"
+        if not failed:
+            return False, ""
+        if failed not in sound:  # a test that fails by itself, or for the machine's load, catches nothing
+            sound[failed] = "::" not in failed or forked([failed], 600)[0] == 0
+        if sound[failed]:
+            return True, failed
+        tests = [each for each in tests if each[0] != failed]
+    return False, ""
 
 
 class Watch:

@@ -12,6 +12,7 @@ import pytest
 from nemo_longctx.cli import main
 from nemo_longctx.compose import compose
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.planning.planner import FILL
 from nemo_longctx.recipe import load_recipe
 
 EXAMPLE = ["plan", "--model", "llama2_7b", "--tokens-per-step", "4194304", "--steps", "100000"]
@@ -144,6 +145,20 @@ def test_a_recipe_for_a_cpu_is_planned_for_this_machine(capsys):
     assert plan["layout"]["stages"][0]["memory_gib"]["framework"] == 0
     assert main(["plan", "--recipe", "tiny_cpu_base", "--search"]) == 2
     assert "--gpu" in capsys.readouterr().err
+
+
+def test_people_read_of_a_cpu_its_memory_and_of_gpus_their_time_too(capsys):
+    assert main(["plan", "--recipe", "tiny_cpu_base"]) == 0
+    cpu = capsys.readouterr().out
+    assert main(["plan", "--recipe", "llama2_7b", "--price", "2"]) == 0
+    gpus = capsys.readouterr().out
+    for timed in ("  rates: ", " s a step, ", " tokens/s a GPU", "  in all ", " GPU-hours, cost "):
+        assert timed in gpus
+        assert timed not in cpu
+    plan = run_json(capsys, "--recipe", "tiny_cpu_base")
+    stage, machine = plan["layout"]["stages"][0], plan["machine"]
+    total = stage["memory_gib"]["total"] * machine["gpus"]
+    assert f"  {stage['seq_length']:,} tokens: {total:.1f} of {machine['memory_gib'] * FILL:.1f} GiB, fits\n" in cpu
 
 
 def test_overrides_change_the_recipe_that_is_planned(capsys):
