@@ -70,7 +70,7 @@ def read_generation_config(raw: Mapping[str, Any], vocab_size: int) -> tuple[dic
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    return key.startswith("_") or key in ("transformers_version", "cache_implementation") or value in (None, False, [], {}, 0)
+    return key.startswith("_") or key in ("transformers_version", "cache_implementation") or value in (None, False, [], {})
 
 
 def _checked(raw: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]:

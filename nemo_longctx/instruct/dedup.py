@@ -45,7 +45,7 @@ class NearDuplicates:
         return None
 
     def _signature(self, shingles: frozenset[int]) -> np.ndarray:
-        values = np.fromiter(shingles, dtype=np.uint64, count=len(shingles))
+        values = np.fromiter(shingles, dtype=np.uint64)
         # The finaliser of SplitMix64 (Steele, Lea and Flood 2014), one salt a row; the products wrap around on purpose.
         mixed = values[None, :] + self._salts[:, None]
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
