@@ -1,12 +1,13 @@
 """Settings as `--keys` and the docs show them come from the schema, with nothing left out."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import pytest
 
 from nemo_longctx.recipe import RecipeConfig
-from nemo_longctx.reference import meanings, settings
+from nemo_longctx.reference import _kind, meanings, settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,3 +64,16 @@ def test_a_child_s_docstring_keeps_its_parent_s():
         more: int = 0
 
     assert set(meanings(Child)) == {"size", "low", "high", "more"}
+
+
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [
+        (int, "whole number"), (float | None, "number or null"), (bool, "true or false"), (tuple[str, ...], "list of text"),
+        (Sequence[int], "list"), (Mapping[str, int], "mapping"), (dict[str, int], "mapping"),
+        (Literal["a", "b"], "a or b"), (int | str, "whole number or text"), (object, "any"), (set[int], "any"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_kinds_in_the_words_of_yaml(hint, said):
+    assert _kind(hint) == said

@@ -1,6 +1,7 @@
 """Small parts of a launch by themselves: each rule on both sides of its bound, without a run."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import nemo.lightning as nl
@@ -8,10 +9,12 @@ import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
+from nemo_longctx.adapters.nemo.checkpoint import convert
 from nemo_longctx.adapters.nemo.launch import executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
 from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
+from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 
 
@@ -110,3 +113,33 @@ def test_the_newest_save_is_not_removed_with_the_best(tmp_path):
         assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5-last{place}", f"{tmp_path}/step=9")
     assert callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=9")
     assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "verify", "told"), [([], True, "verified by loading it again"), (["--no-verify"], False, "not verified")]
+)
+def test_export_and_import_hand_on_what_was_asked_and_tell_what_was_made(flags, verify, told, tmp_path, monkeypatch, capsys):
+    given = []
+
+    def export(source, target, **options):
+        given.append((source, target, options))
+        return SimpleNamespace(variant="abf(base=500000)", notes=("one note", "another"))
+
+    def imported(source, target, **options):
+        given.append((source, target, options))
+        return "abf(base=500000)"
+
+    monkeypatch.setattr(convert, "export_hf", export)
+    monkeypatch.setattr(convert, "import_hf", imported)
+    source, target = tmp_path / "source", tmp_path / "target"
+    more = ["--verify-tokens", "64", "--max-position-embeddings", "128", "--tokenizer", "tok"]
+    assert main(["export", str(source), str(target), *flags, *more]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{target}: transformers model of {source}, RoPE abf(base=500000), {told}", "  one note", "  another"
+    ]  # fmt: skip
+    assert main(["import", str(source), str(target), *flags, "--verify-tokens", "64"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{target}: NeMo checkpoint of {source}, RoPE abf(base=500000), {told}"]
+    assert given == [
+        (source, target, {"verify": verify, "verify_tokens": 64, "max_position_embeddings": 128, "tokenizer": Path("tok")}),
+        (source, target, {"verify": verify, "verify_tokens": 64}),
+    ]
