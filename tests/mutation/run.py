@@ -175,7 +175,6 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         if not before["caught"] and before["against"] != digest(tests[mutant.name]):
             del done[mutant.name]
     todo = [mutant for mutant in chosen if mutant.name not in done and any(part in mutant.path for part in options.only)]
-    began = time.monotonic()
     queue: Any = multiprocessing.get_context("spawn").Queue()
     answers: Any = multiprocessing.get_context("spawn").Queue()
     for index, mutant in enumerate(todo):
@@ -186,6 +185,25 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         worker = multiprocessing.get_context("spawn").Process(target=work, args=(queue, answers, todo))
         worker.start()
         workers.append(worker)
+    ended = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the workers
+    try:
+        gather(todo, workers, answers, done, tests, journal, options)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join(20)
+            worker.kill()
+        signal.signal(signal.SIGTERM, ended)
+    reached = [mutant for mutant in chosen if mutant.name in done]
+    return [done[m.name] | {"line": m.line, "first": first.get(m.name, done[m.name]["caught"])} for m in reached]
+
+
+def gather(
+    todo: list[Mutant], workers: list[Any], answers: Any, done: dict[str, dict[str, Any]],
+    tests: dict[str, list[tuple[str, float]]], journal: Path | None, options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Take the workers' answers into `done` and the journal until all are there or the minutes over."""
+    began = time.monotonic()
     for number in range(len(todo)):
         answer = None
         while answer is None and (options.minutes is None or time.monotonic() - began < 60 * options.minutes):
@@ -195,9 +213,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
                 raise SystemExit("the processes that run the tests have died; what they said stands above")
         if answer is None:
             print(f"{options.minutes:g} minutes are over: {len(todo) - number} of {len(todo)} not reached", flush=True)
-            for worker in workers:
-                worker.terminate()
-            break
+            return
         index, caught, how, seconds = answer
         mutant = todo[index]
         result = {
@@ -217,10 +233,6 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         print(
             f"{number + 1}/{len(todo)} {sign} {mutant.path}:{mutant.line} {mutant.was} -> {mutant.became} ({how})", flush=True
         )
-    for worker in workers:
-        worker.join()
-    reached = [mutant for mutant in chosen if mutant.name in done]
-    return [done[m.name] | {"line": m.line, "first": first.get(m.name, done[m.name]["caught"])} for m in reached]
 
 
 def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
