@@ -1,12 +1,17 @@
 """Names of loggers, what this machine lacks for them, and the id that a resumed run goes on under."""
 
+import sys
+import types
+
 import pytest
 
-from nemo_longctx import loggers
+from nemo_longctx import launch, launch_sft, loggers
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.loggers import check_loggers, keep_ids, kept_ids, logger_names
 from nemo_longctx.recipe import load_recipe
+
+SFT = ["sft=short", "restore_from=base", "data.tokenizer=t", "data.short=[a.jsonl]", "trainer=cpu", "name=mine"]
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,23 @@ def test_an_id_is_kept_for_a_run_that_goes_on_only(tmp_path, monkeypatch):
     assert kept_ids(tmp_path) == {}  # begun anew: without a checkpoint
     monkeypatch.setattr(loggers, "checkpoints", lambda directory: ["step=1-last"])
     assert kept_ids(tmp_path) == {"wandb": "abc"}
+
+
+@pytest.mark.parametrize("module", [launch, launch_sft], ids=["train", "sft"])
+def test_a_missing_package_is_told_before_the_host_is_imported(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo.launch.run", None)  # an import of it would fail
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo.launch.instruct_run", None)
+    words = ["recipe=tiny_cpu_base"] if module is launch else SFT
+    assert module.main([*words, f"output_dir={tmp_path}", "logger=wandb"]) == 2
+    assert "logger='wandb': needs the package wandb: pip install wandb" in capsys.readouterr().err
+
+
+def test_sft_trains_what_its_recipe_builds(tmp_path, monkeypatch):
+    trained = []
+    made = types.ModuleType("instruct_run")
+    made.build_instruct_run = lambda recipe: types.SimpleNamespace(fit=lambda: trained.append(recipe.directory))
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo.launch.instruct_run", made)
+    monkeypatch.setattr(launch_sft, "fit_unless_finished", lambda recipe, fit: fit())  # tests/test_runs.py has its rules
+    assert launch_sft.main([*SFT, f"output_dir={tmp_path}"]) == 0
+    assert [directory.parent for directory in trained] == [tmp_path]
