@@ -11,6 +11,7 @@ from nemo_longctx.data.curation import run as running
 from nemo_longctx.data.curation.assemble import Piece, assembled, import_order, in_order, thread_order
 from nemo_longctx.data.curation.config import CurateConfig
 from nemo_longctx.data.curation.duplicates import bands_for, first_of_equal, near_duplicates
+from nemo_longctx.data.curation.grouping import _placer
 from nemo_longctx.data.curation.scores import WordHashes, measure
 from nemo_longctx.data.engines import ENGINES
 
@@ -247,6 +248,28 @@ def test_chapters_come_in_the_order_that_people_count(tmp_path):
     write_rows(tmp_path / "b.jsonl", [{"text": "no group"}])
     with pytest.raises(ConfigError, match=r"b.jsonl:1.*'book'.*--group"):
         run(tmp_path, tmp_path / "b.jsonl", assemble="chapters", force=True)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "path", "placed"),
+    [
+        (
+            ("repos/", "repos/team"),
+            "repos/team/lib/src/a.py",
+            ("lib", "src/a.py"),
+        ),  # by the nearest input, whatever their order
+        (("repos/team", "repos/"), "repos/team/lib/src/a.py", ("lib", "src/a.py")),
+        (("repos/", "repos/team"), "repos/one/a.py", ("one", "a.py")),
+        (("repos",), "repos/a.py", ("repos", "a.py")),
+        (("checkout",), "checkout/src/a.py", ("checkout", "src/a.py")),  # which is a repository itself
+    ],
+)
+def test_a_file_belongs_to_the_first_folder_below_its_input(tmp_path, monkeypatch, inputs, path, placed):
+    (tmp_path / "checkout" / ".git").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert _placer(CurateConfig(inputs=inputs, output="o.jsonl", assemble="repositories"))(path) == placed
+    folder, _, name = path.rpartition("/")
+    assert _placer(CurateConfig(inputs=inputs, output="o.jsonl", assemble="chapters"))(path) == (folder, name)
 
 
 def test_answers_follow_what_they_answer():
