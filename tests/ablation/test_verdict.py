@@ -32,6 +32,25 @@ def test_a_strong_effect_holds_and_its_reverse_does_not():
     assert verdict(claim(test="no_worse", margin=0.01), seen) == HOLDS
 
 
+@pytest.mark.parametrize(
+    ("test", "margin", "low", "high", "said"),
+    [
+        ("less", 0.0, -2, -0.1, HOLDS), ("less", 0.0, -2, 0, UNKNOWN), ("less", 0.0, 0, 2, UNKNOWN), ("less", 0.0, 0.1, 2, NOT),
+        ("less", 1.0, -3, -1.1, HOLDS), ("less", 1.0, -3, -1, UNKNOWN), ("less", 1.0, -1, -0.1, UNKNOWN),
+        ("less", 1.0, -0.9, -0.1, NOT), ("less", 1.0, -0.9, 0, UNKNOWN), ("less", 1.0, -0.9, 0.1, UNKNOWN),
+        ("greater", 1.0, 1.1, 3, HOLDS), ("greater", 1.0, 1, 3, UNKNOWN), ("greater", 1.0, 0.1, 0.9, NOT),
+        ("greater", 0.0, -2, -0.1, NOT), ("greater", 0.0, -2, 0, UNKNOWN),
+        ("no_worse", 1.0, -3, 0.9, HOLDS), ("no_worse", 1.0, -3, 1, UNKNOWN), ("no_worse", 1.0, 1, 3, UNKNOWN),
+        ("no_worse", 1.0, 1.1, 3, NOT), ("less", 0.0, -math.inf, -1, UNKNOWN), ("less", 0.0, -3, math.nan, UNKNOWN),
+    ],
+)  # fmt: skip
+def test_an_interval_that_ends_at_the_bound_decides_nothing(test, margin, low, high, said):
+    assert (
+        verdict(claim(test=test, margin=margin), Effect(mean=(low + high) / 2, low=low, high=high, seeds=3, documents=9))
+        == said
+    )
+
+
 def test_a_dead_arm_cannot_be_told():
     same = arm(0.0)
     for test in ("less", "greater"):
