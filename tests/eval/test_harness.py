@@ -21,6 +21,7 @@ import lm_eval
 from nemo_longctx.adapters import harness
 from nemo_longctx.adapters.harness import TASK_FOLDER, load_tasks, run_harness
 from nemo_longctx.adapters.lm_eval import LongContextLM
+from nemo_longctx.adapters.shots import _same_document
 from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.guard import LOWER
@@ -70,6 +71,18 @@ def scrolls_file(path, source, documents, questions):
             rows.append(made | {"id": f"{document}-{number}", "input": text, "output": f"answer-{document}-{number}"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"data": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        ({"id": "1", "context": "a"}, True), ({"id": "1", "context": "b"}, True), ({"id": "2", "context": "a"}, True),
+        ({"id": "2", "context": "b"}, False), ({"id": "2", "context": ""}, False),
+    ],
+)  # fmt: skip
+def test_a_row_is_of_the_sample_s_document_by_its_name_or_its_text(row, same):
+    assert _same_document(row, {"id": "1", "context": "a"}) is same
+    assert _same_document({"id": "2", "context": ""}, {"id": "1", "context": ""}) is False  # rows without a document are many
 
 
 @pytest.mark.parametrize("source", ["qasper", "quality", "qmsum"])

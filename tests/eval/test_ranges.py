@@ -1,5 +1,7 @@
 """Ranges of tokens that are kept together, and the tokens of a stretch of text."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def points(ranges):
 def test_a_union_holds_the_same_tokens_in_the_fewest_ranges(ranges, end):
     merged = union(ranges)
     assert points(merged) == points(ranges)
-    assert all(before[1] < after[0] for before, after in zip(merged, merged[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(merged))
     assert points(clip(ranges, end)) == {place for place in points(ranges) if place < end}
     assert all(start < stop for start, stop in clip(ranges, end))
 

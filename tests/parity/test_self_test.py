@@ -1,6 +1,8 @@
 """The self-test passes on the real path and catches what it is there for: a leak, a wrong kernel, loss or scale."""
 
+import os
 import resource
+from pathlib import Path
 
 import pytest
 import small_gpt
@@ -122,3 +124,17 @@ def test_context_parallel_passes_and_a_planted_scale_is_caught():
 @pytest.mark.slow
 def test_means_of_ranks_instead_of_one_mean_are_caught():
     assert torch.tensor(context_parallel_error(calculate_per_token_loss=False)) > 1e-2
+
+
+def test_a_peak_counts_bytes_and_begins_anew():
+    device, size = torch.device("cpu"), 64 << 20
+    memory_trial.begin_peak(device)
+    before = memory_trial.peak_bytes(device)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert 0.9 * resident < before < 1.1 * resident
+    block = torch.ones(size, dtype=torch.uint8)
+    assert 0.9 * size < memory_trial.peak_bytes(device) - before < 1.5 * size
+    del block
+    memory_trial.begin_peak(device)
+    assert memory_trial.peak_bytes(device) - before < 0.5 * size
+    assert 0 < memory_trial._available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
