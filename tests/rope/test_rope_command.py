@@ -149,7 +149,7 @@ def test_advise_gives_the_paper_s_practice_beside_the_bound(capsys):
     for said in (
         "reaches: first distance",
         "unseen pairs: pairs that meet",
-        "\n\nBound: of the untrained score",
+        "\nBound: of the untrained score",
         "not keep it: ",
     ):
         assert f"\n{said}" in out
