@@ -90,7 +90,9 @@ def test_a_training_s_loss_hours_and_operations(tmp_path):
     assert value("training/loss", run).tolist() == [10.5]  # the mean of the last tenth of the steps
     assert value("training/hours", run).tolist() == [pytest.approx(10 / 2 + 10 / 4)]
     assert value("training/flops", run).tolist() == [1e18]
-    with pytest.raises(ValueError, match="training/speed is no measure; there are training/loss, training/hours and"):
+    with pytest.raises(
+        ValueError, match="training/speed is no measure; there are training/loss, training/hours, training/processor_hours and"
+    ):
         value("training/speed", run)
     with pytest.raises(ValueError, match="a, seed 1 has no evaluation yet, so watched/short is not known"):
         value("watched/short", run)

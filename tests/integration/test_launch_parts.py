@@ -16,6 +16,7 @@ from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
+from nemo_longctx.hf import directory
 
 
 @pytest.mark.parametrize(("warmup", "becomes"), [(99, 99), (100, 10), (250, 10), (0, 0), (None, None), (2.5, 2.5)])
@@ -131,6 +132,8 @@ def test_export_and_import_hand_on_what_was_asked_and_tell_what_was_made(flags, 
 
     monkeypatch.setattr(convert, "export_hf", export)
     monkeypatch.setattr(convert, "import_hf", imported)
+    looked_at = []
+    monkeypatch.setattr(directory, "check_directory", looked_at.append)  # tests/hf has its rules
     source, target = tmp_path / "source", tmp_path / "target"
     more = ["--verify-tokens", "64", "--max-position-embeddings", "128", "--tokenizer", "tok"]
     assert main(["export", str(source), str(target), *flags, *more]) == 0
@@ -143,3 +146,4 @@ def test_export_and_import_hand_on_what_was_asked_and_tell_what_was_made(flags, 
         (source, target, {"verify": verify, "verify_tokens": 64, "max_position_embeddings": 128, "tokenizer": Path("tok")}),
         (source, target, {"verify": verify, "verify_tokens": 64}),
     ]
+    assert looked_at == [source]
