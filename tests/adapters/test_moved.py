@@ -40,3 +40,11 @@ def test_old_modules_that_are_folders_now_give_their_names(old, name):
     assert callable(getattr(importlib.import_module(f"nemo_longctx.adapters.nemo.{old}"), name))
     with pytest.raises(AttributeError):
         importlib.import_module(f"nemo_longctx.adapters.nemo.{old}").no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "evaluation", "model"])
+def test_a_question_of_python_s_own_imports_nothing(folder, monkeypatch):
+    """`inspect` and `doctest` ask every module for such names."""
+    package = importlib.import_module(f"nemo_longctx.adapters.nemo.{folder}")
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    assert not hasattr(package, "__wrapped__")

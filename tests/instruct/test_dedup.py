@@ -2,6 +2,9 @@
 
 import random
 
+import pytest
+
+from nemo_longctx.instruct import dedup
 from nemo_longctx.instruct.dedup import NearDuplicates, _shingles
 
 
@@ -40,3 +43,9 @@ def test_case_punctuation_and_names():
     assert near.add("d", "???") is None
     assert near.add("e", "???") == "d"
     assert near.add("f", "!!!") is None
+
+
+@pytest.mark.parametrize(("similarity", "found"), [(0.67, 0.9993), (0.5, 0.87)])
+def test_a_pair_shares_a_band_as_often_as_is_said(similarity, found):
+    digits = len(str(found)) - 2
+    assert round(1 - (1 - similarity**dedup._ROWS) ** dedup._BANDS, digits) == found

@@ -83,3 +83,18 @@ def test_a_stage_without_a_head_is_left_alone():
     assert use_chunked_loss(stage) == 0
     ids, positions, _ = small_gpt.tokens(1, 10)
     assert forward_with_chunked_loss(stage, {"tokens": ids, "position_ids": positions}).shape == (10, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("add_bias_output=True", lambda model: setattr(model.output_layer, "bias", torch.nn.Parameter(torch.zeros(4)))),
+        ("mtp_num_layers=", lambda model: setattr(model, "mtp_process", True)),
+        ("defer_embedding_wgrad_compute=True", lambda model: setattr(model.config, "defer_embedding_wgrad_compute", True)),
+    ],
+)
+def test_what_the_chunked_loss_cannot_do_is_refused(said, change):
+    model = small_gpt.build(small_gpt.config())
+    change(model)
+    with pytest.raises(ConfigError, match=said):
+        use_chunked_loss(model)
