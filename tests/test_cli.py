@@ -54,6 +54,14 @@ def test_doctor_tells_people_what_a_missing_part_costs(monkeypatch, capsys):
     ]  # fmt: skip
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "nemo_longctx", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=300) == 0
+
+
 def test_unknown_command_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["prepair"])

@@ -163,3 +163,7 @@ def test_a_recipe_of_one_s_own_is_read_as_hydra_reads(tmp_path):
         mine.write_text(text)
         with pytest.raises(ConfigError, match=said):
             recipe(f"recipe={mine}")
+
+
+def test_a_setting_may_name_another_one():
+    assert compose(["recipe=tiny_cpu_base", "seed=7", "output_dir=runs_${seed}"])["output_dir"] == "runs_7"
