@@ -113,6 +113,7 @@ def test_longrope_asks_for_its_divisors_or_takes_the_checkpoints():
         ({"variant": "yarn", "original_max_position_embeddings": 0}, "1 or more"),
         ({"variant": "longrope", "long_factor": "x"}, "must be a list of numbers"),
         ({"variant": 3}, "no such variant"),
+        ({"variant": "yran", "factor": 2.0}, "no such variant, did you mean 'yarn'"),
         (["pi"], "must be a mapping"),
         ({}, "no such variant"),
         ({"factor": 2.0}, "name it beside factor"),
