@@ -191,3 +191,14 @@ def test_a_broken_note_of_the_end_is_no_end(tmp_path):
     assert runs.read_finished(tmp_path) is None
     (tmp_path / runs.FINISHED).write_text(json.dumps([1]))
     assert runs.read_finished(tmp_path) is None
+
+
+def test_an_error_is_told_behind_all_that_was_printed_before():
+    """Into one file, as a cluster's log: what a buffer holds would come behind its error."""
+    code = "from nemo_longctx import launch\nfrom nemo_longctx.config import ConfigError\n"
+    code += "print('a step')\nraise SystemExit(launch.tell(ConfigError('name', 1, 'is none')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == "a step\n\nerror: name=1: is none\n"

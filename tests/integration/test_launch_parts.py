@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_longctx.adapters.nemo.checkpoint import convert
+from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
 from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
@@ -147,3 +148,13 @@ def test_export_and_import_hand_on_what_was_asked_and_tell_what_was_made(flags, 
         (source, target, {"verify": verify, "verify_tokens": 64}),
     ]
     assert looked_at == [source]
+
+
+def test_an_evaluation_goes_by_its_step(tmp_path):
+    class Recorded(LongContextEvalCallback):
+        def _measure(self, trainer, pl_module, name):
+            self.measured = name
+
+    callback = Recorded(tasks=[{"kind": "position", "corpus": "unused", "seq_length": 64}], directory=str(tmp_path))
+    callback.evaluate(SimpleNamespace(global_step=7), None)
+    assert callback.measured == "step 7"
