@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from nemo_longctx.hf.dtypes import in_dtype
-from nemo_longctx.hf.generation import with_length
+from nemo_longctx.hf.generation import read_generation_config, with_length
 from nemo_longctx.hf.serving import reading_lines, readings, vllm_attention_factor
 from nemo_longctx.hf.tokenizer import NO_LIMIT, with_limit
 from nemo_longctx.rope import AbfRope, DynamicNtkRope, Llama3Rope, LongRope, PiRope, YarnRope
@@ -73,3 +73,10 @@ def test_limits_of_the_old_model_go_with_the_length():
     assert with_limit(256, LONG) == LONG
     assert with_limit(None, LONG) == with_limit(NO_LIMIT, LONG) == NO_LIMIT
     assert with_length({"max_length": 256, "top_p": 0.6}, LONG) == {"max_length": LONG, "top_p": 0.6}
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, 0, True, 1, "eager", [1]])
+def test_what_is_unset_is_not_told_as_left_behind(value):
+    _, notes = read_generation_config({"unknown": value, "_from_model_config": value, "transformers_version": value}, 100)
+    assert bool(notes) == (value not in (None, False, [], {}))
+    assert all("unknown not carried" in note for note in notes)
