@@ -170,11 +170,13 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         for each in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
             done[each["mutant"]] = each
             first.setdefault(each["mutant"], each["caught"])
-    for mutant in chosen:  # what survived other tests than today's is run again
+    again = set()  # what survived other tests than today's is run again, and counts as it was until then
+    for mutant in chosen:
         before = done.get(mutant.name, {"caught": True})
         if not before["caught"] and before["against"] != digest(tests[mutant.name]):
-            del done[mutant.name]
-    todo = [mutant for mutant in chosen if mutant.name not in done and any(part in mutant.path for part in options.only)]
+            again.add(mutant.name)
+            before["how"] += ", which have changed since"
+    todo = [m for m in chosen if (m.name not in done or m.name in again) and any(part in m.path for part in options.only)]
     queue: Any = multiprocessing.get_context("spawn").Queue()
     answers: Any = multiprocessing.get_context("spawn").Queue()
     for index, mutant in enumerate(todo):
