@@ -178,6 +178,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
             before["how"] += ", which have changed since"
     todo = [m for m in chosen if (m.name not in done or m.name in again) and any(part in m.path for part in options.only)]
     queue: Any = multiprocessing.get_context("spawn").Queue()
+    queue.cancel_join_thread()  # what is not reached stays in it at the end
     answers: Any = multiprocessing.get_context("spawn").Queue()
     for index, mutant in enumerate(todo):
         queue.put((index, tests[mutant.name]))
