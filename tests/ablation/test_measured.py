@@ -142,7 +142,10 @@ def test_laws_of_arms_are_drawn_where_every_run_measured(tmp_path, monkeypatch):
     mean = np.mean([results["law", seed].losses for seed in (1, 2)], axis=0)
     law = context.judge_law(np.array(CONTEXTS) + 3.5, mean).law
     assert rows[1][1].startswith(f"{law.alpha:.3g}"[:3])
-    assert rows[2][1].startswith("not drawn: ")
+    assert rows[0][-1] == "why not drawn"
+    assert rows[1][-1] == "–"
+    assert rows[2][1:4] == ["–"] * 3
+    assert rows[2][-1].startswith("no better than a constant loss")
     assert section.figures == [tmp_path / "law.png"]
     assert drawn.law_section({"half": arms["half"]}, "books", tmp_path) is None
     assert drawn.law_section(arms, "papers", tmp_path) is None
