@@ -300,6 +300,20 @@ def load_hf_tokenizer(directory: Path, *, named: Path | None = None) -> Any:
         raise ConfigError("tokenizer", str(named), f"transformers cannot load it ({why}); save the tokenizer again") from error
 
 
+def check_flat(key: str, directory: Path) -> None:
+    """Refuse a tokenizer's directory that NeMo cannot keep in a checkpoint, before there is one to write.
+
+    Raises:
+        ConfigError: a folder in it, which NeMo takes for a file.
+    """
+    inside = sorted(each.name for each in directory.iterdir() if each.is_dir()) if directory.is_dir() else []
+    if inside:
+        mend = (
+            f"holds the folder {inside[0]}, which NeMo cannot copy into a checkpoint; copy the tokenizer's files to one without"
+        )
+        raise ConfigError(key, str(directory), mend)
+
+
 def with_limit(limit: int | None, longest: int) -> int:
     """`model_max_length` for a model whose longest input is `longest` tokens; a tokenizer without a limit stays without."""
     return NO_LIMIT if limit is None or limit > 10**9 else longest

@@ -76,6 +76,12 @@ class RopeVariant:
         if self.local_base is not None:
             check_number("local_base", self.local_base, above=1.0)
 
+    def __str__(self) -> str:
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.local_base is None:
+            del said["local_base"]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
     @property
     def local(self) -> RopeVariant | None:
         """What layers with a sliding window have, where it is another than this; None: all layers have this."""

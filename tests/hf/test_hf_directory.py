@@ -15,6 +15,7 @@ from nemo_longctx.hf.directory import check_directory, write_copy
 from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.layers import attention_values
+from nemo_longctx.hf.tokenizer import check_flat
 from nemo_longctx.planning.models import model_from_hf
 from nemo_longctx.rope import PiRope, Rope, YarnRope
 
@@ -285,6 +286,14 @@ def test_files_that_do_not_fit_the_model_are_refused(directory, files, message):
 )
 def test_tensors_that_would_be_dropped_are_looked_at(directory, tensors, dtypes, changes, message):
     refused(directory(tensors=tensors, dtypes=dtypes, **changes), message)
+
+
+def test_a_folder_beside_a_tokenizer_is_named_before_a_checkpoint_is_to_be_written(tmp_path):
+    check_flat("data.tokenizer", tmp_path)
+    check_flat("data.tokenizer", tmp_path / "a name of the hub")
+    (tmp_path / "original").mkdir()
+    with pytest.raises(ConfigError, match=r"data.tokenizer=.*: holds the folder original, which NeMo cannot copy"):
+        check_flat("data.tokenizer", tmp_path)
 
 
 def test_a_head_that_is_not_there_is_named_with_the_mend(directory):

@@ -452,7 +452,8 @@ def test_import_and_export_commands(tmp_path):
     source.save_pretrained(tmp_path / "hf")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(tmp_path / "hf")
+    templates = {"default": "{{ messages }}", "rag": "{{ documents }}"}  # transformers writes the second into a folder
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", chat_template=templates).save_pretrained(tmp_path / "hf")
     done = _cli("import", tmp_path / "hf", tmp_path / "ckpt")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "ckpt" / "weights").is_dir()
@@ -468,7 +469,9 @@ def test_import_and_export_commands(tmp_path):
     assert again.generation_config.temperature == 0.6
     from transformers import AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w7")["input_ids"] == [5, 7]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w5 w7")["input_ids"] == [5, 7]
+    assert tokenizer.chat_template == templates
     done = _cli("export", tmp_path / "ckpt", tmp_path / "out")
     assert done.returncode == 2
     assert "exists already" in done.stderr

@@ -265,6 +265,12 @@ def test_layers_with_a_window_are_written_and_read_back(name, version):
     keys = variant.to_hf(rotary_dim=DIM, max_position_embeddings=16_384, version=version)
     assert type(variant).from_hf(keys) == variant
     assert parse(to_dict(variant)) == variant
+    assert "local_base=1000.0" in str(variant)
+    assert (
+        str(variant.everywhere)
+        == str(example(name))
+        == repr(example(name)).replace("local_base=None, ", "").replace(", local_base=None", "")
+    )
     assert variant.local == Rope(base=1_000.0)
     assert type(variant).from_hf(variant.everywhere.to_hf(rotary_dim=DIM, max_position_embeddings=16_384)) == variant.everywhere
 

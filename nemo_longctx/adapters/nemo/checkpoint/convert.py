@@ -248,7 +248,7 @@ def _nemo_tokenizer(found: HFDirectory, made: Path, folder: Path) -> Any:
         return None
     loaded = load_hf_tokenizer(made, named=found.path)
     check_numbers(loaded.get_vocab(), found.config.values["vocab_size"])  # a class may add tokens of its own
-    loaded.save_pretrained(folder)
+    loaded.save_pretrained(folder, save_jinja_files=False)  # NeMo copies files alone, and several templates make a folder
     return AutoTokenizer(str(folder))
 
 

@@ -28,6 +28,7 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.hf.tokenizer import check_flat
 from nemo_longctx.model_fields import no_rope_layers
 from nemo_longctx.nemo_files import check_context, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
@@ -135,6 +136,7 @@ def load_tokenizer(name: str | None) -> Any:
     from nemo.collections.common.tokenizers.huggingface import AutoTokenizer
 
     check_hub_name("data.tokenizer", str(name))
+    check_flat("data.tokenizer", Path(name))
     try:
         return AutoTokenizer(pretrained_model_name=str(name))
     except (OSError, ValueError) as error:
