@@ -42,7 +42,7 @@ KINDS = ("SIGKILL all", "SIGKILL one rank", "SIGTERM all", "SIGTERM one rank", "
          "half-copied checkpoint", "full disk", "read-only directory")  # fmt: skip
 NEEDS_DISK = ("full disk", "read-only directory")
 STILL = 600  # seconds without a step after which a start hangs
-IGNORED = ("tokens_per_second",)  # a time
+IGNORED = ("tokens_per_second", "processor_seconds")  # times
 
 
 def overrides(place: Path, name: str, steps: int = STEPS) -> list[str]:
