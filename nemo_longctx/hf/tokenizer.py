@@ -300,18 +300,10 @@ def load_hf_tokenizer(directory: Path, *, named: Path | None = None) -> Any:
         raise ConfigError("tokenizer", str(named), f"transformers cannot load it ({why}); save the tokenizer again") from error
 
 
-def check_flat(key: str, directory: Path) -> None:
-    """Refuse a tokenizer's directory that NeMo cannot keep in a checkpoint, before there is one to write.
-
-    Raises:
-        ConfigError: a folder in it, which NeMo takes for a file.
-    """
-    inside = sorted(each.name for each in directory.iterdir() if each.is_dir()) if directory.is_dir() else []
-    if inside:
-        mend = (
-            f"holds the folder {inside[0]}, which NeMo cannot copy into a checkpoint; copy the tokenizer's files to one without"
-        )
-        raise ConfigError(key, str(directory), mend)
+def other_things(directory: Path) -> list[str]:
+    """Names in a tokenizer's directory that are none of its files: weights, folders. [] where there is no directory."""
+    inside = directory.iterdir() if directory.is_dir() else ()
+    return sorted(each.name for each in inside if each.is_dir() or each.name not in FILES)
 
 
 def with_limit(limit: int | None, longest: int) -> int:

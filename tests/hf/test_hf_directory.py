@@ -15,7 +15,7 @@ from nemo_longctx.hf.directory import check_directory, write_copy
 from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.layers import attention_values
-from nemo_longctx.hf.tokenizer import check_flat
+from nemo_longctx.hf.tokenizer import other_things
 from nemo_longctx.planning.models import model_from_hf
 from nemo_longctx.rope import PiRope, Rope, YarnRope
 
@@ -288,12 +288,14 @@ def test_tensors_that_would_be_dropped_are_looked_at(directory, tensors, dtypes,
     refused(directory(tensors=tensors, dtypes=dtypes, **changes), message)
 
 
-def test_a_folder_beside_a_tokenizer_is_named_before_a_checkpoint_is_to_be_written(tmp_path):
-    check_flat("data.tokenizer", tmp_path)
-    check_flat("data.tokenizer", tmp_path / "a name of the hub")
+def test_what_lies_beside_a_tokenizer_is_told_from_its_files(tmp_path):
+    assert other_things(tmp_path / "a name of the hub") == []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).touch()
+    assert other_things(tmp_path) == []
     (tmp_path / "original").mkdir()
-    with pytest.raises(ConfigError, match=r"data.tokenizer=.*: holds the folder original, which NeMo cannot copy"):
-        check_flat("data.tokenizer", tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert other_things(tmp_path) == ["model.safetensors", "original"]
 
 
 def test_a_head_that_is_not_there_is_named_with_the_mend(directory):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import sys
 from itertools import chain, islice
 from pathlib import Path
@@ -385,3 +386,25 @@ def test_the_command_for_a_stage_with_other_parallel_sizes(monkeypatch, processe
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: torchrun)
     assert shlex.split(command_with({"context_parallel_size": 4})) == expected
+
+
+def test_workers_that_an_error_left_alive_end_with_the_interpreter(monkeypatch):
+    """They do not hear the signal by which multiprocessing ends them before it waits for them."""
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = sampler._Loader(list(range(100)), num_workers=2, worker_init_fn=sampler._leave_stops_to_the_run)
+    iterator = iter(loader)
+    next(iterator)
+    workers = list(iterator._workers)
+    workers[0].terminate()
+    workers[0].join(0.3)
+    assert workers[0].is_alive()  # as a stop signal must leave it
+    another = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: another)
+    sampler._end_workers()  # of a fork, whose children they are not
+    monkeypatch.undo()
+    assert all(worker.is_alive() for worker in workers)
+    sampler._end_workers()
+    for worker in workers:
+        worker.join(20)
+    assert not any(worker.is_alive() for worker in workers)
+    signal.signal(signal.SIGCHLD, before)

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import nemo.lightning as nl
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.collections import llm  # before the callback, which alone meets an import circle of the host
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nemo_longctx.adapters.nemo.checkpoint import convert
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
@@ -15,6 +18,7 @@ from nemo_longctx.adapters.nemo.launch import executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
 from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
+from nemo_longctx.adapters.nemo.model.config import load_tokenizer
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf import directory
@@ -158,3 +162,22 @@ def test_an_evaluation_goes_by_its_step(tmp_path):
     callback = Recorded(tasks=[{"kind": "position", "corpus": "unused", "seq_length": 64}], directory=str(tmp_path))
     callback.evaluate(SimpleNamespace(global_step=7), None)
     assert callback.measured == "step 7"
+
+
+def test_a_tokenizer_beside_weights_brings_no_weights_into_checkpoints(tmp_path):
+    """NeMo copies a tokenizer's whole directory into each checkpoint, and ends in an error where that holds a folder."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(10)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    source = tmp_path / "llama"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(source)
+    plain = load_tokenizer(str(source))
+    (source / "model.safetensors").write_bytes(bytes(1000))
+    (source / "original").mkdir()
+    tokenizer = load_tokenizer(str(source))
+    model = llm.GPTModel(llm.GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=1, seq_length=8), tokenizer=tokenizer)
+    model.io_dump(tmp_path / "context", yaml_attrs=[])  # as a checkpoint is saved
+    kept = {path.name for path in (tmp_path / "context").rglob("*")}
+    assert "tokenizer.json" in kept
+    assert not kept & {"model.safetensors", "original"}
+    assert tokenizer.text_to_ids("w3 w1 w9") == plain.text_to_ids("w3 w1 w9") == [3, 1, 9]
+    assert tokenizer.eos == plain.eos == 1

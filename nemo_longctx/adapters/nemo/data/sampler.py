@@ -7,12 +7,14 @@ step gives the consumed tokens, and those the stage and the samples.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import math
 import os
 import shlex
 import signal
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,7 @@ class CurriculumDataSampler(MegatronDataSampler):
                 rank=rank,
                 world_size=world_size,
             )
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=dataloader.num_workers,
@@ -259,6 +261,30 @@ def _leave_stops_to_the_run(worker: int) -> None:
     """Stop signals reach the whole process group; the step that is being made still needs its data."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+class _Loader(DataLoader):
+    """A loader whose workers end with the interpreter, though they do not hear the signal by which it asks them to.
+
+    An error that leaves an iterator alive would else wait for them for good.
+    """
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        _OWNERS.update(dict.fromkeys(getattr(iterator, "_workers", ()), os.getpid()))
+        return iterator
+
+
+_OWNERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # worker -> the process that started it
+
+
+@atexit.register  # behind multiprocessing's own, so that it runs before that
+def _end_workers() -> None:
+    left = [worker for worker, owner in _OWNERS.items() if owner == os.getpid() and worker.is_alive()]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a worker for a fault
+    for worker in left:
+        worker.kill()
 
 
 def live_sizes() -> dict[str, int]:

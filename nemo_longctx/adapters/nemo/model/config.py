@@ -6,8 +6,11 @@ checkpoints, exporters and tools of the host see what the run did.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import inspect
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
-from nemo_longctx.hf.tokenizer import check_flat
+from nemo_longctx.hf.tokenizer import other_things
 from nemo_longctx.model_fields import no_rope_layers
 from nemo_longctx.nemo_files import check_context, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
@@ -136,11 +139,24 @@ def load_tokenizer(name: str | None) -> Any:
     from nemo.collections.common.tokenizers.huggingface import AutoTokenizer
 
     check_hub_name("data.tokenizer", str(name))
-    check_flat("data.tokenizer", Path(name))
     try:
-        return AutoTokenizer(pretrained_model_name=str(name))
+        return AutoTokenizer(pretrained_model_name=str(_its_files(Path(name)) if other_things(Path(name)) else name))
     except (OSError, ValueError) as error:
         raise ConfigError("data.tokenizer", name, f"no Hugging Face tokenizer can be loaded from there: {error}") from error
+
+
+def _its_files(directory: Path) -> Path:
+    """The tokenizer of a model's directory in a folder of its own, for as long as the process lives.
+
+    NeMo copies all of a tokenizer's directory into each checkpoint, the weights beside it too, and cannot copy folders.
+    """
+    from transformers import AutoTokenizer
+
+    place = Path(tempfile.mkdtemp(prefix="nemo_longctx_tokenizer_"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = place / directory.resolve().name
+    AutoTokenizer.from_pretrained(directory).save_pretrained(folder, save_jinja_files=False)  # templates in one file
+    return folder
 
 
 def checkpoint_directory(path: str | Path) -> Path:
