@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.versions import versions_of
 
 if TYPE_CHECKING:
     from nemo_longctx.eval.results import SuiteResult
@@ -151,11 +152,9 @@ def _print(result: SuiteResult) -> None:
 
 def _write(args: argparse.Namespace, results: list[SuiteResult], seen: dict[str, dict[str, Any]]) -> None:
     """JSON, CSV, figures and the page; and the fit of L(c) where a corpus was read."""
-    from importlib.metadata import version
-
     from nemo_longctx.report.evaluation import write_results
 
-    versions = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
+    versions = versions_of("torch", "transformers", "lm-eval")
     page = write_results(args.out, results, provenance={"checkpoints": seen, "versions": versions})
     print(f"wrote {page}")
 

@@ -13,7 +13,6 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from nemo_longctx.data.readers import Part, split_files
 from nemo_longctx.data.shards import ShardJob, ShardReport, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, read_back
 from nemo_longctx.data.writer import explain_full_disk, work_directory
+from nemo_longctx.versions import versions_of
 
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -264,9 +264,9 @@ def _provenance(
         "source_files": [{"path": shown(path), "bytes": n_bytes} for path, n_bytes in files.items()],
         "passed_over": {shown(path): why for path, why in found.passed_over.items()},
         "versions": {
-            "nemo_longctx": version("nemo-longctx"),
+            "nemo_longctx": versions_of("nemo-longctx")["nemo-longctx"],
             "python": platform.python_version(),
-            "tokenizers": version("tokenizers"),
+            **versions_of("tokenizers"),
             "numpy": np.__version__,
         },
         "plan": plan,

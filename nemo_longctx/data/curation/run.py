@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +31,7 @@ from nemo_longctx.data.readers import Part, lines_before, split_files
 from nemo_longctx.data.tokenization import load_tokenizer
 from nemo_longctx.data.writer import explain_full_disk, work_directory
 from nemo_longctx.files import write_text
+from nemo_longctx.versions import versions_of
 
 _SMALL = 20  # documents of a length bucket from which on its quantiles mean something
 
@@ -311,7 +311,7 @@ def _provenance(config: CurateConfig, found: Found, plan: str) -> dict[str, Any]
     return {
         "settings": asdict(config) | {"inputs": [shown(path) for path in config.inputs]},
         "passed_over": {shown(path): why for path, why in found.passed_over.items()},
-        "versions": {"nemo_longctx": version("nemo-longctx"), "numpy": np.__version__},
+        "versions": {"nemo_longctx": versions_of("nemo-longctx")["nemo-longctx"], "numpy": np.__version__},
         "plan": plan,
     }
 

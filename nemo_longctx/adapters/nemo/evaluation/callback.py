@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import InterruptedEvaluationError, Suite
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.versions import versions_of
 
 logger = logging.getLogger(__name__)
 STEP = "step "  # and the number of steps behind what is measured
@@ -166,7 +166,7 @@ class LongContextEvalCallback(Callback):
             logger.warning("evaluation of %s skipped at %s: it would not end within %s s", task, result.model, self.time_budget)
         for each in trainer.loggers:
             each.log_metrics({f"eval/{key}": value for key, value in result.scalars().items()}, step=trainer.global_step)
-        packages = {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit")}
+        packages = versions_of("torch", "megatron-core", "nemo_toolkit")
         old = [(t.seq_length, "the old length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
         try:

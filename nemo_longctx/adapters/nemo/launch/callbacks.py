@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
 from nemo_longctx.resume import applied, changes, check_live, live_settings, plain, read_record, refuse
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.versions import versions_of
 
 # Main weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
 OPTIMIZER_BYTES_PER_PARAMETER = 12
@@ -250,7 +250,7 @@ class TrainingLogCallback(Callback):
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     names = ("nemo-longctx", "nemo_toolkit", "megatron-core", "lightning", "torch", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **versions_of(*names)}
 
 
 def model_parallel_size(strategy: Any) -> int:
