@@ -24,6 +24,7 @@ from nemo_longctx.ablation.study import BASE, Measure, Run, Scale, Study, filled
 from nemo_longctx.config import ConfigError
 from nemo_longctx.files import write_text
 from nemo_longctx.report.html import Section
+from nemo_longctx.versions import versions_of
 
 PATIENCE = 50  # tenths of a second
 PROBES = ("passkey", "first_sentence")  # drawn by length
@@ -188,7 +189,7 @@ class Runner:
             "scale": self.name,
             "seconds since each run's last start": seconds | {"all": round(sum(seconds.values()), 1)},
             "commands": {name: shlex.join(command) for name, command in self.commands()},
-            "versions": versions(),
+            "versions": versions_of("nemo-longctx", "torch", "nemo_toolkit", "megatron-core", "numpy"),
             "commit": " ".join(dict.fromkeys(each["commit"] for each in self.done.values() if each.get("commit"))),
         }
         return write_study(
@@ -223,19 +224,6 @@ class Runner:
         if "context_law" in asked:
             sections.append(law_section(whole, values["task"], directory))
         return [section for section in sections if section is not None]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the runs were made with; those that are not installed are left out."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("nemo-longctx", "torch", "nemo_toolkit", "megatron-core", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str:

@@ -242,6 +242,10 @@ class Suite:
         if not read:
             shortest = min((len(tokens) for tokens, _ in encoded), default=0)
             raise ValueError(f"no conversation fits {model.max_length} tokens; the shortest has {shortest}")
+        if len(read) < len(encoded):
+            left = len(encoded) - len(read)
+            where = f"{task.name}: {left} of {len(encoded)} conversations"
+            logger.warning("%s are longer than the model's %d tokens and are left out", where, model.max_length)
         chosen = np.unique(np.linspace(0, len(read) - 1, min(task.samples, len(read))).round().astype(int))
         requests, of = [], []  # an answer of a conversation each
         for number, place in enumerate(chosen):

@@ -39,7 +39,7 @@ def test_loss_by_position_is_that_of_each_document(corpus, llama):
     assert result.scalars()["position_40/loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_loss_on_answers_is_that_of_each_answer_behind_its_prompt(tmp_path):
+def test_loss_on_answers_is_that_of_each_answer_behind_its_prompt(tmp_path, caplog):
     words = ["the ship sailed north", "letters and ice", "whales"]
     tokenizer = byte_tokenizer(words)
     llama = tiny_llama(vocab=len(tokenizer))
@@ -68,6 +68,7 @@ def test_loss_on_answers_is_that_of_each_answer_behind_its_prompt(tmp_path):
     np.testing.assert_allclose(result.watched["loss_answers"], expected, rtol=1e-4)
     assert result.tasks["answers"]["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert result.tasks["answers"]["samples"] == 2
+    assert "answers: 1 of 3 conversations are longer than the model's 100 tokens and are left out" in caplog.text
     assert from_record(as_record(result)).watched == result.watched
     assert write_results(tmp_path / "out", [result], provenance={}).exists()
 
