@@ -38,6 +38,7 @@ _OTHERS = (
     "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "use_qk_norm", "qk_norm", "qk_layernorm",
     "num_local_experts", "num_experts", "attention_chunk_size", "pruned_heads", "num_nextn_predict_layers",
     "use_bidirectional_attention", "add_cross_attention",
+    "dual_chunk_attention_config", "sparse_config", "llama_4_scaling_beta",
 )  # fmt: skip
 
 
@@ -93,10 +94,10 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
     Raises:
         ConfigError: another architecture, quantised weights, a field that would be lost or that says nothing usable.
     """
-    _refuse_quantised(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in DEFAULTS:
         raise refusal(family, raw)
+    _refuse_quantised(raw)
     notes: list[str] = []
     _check_head(raw)
     if raw.get("auto_map"):
@@ -139,7 +140,7 @@ def read_config(raw: Mapping[str, Any]) -> HFConfig:
 
 
 def _refuse_quantised(raw: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
+    for key in ("quantization_config", "compression_config", "quantization"):  # the last one is MLX's
         settings = raw.get(key)
         if settings is None:
             continue
@@ -300,6 +301,8 @@ def _passed_over(raw: Mapping[str, Any], family: str) -> list[str]:
         notes.append(
             f"use_sliding_window=false: transformers' {family} does not read it and keeps its window; write null there"
         )
+    if raw.get("is_causal") is False:
+        notes.append(f"is_causal=false: transformers' {family} does not read it; each token sees those before it alone")
     if others:
         notes.append(f"{', '.join(others)}: transformers' {family} does not read it, and neither does the import")
     for where in ("rope_scaling", "rope_parameters"):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_longctx.config import ConfigError
-from nemo_longctx.hf.config import KEY, HFConfig, read_config, read_json
+from nemo_longctx.hf.config import HFConfig, read_config, read_json
 from nemo_longctx.hf.files import check_files
 from nemo_longctx.hf.generation import FILE as GENERATION
 from nemo_longctx.hf.generation import read_generation_config
+from nemo_longctx.hf.other_formats import no_config, no_directory
 from nemo_longctx.hf.tokenizer import FILES, check_tokenizer, copy_tokenizer, has_tokenizer, other_tokenizer
 from nemo_longctx.hf.weights import check_weights
 
@@ -46,13 +46,10 @@ def check_directory(path: str | Path) -> HFDirectory:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(KEY, str(path), "no such directory; give a Hugging Face model directory")
+        raise no_directory(path)
     check_files(path, ("config.json", GENERATION, *FILES))
     if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            mend = "holds a LoRA adapter alone; merge it into its base (peft: merge_and_unload) and save that"
-            raise ConfigError(KEY, str(path), mend)
-        raise ConfigError(KEY, str(path), "no config.json there; give a Hugging Face model directory")
+        raise no_config(path)
     config = read_config(read_json(path / "config.json"))
     vocab_size = config.values["vocab_size"]
     generation: dict[str, Any] = {}

@@ -89,11 +89,12 @@ def norm_epsilon(family: str) -> str:
 
 
 _EXPERTS = "it has experts, whose FLOPs are not counted here, so that training refuses them"
-_MULTIMODAL = "it is multimodal; save its language model alone (model.language_model.save_pretrained)"
+_MULTIMODAL = "it is multimodal"
 _CENTRED = (
     "its norms are of 1 + weight, which Megatron-Core has in Transformer Engine alone; there NeMo's own "
     "nemo.collections.llm.import_ckpt converts it, with plain RoPE"
 )
+_CENTRED_AROUND = "its norms are of 1 + weight and stand before and after attention and MLP, which the host has not"
 _OWN_CODE = "its code comes with the directory (auto_map) and is not run; NeMo's nemo.collections.llm.import_ckpt runs it"
 _CODE_HERE = "its code comes with the directory (auto_map), and nothing here knows what it computes"
 _PARTIAL = "it rotates a part of each head (partial_rotary_factor)"
@@ -103,6 +104,17 @@ _NO_ROPE = "it has no RoPE, so that there is nothing to extend here"
 _NOT_ATTENTION = "some of its layers are no attention (state spaces, convolutions, linear attention)"
 _ENCODER = "it is no causal language model"
 _AS_LLAMA = "say model_type llama in config.json if its tensors are named as Llama's"
+_LATENT = "its latent attention keeps a RoPE of its own in each layer"
+_MROPE = "it has a RoPE of three positions a token (M-RoPE)"
+_BLOCKS = "its layers differ in width, and some lack attention (block_configs), which the host's class has not"
+_OTHER_LAYERS = (
+    "mamba", "mamba2", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "falcon_mamba", "nemotron_h", "lfm2", "lfm2_moe",
+    "qwen3_next", "qwen3_5_text", "rwkv", "recurrent_gemma", "xlstm", "granitemoehybrid", "kimi_linear", "minimax",
+)  # fmt: skip
+_MIXTURES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "phimoe", "granitemoe", "granitemoeshared", "olmoe",
+    "flex_olmo", "dbrx", "dots1", "glm4_moe", "jetmoe", "ernie4_5_moe", "hunyuan_v1_moe", "doge", "aria_text",
+)  # fmt: skip
 WHY_NOT: dict[str, str] = {
     **dict.fromkeys(("phi", "gpt_neox", "gptj", "codegen"), f"{_PARTIAL}, and its attention and MLP run side by side"),
     **dict.fromkeys(("stablelm", "persimmon"), _PARTIAL),
@@ -110,62 +122,98 @@ WHY_NOT: dict[str, str] = {
     **dict.fromkeys(("helium", "ernie4_5"), _PAIRS),
     "falcon": _BESIDE,
     **dict.fromkeys(("gpt2", "gpt_bigcode", "opt", "bloom", "mpt"), _NO_ROPE),
-    **dict.fromkeys(
-        ("mamba", "mamba2", "jamba", "bamba", "zamba2", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next", "rwkv"), _NOT_ATTENTION
-    ),
-    **dict.fromkeys(("bert", "roberta", "modernbert", "t5", "bart"), _ENCODER),
+    **dict.fromkeys(_OTHER_LAYERS, _NOT_ATTENTION),
+    **dict.fromkeys(("bert", "roberta", "xlm_roberta", "electra", "modernbert", "t5", "bart", "mbart", "pegasus"), _ENCODER),
     "granite": "its embeddings, attention, residuals and logits have multipliers, which the host's class has not",
     "arcee": "its MLP has no gate and a squared relu, and no class of the host has that beside Llama's norms",
+    "apertus": "its MLP has no gate and an activation with weights of its own (xIELU), which the host has not",
     "exaone4": "it norms after attention and MLP, which the host has not",
     "bitnet": "its weights are of three values; there is nothing to train on in bf16 or fp32",
-    **dict.fromkeys(("internlm2", "internlm3", "qwen", "minicpm", "minicpm3", "mimo"), _CODE_HERE),
-    **dict.fromkeys(("yi", "aquila"), _AS_LLAMA),
+    "diffllama": "its attention is the difference of two, which the host has not",
+    "hunyuan_v1_dense": "it norms q and k after their rotation, and the host before",
+    "cwm": "some of its layers have a window, and transformers' llama has none to write them to",
+    "seed_oss": "its layers are Qwen2's where attention_out_bias is false: say model_type qwen2 in config.json",
+    "ministral3": "it scales queries by their position (llama_4_scaling_beta), which the host has not",
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _MROPE),
+    "mllama_text_model": "some of its layers attend to images, which the host has not",
+    **dict.fromkeys(("nemotron_nas", "deci"), _BLOCKS),
+    **dict.fromkeys(("internlm2", "internlm3", "qwen", "minicpm", "minicpm3", "mimo", "exaone", "internlm"), _CODE_HERE),
+    **dict.fromkeys(("yi", "aquila", "code_llama"), _AS_LLAMA),
     "gemma": _CENTRED,
     "gemma2": (
         "its layers are Transformer Engine's in NeMo, with all scores of a window at once (soft-capping), which no long window "
         "fits; NeMo's own nemo.collections.llm.import_ckpt converts it there"
     ),
-    "gemma3_text": "its norms are of 1 + weight and stand before and after attention and MLP, which the host has not",
+    **dict.fromkeys(("gemma3_text", "gemma3n_text", "vaultgemma"), _CENTRED_AROUND),
     "gemma3": "it is multimodal, and its norms are of 1 + weight, before and after attention and MLP, which the host has not",
     "nemotron": _CENTRED,
     "chatglm": _OWN_CODE,
     "baichuan": _OWN_CODE,
-    **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "olmoe", "dbrx", "dots1", "glm4_moe", "jetmoe"), _EXPERTS
-    ),
+    **dict.fromkeys(_MIXTURES, _EXPERTS),
     "gpt_oss": f"{_EXPERTS}, and attention sinks",
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), "its latent attention keeps a RoPE of its own in each layer"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "longcat_flash", "glm4_moe_lite"), _LATENT),
     "olmo": "its norms have no weights, which the host has not",
     **dict.fromkeys(
         ("olmo2", "olmo3"), "it norms after attention and MLP, and q and k over all heads at once, which the host has not"
     ),
     **dict.fromkeys(("cohere", "cohere2"), _BESIDE),
-    **dict.fromkeys(
-        ("llama4", "mllama", "llava", "llava_next", "mistral3", "pixtral", "gemma3n", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-        _MULTIMODAL,
-    ),
+    **dict.fromkeys(("llava", "llava_next", "mistral3", "pixtral", "gemma3n", "mllama", "llama4", "qwen3_vl"), _MULTIMODAL),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), f"{_MULTIMODAL}, and {_MROPE}"),
     "llama4_text": f"{_EXPERTS}, and chunked attention",
     "ministral": "say model_type mistral in config.json if all of its layers have one window",
 }
-_FOR_MULTIMODAL = ("text_config", "vision_config", "audio_config", "language_config", "llm_config")
+_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")  # a language model's settings, of a larger one
+_FOR_MULTIMODAL = (*_NESTED, "vision_config", "audio_config")
+
+
+def reason(family: object, raw: Mapping[str, Any]) -> str:
+    """Why a `model_type` that is none of `DEFAULTS` does not convert.
+
+    Args:
+        family: the `model_type`.
+        raw: the whole `config.json`.
+    """
+    plain = _plain(family) if isinstance(family, str) else ""
+    inner = next((raw[key] for key in _NESTED if isinstance(raw.get(key), Mapping)), None)
+    if inner is not None and WHY_NOT.get(plain, _MULTIMODAL) == _MULTIMODAL:
+        return _of_language_model(inner)
+    if plain in WHY_NOT:
+        return WHY_NOT[plain]
+    if any(isinstance(raw.get(key), Mapping) for key in _FOR_MULTIMODAL):
+        return _MULTIMODAL
+    if raw.get("auto_map"):
+        return _CODE_HERE
+    if any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        return _EXPERTS
+    return "no converter knows it"
+
+
+def _plain(family: str) -> str:
+    return family.strip().lower().replace("-", "_")
+
+
+def _of_language_model(inner: Mapping[str, Any]) -> str:
+    """What can be done about a multimodal model, by the settings of the language model in it."""
+    kind = inner.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        return _MULTIMODAL
+    if kind in DEFAULTS:
+        return (
+            f"{_MULTIMODAL}; its language model ({kind}) can be by itself: fill transformers' AutoModelForCausalLM.from_config("
+            "model.config.text_config) with the weights of model.language_model and lm_head, and save that"
+        )
+    return f"{_MULTIMODAL}, and of its language model ({kind}): {reason(kind, inner)}"
 
 
 def refusal(family: object, raw: Mapping[str, Any]) -> ConfigError:
     """Why a `model_type` that is none of `DEFAULTS` does not convert, in one sentence."""
     known = ", ".join(DEFAULTS)
     if not isinstance(family, str) or not family:
-        return ConfigError("model_type", family, f"config.json must name its architecture; {known} can be converted")
-    plain = family.strip().lower().replace("-", "_")
+        mend = f"config.json must name its architecture; {known} can be converted"
+        if any(isinstance(raw.get(key), Mapping) for key in _FOR_MULTIMODAL):
+            mend = f"{reason(family, raw)}; {mend}"
+        return ConfigError("model_type", family, mend)
+    plain = _plain(family)
     if plain != family and plain in DEFAULTS:
         return ConfigError("model_type", family, f"transformers writes it {plain!r}; mend config.json")
-    if plain in WHY_NOT:
-        why = WHY_NOT[plain]
-    elif any(isinstance(raw.get(key), Mapping) for key in _FOR_MULTIMODAL):
-        why = _MULTIMODAL
-    elif raw.get("auto_map"):
-        why = _CODE_HERE
-    elif any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
-        why = _EXPERTS
-    else:
-        why = "no converter knows it"
-    return ConfigError("model_type", family, f"cannot be converted: {why}; the families that can: {known}")
+    return ConfigError("model_type", family, f"cannot be converted: {reason(family, raw)}; the families that can: {known}")

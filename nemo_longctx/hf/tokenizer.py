@@ -26,7 +26,11 @@ FILES = (
 _CARRIERS = (FAST, SENTENCEPIECE, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, from transformers 4.51 on
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PreTrainedTokenizer": "PreTrainedTokenizerFast"}
+_CLASSES = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "LLaMATokenizer": "LlamaTokenizer",  # the second one is of the first Llamas
+    "PreTrainedTokenizer": "PreTrainedTokenizerFast",
+}
 _V5_ONLY = ("backend", "is_local", "local_files_only", "fix_mistral_regex")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.config import HFConfig, read_json
 from nemo_longctx.hf.files import KEY, check_files
+from nemo_longctx.hf.other_formats import no_weights
 from nemo_longctx.rope.variants import Rope
 
 INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -32,12 +33,6 @@ _QUANTISED = re.compile(
     r"|absmax|quant_map|SCB|weight_format)$|\.weight\.(absmax|quant_map|nested_absmax|quant_state)"
 )
 _QUANTISED_FILES = ("quant_config.json", "quantize_config.json", "hf_quant_config.json")
-_OTHERS = {
-    "adapter_config.json": "a LoRA adapter alone; merge it into its base (peft: merge_and_unload) and save that",
-    "params.json": "Meta's own format; take the Hugging Face one (transformers has convert_llama_weights_to_hf.py)",
-    "tf_model.h5": "TensorFlow's weights; load them with transformers (from_tf=True) and save again",
-    "flax_model.msgpack": "Flax's weights; load them with transformers (from_flax=True) and save again",
-}
 ROUNDING = {"F64": 4e-6, "F32": 4e-6, "F16": 2e-3, "BF16": 1.6e-2}  # of stored frequencies, as a share of the unscaled ones
 _CHUNK = 1 << 24  # bytes compared at once
 
@@ -120,17 +115,6 @@ def _kept_dtype(stored: dict[str, Stored], config: HFConfig) -> tuple[str, tuple
     return widest, (f"the weights are stored as {found} where config.json says {said}: kept as {widest}, which rounds none",)
 
 
-def _nothing_there(directory: Path) -> str:
-    for name, told in _OTHERS.items():
-        if (directory / name).is_file():
-            return f"holds {told}"
-    if any(directory.glob("*.gguf")):
-        return "holds a GGUF file, whose weights are quantised or another tool's; take the model's safetensors"
-    if shard := next(iter(sorted(directory.glob("*-of-*.safetensors"))), None):
-        return f"has shards ({shard.name}) without {INDEX}; copy or download it too"
-    return f"has no weights: neither {ONE_FILE} nor {INDEX}"
-
-
 def stored_tensors(directory: Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Every tensor that transformers takes of a directory's weight files, by name, and a sentence for each that it does not.
 
@@ -150,7 +134,7 @@ def stored_tensors(directory: Path) -> tuple[dict[str, Stored], tuple[str, ...]]
         return _unpickled(directory / PICKLED), ()
     if (directory / PICKLED_INDEX).is_file():
         return _sharded(directory, directory / PICKLED_INDEX, _unpickled)
-    raise ConfigError(KEY, str(directory), _nothing_there(directory))
+    raise no_weights(directory, (ONE_FILE, INDEX), (PICKLED, PICKLED_INDEX))
 
 
 def _weight_map(path: Path) -> dict[str, str]:

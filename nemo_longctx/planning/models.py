@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError, build, did_you_mean
-from nemo_longctx.hf.families import DEFAULTS, WHY_NOT
+from nemo_longctx.hf.families import DEFAULTS, reason
 from nemo_longctx.nemo_files import embedding_rows
 
 
@@ -241,8 +241,8 @@ def model_from_hf(path: Path) -> ModelShape:
     where = str(path)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        why = f" ({WHY_NOT[kind]})" if isinstance(kind, str) and kind in WHY_NOT else ""
-        raise ConfigError("model", where, f"model_type={kind!r} is not planned for{why}; known: {', '.join(DEFAULTS)}")
+        mend = f"model_type={kind!r} is not planned for ({reason(kind, config)}); known: {', '.join(DEFAULTS)}"
+        raise ConfigError("model", where, mend)
     experts = [key for key in _HF_EXPERTS if config.get(key)]
     if experts:
         raise ConfigError("model", where, f"{experts[0]}={config[experts[0]]!r}: FLOPs of experts are not counted")
@@ -350,6 +350,11 @@ def parse_model(text: str) -> tuple[str, ModelShape]:
         context = nemo_context(path)
         if context is not None:
             return path.name, model_from_nemo(context)
+        if not (path / "config.json").is_file():
+            from nemo_longctx.hf.other_formats import no_config
+
+            error = no_config(path)
+            raise ConfigError("model", error.value, error.mend)
         path = path / "config.json"
     if path.suffix == ".json":
         return path.parent.name or path.name, model_from_hf(path)
