@@ -21,6 +21,7 @@ from nemo_longctx.planning.override import override_values
 from nemo_longctx.planning.planner import Candidate, Job, search
 from nemo_longctx.rope.analysis import practised_base, smallest_base
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.request import describe
 from nemo_longctx.start import on_each_node, torchrun
 
 CPU = "cpu"
@@ -187,6 +188,16 @@ def learning_rate(parameters: int) -> float:
     return float(f"{min(1e-3, PAPER_LR * math.sqrt(max(1.0, PAPER_PARAMETERS / parameters))):.2g}")
 
 
+def _replaced(rope: RopeVariant) -> list[str]:
+    """Comments on what this RoPE takes the place of, where the checkpoint's is more than a base."""
+    if rope.variant in ("rope", "abf"):
+        return []
+    return [
+        f"# The checkpoint's RoPE is {describe(rope)}, whose place this takes: the base alone is what changes its frequencies.",
+        "# To keep it, take out `override /rope` and `rope`; to stretch it further, name it (rope=yarn, rope=llama31, ...).",
+    ]
+
+
 def starter_yaml(starter: Starter) -> str:
     """The recipe as commented YAML, which `recipe=FILE` takes."""
     import yaml
@@ -224,6 +235,7 @@ def starter_yaml(starter: Starter) -> str:
         "",
         f"# Adjusted base frequency: the checkpoint has base {s.source.rope.base:g}. Where {s.base:g} comes from:",
         f"# nemo-longctx rope advise --from {s.source.model.seq_length} --to {s.target} --base {s.source.rope.base:g}",
+        *_replaced(s.source.rope),
         block({"rope": {"base": s.base}}),
         "",
         "# The corpus that `nemo-longctx prepare` makes, and its held-out documents at the new and at the old length.",

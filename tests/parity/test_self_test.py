@@ -10,8 +10,9 @@ import torch
 
 from nemo_longctx.adapters.megatron import attention, memory_trial, self_test
 from nemo_longctx.adapters.megatron.loss import use_chunked_loss
-from nemo_longctx.adapters.megatron.self_test_parallel import context_parallel_error
+from nemo_longctx.adapters.megatron.self_test_parallel import SmallLayers, context_parallel_error, small_layers
 from nemo_longctx.attention import context_parallel
+from nemo_longctx.rope import YarnRope
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +73,35 @@ def test_a_wrong_scale_of_the_scores_is_caught(model, monkeypatch):
     assert not self_test.attention_finding(model).passed
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"window_size": (15, 0)}, "window of 16 tokens included"),
+        ({"window_size": (4095, 0), "window_attn_skip_freq": 2}, r"window of 4,096 tokens (asked with 24) included"),
+    ],
+)
+def test_layers_with_a_window_are_asked_with_theirs(fields, said, monkeypatch):
+    """Also where the window is longer than the test's tokens: it is shortened for the question and is its own again."""
+    model = small_gpt.build(small_gpt.config(**fields))
+    finding = self_test.attention_finding(model)
+    assert finding.passed, finding
+    assert said in finding.detail
+    cores = [m for m in model.modules() if isinstance(m, attention.LongContextAttention)]
+    assert [core.window for core in cores if core.window] == [fields["window_size"][0] + 1] * sum(1 for c in cores if c.window)
+    original = attention.causal_attention
+    monkeypatch.setattr(attention, "causal_attention", lambda q, k, v, **more: original(q, k, v, **{**more, "window": None}))
+    assert not self_test.attention_finding(model).passed  # a window that gets lost
+
+
+def test_the_small_model_under_context_parallelism_is_like_the_run_s():
+    config = small_gpt.config(window_size=(4095, 0), window_attn_skip_freq=2, no_rope_freq=[0, 1])
+    variant = YarnRope(base=1e4, factor=4.0, original_max_position_embeddings=32, local_base=1e4)
+    like = small_layers(config, variant)
+    assert like.fields == {"window_size": (11, 0), "window_attn_skip_freq": [1, 0], "no_rope_freq": [0, 1]}
+    assert like.variant == variant
+    assert small_layers(small_gpt.config()).fields == {}
+
+
 def test_a_wrong_loss_is_caught(model, monkeypatch):
     use_chunked_loss(model)
     original = type(model).compute_language_model_loss
@@ -117,7 +147,9 @@ def scale_gradients_by_ranks():
 
 @pytest.mark.slow
 def test_context_parallel_passes_and_a_planted_scale_is_caught():
-    assert context_parallel_error() < 1e-5
+    variant = YarnRope(base=1e4, factor=4.0, original_max_position_embeddings=32, local_base=1e3)
+    like = SmallLayers(fields={"window_size": (11, 0), "window_attn_skip_freq": [1, 0]}, variant=variant)
+    assert context_parallel_error(like=like) < 1e-5
     assert context_parallel_error(prepare=scale_gradients_by_ranks) > 1e-2
 
 

@@ -48,6 +48,17 @@ def test_a_laptop_s_recipe_is_whole(folder, capsys):
     assert [line.split()[1] for line in said[said.index("next:") + 1 :]] == ["import", "prepare", "train"]
 
 
+def test_a_checkpoint_s_scaling_that_the_recipe_replaces_is_said(folder):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (folder / "tiny_hf" / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": scaling}))
+    assert main(["init", "--checkpoint", "tiny_hf", "--target", "1024", "--data", "books"]) == 0
+    assert (
+        "# The checkpoint's RoPE is yarn (factor 4 from 64 tokens), whose place this takes"
+        in (folder / "tiny_hf_1024.yaml").read_text()
+    )
+    assert recipe_of("tiny_hf_1024.yaml").rope_variant.variant == "abf"
+
+
 def test_a_cluster_s_recipe_has_the_planner_s_layout(folder, capsys):
     argv = ["init", "--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", "64", "--name", "run7"]
     assert main(argv) == 0

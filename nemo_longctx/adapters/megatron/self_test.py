@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 
-from nemo_longctx.adapters.megatron.attention import packed_documents
+from nemo_longctx.adapters.megatron.attention import LongContextAttention, layer_window, packed_documents
 from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
 from nemo_longctx.adapters.megatron.memory_trial import begin_peak, peak_bytes, within_memory
-from nemo_longctx.adapters.megatron.self_test_parallel import context_parallel_error
+from nemo_longctx.adapters.megatron.self_test_parallel import context_parallel_error, small_layers
 from nemo_longctx.config import ConfigError
+from nemo_longctx.rope.base import RopeVariant
 
 # Relative error that rounding explains, by the dtype of the computation; a leak or a wrong scale is of the order of 1.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 SMALL_WINDOW = 96
 SMALL_DOCUMENTS = (0, 17, 18, 50, 96)
+SMALL_SLIDING_WINDOW = 24  # shorter than the longest of these documents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,19 +100,47 @@ def _losses_and_gradients(model: Any, tokens: torch.Tensor, labels: torch.Tensor
 
 
 def attention_finding(model: torch.nn.Module) -> Finding:
-    """The first layer's core attention, whole and packed, against explicit scores in float64, with all gradients."""
-    core: Any = next((m.core_attention for m in model.modules() if hasattr(m, "core_attention")), None)
-    if core is None:
+    """The core attention of each kind of layer, whole and packed, against explicit scores in float64, with all gradients.
+
+    A layer with a sliding window is asked with a window that ends within the few tokens of the test.
+    """
+    kinds: dict[int | None, Any] = {}
+    for layer in model.modules():
+        if hasattr(layer, "core_attention"):
+            core: Any = layer.core_attention
+            kinds.setdefault(layer_window(core.config, layer.layer_number), core)
+    if not kinds:
         raise ConfigError("num_layers", 0, "the model has no attention layer on this rank")
-    config, dtype, device = core.config, _dtype(model), next(model.parameters()).device
-    worst = 0.0
+    dtype, worst, tried = _dtype(model), 0.0, []
+    for window, core in kinds.items():
+        ours_to_set = isinstance(core, LongContextAttention) and window is not None and window > SMALL_SLIDING_WINDOW
+        asked = SMALL_SLIDING_WINDOW if ours_to_set else window
+        if window is not None:
+            tried.append(f"{window:,} tokens" + (f" (asked with {asked})" if ours_to_set else ""))
+        if ours_to_set:
+            core.window = asked
+        try:
+            worst = max(worst, _attention_error(core, asked, dtype, next(model.parameters()).device))
+        finally:
+            if ours_to_set:
+                core.window = window
+    bound, names = TOLERANCE[dtype], " and ".join(sorted({type(core).__name__ for core in kinds.values()}))
+    detail = f"{names}: largest relative error {worst:.1e} in output and gradients (bound {bound:.0e})"
+    if tried:
+        detail += f", layers with a window of {' or '.join(tried)} included"
+    return Finding(name="attention equals the float64 reference", passed=worst <= bound, detail=detail)
+
+
+def _attention_error(core: Any, window: int | None, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest relative error of one core attention that looks back on `window` tokens, None for all."""
+    config, worst = core.config, 0.0
     for packed in (False, True):
         generator = torch.Generator().manual_seed(1)
         heads = (config.num_attention_heads, config.num_query_groups, config.num_query_groups)
         drawn = [torch.randn(SMALL_WINDOW, 1, h, config.kv_channels, generator=generator) for h in heads]
         q, k, v = (x.to(device, dtype).requires_grad_() for x in drawn)
         boundaries = SMALL_DOCUMENTS if packed else (0, SMALL_WINDOW)
-        expected = _explicit_attention(q, k, v, boundaries)
+        expected = _explicit_attention(q, k, v, boundaries, window)
         if packed:
             params = packed_documents(boundaries, device=device)
             out = core(q.squeeze(1), k.squeeze(1), v.squeeze(1), None, packed_seq_params=params)
@@ -120,19 +150,20 @@ def attention_finding(model: torch.nn.Module) -> Finding:
         ours = (out.view(expected.shape), *torch.autograd.grad(out, (q, k, v), grad.view(out.shape)))
         theirs = (expected, *torch.autograd.grad(expected, (q, k, v), grad.to(expected.dtype)))
         worst = max(worst, *(_relative(x, y) for x, y in zip(ours, theirs, strict=True)))
-    bound = TOLERANCE[dtype]
-    detail = f"{type(core).__name__}: largest relative error {worst:.1e} in output and gradients (bound {bound:.0e})"
-    return Finding(name="attention equals the float64 reference", passed=worst <= bound, detail=detail)
+    return worst
 
 
-def _explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...]) -> torch.Tensor:
+def _explicit_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries: tuple[int, ...], window: int | None
+) -> torch.Tensor:
     """[s, 1, heads * head size] in float64, from [s, 1, heads, head size], with the whole score matrix."""
     q, k, v = (x.double().squeeze(1) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     position = torch.arange(q.shape[0], device=q.device)
     document = torch.bucketize(position, torch.tensor(boundaries[1:], device=q.device), right=True)
-    hidden = (position[:, None] < position) | (document[:, None] != document)
+    back = position[:, None] - position
+    hidden = (back < 0) | (document[:, None] != document) | (back >= (window or len(position)))
     scores = torch.einsum("shd,thd->hst", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hst,thd->shd", weights, v).flatten(1).unsqueeze(1)
@@ -202,10 +233,15 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
 
 
-def context_parallel_finding(config: Any) -> Finding:
-    """Two ranks against one, with the run's own way of averaging the loss."""
+def context_parallel_finding(config: Any, variant: RopeVariant | None = None) -> Finding:
+    """Two ranks against one, with the run's own way of averaging the loss, its kinds of layers and RoPE.
+
+    Args:
+        config: the run's.
+        variant: its RoPE, where the model has it from a transform.
+    """
     per_token = bool(config.calculate_per_token_loss)
-    error = context_parallel_error(calculate_per_token_loss=per_token)
+    error = context_parallel_error(calculate_per_token_loss=per_token, like=small_layers(config, variant))
     passed = error <= TOLERANCE[torch.float32]
     detail = f"largest relative difference of loss and gradients {error:.1e} (bound {TOLERANCE[torch.float32]:.0e})"
     if not passed and not per_token:
@@ -231,7 +267,7 @@ def self_test(model: Any, config: Any, *, seq_length: int, document_masking: boo
     findings = [attention_finding(model), loss_finding(model, vocabulary)]
     findings.append(leak_finding(model, vocabulary, document_masking=document_masking))
     if config.context_parallel_size > 1:
-        findings.append(context_parallel_finding(config))
+        findings.append(context_parallel_finding(config, getattr(model.rotary_pos_emb, "variant", None)))
     findings.append(memory_finding(model, vocabulary, seq_length))
     model.train(was_training)
     return findings

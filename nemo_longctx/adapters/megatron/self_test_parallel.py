@@ -7,6 +7,7 @@ rank by rank comes out wrong, and a loss of no tokens turns to NaN). Losses and 
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import queue as queues
@@ -19,24 +20,65 @@ from typing import Any
 import torch
 
 from nemo_longctx.adapters.megatron import cpu
+from nemo_longctx.adapters.megatron.attention import layer_window
+from nemo_longctx.adapters.megatron.rope_module import transform_rope
+from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.variants import LongRope
 
 WINDOW, VOCABULARY = 64, 96
+SLIDING_WINDOW = 12  # of layers with one: shorter than a document, and than a rank's share of it
 DOCUMENTS = (0, 7, 40, 64)
 BOUND = 1e-5
 SECONDS = 900.0
 
 
-def context_parallel_error(*, calculate_per_token_loss: bool = True, prepare: Callable[[], None] | None = None) -> float:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallLayers:
+    """How the two layers of the small model are made like a run's: fields of their config, and RoPE from a transform.
+
+    Attributes:
+        fields: of `TransformerConfig`.
+        variant: placed on the built model; None leaves its plain RoPE.
+    """
+
+    fields: dict[str, Any]
+    variant: RopeVariant | None = None
+
+
+def small_layers(config: Any, variant: RopeVariant | None = None) -> SmallLayers:
+    """Windows, layers without RoPE and RoPE by layer type of a run, at the small model's size.
+
+    Args:
+        config: the run's.
+        variant: what its transform places, if anything; LongRoPE's lists fit the run's heads alone, so that it is left out.
+    """
+    windows = [layer_window(config, layer + 1) is not None for layer in range(config.num_layers)]
+    fields: dict[str, Any] = {}
+    if any(windows):
+        fields |= {"window_size": (SLIDING_WINDOW - 1, 0)} | ({} if all(windows) else {"window_attn_skip_freq": [1, 0]})
+    no_rope = getattr(config, "no_rope_freq", None)
+    if no_rope and (isinstance(no_rope, int) or any(no_rope)):
+        fields["no_rope_freq"] = [0, 1]
+    return SmallLayers(fields=fields, variant=None if isinstance(variant, LongRope) else variant)
+
+
+def context_parallel_error(
+    *,
+    calculate_per_token_loss: bool = True,
+    like: SmallLayers | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> float:
     """Largest relative difference between CP=2 and CP=1 in the loss and in every gradient; inf where one is not finite.
 
     Args:
         calculate_per_token_loss: the run's setting; without it each rank's loss is divided by its own tokens.
+        like: what the run's layers are like; None for layers that see all tokens under plain RoPE.
         prepare: called in each process before the model is built; tests plant faults with it.
 
     Raises:
         RuntimeError: a process failed; its traceback is the message.
     """
-    whole, halves = _run_groups((1, 2), calculate_per_token_loss, prepare)
+    whole, halves = _run_groups((1, 2), calculate_per_token_loss, like or SmallLayers(fields={}), prepare)
     expected = whole[0]
     errors = []
     for rank in halves:
@@ -87,12 +129,18 @@ def _collect(results: Any) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
 
 
 def _worker(
-    results: Any, rank: int, size: int, store: str, calculate_per_token_loss: bool, prepare: Callable[[], None] | None
+    results: Any,
+    rank: int,
+    size: int,
+    store: str,
+    calculate_per_token_loss: bool,
+    like: SmallLayers,
+    prepare: Callable[[], None] | None,
 ) -> None:
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        found = _one_step(size, calculate_per_token_loss, prepare)
+        found = _one_step(size, calculate_per_token_loss, like, prepare)
         results.put(((size, rank), {name: value.numpy() for name, value in found.items()}, None))
         torch.distributed.barrier()
     except Exception:
@@ -100,7 +148,9 @@ def _worker(
         raise
 
 
-def _one_step(size: int, calculate_per_token_loss: bool, prepare: Callable[[], None] | None) -> dict[str, torch.Tensor]:
+def _one_step(
+    size: int, calculate_per_token_loss: bool, like: SmallLayers, prepare: Callable[[], None] | None
+) -> dict[str, torch.Tensor]:
     """The reduced loss, and every gradient as the optimizer would see it."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -121,11 +171,13 @@ def _one_step(size: int, calculate_per_token_loss: bool, prepare: Callable[[], N
         **known, num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96,
         normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0,
         context_parallel_size=size, calculate_per_token_loss=calculate_per_token_loss,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=finalize_model_grads, **like.fields,
     )  # fmt: skip
     torch.manual_seed(0)
     spec = with_long_context_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
     module = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=WINDOW, position_embedding_type="rope")
+    if like.variant is not None:
+        transform_rope(module, like.variant)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
 
     def forward_step(batches: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
