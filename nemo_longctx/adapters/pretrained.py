@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,8 @@ import torch
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.checks import check_name, check_tokenizer
 from nemo_longctx.eval.results_cache import weights_digest
-from nemo_longctx.hf.config import read_json
-from nemo_longctx.hf.directory import check_directory, write_copy
-from nemo_longctx.hf.dtypes import in_dtype
-from nemo_longctx.hf.tokenizer import copy_tokenizer, load_hf_tokenizer, written_by_transformers_5
+from nemo_longctx.hf.model import load_hf_model
+from nemo_longctx.hf.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,33 +67,10 @@ def load_checkpoint(
         raise ConfigError("tensor_parallel_size", tensor_parallel_size, mend)
     from nemo_longctx.eval.hf import HFCausalModel
 
-    hf = _hugging_face_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hf = load_hf_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # The same weights under another rope_theta are another model.
     settings = json.dumps(hf.config.to_diff_dict(), sort_keys=True, default=str)
     return HFCausalModel(hf, max_length=max_length), weights_digest(hf.state_dict().items(), settings), path, None
-
-
-def _hugging_face_model(path: str, dtype: str) -> Any:
-    """transformers' model of a folder or name. A folder of transformers 5 is read through a copy in the words of 4, which would
-    pass over its RoPE without a word.
-
-    Raises:
-        ConfigError: it cannot be loaded, with what is wrong in its files where that can be told.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = Path(path) / "config.json"
-    with tempfile.TemporaryDirectory(prefix="nemo_longctx_hf_") as folder:
-        source = path
-        if config.is_file() and read_json(config).get("rope_parameters"):
-            source = str(write_copy(check_directory(path), Path(folder) / "model"))
-        try:
-            return AutoModelForCausalLM.from_pretrained(source, **in_dtype(dtype))
-        except Exception as error:  # whatever a class trips over, it is what these files hold
-            if config.is_file():
-                check_directory(path)  # says it better, for the families that it knows
-            line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise ConfigError("checkpoint", path, f"transformers cannot load it ({type(error).__name__}: {line})") from error
 
 
 def check_source(path: str, tokenizer: Any = None) -> None:
@@ -135,20 +109,14 @@ def hf_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: none, or another kind of tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     if isinstance(tokenizer, str):
         check_tokenizer("tokenizer", tokenizer)
-        if written_by_transformers_5(Path(tokenizer)):
-            with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
-                config = Path(tokenizer) / "config.json"  # a tokenizer.model alone is loaded by the model's class of tokenizer
-                kind = read_json(config).get("model_type") if config.is_file() else None
-                copy_tokenizer(Path(tokenizer), Path(folder), model_type=kind)
-                loaded = load_hf_tokenizer(Path(folder), named=Path(tokenizer))
-            loaded.name_or_path = tokenizer
-            return loaded
         try:
-            return AutoTokenizer.from_pretrained(tokenizer)
+            return open_tokenizer(tokenizer)
+        except ConfigError:
+            raise
         except (OSError, ValueError, TypeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError("tokenizer", tokenizer, f"no Hugging Face tokenizer can be loaded from there ({why})") from error

@@ -284,9 +284,9 @@ def _show_conversations(args: argparse.Namespace) -> int:
     if args.show < 1:
         raise ConfigError("show", args.show, "how many conversations to print, at least 1")
     check_hub_name("tokenizer", args.tokenizer)
-    from transformers import AutoTokenizer
+    from nemo_longctx.hf.tokenizer import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer)
     template = chat_template(args.chat_template or "tokenizer", tokenizer)
     units = loss_units(args.prompt_loss_weight or 0.0)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

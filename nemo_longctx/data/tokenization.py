@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,10 +164,8 @@ def _content(token: Any) -> Any:
 
 def _class_tokens(directory: str, vocabulary: set[str]) -> dict[str, Any]:
     """The special tokens that the tokenizer's class has by default, as far as the vocabulary has them."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = open_tokenizer(directory)
     except Exception:  # a class of its own code may raise anything; then the directory alone counts
         return {}
     return {key: token for key, token in tokenizer.special_tokens_map.items() if token in vocabulary} if tokenizer else {}
@@ -208,10 +207,8 @@ def _from_transformers(name: str) -> tuple[Tokenizer, dict[str, str]]:
     if os.path.isfile(os.path.join(name, "tekken.json")) and not _has_settings(name):
         raise ConfigError("tokenizer", name, "it holds Mistral's tekken.json; name a directory that has its tokenizer.json")
     check_hub_name("tokenizer", name)
-    from transformers import AutoTokenizer
-
     with _conversion_explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = open_tokenizer(name)
     if not tokenizer.is_fast:
         raise ConfigError(
             "tokenizer", name, "it has no fast form; save one with a tokenizer.json (save_pretrained of the fast class)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (*_CARRIERS, CONFIG))
 
 
-def written_by_transformers_5(directory: Path) -> bool:
-    """Whether a directory's tokenizer has a class or list in `tokenizer_config.json` that transformers 4 does not load."""
+def in_other_words(directory: Path) -> bool:
+    """Whether `tokenizer_config.json` has a class or a list that transformers 4 does not load (5's, the first Llamas')."""
     settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    return str(settings.get("tokenizer_class")).endswith("Backend") or isinstance(settings.get("extra_special_tokens"), list)
+    kind = settings.get("tokenizer_class")
+    return str(kind).endswith("Backend") or str(kind) in _CLASSES or isinstance(settings.get("extra_special_tokens"), list)
 
 
 def other_tokenizer(directory: Path) -> str | None:
@@ -302,6 +304,27 @@ def load_hf_tokenizer(directory: Path, *, named: Path | None = None) -> Any:
     except Exception as error:  # the Rust side raises no narrower type, and its Python side whatever the files lead it to
         why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError("tokenizer", str(named), f"transformers cannot load it ({why}); save the tokenizer again") from error
+
+
+def open_tokenizer(name: str | Path) -> Any:
+    """transformers' tokenizer of a directory, whichever of transformers 4 and 5 wrote it, or of a name on the hub.
+
+    Raises:
+        ConfigError: a directory in other words than transformers 4's, which cannot be put into those.
+        OSError, ValueError: as transformers raises them for all others.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(name)
+    if not (directory.is_dir() and in_other_words(directory)):
+        return AutoTokenizer.from_pretrained(name)
+    with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
+        config = directory / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
+        copy_tokenizer(directory, Path(folder), model_type=kind)
+        loaded = load_hf_tokenizer(Path(folder), named=directory)
+    loaded.name_or_path = str(name)
+    return loaded
 
 
 def other_things(directory: Path) -> list[str]:

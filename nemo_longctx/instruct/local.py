@@ -10,7 +10,6 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.sft_instances import chat_template
-from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.instruct.client import Call, CallError
 from nemo_longctx.instruct.journal import Reply
 
@@ -32,17 +31,20 @@ class LocalCheckpoint:
 
     def __init__(self, folder: Path, *, template: str):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from nemo_longctx.eval.hf import HFCausalModel
         from nemo_longctx.eval.scoring import Scorer
+        from nemo_longctx.hf.model import load_hf_model
+        from nemo_longctx.hf.tokenizer import open_tokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, **in_dtype("auto"))
+            self.tokenizer: Any = open_tokenizer(folder)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError("checkpoint", str(folder), f"no Hugging Face model can be loaded from there ({why})") from error
+        model = load_hf_model(folder)
         self.template = chat_template(template, self.tokenizer)
         self.scorer = Scorer(HFCausalModel(model.to("cuda" if torch.cuda.is_available() else "cpu")))
         self.faults: Counter[str] = Counter()

@@ -29,6 +29,7 @@ from nemo_longctx.data.order import Order, open_order
 from nemo_longctx.data.sft import InstructionConfig, InstructionWindows
 from nemo_longctx.data.sft_instances import Instances, chat_template, open_instances
 from nemo_longctx.data.windows import Windows
+from nemo_longctx.hf.tokenizer import open_tokenizer
 
 
 class LongInstructDataModule(LongContextDataModule):
@@ -109,10 +110,10 @@ class LongInstructDataModule(LongContextDataModule):
         Raises:
             ConfigError: none there, or none with a fast form.
         """
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            tokenizer = open_tokenizer(self.tokenizer_name)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError(

@@ -31,7 +31,7 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
-from nemo_longctx.hf.tokenizer import other_things
+from nemo_longctx.hf.tokenizer import in_other_words, open_tokenizer, other_things
 from nemo_longctx.model_fields import no_rope_layers
 from nemo_longctx.nemo_files import check_context, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
@@ -140,9 +140,14 @@ def load_tokenizer(name: str | None) -> Any:
 
     check_hub_name("data.tokenizer", str(name))
     try:
-        return AutoTokenizer(pretrained_model_name=str(_its_files(Path(name)) if other_things(Path(name)) else name))
+        return AutoTokenizer(pretrained_model_name=str(_its_files(Path(name)) if _apart(Path(name)) else name))
     except (OSError, ValueError) as error:
         raise ConfigError("data.tokenizer", name, f"no Hugging Face tokenizer can be loaded from there: {error}") from error
+
+
+def _apart(directory: Path) -> bool:
+    """Whether NeMo cannot take a tokenizer from where it lies: other things are there, or it is in transformers 5's words."""
+    return directory.is_dir() and (bool(other_things(directory)) or in_other_words(directory))
 
 
 def _its_files(directory: Path) -> Path:
@@ -150,12 +155,10 @@ def _its_files(directory: Path) -> Path:
 
     NeMo copies all of a tokenizer's directory into each checkpoint, the weights beside it too, and cannot copy folders.
     """
-    from transformers import AutoTokenizer
-
     place = Path(tempfile.mkdtemp(prefix="nemo_longctx_tokenizer_"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     folder = place / directory.resolve().name
-    AutoTokenizer.from_pretrained(directory).save_pretrained(folder, save_jinja_files=False)  # templates in one file
+    open_tokenizer(directory).save_pretrained(folder, save_jinja_files=False)  # templates in one file
     return folder
 
 
