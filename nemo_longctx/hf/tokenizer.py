@@ -296,11 +296,9 @@ def load_hf_tokenizer(directory: Path, *, named: Path | None = None) -> Any:
     Raises:
         ConfigError: transformers cannot make one of these files, with its reason.
     """
-    from transformers import AutoTokenizer
-
     named = directory if named is None else named
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return _of_transformers(directory)
     except Exception as error:  # the Rust side raises no narrower type, and its Python side whatever the files lead it to
         why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError("tokenizer", str(named), f"transformers cannot load it ({why}); save the tokenizer again") from error
@@ -313,17 +311,24 @@ def open_tokenizer(name: str | Path) -> Any:
         ConfigError: a directory in other words than transformers 4's, which cannot be put into those.
         OSError, ValueError: as transformers raises them for all others.
     """
-    from transformers import AutoTokenizer
-
     directory = Path(name)
     if not (directory.is_dir() and in_other_words(directory)):
-        return AutoTokenizer.from_pretrained(name)
+        return _of_transformers(name)
     with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
         config = directory / "config.json"
         kind = read_json(config).get("model_type") if config.is_file() else None
         copy_tokenizer(directory, Path(folder), model_type=kind)
         loaded = load_hf_tokenizer(Path(folder), named=directory)
     loaded.name_or_path = str(name)
+    return loaded
+
+
+def _of_transformers(name: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(name)
+    if loaded is False:  # what transformers gives where a class ends in an error, which it takes for one of SentencePiece's
+        raise ValueError("its class cannot be made of these files, and transformers does not tell the error")
     return loaded
 
 
