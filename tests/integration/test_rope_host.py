@@ -14,6 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
 from nemo.lightning import io
+from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision, update_config_with_dtype_overrides
 
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.megatron.rope_guard import LiveRopeError, verify_live_rope
@@ -228,6 +229,20 @@ def test_a_rope_by_layer_type_is_live_and_kept(name, architecture, tmp_path):
     set_config_field(again, "window_attn_skip_freq", None)
     with pytest.raises(ConfigError, match=r"rope.layers='full_attention': no layer"):
         prepare_model(again, seq_length=64)
+
+
+def test_a_run_s_precision_reaches_a_context_whose_config_the_host_did_not_capture():
+    """As Qwen3's after a Qwen2 in the same process: its checkpoints said bf16 of weights that were trained in fp32."""
+    with cpu.stock_configs():
+        config = llm.Qwen3Config(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+                                 ffn_hidden_size=96, vocab_size=128, bf16=True, params_dtype=torch.bfloat16)  # fmt: skip
+    vars(config).pop("__io__", None)
+    model = llm.Qwen3Model(config)
+    prepare_model(model, seq_length=64)
+    plugin = MegatronMixedPrecision(precision="32", params_dtype=torch.float32)
+    update_config_with_dtype_overrides(plugin.dtype_config, model.config)
+    kept = model.__io__.config
+    assert (kept.bf16, kept.params_dtype, kept.seq_length) == (False, torch.float32, 64)
 
 
 def test_a_new_variant_replaces_the_one_of_the_checkpoint():

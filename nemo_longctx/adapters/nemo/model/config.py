@@ -204,6 +204,10 @@ def prepare_model(
     Returns:
         one entry for each long-context setting, changed or not.
     """
+    if not hasattr(model.config, "__io__") and hasattr(model, "__io__"):
+        # NeMo captures a config by itself, but for a subclass only until the first instance of its parent in this process; the
+        # precision of a run would then not reach the context, and its checkpoints be read in another.
+        model.config.__io__ = model.__io__.config
     before = long_context_settings(model)
     set_config_field(model, "seq_length", seq_length)
     if hasattr(model.config, "max_position_embeddings"):  # Qwen3's, which its exporter writes
