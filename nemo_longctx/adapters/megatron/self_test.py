@@ -105,10 +105,9 @@ def attention_finding(model: torch.nn.Module) -> Finding:
     A layer with a sliding window is asked with a window that ends within the few tokens of the test.
     """
     kinds: dict[int | None, Any] = {}
-    for layer in model.modules():
-        if hasattr(layer, "core_attention"):
-            core: Any = layer.core_attention
-            kinds.setdefault(layer_window(core.config, layer.layer_number), core)
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "core_attention")]
+    for layer in layers:
+        kinds.setdefault(layer_window(layer.core_attention.config, layer.layer_number), layer.core_attention)
     if not kinds:
         raise ConfigError("num_layers", 0, "the model has no attention layer on this rank")
     dtype, worst, tried = _dtype(model), 0.0, []
