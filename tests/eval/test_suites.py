@@ -114,6 +114,8 @@ def test_the_order_asked_for_is_that_of_the_talk(tokenizer):
         assert len(parts) == mrcr.NEEDLES[probe.kind] + 1
         assert said.split("\n")[0] in parts[1 + mrcr.ORDINALS.index(ordinal)]
         assert score_reply(probe, said) == 0.0  # without the word
+        others = len(re.findall(r"Write a [a-z ]+ about [a-z]+\n", text)) - mrcr.NEEDLES[probe.kind]
+        assert others >= 20  # the talk fills the window with other turns, not with one long answer
         if tokenizer.chat_template:
             assert text.count("<s>") == 1
             assert text.endswith("[assistant]")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import nemo.lightning as nl
 import pytest
+import transformers
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections import llm  # before the callback, which alone meets an import circle of the host
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_longctx.adapters.nemo.checkpoint import convert
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
-from nemo_longctx.adapters.nemo.launch import executors, here, parts
+from nemo_longctx.adapters.nemo.launch import begin, executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
 from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
@@ -181,3 +182,38 @@ def test_a_tokenizer_beside_weights_brings_no_weights_into_checkpoints(tmp_path)
     assert not kept & {"model.safetensors", "original"}
     assert tokenizer.text_to_ids("w3 w1 w9") == plain.text_to_ids("w3 w1 w9") == [3, 1, 9]
     assert tokenizer.eos == plain.eos == 1
+
+
+@pytest.mark.parametrize(("source", "named"), [("checkpoint", "the checkpoint"), ("Llama3Config8B", "Llama3Config8B")])
+def test_what_completes_a_rope_is_called_by_its_name(source, named):
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "rotary_base": 70_000, "seq_length": 2048}
+    model = llm.GPTModel(llm.GPTConfig(position_embedding_type="rope", **sizes))
+    made = begin.complete_rope(model, {"variant": "yarn"}, seq_length=8192, source=source)
+    assert (made.variant.base, made.variant.factor, made.variant.original_max_position_embeddings) == (70_000, 4.0, 2048)
+    assert made.notes == (
+        f"rope.base=70000: that of {named}",
+        "rope.factor=4: 8,192 / 2,048 trained tokens",
+        f"rope.original_max_position_embeddings=2,048: the length that {named} was trained at",
+    )
+    assert begin.complete_rope(model, None, seq_length=8192, source=source) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "generates", "cuts", "becomes"),
+    [(int(1e30), 20, None, int(1e30)), (4096, 4096, 4096, 256), (128, 4096, 128, 128), (None, 20, None, None)],
+)
+def test_generation_and_tokenizer_end_where_the_model_does(limit, generates, cuts, becomes):
+    config = transformers.LlamaConfig(max_position_embeddings=256)
+    exported = SimpleNamespace(generation_config=transformers.GenerationConfig(max_length=generates), config=config)
+    tokenizer = None
+    if limit is not None:
+        words = Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=limit)
+        if cuts:
+            tokenizer.backend_tokenizer.enable_truncation(max_length=cuts, stride=3)
+    assert convert._lengths_together(exported, tokenizer, 256) == becomes
+    assert exported.generation_config.max_length == (20 if generates == 20 else 256)
+    if tokenizer is not None:
+        assert tokenizer.model_max_length == becomes
+        cut = tokenizer.backend_tokenizer.truncation
+        assert (cut and (cut["max_length"], cut["stride"])) == ((256, 3) if cuts else None)

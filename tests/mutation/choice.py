@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from points import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS, SECONDS = 60, 30.0  # at most so many tests and so much of their own time for one mutant
+TESTS, SECONDS = 40, 20.0  # at most so many tests and so much of their own time for one mutant
 # Train and evaluate in processes forked from one that has the host, whose lines no map holds: tests of what no other runs.
 END_TO_END = (
     "tests/integration/test_continual_run.py::test_the_extension_is_shown_verified_and_stored",
@@ -59,9 +60,62 @@ def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]
             chosen.append((tests[index][0], takes))
             begun.add(file[index])
             spent += takes
+    chosen = [(test, 1.0) for test in _newer(mutant, set(file.values()), covering)] + chosen
     if "/adapters/" in mutant.path and mutant.function and mutant.function not in runs:
         chosen += [(test, 10.0) for test in END_TO_END]
     return chosen
+
+
+def _newer(mutant: Mutant, files: set[str], covering: dict[str, Any]) -> list[str]:
+    """Tests that were written after the map and speak of the mutant's function, or of its class or file: eight at most.
+
+    Those of files that run the function, or that import its module.
+    """
+    module = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    parent, _, stem = module.rpartition(".")
+    imported = re.compile(rf"{re.escape(module)}\b|from {re.escape(parent)} import [^)]*?\b{stem}\b")
+    words = {*mutant.function.lstrip("_").split("."), stem}
+    spoken = re.compile("|".join(rf"\b_?{re.escape(word)}" for word in words - {"", "__init__"}) or "$.")
+    known = _known(covering)
+    found = []
+    for path in _files():
+        if path in files or imported.search(_text(path)):
+            new = {name: text for name, text in _tests(path).items() if f"{path}::{name}" not in known}
+            own = 2 * (Path(path).stem == f"test_{stem}")  # the file's own tests need not say its name
+            found += [(own + len(spoken.findall(text)), f"{path}::{name}") for name, text in new.items()]
+    return [test for speaks, test in sorted(found, reverse=True) if speaks][:8]
+
+
+_KNOWN: dict[int, set[str]] = {}
+
+
+def _known(covering: dict[str, Any]) -> set[str]:
+    """Names of the map's tests, without their parameters."""
+    return _KNOWN.setdefault(id(covering), {test.partition("[")[0] for test, _ in covering["tests"]})
+
+
+@functools.lru_cache
+def _files() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+@functools.lru_cache
+def _tests(path: str) -> dict[str, str]:
+    """A file's tests and their text with decorators, but for those marked slow or for a GPU."""
+    tree = ast.parse(_text(path))
+    marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)]
+    if _MARKED.search(" ".join(marks)):
+        return {}
+    texts = {
+        node.name: ast.unparse(node)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        and not _MARKED.search(" ".join(map(ast.unparse, node.decorator_list)))
+    }  # fmt: skip
+    return texts
+
+
+_MARKED = re.compile(r"mark\.(slow|gpu)")
 
 
 def _shared(covering: dict[str, Any]) -> dict[str, float]:

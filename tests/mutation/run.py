@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import compileall
 import contextlib
 import gzip
 import hashlib
 import json
 import multiprocessing
-import os
-import py_compile
 import queue as queues
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,14 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from choice import SECONDS, digest, tests_of  # noqa: E402
 from collect import functions  # noqa: E402
 from page import page  # noqa: E402
+from planting import work  # noqa: E402
 from points import Mutant, mutants  # noqa: E402
-
-HEAVY = (
-    "numpy", "torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tokenizers", "hypothesis.strategies",
-    "pytest", "hydra", "omegaconf", "yaml", "matplotlib.figure", "pyarrow.parquet", "zstandard",
-)  # fmt: skip
-HOSTED = ("/integration/", "/parity/", "/adapters/")  # tests that import it
-HOST = ("nemo.collections.llm", "nemo_run", "megatron.core", "lightning.pytorch", "lm_eval.tasks")
 
 
 def main() -> int:
@@ -67,6 +56,7 @@ def main() -> int:
     return 0 if not results or caught / len(results) >= options.floor else 1
 
 
+LONG = 30.0  # seconds of tests, which train; mutants that need them come last
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 NAMED = Path(__file__).with_name("named.json")
 
@@ -177,15 +167,17 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
             again.add(mutant.name)
             before["how"] += ", which have changed since"
     todo = [m for m in chosen if (m.name not in done or m.name in again) and any(part in m.path for part in options.only)]
+    todo.sort(key=lambda m: sum(seconds for _, seconds in tests[m.name]) > LONG)
     queue: Any = multiprocessing.get_context("spawn").Queue()
     queue.cancel_join_thread()  # what is not reached stays in it at the end
     answers: Any = multiprocessing.get_context("spawn").Queue()
     for index, mutant in enumerate(todo):
         queue.put((index, tests[mutant.name]))
+    known = frozenset(test for test, _ in covering["tests"])
     workers = []
     for _ in range(min(options.processes, len(todo))):
         queue.put(None)
-        worker = multiprocessing.get_context("spawn").Process(target=work, args=(queue, answers, todo))
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(queue, answers, todo, known))
         worker.start()
         workers.append(worker)
     ended = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the workers
@@ -236,143 +228,6 @@ def gather(
         print(
             f"{number + 1}/{len(todo)} {sign} {mutant.path}:{mutant.line} {mutant.was} -> {mutant.became} ({how})", flush=True
         )
-
-
-def work(queue: Any, answers: Any, todo: list[Mutant]) -> None:
-    """One process with its own copy of the tree; every mutant is planted there, run in a fork, and taken out again."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the time is over: no copy and no test may stay behind
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / "tree"
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-        for name in filter(None, listed):
-            if os.path.lexists(ROOT / name):  # the package's conf is a link to a folder
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-        mode = py_compile.PycInvalidationMode.CHECKED_HASH  # by content: a planted file is never taken for the one before it
-        compileall.compile_dir(copy / "nemo_longctx", quiet=1, invalidation_mode=mode)
-        os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        os.chdir(copy)
-        sys.path.insert(0, str(copy))
-        for name in HEAVY:
-            __import__(name)
-        sys.modules["pytest"].main(["--version"])  # its plugins are imported here, once
-        hosted = False
-        sound: dict[str, bool] = {}  # of a test that failed once: whether it passes where nothing is planted
-        while (item := queue.get()) is not None:
-            index, tests = item
-            mutant, began = todo[index], time.monotonic()
-            if not tests:
-                answers.put((index, False, "no test runs it", 0.0))
-                continue
-            for part in parts(tests):
-                if not hosted and any(folder in part[0][0] for folder in HOSTED):
-                    for name in HOST:
-                        __import__(name)
-                    hosted = True
-                caught, how = planted(mutant, copy / mutant.path, part, sound)
-                if caught or how:
-                    break
-            answers.put((index, caught, how or f"all of its {len(tests)} tests pass", round(time.monotonic() - began, 1)))
-
-
-def parts(tests: list[tuple[str, float]]) -> list[list[tuple[str, float]]]:
-    """The tests of the two likeliest files, those of the others, and those that start the host: a file takes long to open."""
-    files = list(dict.fromkeys(test.split("::")[0] for test, _ in tests))
-    hosted = [file for file in files if any(folder in file for folder in HOSTED)]
-    plain = [file for file in files if file not in hosted]
-    groups = [plain[:2], plain[2:], hosted]
-    return [chosen for group in groups if (chosen := [each for each in tests if each[0].split("::")[0] in group])]
-
-
-def planted(mutant: Mutant, target: Path, tests: list[tuple[str, float]], sound: dict[str, bool]) -> tuple[bool, str]:
-    """Whether the tests catch the mutant, and how; "" where all pass."""
-    original = target.read_bytes()
-    limit = min(60 + 10 * sum(seconds for _, seconds in tests), 400)
-    while tests:
-        target.write_text(mutant.source, encoding="utf-8")
-        try:
-            status, failed = forked([test for test, _ in tests], limit)
-        finally:
-            target.write_bytes(original)
-        if status < 0:
-            ends = forked([test for test, _ in tests], limit)[0] >= 0
-            return ends, "no end in time" if ends else "its tests do not end in time, planted or not"
-        if not failed and status > 0:
-            runs = forked([test for test, _ in tests], limit)[0] == 0
-            return runs, "its tests do not run" if runs else "its tests do not run, planted or not: make the map anew"
-        if not failed:
-            return False, ""
-        if failed not in sound:  # a test that fails by itself, or for the machine's load, catches nothing
-            sound[failed] = "::" not in failed or forked([failed], 600)[0] == 0
-        if sound[failed]:
-            return True, failed
-        tests = [each for each in tests if each[0] != failed]
-    return False, ""
-
-
-class Watch:
-    """A plugin of pytest: runs the tests in the order given; the name of the one, or of the file, that fails goes to a pipe.
-
-    Of a test with parameters those that the map names; all of them where none is there any more.
-    """
-
-    def __init__(self, tests: list[str], pipe: int):
-        self.order, self.pipe = {test: place for place, test in enumerate(tests)}, pipe
-
-    def pytest_collection_modifyitems(self, items):
-        known = {item.nodeid.partition("[")[0] for item in items if item.nodeid in self.order}
-        items[:] = [item for item in items if item.nodeid in self.order or item.nodeid.partition("[")[0] not in known]
-        items.sort(key=lambda item: self.order.get(item.nodeid, len(self.order)))
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed:
-            os.write(self.pipe, report.nodeid.encode()[:500] + b"\n")
-
-    pytest_collectreport = pytest_runtest_logreport
-
-
-def forked(tests: list[str], limit: float) -> tuple[int, str]:
-    """Run the tests in a fork of this process: its status, -1 where it did not end within `limit` seconds, and the first
-    test that failed."""
-    began = time.monotonic()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sink = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(sink, stream)
-        import pytest
-
-        plain = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        try:
-            functions = dict.fromkeys(test.partition("[")[0] for test in tests)
-            os._exit(int(pytest.main([*plain, *functions], plugins=[Watch(tests, writer)])))
-        except BaseException:  # whatever a mutant does to the process of its tests is noticed
-            os._exit(3)
-    os.close(writer)
-    os.set_blocking(reader, False)  # a process that a test left may hold the other end open
-    try:
-        while time.monotonic() - began < limit:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                first = ""
-                with contextlib.suppress(BlockingIOError):
-                    first = os.read(reader, 2000).decode(errors="replace").partition("\n")[0]
-                return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 3, first
-            time.sleep(0.02)
-        _end_group(child)
-        os.waitpid(child, 0)
-        return -1, ""
-    finally:
-        _end_group(child)
-        os.close(reader)
-
-
-def _end_group(child: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # nothing is left of it
-        os.killpg(child, signal.SIGKILL)
 
 
 def report(results: list[dict[str, Any]], asked: int, covering: dict[str, Any], options: argparse.Namespace) -> str:

@@ -177,9 +177,7 @@ def export_hf(
     if padded_by_host(directory) and described.tokenizer is not None:
         config.vocab_size = described.tokenizer.vocab_size  # the rest are rows that the host added and nobody trained
     exported = hf_model(module, config, variant, max_position_embeddings=longest, tokenizer=hf_tokenizer)
-    limit = _lengths_together(
-        exported, hf_tokenizer, described.config.seq_length if max_position_embeddings is None else longest
-    )
+    limit = _lengths_together(exported, hf_tokenizer, longest)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
