@@ -198,7 +198,12 @@ def test_an_error_is_told_behind_all_that_was_printed_before():
     code = "from nemo_longctx import launch\nfrom nemo_longctx.config import ConfigError\n"
     code += "print('a step')\nraise SystemExit(launch.tell(ConfigError('name', 1, 'is none')))"
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
     )
     assert done.returncode == 2
     assert done.stdout == "a step\n\nerror: name=1: is none\n"

@@ -26,7 +26,7 @@ def windows_of(family: str, found: Mapping[str, Any], values: dict[str, Any], no
             raise ConfigError("max_window_layers", first, "must be the number of layers before the first window, 0 or more")
         sliding = [i >= first for i in range(layers)]
     if family == "smollm3":
-        sliding = [window is not None and not unrotated for unrotated in no_rope_of(family, found, values)]
+        sliding = [window is not None and unrotated for unrotated in no_rope_of(family, found, values)]  # as the class has it
     said = found.get("layer_types")
     if said is not None and family != "llama":
         if not isinstance(said, list) or len(said) != layers or set(map(str, said)) - {FULL, SLIDING}:

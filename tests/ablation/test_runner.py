@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -189,3 +191,20 @@ def test_mistakes_in_a_study_are_named(capsys):
     assert main(["ablate", "positions", "--scale", "smoke"]) == 2
     assert "did you mean 'position'" in capsys.readouterr().err
     assert main(["ablate", "curriculum", "--scale", "paper", "--dry-run"]) == 2
+
+
+def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
+    log = tmp_path / "logs" / "log"
+    commands = [
+        [sys.executable, "-c", "print('theirs'); raise SystemExit(3)"],
+        ["nemo-longctx", "rope", "advise", "--from", "4096", "--to", "8192"],
+        ["nemo-longctx", "inspect", str(tmp_path / "nothing")],
+        ["nemo-longctx", "--version"],  # which ends by itself
+    ]
+    code = f"from pathlib import Path\nfrom nemo_longctx.commands.ablate import here\nlog = Path({str(log)!r})\n"
+    code += f"print([here(command, log) for command in {commands!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[3, 0, 2, 0]\n"
+    said = log.read_text()
+    order = [said.index(each) for each in ("theirs", "variant", "nemo-longctx inspect: error: ", "transformers ")]
+    assert order == sorted(order)

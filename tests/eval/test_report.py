@@ -132,3 +132,16 @@ def test_ruler_has_a_table_of_its_own_and_empty_cells_their_reason(tmp_path):
     assert (scalars["ruler/effective_length"], scalars["ruler/tasks"]) == (4096, 2)
     nothing = replace(blank_result("m"), probes=[row("ruler_qa_1", 4096, nan, "needs data")])
     assert "no average" in write_results(tmp_path, [nothing], provenance={}).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["needle", "passkey", "first_sentence", "variable_tracking", "ruler_vt", "mrcr_2"])
+def test_a_logger_s_names_have_the_depth_where_a_probe_has_one(kind):
+    rows = [
+        ProbeRow(model="m", kind=kind, length=4096, depth=depth, score=score, answer_loss=2.0, samples=samples, skipped=0)
+        for depth, score, samples in ((0.0, 0.5, 1), (0.25, 0.75, 1), (1.0, 0.1, 0))
+    ]
+    scalars = replace(blank_result("m"), probes=rows).scalars()
+    depths = ["/0.00", "/0.25"] if kind in ("needle", "passkey") else [""]
+    assert {name for name in scalars if name.startswith(f"{kind}/4096")} == {
+        f"{kind}/4096{depth}/{what}" for depth in depths for what in ("score", "answer_loss")
+    }

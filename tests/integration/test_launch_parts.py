@@ -200,7 +200,7 @@ def test_what_completes_a_rope_is_called_by_its_name(source, named):
 
 @pytest.mark.parametrize(
     ("limit", "generates", "cuts", "becomes"),
-    [(int(1e30), 20, None, int(1e30)), (4096, 4096, 4096, 256), (128, 4096, 128, 128), (None, 20, None, None)],
+    [(int(1e30), 20, None, int(1e30)), (4096, 4096, 4096, 256), (128, 4096, 128, 256), (None, 20, None, None)],
 )
 def test_generation_and_tokenizer_end_where_the_model_does(limit, generates, cuts, becomes):
     config = transformers.LlamaConfig(max_position_embeddings=256)

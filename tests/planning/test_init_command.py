@@ -44,6 +44,8 @@ def test_a_laptop_s_recipe_is_whole(folder, capsys):
     assert recipe.restore_from == "checkpoints/tiny_hf"
     assert 0 < recipe.optimizer.warmup_tokens < recipe.curriculum.total_tokens
     assert [each.seq_length for each in recipe.data.validation] == [1024, 256]
+    assert recipe.trainer.accelerator == "cpu"
+    assert "A laptop's minutes: enough to see it work" in (folder / "tiny_hf_1024.yaml").read_text()
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[said.index("next:") + 1 :]] == ["import", "prepare", "train"]
 
@@ -67,6 +69,8 @@ def test_a_cluster_s_recipe_has_the_planner_s_layout(folder, capsys):
     assert recipe.curriculum.tokens_per_step == 4_194_304
     assert recipe.optimizer.lr == pytest.approx(2e-5, rel=0.05)
     assert "GiB a GPU" in capsys.readouterr().out
+    assert recipe.trainer.accelerator == "gpu"
+    assert "the paper spent 400 B." in (folder / "run7.yaml").read_text()
 
 
 def test_names_with_spaces_are_quoted_where_a_shell_or_yaml_reads_them(folder, capsys):
