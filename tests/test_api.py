@@ -80,3 +80,20 @@ def test_a_script_without_a_main_guard_prepares_text(tmp_path):
 def test_what_ends_a_command_is_raised_as_its_sentence(tmp_path):
     with pytest.raises(RunError, match="nothing_here"):
         api.prepare(tmp_path / "nothing_here", tmp_path / "out", tokenizer="t")
+
+
+def test_training_starts_the_command_with_what_was_given(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(api, "_run", lambda words, start=(): started.append((list(words), list(start))))
+    place = f"output_dir={tmp_path}"
+    nodes = ["torchrun", "-m", "nemo_longctx"]
+    made = api.train("tiny_cpu_base", restore_from="a b", overrides=["trainer=cpu", place], nodes_line=nodes)
+    assert made.directory.parent == tmp_path
+    words, start = started.pop()
+    assert words[:2] == ["train", "recipe=tiny_cpu_base"]
+    assert words[2:4] == ["trainer=cpu", place]
+    assert words[4].startswith("restore_from=")
+    assert "a b" in words[4]
+    assert start == nodes
+    api.train("tiny_cpu_base", overrides={"output_dir": str(tmp_path)})
+    assert started.pop() == (["train", "recipe=tiny_cpu_base", place], [])

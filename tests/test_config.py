@@ -126,3 +126,15 @@ def test_what_a_recipe_can_say_is_what_the_host_s_part_takes(file):
     for field in dataclasses.fields(schema):
         if field.default is not dataclasses.MISSING and field.name in defaults:
             assert defaults[field.name] == field.default, field.name
+
+
+def test_text_has_no_nul():
+    """No file, and no process, can be called so."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Named:
+        name: str
+
+    assert build(Named, {"name": "a"}, where="x").name == "a"
+    with pytest.raises(ConfigError, match=r"must be text without a NUL character"):
+        build(Named, {"name": "a\0b"}, where="x")

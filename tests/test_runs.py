@@ -76,7 +76,11 @@ def finished(directory, *, steps=10, tokens=40_960):
     rows = ["step,tokens,seq_length,loss,lr,grad_norm,validation_loss,tokens_per_second,validation_loss_books",
             f"{steps},{tokens},256,4.5,0.001,1.0,,100,", f"{steps},{tokens},256,,,,4.75,,4.75"]  # fmt: skip
     (results / "training.csv").write_text("\n".join(rows) + "\n")
-    recipe = {"data": {"validation": [{"name": "books", "path": "data/held out"}]}}
+    recipe = {
+        "data": {
+            "validation": [{"name": name, "path": f"data/{path}"} for name, path in (("books", "held out"), ("code", "code"))]
+        }
+    }
     (results / "settings.json").write_text(json.dumps({"recipe": recipe}))
     (results / "eval").mkdir()
     (results / "eval" / "index.html").write_text("<html></html>")

@@ -117,3 +117,19 @@ def test_a_target_in_yaml_is_refused(tmp_path):
 
 def test_a_checkpoint_without_context_has_nothing_to_refuse(tmp_path):
     check_context(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("between", "taken"),
+    [(b"", True), (pickle.FRAME + bytes(8), True), (pickle.MARK, True), (pickle.EMPTY_TUPLE * 2, False), (pickle.NONE, False)],
+)
+def test_a_reference_is_of_the_two_words_that_lie_on_top(tmp_path, between, taken):
+    """What lies on them is their place taken by something that only shows when the pickle runs."""
+    words = b"".join(pickle.SHORT_BINUNICODE + bytes([len(word)]) + word for word in (b"collections", b"OrderedDict"))
+    path = tmp_path / "made"
+    path.write_bytes(pickle.PROTO + b"\x04" + words + between + pickle.STACK_GLOBAL + pickle.STOP)
+    if taken:
+        check_pickle(path)
+        return
+    with pytest.raises(ConfigError, match="made by the pickle itself"):
+        check_pickle(path)

@@ -13,6 +13,7 @@ from nemo_longctx.ablation.verdict import effect
 from nemo_longctx.eval import context
 from nemo_longctx.eval.probe_scores import ProbeRow
 from nemo_longctx.eval.results import blank_result
+from nemo_longctx.report.plots import tokens_label
 
 CONTEXTS = [192, 448, 960, 1984]
 
@@ -161,3 +162,28 @@ def test_a_study_is_stamped_with_its_checkout_s_commit(tmp_path, monkeypatch):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert runner.commit() == head
+
+
+def test_loss_against_context_is_drawn_where_every_run_measured(tmp_path, monkeypatch):
+    results = {("a", 1): losses(falling), ("a", 2): losses(falling, seed=1), ("half", 1): losses(falling), ("half", 2): None}
+
+    def last(run):
+        result = blank_result("m")
+        if (found := results[run.arm, run.seed]) is not None:
+            result.context["books"] = found
+        return result
+
+    drawings = []
+    monkeypatch.setattr(drawn, "last_result", last)
+    monkeypatch.setattr(drawn, "save", lambda figure, path: drawings.append(figure.axes[0]) or path)
+    arms = {arm: [run_in(tmp_path, arm, seed) for seed in (1, 2)] for arm in ("a", "half")}
+    section = drawn.context_section(arms, "books", tmp_path)
+    header, row = section.table
+    read = [context + results["a", 1].targets for context in results["a", 1].contexts]
+    assert header == ["arm", *(f"{place:,}" for place in read)]
+    mean = np.mean([results["a", seed].losses for seed in (1, 2)], axis=(0, 1))
+    assert row == ["a", *(f"{loss:.4f}" for loss in mean)]
+    (axes,) = drawings
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == [tokens_label(place) for place in read]
+    assert drawn.context_section({"half": arms["half"]}, "books", tmp_path) is None

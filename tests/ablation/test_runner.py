@@ -197,8 +197,8 @@ def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
     log = tmp_path / "logs" / "log"
     commands = [
         [sys.executable, "-c", "print('theirs'); raise SystemExit(3)"],
-        ["nemo-longctx", "rope", "advise", "--from", "4096", "--to", "8192"],
-        ["nemo-longctx", "inspect", str(tmp_path / "nothing")],
+        ["nemo-longctx", "completion", "bash"],
+        ["nemo-longctx", "completion", "no-shell"],
         ["nemo-longctx", "--version"],  # which ends by itself
     ]
     code = f"from pathlib import Path\nfrom nemo_longctx.commands.ablate import here\nlog = Path({str(log)!r})\n"
@@ -206,5 +206,5 @@ def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[3, 0, 2, 0]\n"
     said = log.read_text()
-    order = [said.index(each) for each in ("theirs", "variant", "nemo-longctx inspect: error: ", "transformers ")]
+    order = [said.index(each) for each in ("theirs", "complete -o default", "invalid choice: 'no-shell'", "transformers ")]
     assert order == sorted(order)

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from nemo_longctx.ablation.page import write_study
+from nemo_longctx.ablation.page import _markdown, write_study
 from nemo_longctx.ablation.study import load_study
 from nemo_longctx.ablation.verdict import HOLDS, NOT, UNKNOWN, Claim, Effect, effect, t_quantile, verdict
 from nemo_longctx.config import ConfigError
+from nemo_longctx.report.html import Section
 
 
 def arm(level, *, seeds=3, documents=32, rng=None, noise=0.02, shared=None):
@@ -128,3 +129,9 @@ def test_what_a_scale_leaves_out_cannot_be_told(tmp_path):
     assert "not measured at this scale" in text
     assert "The base cannot do it." in text
     assert str(Effect(mean=1, low=0.5, high=1.5, seeds=3, documents=2)) == "+1.0000 (+0.5000 to +1.5000)"
+
+
+def test_a_bar_in_a_cell_parts_no_cells():
+    sections = [Section(heading="More", note="", table=[["a|b", "c"], ["1|2|3", "4"]]), Section(heading="None", note="n")]
+    text = _markdown(load_study("position"), sections)
+    assert "## More\n\n| a\\|b | c |\n| --- | --- |\n| 1\\|2\\|3 | 4 |\n\n## None\n\nn\n" in text

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curation import run as running
-from nemo_longctx.data.curation.assemble import Piece, assembled, import_order, in_order, thread_order
+from nemo_longctx.data.curation.assemble import Piece, _paths_of, assembled, import_order, in_order, thread_order
 from nemo_longctx.data.curation.config import CurateConfig
 from nemo_longctx.data.curation.duplicates import bands_for, first_of_equal, near_duplicates
 from nemo_longctx.data.curation.grouping import _placer
@@ -303,3 +303,23 @@ def test_answers_follow_what_they_answer():
 def test_settings_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         CurateConfig(**{"inputs": ("a",), "output": "x.jsonl"} | options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "path", "means"),
+    [
+        (".py", "a.b.c", "x/y.py", ["a/b/c", "a/b", "a"]),
+        (".py", ".c", "x/y.py", ["x/c", "x"]),
+        (".py", "..c.d", "x/z/y.py", ["x/c/d", "x/c", "x"]),
+        (".py", "..c", "y.py", ["c"]),
+        (".py", ".", "y.py", []),
+        (".java", "a.b.C", "x/Y.java", ["a/b/C", "a/b"]),
+        (".js", "./c.js", "x/y.js", ["x/c.js", "x/c"]),
+        (".js", "../c", "x/y.js", ["c", "c"]),
+        (".c", "c.h", "x/y.c", ["x/c.h", "x/c", "c.h"]),
+        (".c", "a/c.h", "x/y.c", ["a/c.h"]),
+        (".rs", "c", "x/y.rs", ["c"]),
+    ],
+)
+def test_an_import_means_the_files_of_its_language(kind, named, path, means):
+    assert list(_paths_of(kind, named, path)) == means

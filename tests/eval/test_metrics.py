@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_longctx.eval import metrics
+from nemo_longctx.eval.probe_scores import score_reply
+from nemo_longctx.eval.probes import Probe
 
 SCORES = Path(__file__).parents[1] / "fixtures" / "scorers" / "scores.json"
 # Each metric of ours on (prediction, reference), under the name of its goldens.
@@ -147,3 +150,31 @@ def test_gap_between_groups():
     rows = [("a", 0.5), ("a", 0.7), ("b", 0.1), ("c", 0.2), ("c", math.nan)]
     assert metrics.group_gap(rows) == pytest.approx(0.5)
     assert math.isnan(metrics.group_gap(rows[:2]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "reply", "score"),
+    [
+        ("first_sentence", ["the cat sat"], "The cat sat\nand more and more", 1.0),
+        ("passkey", ["41", "52"], "it is 41", 0.5),
+        ("passkey", ["41", "52"], "52 and 41", 1.0),
+        ("ruler_vt", ["AB", "CD"], "ab", 0.5),
+        ("ruler_qa_1", ["AB", "CD"], "so, cd.", 1.0),
+        ("ruler_qa_1", ["AB", "CD"], "none", 0.0),
+        ("nolima", ["Yuki", "Ann"], "It was Yuki.", 1.0),
+        ("nolima", ["Yuki", "Ann"], "It was her.", 0.0),
+        ("helmet_icl", ["7"], "label: 7\nlabel: 8", 1.0),
+        ("helmet_icl", ["7"], "label: 77", 0.0),
+        ("helmet_json_kv", ["a-b"], "The value is: a-b!", 1.0),
+        ("helmet_rag", ["the Tapir", "x y"], "It is X  Y, they say.", 1.0),
+        ("helmet_rag", ["the Tapir", "x y"], "t", 0.0),
+        ("mrcr_2", ["ABCDEFGHIJsome words"], "ABCDEFGHIJsome words", 1.0),
+        ("mrcr_2", ["ABCDEFGHIJsome words"], "some words", 0.0),
+    ],
+)
+def test_each_kind_of_probe_has_the_rule_of_its_suite(kind, answers, reply, score):
+    probe = Probe(kind=kind, length=1, depth=0.0, sample=0, prompt=[1], answers=answers, first=[1], max_new_tokens=1)
+    assert score_reply(probe, reply) == pytest.approx(score)
+    ranked = dataclasses.replace(probe, kind="helmet_rerank", answers=["3", "1", "2"], grades=[2, 1, 0])
+    assert score_reply(ranked, "3 > 1 > 2") == pytest.approx(1.0)
+    assert 0 < score_reply(ranked, "2 > 1 > 3") < 1

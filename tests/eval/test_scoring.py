@@ -11,7 +11,7 @@ from tiny_models import tiny_llama
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.requests import Continuation, Generation, cost, plan_reading, share_work
-from nemo_longctx.eval.scoring import Chunks, Scorer, token_losses
+from nemo_longctx.eval.scoring import Chunks, Scorer, choose, token_losses
 
 VOCAB = 101
 SMALL = Chunks(read=5, logits=3 * 4 * VOCAB)  # 5 tokens a pass, 3 rows of logits: every seam is crossed
@@ -228,3 +228,23 @@ def test_the_cost_is_told_before_it_starts(llama, capsys):
     twice = first.corrected(100, 0, first.seconds(100, 0) / 2)
     assert twice.read == pytest.approx(2 * first.read)
     assert [duration(s) for s in (0.2, 89, 91, 7200)] == ["1 s", "89 s", "2 min", "2.0 h"]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+@pytest.mark.parametrize("top_p", [0.001, 0.6, 0.9, 1.0])
+def test_a_draw_is_within_the_fewest_tokens_that_hold_top_p(top_p, top_k):
+    """And each of them is drawn, as often as its share of them."""
+    probs = torch.tensor([0.05, 0.2, 0.1, 0.25, 0.15, 0.125, 0.125])
+    held, within = 0.0, []
+    for token in sorted(range(7), key=lambda token: (-probs[token], token))[: top_k or None]:
+        if held < top_p - 1e-7:
+            within.append(token)
+        held += float(probs[token])
+    request = Generation(context=[1], max_new_tokens=1, stop=lambda made: False, temperature=2.0, top_p=top_p, top_k=top_k)
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([choose(probs.log() * 2, request, random) for _ in range(500)]).bincount(minlength=7) / 500
+    share = torch.zeros(7)
+    share[within] = probs[within] / probs[within].sum()
+    assert ((drawn > 0) == (share > 0)).all()
+    assert (drawn - share).abs().max() < 0.1
+    assert choose(probs.log(), request, None) == 3

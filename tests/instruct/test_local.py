@@ -1,6 +1,8 @@
 """A local model that answers, in this process or behind a real HTTP server: a tiny Llama, taught to answer in form."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.sft_instances import LLAMA2_CHAT_TEMPLATE
-from nemo_longctx.instruct.local import fingerprint
+from nemo_longctx.instruct.client import Call, CallError
+from nemo_longctx.instruct.local import LocalCheckpoint, fingerprint
 
 # One reply in the form of both prompts: a question for the one, a verdict for the other.
 REPLY = "<question>Who wrote?</question><answer>Harrow.</answer><reason>Said.</reason><verdict>correct</verdict>"
@@ -133,3 +136,22 @@ def test_a_folder_without_a_model_is_named(tokenizer_folder, tmp_path, capsys):
         fingerprint(tokenizer_folder)
     assert generate(tokenizer_folder, tokenizer_folder, documents, tmp_path / "out") == 2
     assert "no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("end", "reason"), [([7, 2], "stop"), ([2, 7], "length")])
+def test_a_call_is_asked_with_its_own_settings(end, reason):
+    """And no window is longer than the model's."""
+    asked = []
+    tokenizer = SimpleNamespace(
+        eos_token_id=2, apply_chat_template=lambda *_, **__: [1] * 10, decode=lambda made, skip_special_tokens: str(made)
+    )
+    scorer = SimpleNamespace(model=SimpleNamespace(max_length=15), generate=lambda requests: asked.extend(requests) or [end])
+    model = SimpleNamespace(tokenizer=tokenizer, template=None, scorer=scorer)
+    call = Call(model="m", prompt="p", max_tokens=5, temperature=0.7, seed=3, attempt=1)
+    reply = LocalCheckpoint._answer(model, call)
+    (request,) = asked
+    assert (request.context, request.max_new_tokens, request.temperature, request.seed) == ([1] * 10, 5, 0.7, 3)
+    assert (request.stop([5, 2]), request.stop([2, 5])) == (True, False)
+    assert (reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens) == (str(end), reason, 10, 2)
+    with pytest.raises(CallError, match="10 tokens and an answer of 6 do not fit a window of 15; lower chunk_tokens"):
+        LocalCheckpoint._answer(model, dataclasses.replace(call, max_tokens=6))

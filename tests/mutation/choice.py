@@ -73,7 +73,10 @@ def _newer(mutant: Mutant, files: set[str], covering: dict[str, Any]) -> list[st
     """
     module = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, stem = module.rpartition(".")
-    imported = re.compile(rf"{re.escape(module)}\b|from {re.escape(parent)} import [^)]*?\b{stem}\b")
+    naming = rf"{re.escape(module)}\b|from {re.escape(parent)} import [^)]*?\b{stem}\b"
+    if parent.endswith(".commands"):
+        naming += rf"|\bmain\(\[\"{stem.replace('_', '-')}\""
+    imported = re.compile(naming)
     words = {*mutant.function.lstrip("_").split("."), stem}
     spoken = re.compile("|".join(rf"\b_?{re.escape(word)}" for word in words - {"", "__init__"}) or "$.")
     known = _known(covering)

@@ -153,6 +153,7 @@ def named() -> list[Mutant]:
 def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     told = {each["about"]: [(each["test"], SECONDS)] for each in known_faults()} if options.named else {}
     tests = {mutant.name: told.get(mutant.kind) or tests_of(mutant, covering) for mutant in chosen}
+    against = {name: digest(found) for name, found in tests.items()}  # now, as the workers copy them
     journal = Path(options.journal) if options.journal else None
     done: dict[str, dict[str, Any]] = {}
     first: dict[str, bool] = {}  # whether the tests of then caught it
@@ -163,7 +164,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
     again = set()  # what survived other tests than today's is run again, and counts as it was until then
     for mutant in chosen:
         before = done.get(mutant.name, {"caught": True})
-        if not before["caught"] and before["against"] != digest(tests[mutant.name]):
+        if not before["caught"] and before["against"] != against[mutant.name]:
             again.add(mutant.name)
             before["how"] += ", which have changed since"
     todo = [m for m in chosen if (m.name not in done or m.name in again) and any(part in m.path for part in options.only)]
@@ -182,7 +183,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
         workers.append(worker)
     ended = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the workers
     try:
-        gather(todo, workers, answers, done, tests, journal, options)
+        gather(todo, workers, answers, done, against, journal, options)
     finally:
         for worker in workers:
             worker.terminate()
@@ -195,7 +196,7 @@ def run_all(chosen: list[Mutant], covering: dict[str, Any], options: argparse.Na
 
 def gather(
     todo: list[Mutant], workers: list[Any], answers: Any, done: dict[str, dict[str, Any]],
-    tests: dict[str, list[tuple[str, float]]], journal: Path | None, options: argparse.Namespace,
+    against: dict[str, str], journal: Path | None, options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Take the workers' answers into `done` and the journal until all are there or the minutes over."""
     began = time.monotonic()
@@ -218,7 +219,7 @@ def gather(
             "caught": caught,
             "how": how,
             "seconds": seconds,
-            "against": digest(tests[mutant.name]),
+            "against": against[mutant.name],
         }
         done[mutant.name] = result
         if journal is not None:

@@ -12,9 +12,11 @@ pytest.importorskip("megatron.core")
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import gloo
 import small_gpt
+from megatron.core import parallel_state
 
 from nemo_longctx.adapters.megatron.inference import (
     MCoreCausalModel,
+    _our_attention,
     data_group,
     evaluating,
     model_digest,
@@ -328,3 +330,15 @@ def test_argmax_of_equals_is_the_first():
         logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])
         _, greedy = vocab_parallel_log_probs(logits, torch.tensor([2, 0]), group)
         assert greedy.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_that_replaces_the_host_s_has_its_scale(scale):
+    with small_gpt.parallel():
+        layer = small_gpt.build(small_gpt.config()).decoder.layers[0].self_attention
+        layer.config.softmax_scale = scale
+        layer.core_attention.register_forward_pre_hook(never)
+        ours = _our_attention(layer, parallel_state.get_context_parallel_group())
+        assert ours.scale == pytest.approx(layer.config.kv_channels**-0.5 if scale is None else scale)
+        assert ours._forward_pre_hooks is layer.core_attention._forward_pre_hooks
+        assert not ours.training

@@ -47,3 +47,12 @@ def test_tokens_that_count_are_those_of_the_rank_s_two_chunks(monkeypatch, rank,
     monkeypatch.setattr(steps.parallel_state, "get_context_parallel_rank", lambda: rank)
     assert steps._counted(MASK) == counted
     assert steps._counted(MASK.to("meta")) is None  # what has left the host is not waited for
+
+
+def test_boundaries_lie_where_the_machine_computes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "packed_documents", lambda boundaries, **more: asked.append(more))
+    given = batch(cu_seqlens=torch.tensor([[0, 3, 8]], dtype=torch.int32))
+    steps.longctx_data_step(iter([given]))
+    here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    assert asked == [{"seq_length": 8, "device": here}]

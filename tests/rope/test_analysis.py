@@ -120,3 +120,20 @@ def test_advice_knows_what_each_variant_is_for():
     assert rows["abf"].reaches is None
     assert rows["rope"].reaches < 4096
     assert rows["pi"].granularity < rows["yarn"].granularity < rows["rope"].granularity
+
+
+def test_the_smallest_base_reaches_its_length_and_no_base_of_the_search_before_it_does():
+    """`length` itself is reached, too; the distances are summed one by one."""
+
+    rotary_dim = 16
+
+    def reaches(base, length):
+        theta = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+        return all(np.cos(m * theta).sum() >= 0 for m in range(length + 1))
+
+    for length in range(3, 33, 3):
+        base = smallest_base(length, rotary_dim)
+        assert reaches(base, length)
+        assert base == 1.5 or not reaches(base / 1.01, length)
+        assert smallest_base(length, rotary_dim, at_least=base) == base
+        assert smallest_base(length, rotary_dim, at_least=base / 1.01) == pytest.approx(base)
