@@ -11,7 +11,6 @@ import codecs
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.overrides import hydra_text
 from nemo_longctx.runs import RunError
 
 if TYPE_CHECKING:
     from nemo_longctx.eval.results import SuiteResult
 
 PathLike = str | os.PathLike[str]
-_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z/.][\w./-]*")  # what Hydra reads as text without quotes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,25 +249,7 @@ def _overrides(given: Mapping[str, Any] | Sequence[str]) -> list[str]:
 
 
 def _override(key: str, value: Any) -> str:
-    return f"{key}={_hydra(value)}"
-
-
-def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_hydra(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_hydra, value)) + "]"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    text = os.fspath(value)
-    if _PLAIN.fullmatch(text):
-        return text
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return f"{key}={hydra_text(value)}"
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:

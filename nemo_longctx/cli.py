@@ -48,6 +48,18 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Of `COMMAND ...`: inputs may stand on both sides of an option, as in `prepare a --output b c` and `train x=1 --dry-run y=2`."""
+    command, *rest = argv
+    if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):  # what argparse cannot intermix
+        args = parser.parse_args(rest)
+    else:
+        separate = parser.get_default("separate") or (lambda arguments: arguments)
+        args = parser.parse_intermixed_args(separate(rest))
+    args.command = command
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake (ValueError, a missing file, a full disk) ends in one sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -63,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.configure(command_parser)
     if name is not None and name not in COMMANDS:
         parser.error(f"no command {name!r}: {did_you_mean(name, COMMANDS)}")
-    args = parser.parse_args(argv)
+    args = _arguments(sub.choices[name], argv) if argv and argv[0] == name else parser.parse_args(argv)
     try:
         return module.run(args)
     except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing is left to say, also not at exit

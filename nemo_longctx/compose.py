@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.overrides import places, readable
 from nemo_longctx.scale import scaled
 from nemo_longctx.trust import check_targets
 
@@ -59,8 +60,9 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
         except ConfigError:
             raise
         except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
-            raise ConfigError(*_culprit(overrides), " ".join(str(error).split()) or type(error).__name__) from error
+            raise _explained(error, overrides) from error
     check_targets(values)
+    values = places(values)
     if machine and not any(item.startswith("curriculum") for item in overrides):
         _leave_layout(values)
     return {str(key): value for key, value in values.items()} | dict.fromkeys(emptied)
@@ -111,17 +113,32 @@ def _emptied(overrides: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     return emptied
 
 
-def _culprit(overrides: Sequence[str]) -> tuple[str, Any]:
-    """The key and value of the first override that Hydra cannot read; all of them where each can be read alone."""
+def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's error by the override that it is about; by all of them where none is named."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    words = " ".join(str(error).split()) or type(error).__name__
     for item in overrides:
         key, equals, value = item.partition("=")
         try:
-            OverridesParser.create().parse_override(item)
+            OverridesParser.create().parse_override(_override(item, {}) if equals and key else item)
         except Exception:  # the error that is being told says why
-            return (key, value) if equals and key else ("override", item)
-    return "overrides", list(overrides)
+            mend = "cannot be read: put text with characters of its own meaning in quotes, and these in quotes of the shell"
+            return ConfigError(*((key, value) if equals and key else ("override", item)), f"{mend} ({words})")
+    if (found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", words)) is not None:
+        value = next((each.partition("=")[2] for each in overrides if each.startswith(f"{found[1]}=")), None)
+        mend = "this command has no such group: `nemo-longctx train` takes recipe=NAME, `nemo-longctx sft` takes sft=NAME"
+        return ConfigError(found[1], value, mend)
+    if (found := re.search(r"Interpolation key '([^']+)' not found", words)) is not None:
+        key = next((each.partition("=")[0] for each in overrides if f"${{{found[1]}}}" in each), "overrides")
+        return ConfigError(
+            key, f"${{{found[1]}}}", f"no setting has this name; an environment variable is ${{oc.env:{found[1]}}}"
+        )
+    if (found := re.search(r"Error merging override \+\+([\w.]+)=(.*)", words)) is not None:
+        return ConfigError(found[1], found[2], "is of another kind than what it replaces: give a list in [], a mapping in {}")
+    if (found := re.search(r"Environment variable '([^']+)' not found.* full_key: (\S+)", words)) is not None:
+        return ConfigError(found[2], f"${{oc.env:{found[1]}}}", "no such environment variable; export it, or write the value")
+    return ConfigError("overrides", list(overrides), words)
 
 
 def _own_recipe(file: Path) -> str:
@@ -159,6 +176,4 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
         return item
     if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:
         raise ConfigError(key, value, f"unknown key, did you mean {near[0]!r}?")  # recipe is no key of the schema
-    if "=" in value and value[0] not in "[{'\"":  # NeMo's checkpoints are called step=100-last, which Hydra wants quoted
-        value = "'" + value.replace("'", "\\'") + "'"
-    return f"++{key}={value}"
+    return f"++{key}={readable(key, value)}"

@@ -12,6 +12,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,15 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond every float
         return False
+
+
+def size_of_text(value: Any) -> int | None:
+    """`16M` -> 16,000,000: K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024, and a B behind says nothing. None for no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE) if isinstance(value, str) else None
+    if match is None:
+        return None
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -167,15 +177,16 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
             raise ConfigError(where, value, "must be a finite number")
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            whole = isinstance(value, float) and value.is_integer()
-            raise ConfigError(where, value, "must be a whole number" + (f"; write {int(value)}" if whole else ""))  # type: ignore[call-overload]
+            meant = value if isinstance(value, float) and value.is_integer() else size_of_text(value)
+            raise ConfigError(where, value, "must be a whole number" + ("" if meant is None else f"; write {int(meant)}"))
         if not -(2**63) <= int(value) < 2**63:
             raise ConfigError(where, value, "must be a whole number of 64 bits")
     if hint is str:
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)  # YAML reads `name: 256` as a number
         if not isinstance(value, str):
-            raise ConfigError(where, value, "must be text; put it in quotes")
+            mend = "must be text; put it in quotes, which on a command line stand in quotes of the shell: \"'...'\""
+            raise ConfigError(where, value, mend)
         if "\0" in value:
             raise ConfigError(where, value, "must be text without a NUL character")
     return value

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,6 +65,10 @@ def check(recipe: RunConfig) -> Checked:
         checked.look("data", line)
     for each in recipe.data.validation:
         checked.look("validation", functools.partial(_validation, each))
+    if not checked.errors:  # a corpus or a model that is not there was told
+        checked.look("tokens", lambda: _tokens(recipe))
+    for line in notes(recipe):
+        checked.lines.append(f"{'note':<12}{line}")
     if recipe.eval is not None and recipe.eval.tasks:
         checked.look("evaluation", lambda: _evaluation(recipe))
     if recipe.logger:
@@ -92,6 +98,9 @@ def refuse(recipe: RunConfig) -> None:
     for each in recipe.data.validation:
         _validation(each)
     _evaluation(recipe)
+    if first_process():
+        _tokens(recipe)
+        print(*(f"note: {line}" for line in notes(recipe)), sep="\n", end="", file=sys.stderr)
 
 
 def check_base(recipe: RunConfig) -> None:
@@ -192,7 +201,67 @@ def _mix(mix: MixConfig, total: int) -> str:
 
 
 def _validation(each: Any) -> str:
-    return f"{each.name}: {len(_open(each.path).lengths):,} documents of {each.path}, at {each.seq_length:,} tokens"
+    from nemo_longctx.data.evaluation import windows_of
+
+    corpus = _open(each.path)
+    windows = windows_of(each, corpus.n_tokens)
+    used = windows if each.samples is None else min(each.samples, windows)
+    said = f"{used:,} of {windows:,} windows of {each.seq_length:,} tokens"
+    return f"{each.name}: {said}, {corpus.n_documents:,} documents of {each.path}"
+
+
+def _tokens(recipe: RunConfig) -> str:
+    """Whose tokens the corpora hold, and whether the model has a row for each of them."""
+    from nemo_longctx.data.tokenization import check_hub_name
+    from nemo_longctx.data.vocabulary import check_corpora
+    from nemo_longctx.planning.recipe import model_of
+
+    data = recipe.data
+    if recipe.restore_from is None and data.tokenizer is not None:  # a base brings its own
+        check_hub_name("data.tokenizer", str(data.tokenizer))
+    if not isinstance(data, DataConfig):
+        return f"of {data.tokenizer}"
+    if data.after is not None:
+        _check_after(data.after)
+    rows = recipe.model.get("vocab_size") if recipe.restore_from is None else model_of(recipe)[1].vocab_size
+    paths = {f"data.mix.sources[{i}].path": source.path for i, source in enumerate(data.mix.sources)}
+    for name in ("validation", "test"):
+        paths |= {f"data.{name}[{i}].path": each.path for i, each in enumerate(getattr(data, name))}
+    check_corpora(paths, vocab_size=rows, tokenizer=data.tokenizer)
+    return "of one tokenizer" if rows is None else f"of one tokenizer, within the model's {rows:,}"
+
+
+def _check_after(run: str) -> None:
+    from nemo_longctx.planning.models import nemo_context
+
+    if nemo_context(Path(run)) is None:
+        mend = "no finished NeMo checkpoint is there; name the run's directory, or leave it out"
+        raise ConfigError("data.after", run, mend)
+
+
+def notes(recipe: RunConfig) -> list[str]:
+    """What is no mistake by itself, and is seldom meant: documents that are drawn twice, or measured and trained on."""
+    if not isinstance(recipe.data, DataConfig):
+        return []
+    sources = recipe.data.mix.sources
+    said = []
+    first: dict[tuple[object, ...], str] = {}
+    for source in sources:
+        rules = (_real(source.path), source.drop_shorter, source.drop_longer)
+        if rules in first:
+            said.append(
+                f"the sources {first[rules]} and {source.name} are one corpus: its documents are drawn for each of them"
+            )
+        first.setdefault(rules, str(source.name))
+    trained = {path for source in sources for path in _real(source.path)}
+    for each in recipe.data.validation:
+        if trained & set(_real(each.path)):
+            said.append(f"the validation set {each.name} is trained on: its loss is none of unseen text (prepare --holdout)")
+    return said
+
+
+def _real(path: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(os.path.realpath(each) for each in ([path] if isinstance(path, str) else path))
 
 
 def _evaluation(recipe: RunConfig) -> str:
@@ -257,6 +326,10 @@ def _directory(recipe: RunConfig) -> str:
 
     directory = recipe.directory
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError("output_dir", recipe.output_dir, f"{there} is a file; name a directory")
+    if not os.access(there, os.W_OK):
+        raise ConfigError("output_dir", recipe.output_dir, f"nothing may be written in {there}; name another place")
     free = shutil.disk_usage(there).free
     known = recipe.restore_from is None or nemo_context(Path(recipe.restore_from)) is not None
     said = f"{directory}, {free / 2**30:,.1f} GiB free"

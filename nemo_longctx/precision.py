@@ -18,6 +18,10 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
 
+# What Lightning, torch and people call them.
+ALIASES = {"bf16": "bf16-mixed", "bfloat16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed", "float16": "16-mixed",
+           "32-true": "32", "fp32": "32", "float32": "32", "tf32": "32"}  # fmt: skip
+
 # Tokens of a micro batch on one rank that fp8 products take: Transformer Engine wants multiples of it.
 FP8_TOKENS = 16
 

@@ -19,7 +19,7 @@ from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import LARGEST_BASE, check_layout, check_model
 from nemo_longctx.planning.models import class_sizes, sizes_of
-from nemo_longctx.precision import PRECISIONS, check_speed, check_trainer
+from nemo_longctx.precision import ALIASES, PRECISIONS, check_speed, check_trainer
 from nemo_longctx.rope.request import RopeRequest, check_layers_differ, parse_request
 
 SCHEDULES = ("cosine", "constant")
@@ -127,7 +127,9 @@ class TrainerConfig:
         if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16-mixed" if self.accelerator == "gpu" else "32")
         if str(self.precision) not in PRECISIONS:
-            raise ConfigError("trainer.precision", self.precision, did_you_mean(str(self.precision), PRECISIONS))
+            meant = ALIASES.get(str(self.precision))
+            mend = f"did you mean {meant!r}?" if meant else did_you_mean(str(self.precision), PRECISIONS)
+            raise ConfigError("trainer.precision", self.precision, mend)
         object.__setattr__(self, "precision", str(self.precision))
         check_trainer(self)
         _positive("trainer", self, "devices", "num_nodes", "limit_val_batches", "log_every_n_steps")

@@ -77,7 +77,7 @@ def test_a_dry_run_tells_what_would_be_read_and_written(corpus, tmp_path):
     assert not checked.errors
     text = "\n".join(checked.lines)
     assert "70 documents: all 100.0%" in text
-    assert "v: 70 documents" in text
+    assert "v: 191 of 191 windows of 256 tokens, 70 documents" in text
     assert "M parameters, from random weights" in text
     assert "GiB free, two checkpoints take" in text
     assert not (tmp_path / "runs").exists()
@@ -89,6 +89,34 @@ def test_a_dry_run_names_all_that_is_missing_at_once(tmp_path):
     keys = [error.key for error in dry_run.check(recipe).errors]
     assert "restore_from" in keys
     assert len(keys) == 2
+
+
+def looked(*overrides):
+    checked = dry_run.check(load_recipe(compose([*TINY, *overrides])))
+    return "\n".join(checked.lines)
+
+
+def test_a_dry_run_says_what_the_start_would(corpus, tmp_path):
+    mine = f"data.mix.sources=[{{path: {corpus}}}]"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file; name a directory" in looked(mine, "data.validation=[]", f"output_dir={file}")
+    assert "data.tokenizer='a/b/c': no such directory" in looked(mine, "data.validation=[]", "data.tokenizer=a/b/c")
+    after = looked(mine, "data.validation=[]", "data.tokenizer=null", "data.after=nowhere")
+    assert "data.after='nowhere': no finished NeMo checkpoint is there" in after
+    ids = looked(mine, "data.validation=[]", "data.tokenizer=null", "model.vocab_size=2")
+    assert "the model's vocabulary has 2 (model.vocab_size)" in ids
+    long = looked(mine, f"data.validation=[{{name: h, path: {corpus}, seq_length: 1000000}}]")
+    assert "a window and its last label need 1000001; set it lower" in long
+
+
+def test_text_that_is_measured_and_trained_on_is_told(corpus):
+    two = f"data.mix.sources=[{{path: {corpus}, name: a}}, {{path: {corpus}/, name: b}}]"
+    said = looked(two, f"data.validation=[{{name: h, path: {corpus}, seq_length: 8, samples: 3}}]", "data.tokenizer=null")
+    assert "the sources a and b are one corpus" in said
+    assert "the validation set h is trained on" in said
+    assert "h: 3 of " in said
+    assert "note" not in looked(f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]", "data.tokenizer=null")
 
 
 def test_a_dry_run_needs_neither_torch_nor_the_host(corpus):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import sys
 from dataclasses import fields
 from typing import Any
 
+from nemo_longctx.config import size_of_text
 from nemo_longctx.data.inputs import FORMATS
 
 EPILOG = """\
@@ -27,11 +27,10 @@ records, or else its texts; what is passed over is told. s3://, gs://, hf://data
 
 def size(text: str) -> int:
     """`16M` -> 16,000,000; K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    value = size_of_text(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 16M or 64MiB")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    return value
 
 
 def names(text: str) -> tuple[str, ...]:

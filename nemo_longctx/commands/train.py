@@ -34,12 +34,21 @@ def add_looks(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         nargs="?",
         const=DRY_RUNS[0],
+        choices=DRY_RUNS,
         metavar="full",
         help="check all that can be seen without NeMo; =full also trains a step of each stage, saves and evaluates, in a "
         "directory that is removed",
     )
+    parser.set_defaults(separate=_separate)
     parser.add_argument("--print-config", action="store_true", help="print every value and where it comes from, and exit")
     parser.add_argument("--cfg", choices=("job",), help="Hydra's word for --print-config")
+
+
+def _separate(arguments: Sequence[str]) -> list[str]:
+    """Keep an override behind `--dry-run` from being taken for its value: of two of one key the last counts."""
+    behind = [*arguments[1:], ""]
+    alone = ["--dry-run" == each and after not in DRY_RUNS for each, after in zip(arguments, behind, strict=True)]
+    return [f"--dry-run={DRY_RUNS[0]}" if is_alone else each for each, is_alone in zip(arguments, alone, strict=True)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,9 +59,6 @@ def run(args: argparse.Namespace) -> int:
 def run_or_look(args: argparse.Namespace, *, config_name: str) -> int:
     """What `train` (`config_name` config) and `sft` do."""
     overrides = list(args.overrides)
-    if args.dry_run is not None and args.dry_run not in DRY_RUNS:  # argparse took an override for its value
-        overrides.insert(0, args.dry_run)
-        args.dry_run = DRY_RUNS[0]
     if args.print_config or args.cfg:
         from nemo_longctx.explain import explained
 

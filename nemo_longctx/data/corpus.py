@@ -359,10 +359,18 @@ def open_corpus(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
             inside = sorted(str(path)[: -len(".idx")] for path in Path(each).glob("*.idx"))
             if not inside:
                 raise ConfigError("corpus", each, "this directory holds no .idx; name a prefix or a directory of shards")
+            _refuse_held_out(each, inside)
             prefixes += inside
         else:
-            prefixes.append(each)
+            prefixes.append(each.rstrip("/") or each)
     return IndexedCorpus(prefixes[0]) if len(prefixes) == 1 else ShardedCorpus(prefixes)
+
+
+def _refuse_held_out(directory: str, prefixes: Sequence[str]) -> None:
+    """A folder of corpora is read whole, what `prepare --holdout` held out of one of them too: nobody means that."""
+    if (both := next((each for each in prefixes if f"{each}_holdout" in prefixes), None)) is not None:
+        mend = f"this directory holds {both} and {both}_holdout, which was held out of it; name the prefixes that are meant"
+        raise ConfigError("corpus", directory, mend)
 
 
 def check_begin_tokens(names: Sequence[str], corpora: Sequence[Corpus]) -> None:

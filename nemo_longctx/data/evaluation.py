@@ -63,6 +63,19 @@ def spread(count: int, of: int) -> Sequence[int]:
     return [(2 * number + 1) * of // (2 * count) for number in range(count)]
 
 
+def windows_of(config: EvaluationConfig, n_tokens: int) -> int:
+    """Windows that a corpus of so many tokens holds.
+
+    Raises:
+        ConfigError: not one.
+    """
+    windows = (n_tokens - 1) // config.seq_length
+    if not windows:
+        mend = f"{config.name} has {n_tokens} tokens, a window and its last label need {config.seq_length + 1}"
+        raise ConfigError("data.validation.seq_length", config.seq_length, f"{mend}; set it lower, or hold out more")
+    return windows
+
+
 class EvaluationWindows:
     """The windows of one set: a stream in the order of the files.
 
@@ -79,10 +92,7 @@ class EvaluationWindows:
         self.documents = Documents([config.name], [open_corpus(config.path)])
         self.documents.check()
         self.ends = np.cumsum(np.concatenate([shard.lengths for shard in self.documents.shards]), dtype=np.int64)
-        self.windows = (int(self.ends[-1]) - 1) // config.seq_length
-        if not self.windows:
-            mend = f"{config.name} has {self.ends[-1]} tokens, a window and its last label need {config.seq_length + 1}"
-            raise ConfigError("data.validation.seq_length", config.seq_length, mend)
+        self.windows = windows_of(config, int(self.ends[-1]))
         if config.samples is not None:
             self.places = spread(config.samples, self.windows)
             self.windows = len(self.places)

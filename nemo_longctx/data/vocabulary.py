@@ -45,6 +45,7 @@ def check_corpora(
             size = made.get("vocab_size") or 0
             if vocab_size is not None and size > vocab_size:
                 mend = f"the corpus {shard} was made with a tokenizer of {size} tokens; prepare it with the model's own"
+                mend += f" (a model with new weights takes model.vocab_size={size})"
                 raise ConfigError("model.vocab_size", vocab_size, mend)
             digest = made.get("sha256")
             if digest is None:

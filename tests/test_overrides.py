@@ -1,0 +1,82 @@
+"""What is typed reaches the schema as it was meant: on either side of an option, beyond Hydra's grammar, with `~`."""
+
+import pytest
+
+from nemo_longctx.cli import main
+from nemo_longctx.compose import compose
+from nemo_longctx.config import ConfigError
+from nemo_longctx.overrides import places, readable
+
+BASE = "recipe=tiny_cpu_base"
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/äö", "/data/x#1", "a,b", "my run (1)", "a=b,c", "it's", "a\\'b", "x\\", "~user", "[", "{a", "50%;x"]
+)
+def test_plain_text_is_itself_whatever_hydra_s_grammar_says(text):
+    if text[0] in "[{":
+        with pytest.raises(ConfigError, match="restore_from='.*': cannot be read: put text .* in quotes"):
+            compose([BASE, f"restore_from={text}"])
+    else:
+        assert compose([BASE, f"restore_from={text}"])["restore_from"] == text
+
+
+def test_numbers_and_words_stay_what_they_are():
+    read = compose([BASE, "optimizer.lr=1e-4", "seed=7", "data.document_masking=true", "data.tokenizer=null", "name='7'"])
+    assert (read["optimizer"]["lr"], read["seed"], read["data"]["document_masking"]) == (1e-4, 7, True)
+    assert read["data"]["tokenizer"] is None and read["name"] == "7"
+    assert readable("optimizer.lr", "0,1") == "'0,1'"  # a decimal comma is no number, and no list either
+
+
+def test_lists_are_read_as_yaml_where_hydra_cannot():
+    (source,) = compose([BASE, "data.mix.sources=[{path: größe/x#1, weight: 5e-1}]"])["data"]["mix"]["sources"]
+    assert source == {"path": "größe/x#1", "weight": 0.5}
+
+
+def test_a_home_is_a_home_and_a_variable_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = compose([BASE, "output_dir=~/runs", "data.mix.sources=[{path: ~/x}]"])
+    assert read["output_dir"] == f"{tmp_path}/runs" and read["data"]["mix"]["sources"][0]["path"] == f"{tmp_path}/x"
+    assert read["data"]["tokenizer"] == f"{tmp_path}/runs/data/tokenizer"  # made of it
+    with pytest.raises(ConfigError, match=r"output_dir='\$HOME/x': .* \$\{oc.env:HOME\}"):
+        compose([BASE, "output_dir=$HOME/x"])
+    assert places({"template": "$5 a day"}) == {"template": "$5 a day"}
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        (
+            "output_dir=${HOME}/x",
+            r"output_dir='\$\{HOME\}': no setting has this name; an environment variable is \$\{oc.env:HOME\}",
+        ),
+        ("output_dir=${oc.env:LONGCTX_NONE}", "no such environment variable"),
+        ("data.validation={name: h, path: x}", "data.validation='.*': is of another kind than what it replaces"),
+        ("sft=short", "sft='short': this command has no such group"),
+    ],
+)
+def test_hydra_s_errors_name_the_override(item, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        compose([BASE, item])
+
+
+def test_of_two_values_of_one_key_the_last_counts_wherever_an_option_stands(capsys):
+    first, second = "curriculum.total_tokens=2048", "curriculum.total_tokens=4096"
+    warmup, none = "optimizer.warmup_tokens=0", "data.validation=[]"
+    for words in (
+        [BASE, first, "--dry-run", second, warmup, none],
+        [BASE, first, warmup, "--dry-run", none, second],
+        ["--dry-run", BASE, first, second, warmup, none],
+    ):
+        main(["train", *words])
+        assert "curriculum  4,096 tokens" in capsys.readouterr().out
+    assert main(["train", BASE, "--print-config", none]) == 0
+    assert "validation: []" in capsys.readouterr().out
+
+
+def test_inputs_may_stand_behind_options(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SystemExit):
+        main(["prepare", "x", "--output", "y", "--tokenizer", "z", "w", "--holdout"])
+    assert main(["prepare", str(tmp_path / "a"), "--output", str(tmp_path / "y"), "--tokenizer", "z", "nowhere"]) == 2
+    assert "unrecognized" not in capsys.readouterr().err
