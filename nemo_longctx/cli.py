@@ -49,7 +49,7 @@ class _Version(argparse.Action):
 
 
 def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Of `COMMAND ...`: inputs may stand on both sides of an option, as in `prepare a --output b c` and `train x=1 --dry-run y=2`."""
+    """Of `COMMAND ...`: inputs may stand on both sides of an option, as in `prepare a --output b c`."""
     command, *rest = argv
     if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):  # what argparse cannot intermix
         args = parser.parse_args(rest)

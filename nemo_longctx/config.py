@@ -52,7 +52,7 @@ def is_finite(value: Any) -> bool:
 
 
 def size_of_text(value: Any) -> int | None:
-    """`16M` -> 16,000,000: K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024, and a B behind says nothing. None for no size."""
+    """`16M` -> 16,000,000; K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024. None for what is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE) if isinstance(value, str) else None
     if match is None:
         return None

@@ -39,8 +39,8 @@ def hydra_text(value: Any) -> str:
 def readable(key: str, value: str) -> str:
     """What the command line says, so that Hydra reads what was meant.
 
-    Hydra's grammar has no unquoted `~`, `#`, comma, bracket or letter beyond ASCII, and the shell takes the quotes away: plain text
-    that it cannot read, or would sweep over, is quoted; a list or mapping is read as YAML, whose flow style it is.
+    Hydra's grammar has no unquoted `~`, `#`, comma, bracket or letter beyond ASCII, and the shell takes the quotes away: plain
+    text that it cannot read, or would sweep over, is quoted; a list or mapping is read as YAML, whose flow style it is.
     """
     if _SIMPLE.fullmatch(value):
         return value

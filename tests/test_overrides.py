@@ -15,7 +15,7 @@ BASE = "recipe=tiny_cpu_base"
 )
 def test_plain_text_is_itself_whatever_hydra_s_grammar_says(text):
     if text[0] in "[{":
-        with pytest.raises(ConfigError, match="restore_from='.*': cannot be read: put text .* in quotes"):
+        with pytest.raises(ConfigError, match=r"restore_from='.*': cannot be read: put text .* in quotes"):
             compose([BASE, f"restore_from={text}"])
     else:
         assert compose([BASE, f"restore_from={text}"])["restore_from"] == text
@@ -24,7 +24,8 @@ def test_plain_text_is_itself_whatever_hydra_s_grammar_says(text):
 def test_numbers_and_words_stay_what_they_are():
     read = compose([BASE, "optimizer.lr=1e-4", "seed=7", "data.document_masking=true", "data.tokenizer=null", "name='7'"])
     assert (read["optimizer"]["lr"], read["seed"], read["data"]["document_masking"]) == (1e-4, 7, True)
-    assert read["data"]["tokenizer"] is None and read["name"] == "7"
+    assert read["data"]["tokenizer"] is None
+    assert read["name"] == "7"
     assert readable("optimizer.lr", "0,1") == "'0,1'"  # a decimal comma is no number, and no list either
 
 
@@ -36,7 +37,8 @@ def test_lists_are_read_as_yaml_where_hydra_cannot():
 def test_a_home_is_a_home_and_a_variable_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     read = compose([BASE, "output_dir=~/runs", "data.mix.sources=[{path: ~/x}]"])
-    assert read["output_dir"] == f"{tmp_path}/runs" and read["data"]["mix"]["sources"][0]["path"] == f"{tmp_path}/x"
+    assert read["output_dir"] == f"{tmp_path}/runs"
+    assert read["data"]["mix"]["sources"][0]["path"] == f"{tmp_path}/x"
     assert read["data"]["tokenizer"] == f"{tmp_path}/runs/data/tokenizer"  # made of it
     with pytest.raises(ConfigError, match=r"output_dir='\$HOME/x': .* \$\{oc.env:HOME\}"):
         compose([BASE, "output_dir=$HOME/x"])
