@@ -100,7 +100,8 @@ def refuse(recipe: RunConfig) -> None:
     _evaluation(recipe)
     if first_process():
         _tokens(recipe)
-        print(*(f"note: {line}" for line in notes(recipe)), sep="\n", end="", file=sys.stderr)
+        for line in notes(recipe):
+            print(f"note: {line}", file=sys.stderr)
 
 
 def check_base(recipe: RunConfig) -> None:
@@ -214,7 +215,7 @@ def _tokens(recipe: RunConfig) -> str:
     """Whose tokens the corpora hold, and whether the model has a row for each of them."""
     from nemo_longctx.data.tokenization import check_hub_name
     from nemo_longctx.data.vocabulary import check_corpora
-    from nemo_longctx.planning.recipe import model_of
+    from nemo_longctx.planning.models import nemo_context
 
     data = recipe.data
     if recipe.restore_from is None and data.tokenizer is not None:  # a base brings its own
@@ -223,7 +224,8 @@ def _tokens(recipe: RunConfig) -> str:
         return f"of {data.tokenizer}"
     if data.after is not None:
         _check_after(data.after)
-    rows = recipe.model.get("vocab_size") if recipe.restore_from is None else model_of(recipe)[1].vocab_size
+    context = None if recipe.restore_from is None else nemo_context(Path(recipe.restore_from))
+    rows = {**({} if context is None else io_config(context.parent.parent)), **recipe.model}.get("vocab_size")
     paths = {f"data.mix.sources[{i}].path": source.path for i, source in enumerate(data.mix.sources)}
     for name in ("validation", "test"):
         paths |= {f"data.{name}[{i}].path": each.path for i, each in enumerate(getattr(data, name))}

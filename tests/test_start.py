@@ -108,7 +108,7 @@ def test_what_is_missing_is_said_before_torch_is_imported(tmp_path):
 def test_each_input_that_is_not_there_is_named(override, said, tmp_path, tiny_corpus):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    base = ["recipe=tiny_cpu_base", f"data.mix.sources=[{{path: {tiny_corpus}}}]", "data.validation=[]"]
+    base = ["recipe=tiny_cpu_base", f"data.mix.sources=[{{path: {tiny_corpus}}}]", "data.validation=[]", "data.tokenizer=null"]
     asked = override.replace("HERE", str(tmp_path))
     refuse(load_recipe(compose(base)))
     with pytest.raises(ConfigError, match=said):
