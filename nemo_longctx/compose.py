@@ -126,9 +126,9 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
             mend = "cannot be read: put text with characters of its own meaning in quotes, and these in quotes of the shell"
             return ConfigError(*((key, value) if equals and key else ("override", item)), f"{mend} ({words})")
     if (found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", words)) is not None:
-        value = next((each.partition("=")[2] for each in overrides if each.startswith(f"{found[1]}=")), None)
+        chosen = next((each.partition("=")[2] for each in overrides if each.startswith(f"{found[1]}=")), None)
         mend = "this command has no such group: `nemo-longctx train` takes recipe=NAME, `nemo-longctx sft` takes sft=NAME"
-        return ConfigError(found[1], value, mend)
+        return ConfigError(found[1], chosen, mend)
     if (found := re.search(r"Interpolation key '([^']+)' not found", words)) is not None:
         key = next((each.partition("=")[0] for each in overrides if f"${{{found[1]}}}" in each), "overrides")
         return ConfigError(

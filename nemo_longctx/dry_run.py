@@ -67,8 +67,7 @@ def check(recipe: RunConfig) -> Checked:
         checked.look("validation", functools.partial(_validation, each))
     if not checked.errors:  # a corpus or a model that is not there was told
         checked.look("tokens", lambda: _tokens(recipe))
-    for line in notes(recipe):
-        checked.lines.append(f"{'note':<12}{line}")
+    checked.lines += [f"{'note':<12}{each}" for each in notes(recipe)]
     if recipe.eval is not None and recipe.eval.tasks:
         checked.look("evaluation", lambda: _evaluation(recipe))
     if recipe.logger:
