@@ -10,9 +10,11 @@ import torch
 
 from nemo_longctx.adapters.megatron import attention, memory_trial, self_test
 from nemo_longctx.adapters.megatron.loss import use_chunked_loss
+from nemo_longctx.adapters.megatron.rope_module import transform_rope
 from nemo_longctx.adapters.megatron.self_test_parallel import SmallLayers, context_parallel_error, small_layers
 from nemo_longctx.attention import context_parallel
 from nemo_longctx.rope import YarnRope
+from nemo_longctx.rope.variants import parse
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,6 +93,18 @@ def test_layers_with_a_window_are_asked_with_theirs(fields, said, monkeypatch):
     original = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda q, k, v, **more: original(q, k, v, **{**more, "window": None}))
     assert not self_test.attention_finding(model).passed  # a window that gets lost
+
+
+def test_a_rope_that_scales_q_and_k_is_no_fault_of_attention():
+    """YaRN's factor and xPos's decay come in by hooks before attention, which a self-test of YaRN took for its errors."""
+    for variant in (
+        YarnRope(base=1e4, factor=8.0, original_max_position_embeddings=32),
+        parse({"variant": "xpos_abf", "base": 1e4}),
+    ):
+        model = small_gpt.build(small_gpt.config())
+        transform_rope(model, variant)
+        assert self_test.attention_finding(model).passed
+        assert self_test.loss_finding(model, small_gpt.VOCABULARY).passed
 
 
 def test_the_small_model_under_context_parallelism_is_like_the_run_s():
