@@ -99,7 +99,7 @@ def test_a_rope_that_scales_q_and_k_is_no_fault_of_attention():
     """YaRN's factor and xPos's decay come in by hooks before attention, which a self-test of YaRN took for its errors."""
     for variant in (
         YarnRope(base=1e4, factor=8.0, original_max_position_embeddings=32),
-        parse({"variant": "xpos_abf", "base": 1e4}),
+        parse({"variant": "xpos", "base": 1e4}),
     ):
         model = small_gpt.build(small_gpt.config())
         transform_rope(model, variant)
