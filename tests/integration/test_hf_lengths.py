@@ -67,6 +67,7 @@ def test_lengths_leave_together_and_sampling_stays(tmp_path):
         "do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": LONG,
     }  # fmt: skip
     assert read(tmp_path / "out", "tokenizer_config.json")["model_max_length"] == LONG
+    assert set(read(tmp_path / "out", "special_tokens_map.json")) == {"bos_token", "eos_token"}  # none of NeMo's own
     truncation = read(tmp_path / "out", "tokenizer.json")[
         "truncation"
     ]  # the host's tokenizer takes it away: then nothing is cut

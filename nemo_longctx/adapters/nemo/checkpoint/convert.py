@@ -51,7 +51,14 @@ from nemo_longctx.hf.dtypes import in_dtype
 from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.serving import reading_lines, vllm_length
-from nemo_longctx.hf.tokenizer import check_numbers, copy_tokenizer, has_tokenizer, load_hf_tokenizer, with_limit
+from nemo_longctx.hf.tokenizer import (
+    check_numbers,
+    copy_tokenizer,
+    has_tokenizer,
+    load_hf_tokenizer,
+    open_tokenizer,
+    with_limit,
+)
 from nemo_longctx.nemo_files import padded_by_host
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import DynamicNtkRope, Llama3Rope
@@ -258,7 +265,20 @@ def _hf_tokenizer(nemo_tokenizer: Any, directory: str | Path | None) -> Any:
         with tempfile.TemporaryDirectory(prefix="nemo_longctx_tokenizer_") as folder:
             copy_tokenizer(Path(directory), Path(folder))
             return load_hf_tokenizer(Path(folder), named=Path(directory))
-    return copy.deepcopy(getattr(nemo_tokenizer, "tokenizer", None))
+    return _without_borrowed(copy.deepcopy(getattr(nemo_tokenizer, "tokenizer", None)))
+
+
+def _without_borrowed(tokenizer: Any) -> Any:
+    """NeMo names the end as separator and the beginning as class token where a tokenizer has neither; an export leaves them out
+    again, where the files that it was loaded from show it."""
+    files = Path(str(getattr(tokenizer, "name_or_path", None) or ""))
+    if not files.name or not has_tokenizer(files):
+        return tokenizer
+    own = open_tokenizer(files)
+    for borrowed, lender in (("sep_token", "eos_token"), ("cls_token", "bos_token")):
+        if getattr(own, borrowed) is None and getattr(tokenizer, borrowed) == getattr(own, lender):
+            setattr(tokenizer, borrowed, None)
+    return tokenizer
 
 
 def _check_tokens(tokenizer: Any, config: Any) -> None:
