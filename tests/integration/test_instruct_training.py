@@ -196,3 +196,9 @@ def test_lora_beside_a_rope_variant_that_needs_the_transform(parts):
     run("-m", "nemo_longctx.cli", "export", str(parts / "yarn"), str(parts / "yarn_hf"))
     config = json.loads((parts / "yarn_hf" / "config.json").read_text())
     assert config["rope_scaling"]["rope_type"] == "yarn"
+    by_layer = ["model.window_size=[31,0]", "model.window_attn_skip_freq=2", yarn[:-1] + ", layers: full_attention}"]
+    said = run(*tuning(parts, "by_layer", "lora={dim: 4}", *by_layer))
+    assert "1 layers that see all tokens" in said
+    assert "plain rope (base=500000.0) in 1 layers with a window" in said
+    refused = run("-m", "nemo_longctx.cli", "export", str(parts / "by_layer"), str(parts / "by_layer_hf"), expected=2)
+    assert "rope.layers='full_attention': no class of transformers" in refused
