@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_longctx.adapters.megatron import cpu
 from nemo_longctx.adapters.nemo.checkpoint import exporter
+from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 from nemo_longctx.adapters.nemo.model.config import prepare_model
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import parse
@@ -115,3 +116,12 @@ def test_registering_twice_is_registering_once():
     exporter.register()
     assert type(llm.LlamaModel.exporter("hf", "unused")) is before
     assert before.__name__ == "HFLlamaExporter"
+
+
+def test_a_tokenizer_that_the_embedding_has_no_rows_for_is_refused_before_weights_are_read(checkpoint, tmp_path):
+    checkpoint("llama", "abf")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "larger")
+    with pytest.raises(ConfigError, match="is number 96 beyond the embedding's 96 rows"):
+        export_hf(tmp_path, tmp_path / "hf", tokenizer=tmp_path / "larger")
+    assert not (tmp_path / "hf").exists()

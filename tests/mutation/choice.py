@@ -82,9 +82,9 @@ def _newer(mutant: Mutant, files: set[str], covering: dict[str, Any]) -> list[st
     known = _known(covering)
     found = []
     for path in _files():
-        if path in files or imported.search(_text(path)):
+        own = 2 * (Path(path).stem == f"test_{stem}")  # the file's own tests need not say its name
+        if own or path in files or imported.search(_text(path)):
             new = {name: text for name, text in _tests(path).items() if f"{path}::{name}" not in known}
-            own = 2 * (Path(path).stem == f"test_{stem}")  # the file's own tests need not say its name
             found += [(own + len(spoken.findall(text)), f"{path}::{name}") for name, text in new.items()]
     return [test for speaks, test in sorted(found, reverse=True) if speaks][:8]
 

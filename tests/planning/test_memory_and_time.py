@@ -256,3 +256,16 @@ def test_a_node_keeps_rings_whole():
     devices, notes = override._devices(planned, {})
     assert devices == 4
     assert "9 nodes of 4" in notes[0]
+
+
+def test_gradients_are_reduced_behind_half_of_the_last_micro_batch():
+    """Half the bandwidth takes twice as long, and the same time of it is hidden."""
+
+    def parts(gb_s):
+        return step_time(MODEL, BASE, replace(GPUS["h100"], network_gb_s=gb_s), seq_length=16_384, global_batch_size=256)
+
+    once, twice = parts(1.0), parts(0.5)
+    assert 0 < once.data_parallel < twice.data_parallel
+    hidden = twice.data_parallel - 2 * once.data_parallel
+    assert hidden == pytest.approx(0.5 * once.compute / BASE.num_microbatches(256))
+    assert parts(1e6).data_parallel == 0
