@@ -114,6 +114,7 @@ def test_a_rehearsal_names_nothing_that_is_removed(tmp_path):
     assert str(tmp_path) not in said
     finished(tmp_path / "my-dry-run-1" / "mine")  # a user's own folder is none
     assert "nemo-longctx export" in runs.ending(tmp_path / "my-dry-run-1" / "mine")
+    assert "mine --corpus 'data/held out'" in runs.ending(tmp_path / "my-dry-run-1" / "mine")
 
 
 @pytest.mark.parametrize("what", ["longer", "torn", "no checkpoint", "put aside"])

@@ -159,6 +159,19 @@ def scale_gradients_by_ranks():
     context_parallel._GatherZigzag.backward = staticmethod(scaled)
 
 
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize(("error", "passed"), [(0.0, True), (1e-5, True), (1.1e-5, False), (float("inf"), False)])
+def test_two_ranks_pass_to_the_bound_and_the_mend_is_told(model, monkeypatch, error, passed, per_token):
+    asked = []
+    monkeypatch.setattr(self_test, "context_parallel_error", lambda **more: asked.append(more) or error)
+    monkeypatch.setattr(model.config, "calculate_per_token_loss", per_token)
+    finding = self_test.context_parallel_finding(model.config)
+    assert finding.passed == passed
+    assert [more["calculate_per_token_loss"] for more in asked] == [per_token]
+    assert f"{error:.1e} (bound 1e-05)" in finding.detail
+    assert ("would weigh every token alike" in finding.detail) == (not passed and not per_token)
+
+
 @pytest.mark.slow
 def test_context_parallel_passes_and_a_planted_scale_is_caught():
     variant = YarnRope(base=1e4, factor=4.0, original_max_position_embeddings=32, local_base=1e3)

@@ -28,7 +28,6 @@ from nemo_longctx.rope.variants import LongRope
 WINDOW, VOCABULARY = 64, 96
 SLIDING_WINDOW = 12  # of layers with one: shorter than a document, and than a rank's share of it
 DOCUMENTS = (0, 7, 40, 64)
-BOUND = 1e-5
 SECONDS = 900.0
 
 
