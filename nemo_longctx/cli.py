@@ -48,6 +48,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _sentence(error: Exception) -> str:
+    """What an error says; the system's own without its number."""
+    if isinstance(error, OSError) and error.filename and error.strerror and error.filename2 is None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
 def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Of `COMMAND ...`: inputs may stand on both sides of an option, as in `prepare a --output b c`."""
     command, *rest = argv
@@ -89,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("NEMO_LONGCTX_DEBUG"):
             raise
-        print(f"nemo-longctx {args.command}: error: {error}", file=sys.stderr)
+        print(f"nemo-longctx {args.command}: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -7,17 +7,17 @@ from pathlib import Path
 from nemo_longctx.cli import COMMANDS
 
 WHOLE = """
-init --target --gpus --tokens
+init --gpus
 prepare --train-tokenizer --seed --workers
 inspect --seed --show
 curate --workers
-synth --length --facts --seed
+synth --facts --seed
 export --verify-tokens --max-position-embeddings
 import --verify-tokens
-rope.show --head-dim --seq-length
-rope.plot --pair --positions --head-dim --seq-length
-rope.advise --from --to --head-dim
-plan --tokens-per-step --steps --gpus --tp --pp --cp --vp --micro-batch-size --eval-length --search
+rope.show --head-dim
+rope.plot --pair --positions --head-dim
+rope.advise --head-dim
+plan --steps --gpus --tp --pp --cp --vp --micro-batch-size --search
 eval --limit --max-length --tensor-parallel --pipeline-parallel
 fit-context --bootstrap --seed
 generate --max-new-tokens --top-k --seed --max-length
@@ -27,10 +27,15 @@ instruct.generate --max-answer-tokens --form-attempts --stop-after-malformed --s
 compare --seed
 """
 SIZES = """
+rope.show --seq-length
+rope.plot --seq-length
+rope.advise --from --to
+plan --tokens-per-step --eval-length
 prepare --train-tokenizer-bytes --max-input-bytes --max-file-bytes --shard-bytes
 inspect --seq-length --total-tokens --at
 curate --min-length --max-length --shard-bytes
-synth --tokens
+synth --length --tokens
+init --target --tokens
 """
 FRACTIONS = """
 prepare --holdout

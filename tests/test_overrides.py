@@ -82,3 +82,39 @@ def test_inputs_may_stand_behind_options(tmp_path, capsys):
         main(["prepare", "x", "--output", "y", "--tokenizer", "z", "w", "--holdout"])
     assert main(["prepare", str(tmp_path / "a"), "--output", str(tmp_path / "y"), "--tokenizer", "z", "nowhere"]) == 2
     assert "unrecognized" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["prepare", "x.jsonl", "--output", "y", "--tokenizer", "z", "--keys", "text,text"],
+            "keys='text,text': a key is named twice",
+        ),
+        (["curate", "x.jsonl", "--output", "y.jsonl", "--keys", "text,text"], "keys='text,text': a key is named twice"),
+        (["inspect", "x", "--figure", "y.png", "--no-figure"], "figure='y.png': it has no effect with --no-figure"),
+        (["fit-context", "nowhere.csv"], "error: nowhere.csv: no such file or directory"),
+        (["rope", "advise", "--from", "32Ki", "--to", "4Ki"], "--to=4096: must be above the trained length, 32768"),
+    ],
+)
+def test_what_is_said_twice_or_in_vain_is_refused_in_a_sentence(words, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_picture_is_where_it_is_said_to_be(tmp_path):
+    pytest.importorskip("matplotlib")
+    from nemo_longctx.report.plots import new_figure, save
+
+    figure, _ = new_figure()
+    assert save(figure, tmp_path / "lengths").is_file()
+    with pytest.raises(ConfigError, match="is no kind of picture"):
+        save(figure, tmp_path / "lengths.txt")
+
+
+def test_a_plan_of_few_tokens_does_not_say_that_there_are_none(capsys):
+    assert main(["plan", "--model", "llama2_7b", "--steps", "2", "--tokens-per-step", "8Ki", "--curriculum", "4096"]) == 0
+    said = capsys.readouterr().out
+    assert "0.02M" in said
+    assert "0.0B" not in said

@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
     error = None
     if has_plan:
         report["plan"], error = _plan(args, mix, documents)
-    unwritten = None
+    unwritten: Exception | None = None
     if not args.no_figure:
         try:
             report["figure"] = _draw(args, report)
-        except OSError as failed:  # a corpus that may only be read: the report does not depend on its picture
+        except (ConfigError, OSError) as failed:  # a corpus that may only be read: the report does not depend on its picture
             unwritten = failed
     print(json.dumps(report, indent=1)) if args.json else _print(report)
     if unwritten is not None:
@@ -111,6 +111,8 @@ def _check(args: argparse.Namespace, has_plan: bool) -> None:
         raise ConfigError("seed", args.seed, "a whole number of at least 0")
     if args.show is not None and args.show < 1:
         raise ConfigError("show", args.show, "how many windows to print, at least 1")
+    if args.figure is not None and args.no_figure:
+        raise ConfigError("figure", args.figure, "it has no effect with --no-figure; leave one out")
     for name in ("at", "source", "tokenizer", "document_masking"):
         if args.show is None and getattr(args, name):
             raise ConfigError(name, getattr(args, name), "it has no effect without --show")

@@ -29,7 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text as prepare takes it: files or directories")
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="documents, one {text, kind, facts} a line")
     parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="the tokenizer that lengths are counted in")
-    parser.add_argument("--length", type=int, required=True, help="tokens of each document, the end-of-document token included")
+    parser.add_argument(
+        "--length", type=size, required=True, help="tokens of each document, the end-of-document token included"
+    )
     parser.add_argument("--tokens", type=size, required=True, metavar="SIZE", help="tokens of all documents: 100M, 4Mi")
     parser.add_argument(
         "--kinds",

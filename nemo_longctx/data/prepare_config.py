@@ -80,6 +80,8 @@ class PrepareConfig:
         if not self.inputs or not self.keys:
             key = "input" if not self.inputs else "keys"
             raise ConfigError(key, (), "name at least one")
+        if len(set(self.keys)) < len(self.keys):
+            raise ConfigError("keys", ",".join(self.keys), "a key is named twice, so its text would come twice; name it once")
         if self.keep_shards:  # a directory, which may be named with a slash at its end
             object.__setattr__(self, "output", self.output.rstrip("/"))
         _check_output(self.output)

@@ -227,7 +227,7 @@ def _conversion_explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # protobuf, sentencepiece and the Rust side raise types of their own
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(", or contain one of")[0]
         mend = f"no tokenizer there ({why}); name a directory or a hub name, or train one with --train-tokenizer VOCAB"
         if type(error).__name__ == "VersionError" or isinstance(error, ImportError):
             mend = f"it cannot be converted ({why}); install sentencepiece and its protobuf, or save a tokenizer.json"

@@ -252,8 +252,9 @@ def read_curves(path: str | Path) -> dict[str, dict[str, Array]]:
         before = 1 if x and x[0].strip().lower() == "position" else 0
         x = x or [names[n] for n in ("start", "end") if n in names]
         if "loss" not in names or not x or (len(x) == 1 and x[0].strip().lower() in ("start", "end")):
+            some = ", ".join(name[:40] for name in list(names)[:6]) + (", ..." if len(names) > 6 else "")
             raise ValueError(
-                f"{path.name} needs a column 'loss' and one 'context' (or 'start' and 'end'); it has {list(names)}"
+                f"{path.name} needs a column 'loss' and one 'context' (or 'start' and 'end'); it has {some or 'none'}"
             )
         error = next((names[n] for n in ("standard error", "standard_error", "se") if n in names), None)
         documents: dict[str, int] = {}

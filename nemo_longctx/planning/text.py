@@ -51,7 +51,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     ]
     for stage in plan["stages"]:
         lines.append(
-            f"{stage['seq_length']:9,} {stage['steps']:9,} {stage['global_batch_size']:7,} {stage['tokens'] / 1e9:8.1f}B "
+            f"{stage['seq_length']:9,} {stage['steps']:9,} {stage['global_batch_size']:7,} {_short(stage['tokens']):>9} "
             f"{stage['flops']:10.3e} {stage['attention_share']:9.1%} {stage['relative_speed']:6.2f}"
         )
     lines += [
@@ -135,6 +135,10 @@ def _search_lines(ranked: list[dict[str, Any]], rows: int) -> list[str]:
         if len(group) > rows:
             lines.append(f"  ... and {len(group) - rows} more that {rest}")
     return lines
+
+
+def _short(tokens: float) -> str:
+    return f"{tokens / 1e9:.1f}B" if tokens >= 1e8 else f"{tokens / 1e6:.2f}M"
 
 
 def _count(number: float) -> str:

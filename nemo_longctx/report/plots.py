@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import SET_LOSS
 
 if TYPE_CHECKING:
@@ -45,8 +46,16 @@ def new_figure(width: float = 7.2, height: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the PNG, making its folder; returns the path."""
+    """Write the picture, making its folder; returns where it is: `.png` is added to a name without a suffix.
+
+    Raises:
+        ConfigError: a suffix that no picture has.
+    """
     path = Path(path)
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
+    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise ConfigError("figure", str(path), "is no kind of picture; name a .png, .svg or .pdf")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -72,6 +72,8 @@ class CurateConfig:
                 raise ConfigError(key, value, did_you_mean(str(value), [each for each in known if each is not None]))
         if not self.inputs or not self.keys:
             raise ConfigError("input" if not self.inputs else "keys", (), "name at least one")
+        if len(set(self.keys)) < len(self.keys):
+            raise ConfigError("keys", ",".join(self.keys), "a key is named twice, so its text would come twice; name it once")
         check_local("output", self.output)
         if not self.output.endswith(".jsonl") or self.output.rpartition("/")[2] == ".jsonl":
             raise ConfigError("output", self.output, "it is written as JSON lines; give a name that ends in .jsonl")
