@@ -14,6 +14,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.checks import check_name, check_tokenizer
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.hf.model import load_hf_model
+from nemo_longctx.hf.other_formats import told_apart
 from nemo_longctx.hf.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
@@ -85,8 +86,16 @@ def check_source(path: str, tokenizer: Any = None) -> None:
     check_name("checkpoint", path)
     if isinstance(tokenizer, str):
         check_tokenizer("tokenizer", tokenizer)
-    if tokenizer is None and Path(path).is_dir() and _is_hugging_face(path):
-        check_tokenizer("tokenizer", path)
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if _is_hugging_face(path):
+        if tokenizer is None:
+            check_tokenizer("tokenizer", path)
+    elif not any((folder / name).is_dir() for name in ("weights", "context", "checkpoints")):  # of NeMo's checkpoints and runs
+        told = told_apart(folder)
+        if told is not None:
+            raise ConfigError("checkpoint", path, told)
 
 
 def _is_hugging_face(path: str) -> bool:

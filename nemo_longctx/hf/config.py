@@ -281,8 +281,10 @@ def family_rope(family: str, variant: RopeVariant, keys: Mapping[str, Any]) -> d
         ConfigError: Phi-3 under another scaling than LongRoPE's, or layers with a window that have a RoPE of their own.
     """
     check_one_rope(variant)
-    if family != "phi3" or not keys.get("rope_scaling"):
+    if family != "phi3":
         return dict(keys)
+    if not keys.get("rope_scaling"):  # its class would say 4,096 there, which tools take for a stretch from that length
+        return {**keys, "original_max_position_embeddings": keys["max_position_embeddings"]}
     if variant.variant != "longrope":
         raise ConfigError("rope.variant", variant.variant, "transformers' phi3 takes no scaling of RoPE but longrope")
     scaling = {key: keys["rope_scaling"][key] for key in ("short_factor", "long_factor")}

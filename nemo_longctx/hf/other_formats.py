@@ -30,25 +30,29 @@ _SIGNS = (
 _VARIANT = re.compile(r"(model|pytorch_model)\.(?!safetensors|bin)[\w-]+\.(safetensors|bin)")
 
 
-def no_config(directory: Path) -> ConfigError:
-    """Why a directory without `config.json` is no model's, with the directory to give where one lies inside."""
+def told_apart(directory: Path) -> str | None:
+    """What a directory without `config.json` is, with the directory to give where one lies inside; None: nothing shows it."""
     inside = sorted(directory.glob("snapshots/*/config.json"), key=lambda each: each.stat().st_mtime)
     if inside:
-        return ConfigError(KEY, str(directory), f"is a cache's entry of the hub; give the model in it: {inside[-1].parent}")
+        return f"is a cache's entry of the hub; give the model in it: {inside[-1].parent}"
     steps = sorted(directory.glob("checkpoint-*/config.json"), key=lambda each: (len(each.parent.name), each.parent.name))
     if steps:
-        return ConfigError(KEY, str(directory), f"is a trainer's output; give a checkpoint in it, such as {steps[-1].parent}")
+        return f"is a trainer's output; give a checkpoint in it, such as {steps[-1].parent}"
+    if held := _held(directory):
+        return f"has no config.json and holds {held}"
+    below = sorted(each.parent for each in directory.glob("*/config.json"))
+    return f"no config.json there, but in {below[0]}; give that directory" if len(below) == 1 else None
+
+
+def no_config(directory: Path) -> ConfigError:
+    """Why a directory without `config.json` is no Hugging Face model's."""
     if (directory / "weights").is_dir() and (directory / "context").is_dir():
         return ConfigError(KEY, str(directory), "is a NeMo checkpoint, which needs no import: restore_from takes it as it is")
-    below = sorted(each.parent for each in directory.glob("*/config.json"))
-    held = _held(directory)
-    if held:
-        return ConfigError(KEY, str(directory), f"has no config.json and holds {held}")
-    if len(below) == 1:
-        return ConfigError(KEY, str(directory), f"no config.json there, but in {below[0]}; give that directory")
-    if (directory / "tokenizer_config.json").is_file() and not any(directory.glob("*.safetensors")):
-        return ConfigError(KEY, str(directory), "no config.json there, a tokenizer alone; give a Hugging Face model directory")
-    return ConfigError(KEY, str(directory), "no config.json there; give a Hugging Face model directory")
+    told = told_apart(directory)
+    if told is None:
+        alone = (directory / "tokenizer_config.json").is_file() and not any(directory.glob("*.safetensors"))
+        told = f"no config.json there{', a tokenizer alone' if alone else ''}; give a Hugging Face model directory"
+    return ConfigError(KEY, str(directory), told)
 
 
 def no_weights(directory: Path, wanted: tuple[str, str], pickled: tuple[str, str]) -> ConfigError:

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import is_corpus
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.hf.other_formats import told_apart
 from nemo_longctx.planning.gpus import gpu_by_name
 from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.models import ModelShape, json_mapping, model_from_hf, model_from_nemo, nemo_context
@@ -75,6 +76,8 @@ def read_source(path: Path) -> Source:
         shape = model_from_hf(path / "config.json")
         rope = RopeVariant.from_hf(json_mapping(path / "config.json", key="--checkpoint"))
         return Source(path=path, hugging_face=True, model=shape, rope=rope)
+    if path.is_dir() and (told := told_apart(path)) is not None:
+        raise ConfigError("--checkpoint", str(path), told)
     mend = "give a NeMo checkpoint (a directory with context/), a run's directory, or a Hugging Face directory with config.json"
     raise ConfigError("--checkpoint", str(path), f"no checkpoint that can be read; {mend}")
 

@@ -71,6 +71,21 @@ def test_the_directory_to_give_is_named(tmp_path, capsys, inside, message):
     assert "Errno" not in capsys.readouterr().err
 
 
+def test_init_generate_and_eval_name_it_too(tmp_path, capsys):
+    """Before the host is imported, which would look for a NeMo checkpoint there."""
+    from nemo_longctx.adapters.pretrained import check_source
+
+    (tmp_path / "hub" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "hub" / "snapshots" / "abc" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"checkpoint=.*is a cache's entry of the hub; .*snapshots/abc$"):
+        check_source(str(tmp_path / "hub"))
+    assert main(["init", "--checkpoint", str(tmp_path / "hub"), "--target", "4096", "--data", str(tmp_path)]) == 2
+    assert "is a cache's entry of the hub" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "x.gguf").write_text("")
+    check_source(str(tmp_path / "run"))
+
+
 def test_a_name_of_the_hub_is_told_how_to_be_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"hf download meta-llama/Llama-3.2-1B --local-dir DIR"):
@@ -127,3 +142,14 @@ def test_the_first_llamas_name_of_their_tokenizer_s_class():
     from nemo_longctx.hf.tokenizer import as_transformers_4
 
     assert as_transformers_4({"tokenizer_class": "LLaMATokenizer"})["tokenizer_class"] == "LlamaTokenizer"
+
+
+def test_a_plain_phi_3_says_no_shorter_trained_length():
+    """Its class would write 4,096, which tools that read the file take for a stretch from there."""
+    from nemo_longctx.hf.config import family_rope, read_config
+    from nemo_longctx.rope import Rope
+
+    rope = Rope(base=250_000.0)
+    keys = family_rope("phi3", rope, rope.to_hf(rotary_dim=16, max_position_embeddings=16_384))
+    assert keys["original_max_position_embeddings"] == 16_384
+    assert read_config(config_of("phi3") | keys | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}).variant == rope
