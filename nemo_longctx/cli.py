@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -70,6 +71,9 @@ def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake (ValueError, a missing file, a full disk) ends in one sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal or log of another encoding loses a letter, not the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated")  # torch's, of a package that the host brings
     name = next((a for a in argv if not a.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")

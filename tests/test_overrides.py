@@ -1,5 +1,9 @@
 """What is typed reaches the schema as it was meant: on either side of an option, beyond Hydra's grammar, with `~`."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nemo_longctx.cli import main
@@ -118,3 +122,22 @@ def test_a_plan_of_few_tokens_does_not_say_that_there_are_none(capsys):
     said = capsys.readouterr().out
     assert "0.02M" in said
     assert "0.0B" not in said
+
+
+def test_retrieval_text_is_not_written_over_what_is_read_or_another_s(tmp_path, capsys):
+    text, other = tmp_path / "text.jsonl", tmp_path / "other.jsonl"
+    for each in (text, other):
+        each.write_text('{"text": "a"}\n')
+    for output, why in ((text, "is one of the inputs"), (other, "something else is there")):
+        words = ["synth", str(text), "--output", str(output), "--tokenizer", "z", "--length", "1Ki", "--tokens", "4Ki"]
+        assert main(words) == 2
+        assert why in capsys.readouterr().err
+        assert output.read_text() == '{"text": "a"}\n'
+
+
+def test_an_output_of_another_encoding_loses_a_letter_and_not_the_command(tmp_path):
+    code = "import sys\nfrom nemo_longctx.cli import main\nsys.exit(main(['inspect', 'gr\u00f6\u00dfe']))"
+    asked = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=asked, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "gr\\xf6\\xdfe.idx is missing" in done.stderr

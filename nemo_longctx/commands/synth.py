@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
@@ -51,8 +53,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
-    from pathlib import Path
 
     from tqdm import tqdm
 
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix != ".jsonl":
         raise ConfigError("--output", args.output, "name a file that ends in .jsonl, which prepare reads")
+    _keep_others(args.inputs, output)
     texts = _texts(args, os.path.abspath(output))
     tokenizer = load_tokenizer(args.tokenizer)
     from tokenizers import Tokenizer
@@ -91,6 +92,14 @@ def run(args: argparse.Namespace) -> int:
     for kind, values in found["kinds"].items():
         print(f"  {kind:<15}{values['documents']:>9,} documents{values['tokens']:>15,} tokens{values['share']:>8.1%}")
     return 0
+
+
+def _keep_others(inputs: list[str], output: Path) -> None:
+    """Refuse to write over text that this command did not make: what is read, or a file without its `.made`."""
+    if any(os.path.realpath(each) == os.path.realpath(output) for each in inputs):
+        raise ConfigError("--output", str(output), "is one of the inputs and would be replaced; name another file")
+    if output.exists() and not output.with_name(output.name + ".made").exists():
+        raise ConfigError("--output", str(output), "something else is there; name another file, or remove it")
 
 
 def _shares(text: str) -> dict[str, float]:
