@@ -56,9 +56,16 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
+def _at_home(word: str) -> str:
+    """`--output=~/x` and a quoted `~/x` as the shell reads `~/x`: else a folder called `~` would be made."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word
+
+
 def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Of `COMMAND ...`: inputs may stand on both sides of an option, as in `prepare a --output b c`."""
     command, *rest = argv
+    rest = [_at_home(word) for word in rest]
     if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):  # what argparse cannot intermix
         args = parser.parse_args(rest)
     else:

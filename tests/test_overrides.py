@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nemo_longctx.cli import main
+from nemo_longctx.cli import _at_home, main
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.overrides import places, readable
@@ -141,3 +141,13 @@ def test_an_output_of_another_encoding_loses_a_letter_and_not_the_command(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], env=asked, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "gr\\xf6\\xdfe.idx is missing" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["inspect", "~/x"], ["fit-context", "y.csv", "--output=~/x"]])
+def test_a_home_that_the_shell_left_is_one(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _at_home(words[-1]).endswith(f"{tmp_path}/x")
+    assert _at_home("--name=a~/b") == "--name=a~/b"
+    if words[0] == "inspect":
+        assert main(words) == 2
+        assert f"corpus='{tmp_path}/x'" in capsys.readouterr().err
