@@ -13,7 +13,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_longctx.adapters.nemo.checkpoint import convert
+from nemo_longctx.adapters.nemo.checkpoint import convert, hf_verify
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import begin, executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
@@ -217,3 +217,34 @@ def test_generation_and_tokenizer_end_where_the_model_does(limit, generates, cut
         assert tokenizer.model_max_length == becomes
         cut = tokenizer.backend_tokenizer.truncation
         assert (cut and (cut["max_length"], cut["stride"])) == ((256, 3) if cuts else None)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (OSError("\n first\nsecond"), r"transformers cannot load its weights \(first\); if they are damaged, copy or download"),
+        (EOFError(), r"transformers cannot load its weights \(EOFError\)"),
+        ({"mismatched": [("b", (1,), (2,)), "a"]}, r"2 weights have another shape \(a, b\): config.json and weights disagree"),
+        ({"missing": list("edcba")}, r"5 weights are missing from the files \(a, b, c, d, \.\.\.\)"),
+        ({"unexpected": list("dcba")}, r"4 weights have no place in the model \(a, b, c, d\)"),
+        ({}, None),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path, monkeypatch, outcome, said):
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+
+    def load(source, **more):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return model.train(), {f"{kind}_keys": outcome.get(kind, []) for kind in ("mismatched", "missing", "unexpected")}
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    if said is None:
+        assert not hf_verify.source_model(tmp_path, model.config, dtype="auto").training
+        return
+    for named in (None, Path("as/the/user/knows/it")):
+        with pytest.raises(ConfigError, match=said) as caught:
+            hf_verify.source_model(tmp_path, model.config, dtype="auto", named=named)
+        assert caught.value.value == str(named or tmp_path)
