@@ -38,6 +38,8 @@ COMMANDS = {
     "completion": "a script that lets bash, zsh or fish complete commands, options and settings",
 }
 
+RESUMED = frozenset({"train", "sft", "prepare", "curate", "instruct", "ablate"})  # their work is kept as it is done
+
 
 class _Version(argparse.Action):
     """Finds the versions only when asked, since that reads the metadata of every installed package."""
@@ -110,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nemo-longctx {args.command}: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        next_time = "goes on from here" if name in RESUMED else "begins anew"
+        print(f"interrupted; the same command {next_time}", file=sys.stderr)
         return 130
 
 

@@ -1,5 +1,6 @@
 """The command line: lazy, and a mistake is one sentence."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -134,10 +135,11 @@ print(json.dumps(said))
 """
 
 # Every command with what it would work on, and the extra whose absence ends it; None: the core is enough.
+TRAIN = ["train", "recipe=tiny_cpu_base", "data.mix.sources=[{path: all}]", "data.validation=[]", "data.tokenizer=null"]
 WITHOUT_EXTRAS = [
     (["init", "--checkpoint", "model", "--target", "1024", "--data", "all"], None),
-    (["train", "recipe=tiny_cpu_base", "data.mix.sources=[{path: all}]", "data.validation=[]"], "nemo"),
-    (["train", "recipe=tiny_cpu_base", "data.mix.sources=[{path: all}]", "data.validation=[]", "--dry-run=full"], "nemo"),
+    ([*TRAIN], "nemo"),
+    ([*TRAIN, "--dry-run=full"], "nemo"),
     (["sft", "restore_from=checkpoint", "data.tokenizer=model", "data.short=[chat.jsonl]", "data.long=[chat.jsonl]"], "nemo"),
     (["inspect", "all"], None),
     (["export", "checkpoint", "out"], "nemo"),
@@ -191,3 +193,16 @@ def test_a_command_without_its_extra_says_what_to_install(ended, number):
     else:
         assert status == 2, said
         assert f"pip install 'nemo-longctx[{extra}]'" in said
+
+
+@pytest.mark.parametrize(("command", "said"), [("prepare", "goes on from here"), ("inspect", "begins anew")])
+def test_an_interrupt_promises_what_the_command_holds(command, said, monkeypatch, capsys):
+    module = importlib.import_module(f"nemo_longctx.commands.{command}")
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run", interrupted)
+    words = {"prepare": ["a", "--output", "b", "--tokenizer", "c"], "inspect": ["a"]}[command]
+    assert main([command, *words]) == 130
+    assert f"the same command {said}" in capsys.readouterr().err

@@ -50,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="prepare will add it (default: yes)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of everything drawn (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a file that other settings made")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,14 +68,20 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix != ".jsonl":
         raise ConfigError("--output", args.output, "name a file that ends in .jsonl, which prepare reads")
     _keep_others(args.inputs, output)
-    texts = _texts(args, os.path.abspath(output))
     tokenizer = load_tokenizer(args.tokenizer)
+    ends = 1 if args.append_eod and tokenizer.eod_id is not None else 0
+    settings: dict[str, Any] = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256}
+    settings |= {"seed": args.seed, "facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
+    settings["asked"] = {"length": args.length, "tokens": args.tokens, "kinds": dict(config.shares), "keys": args.keys}
+    settings["asked"]["glob"] = args.globs
+    if not args.force:
+        _keep_made(output, settings)
+    texts = _texts(args, os.path.abspath(output))
     from tokenizers import Tokenizer
 
     engine = Tokenizer.from_str(tokenizer.definition)
     engine.encode_special_tokens = True
     engine.no_truncation()
-    ends = 1 if args.append_eod and tokenizer.eod_id is not None else 0
     maker = Maker(config, texts, lambda text: engine.encode(text, add_special_tokens=False).ids, ends=ends)
     output.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, int] = {}
@@ -84,22 +91,36 @@ def run(args: argparse.Namespace) -> int:
             line = {"text": document.text, "kind": document.kind, "facts": document.facts}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             made[document.kind] = made.get(document.kind, 0) + 1
-    found: dict[str, Any] = report(config, made)
-    settings = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256, "seed": args.seed}
-    settings |= {"facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
-    write_text(output.with_name(output.name + ".made"), json.dumps(found | settings, indent=1) + "\n")
+        found: dict[str, Any] = report(config, made)
+        output.unlink(missing_ok=True)  # a kill from here on leaves no text beside another's note
+        write_text(_note(output), json.dumps(found | settings, indent=1) + "\n")
     print(f"{args.output}: {found['documents']:,} documents of {config.length:,} tokens, {found['tokens']:,} in all")
     for kind, values in found["kinds"].items():
         print(f"  {kind:<15}{values['documents']:>9,} documents{values['tokens']:>15,} tokens{values['share']:>8.1%}")
     return 0
 
 
+def _note(output: Path) -> Path:
+    return output.with_name(output.name + ".made")
+
+
 def _keep_others(inputs: list[str], output: Path) -> None:
-    """Refuse to write over text that this command did not make: what is read, or a file without its `.made`."""
+    """Refuse to write over text that this command did not make: what is read, or a file without its note."""
     if any(os.path.realpath(each) == os.path.realpath(output) for each in inputs):
         raise ConfigError("--output", str(output), "is one of the inputs and would be replaced; name another file")
-    if output.exists() and not output.with_name(output.name + ".made").exists():
+    if output.exists() and not _note(output).exists():
         raise ConfigError("--output", str(output), "something else is there; name another file, or remove it")
+
+
+def _keep_made(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse to write over what other settings made, by their names."""
+    if not output.exists():
+        return
+    before = json.loads(_note(output).read_text(encoding="utf-8"))
+    before |= before.get("asked", {})
+    if other := [key for key, value in (settings | settings["asked"]).items() if key != "asked" and before.get(key) != value]:
+        mend = f"was made with another {' and another '.join(other)}; name another file, or replace it with --force"
+        raise ConfigError("--output", str(output), mend)
 
 
 def _shares(text: str) -> dict[str, float]:

@@ -55,6 +55,21 @@ def changed(rng, text, share):
     return " ".join(words)
 
 
+def test_what_was_taken_is_told_where_there_is_a_choice(tmp_path):
+    def said_of(names, inputs):
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        for name in names:
+            write_rows(folder / name, [f"{name}: " + prose(random.Random(1), 60)])
+        said = []
+        config = CurateConfig(inputs=tuple(str(folder / each) for each in inputs), output=str(folder / "out.jsonl"))
+        running.curate(config, say=said.append, progress=lambda n_bytes: lambda *steps: None)
+        return [line for line in said if "taken" in line]
+
+    assert said_of(["a.jsonl"], ["a.jsonl"]) == []
+    assert len(said_of(["a.jsonl", "b.jsonl"], ["."])) == 1
+
+
 def test_planted_duplicates_are_found_and_nothing_else(tmp_path):
     rng = random.Random(1)
     texts = [prose(rng, rng.randint(100, 500)) for _ in range(200)]

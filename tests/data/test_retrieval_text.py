@@ -102,6 +102,16 @@ def test_what_the_command_writes_is_what_prepare_takes(tmp_path, tokenizer, caps
     first = output.read_bytes()
     assert main([*command, "--tokens", "5120", "--kinds", "passkey=0.75,records=0.25"]) == 0
     assert output.read_bytes() == first
+    assert main([*command, "--tokens", "5120", "--kinds", "passkey=0.75,records=0.25", "--seed", "2"]) == 2
+    assert "was made with another seed; name another file, or replace it with --force" in capsys.readouterr().err
+    assert main([*command, "--tokens", "2560"]) == 2
+    assert "another tokens and another kinds;" in capsys.readouterr().err
+    assert output.read_bytes() == first
+    assert main([*command, "--tokens", "5120", "--seed", "2", "--force"]) == 0
+    assert output.read_bytes() != first
+    output.unlink()  # a kill between the note and the text
+    assert main([*command, "--tokens", "5120", "--kinds", "passkey=0.75,records=0.25"]) == 0
+    assert output.read_bytes() == first
     assert main(["prepare", str(output), "--output", str(tmp_path / "corpus"), "--tokenizer", tokenizer, "--workers", "1"]) == 0
     assert open_corpus(str(tmp_path / "corpus")).lengths.tolist() == [256] * 20
     assert main([*command, "--tokens", "5120", "--kinds", "passky"]) == 2

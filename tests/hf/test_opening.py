@@ -24,3 +24,14 @@ def test_the_first_line_of_an_error_is_told_or_its_kind(tmp_path, monkeypatch, e
         load_hf_model(tmp_path)
     assert caught.value.__cause__ is error
     assert "second" not in str(caught.value)
+
+
+def test_what_is_wrong_in_the_files_of_a_known_family_is_told_instead(directory, monkeypatch):
+    def stop(source, **more):
+        raise RuntimeError("a word of transformers' own")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
+    folder = directory(hidden_act="none such")
+    with pytest.raises(ConfigError, match="hidden_act") as caught:
+        load_hf_model(folder)
+    assert "a word of transformers' own" not in str(caught.value)

@@ -7,6 +7,7 @@ from hf_files import config_of
 
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
+from nemo_longctx.hf.config import KEY
 from nemo_longctx.hf.directory import check_directory
 from nemo_longctx.hf.families import DEFAULTS, WHY_NOT, reason
 
@@ -47,8 +48,9 @@ def test_what_other_tools_write_is_named(tmp_path, names, message, configured):
 def test_weights_by_another_name_are_named(directory, name, message):
     folder = directory(files={name: "x"})
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         check_directory(folder)
+    assert (caught.value.key, caught.value.value) == (KEY, str(folder))
 
 
 @pytest.mark.parametrize(
