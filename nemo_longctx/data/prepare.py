@@ -32,6 +32,9 @@ from nemo_longctx.data.tokenization import TokenizerInfo, read_back
 from nemo_longctx.data.writer import explain_full_disk, work_directory
 from nemo_longctx.versions import versions_of
 
+# Settings that the report keeps by name, beside tokenizer, seed and inputs.
+KEPT = ("keys", "globs", "format", "on_error", "replace_invalid", "holdout", "max_input_bytes", "max_file_bytes")
+
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
     """Make the corpus, or find it made by the same settings from the same input, or go on where a killed run stopped.
@@ -64,7 +67,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
             raise ConfigError("bos", True, f"{config.tokenizer} has no bos_token to begin documents with; leave it out")
         _tell_plain_added(tokenizer, say)
         plan = _plan_hash(config, sources, tokenizer)
-        made = _already_made(config, output, plan)
+        made = _already_made(config, tokenizer, output, plan)
         if made is not None:
             say(f"{config.output} is already there, made by the same settings from the same input; nothing to do")
         else:
@@ -140,7 +143,7 @@ def _hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _already_made(config: PrepareConfig, output: str, plan: str) -> dict[str, Any] | None:
+def _already_made(config: PrepareConfig, tokenizer: TokenizerInfo, output: str, plan: str) -> dict[str, Any] | None:
     """The report of the same corpus, if it is there.
 
     Raises:
@@ -157,7 +160,42 @@ def _already_made(config: PrepareConfig, output: str, plan: str) -> dict[str, An
         raise ConfigError("output", config.output, "this directory holds more than shards; name another")
     if config.force:
         return None
-    raise ConfigError("output", config.output, "another corpus is there; name another prefix, or replace it with --force")
+    mend = f"another corpus is there{_differs(config, tokenizer, made)}; name another prefix, or replace it with --force"
+    raise ConfigError("output", config.output, mend)
+
+
+def _settings(config: PrepareConfig, tokenizer: TokenizerInfo) -> dict[str, Any]:
+    """What a corpus was asked to be, as its report keeps it."""
+    return {
+        "tokenizer": {
+            "name": config.tokenizer,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token": tokenizer.bos_token if config.bos else None,
+            "bos_id": tokenizer.bos_id if config.bos else None,
+            "eod_token": tokenizer.eod_token if config.append_eod else None,
+            "eod_id": tokenizer.eod_id if config.append_eod else None,
+        },
+        "settings": {key: getattr(config, key) for key in KEPT},
+        "seed": config.seed,
+        "inputs": [shown(path) for path in config.inputs],
+    }
+
+
+def _differs(config: PrepareConfig, tokenizer: TokenizerInfo, made: dict[str, Any]) -> str:
+    """` (another seed, another holdout)`: with which settings a corpus that is there was made, or that its files changed."""
+    if not made:
+        return ", without the report of how it was made"
+    asked = json.loads(json.dumps(_settings(config, tokenizer)))
+    names = {"sha256": "tokenizer", "bos_id": "bos", "eod_id": "eod"}
+    other = [name for key, name in names.items() if made["tokenizer"].get(key) != asked["tokenizer"][key]]
+    other += [key for key, value in asked["settings"].items() if made["settings"].get(key) != value]
+    other += [key for key in ("seed", "inputs") if made.get(key) != asked[key]]
+    return (
+        f" (another {', another '.join(other)})"
+        if other
+        else " (its inputs have changed since, or its shards have another size)"
+    )
 
 
 def _is_whole(config: PrepareConfig, output: str, made: dict[str, Any]) -> bool:
@@ -235,32 +273,9 @@ def _provenance(
         "tokens": {split: sum(report.tokens[split] for report in reports) for split in ("train", "holdout")},
         "bad_records": bad,
         "empty_records": sum(len(report.empty) for report in reports),
-        "tokenizer": {
-            "name": config.tokenizer,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_token": tokenizer.bos_token if config.bos else None,
-            "bos_id": tokenizer.bos_id if config.bos else None,
-            "eod_token": tokenizer.eod_token if config.append_eod else None,
-            "eod_id": tokenizer.eod_id if config.append_eod else None,
-        },
+        **_settings(config, tokenizer),
         "dtype": token_dtype(tokenizer.vocab_size).name,
-        "settings": {
-            key: getattr(config, key)
-            for key in (
-                "keys",
-                "globs",
-                "format",
-                "on_error",
-                "replace_invalid",
-                "holdout",
-                "max_input_bytes",
-                "max_file_bytes",
-            )
-        },
-        "seed": config.seed,
         "added_tokens_spelled": spelled,
-        "inputs": [shown(path) for path in config.inputs],
         "source_files": [{"path": shown(path), "bytes": n_bytes} for path, n_bytes in files.items()],
         "passed_over": {shown(path): why for path, why in found.passed_over.items()},
         "versions": {

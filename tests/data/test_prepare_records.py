@@ -128,7 +128,7 @@ def test_begin_tokens_are_kept_and_compared_between_sources(tmp_path, tok, capsy
     sources = [{"path": str(tmp_path / name)} for name in ("c", "plain")]
     with pytest.raises(ConfigError, match=f"begin with no begin token, those of c with token {begin}.*--bos"):
         Documents.open(build(MixConfig, {"sources": sources}))
-    with pytest.raises(ConfigError, match="another corpus is there"):
+    with pytest.raises(ConfigError, match=r"another corpus is there \(another bos\); name"):
         run(tmp_path, path, tok)  # without --bos: not the same corpus
     with pytest.raises(ConfigError, match="no bos_token"):
         run(tmp_path / "x", path, word_level(tmp_path / "words", ["text"], unknown=True), bos=True, eod_token="<eod>")
@@ -259,7 +259,7 @@ def test_a_finished_corpus_serves_a_command_that_would_have_made_it(tmp_path, to
     run(tmp_path, path, tok, on_error="skip")
     made = (tmp_path / "c.bin").stat().st_ino
     if bad and on_error == "fail":
-        with pytest.raises(ConfigError, match="another corpus is there"):
+        with pytest.raises(ConfigError, match=r"another corpus is there \(another on_error\)"):
             run(tmp_path, path, tok, on_error=on_error)
         with pytest.raises(ConfigError, match=r"a\.jsonl:2"):
             run(tmp_path, path, tok, on_error=on_error, force=True)
@@ -327,3 +327,17 @@ def test_where_a_killed_worker_was_is_known(tmp_path, tok, monkeypatch):
     assert 10 < line < 30
     tokenize_shard(job, lambda *steps: None)
     assert not job.place_path.exists()
+
+
+def test_what_differs_from_the_corpus_that_is_there_is_named(tmp_path, tok):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "better"}\n')
+    run(tmp_path, path, tok)
+    with pytest.raises(ConfigError, match=r"\(another holdout, another seed\)"):
+        run(tmp_path, path, tok, holdout=0.5, seed=7)
+    path.write_text('{"text": "good"}\n')
+    with pytest.raises(ConfigError, match=r"\(its inputs have changed since"):
+        run(tmp_path, path, tok)
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(ConfigError, match="without the report of how it was made"):
+        run(tmp_path, path, tok)
