@@ -34,7 +34,7 @@ def test_each_is_documented_and_typed(name):
 
 
 VALUES = [
-    "with space", "it's", "a, b: [c] {d}", "step=100-last", "null", "true", "007", "1e5", "\\n", "$HOME", "é", "~/x", 3,
+    "with space", "it's", "a, b: [c] {d}", "step=100-last", "null", "true", "007", "1e5", "\\n", "cost $5", "é", "a~/x", 3,
     1e-4, -2.5, True, False, None, [1, "a b"], {"path": "x y", "weight": 0.5}, [{"path": "it's", "weight": None}],
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_longctx.commands.prepare import size
+from nemo_longctx.commands.prepare import tokens
 from nemo_longctx.config import ConfigError
 
 QUESTIONS = {
@@ -19,11 +19,11 @@ QUESTIONS = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Flags; what is not given is asked for on a terminal."""
     parser.add_argument("--checkpoint", type=Path, help="NeMo checkpoint or run, or Hugging Face directory")
-    parser.add_argument("--target", type=size, help="context to reach, tokens")
+    parser.add_argument("--target", type=tokens, help="context to reach, tokens")
     parser.add_argument("--data", help="text to train on (a file or a folder), or PREFIX of a prepared .bin/.idx")
     parser.add_argument("--gpus", type=int, help="how many GPUs; without it a CPU")
     parser.add_argument("--gpu", help="kind of GPU with --gpus: a100, h100 (default), h200, b200, gb200")
-    parser.add_argument("--tokens", type=size, help="tokens to train on (default: 2 B on GPUs, 200 steps on a CPU)")
+    parser.add_argument("--tokens", type=tokens, help="tokens to train on (default: 2 B on GPUs, 200 steps on a CPU)")
     parser.add_argument("--name", help="of the run (default: the checkpoint's name and the length)")
     parser.add_argument("--output", type=Path, help="recipe to write (default: NAME.yaml)")
     parser.add_argument("--force", action="store_true", help="overwrite the recipe")

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from nemo_longctx.commands.prepare import size
+from nemo_longctx.commands.prepare import tokens
 from nemo_longctx.config import ConfigError
 
 # Options of the layout -> fields of planning.layout.Layout. A search keeps those that were given.
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe, such as trainer.num_nodes=4")
     what.add_argument("--curriculum", help="lengths and the share of tokens at which each ends: 4096@0.2,32768")
     what.add_argument(
-        "--tokens-per-step", type=size, metavar="N", help="tokens of an optimizer step, as 4Mi (default 4194304: Llama 2's)"
+        "--tokens-per-step", type=tokens, metavar="N", help="tokens of an optimizer step, as 4Mi (default 4194304: Llama 2's)"
     )
     what.add_argument("--steps", type=int, help="optimizer steps (default 100000)")
     what.add_argument("--documents", nargs="+", default=[], help="prefixes of .bin/.idx corpora: lengths for --flops document")
@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--sharding", help="none, optimizer (default) or full")
     layout.add_argument("--loss", help="chunked (default, what recipes train with), vocab_parallel or eager")
     layout.add_argument(
-        "--eval-length", type=size, metavar="N", help="context of an evaluation inside the run, for its KV cache"
+        "--eval-length", type=tokens, metavar="N", help="context of an evaluation inside the run, for its KV cache"
     )
     layout.add_argument(
         "--search", type=int, nargs="?", const=10, metavar="ROWS", help="rank all layouts; show so many of each kind"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from dataclasses import fields
 from typing import Any
@@ -31,6 +32,11 @@ def size(text: str) -> int:
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 16M or 64MiB")
     return value
+
+
+def tokens(text: str) -> int:
+    """As `size`; a negative number is left to the command, which says what it must be."""
+    return int(text) if re.fullmatch(r"-\d+", text) else size(text)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_longctx.commands.prepare import size
+from nemo_longctx.commands.prepare import tokens
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.analysis import (
     PRACTICE,
@@ -52,9 +52,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("--positions", type=int, help=f"positions on the helices ({POSITIONS})")
     plot.add_argument("--out", type=Path, default=Path("rope-figures"), help="folder to write (rope-figures)")
     advice = actions.add_parser("advise", help="compare the variants, and the bases, for one trained and one target length")
-    advice.add_argument("--from", dest="trained", type=size, required=True, metavar="TOKENS", help="trained length")
+    advice.add_argument("--from", dest="trained", type=tokens, required=True, metavar="TOKENS", help="trained length")
     advice.add_argument(
-        "--to", dest="target", type=size, required=True, metavar="TOKENS", help="target length, as 32768 or 32Ki"
+        "--to", dest="target", type=tokens, required=True, metavar="TOKENS", help="target length, as 32768 or 32Ki"
     )
     advice.add_argument("--base", type=float, default=10_000.0, help="base of the trained model (10000)")
     advice.add_argument("--new-base", type=float, help="base of abf and xpos (the practised one and that of the bound)")
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--head-dim", type=int, default=128, help="dimensions of a head (128)")
     for sub in (show, plot):
         sub.add_argument("--rotary-percent", type=float, default=1.0, help="share of them that is rotated (1.0)")
-        sub.add_argument("--seq-length", type=size, metavar="N", help=f"context, tokens ({SEQ_LENGTH})")
+        sub.add_argument("--seq-length", type=tokens, metavar="N", help=f"context, tokens ({SEQ_LENGTH})")
 
 
 def run(args: argparse.Namespace) -> int:
