@@ -1,7 +1,6 @@
 """What is typed reaches the schema as it was meant: on either side of an option, beyond Hydra's grammar, with `~`."""
 
-import os
-import subprocess
+import io
 import sys
 
 import pytest
@@ -135,12 +134,12 @@ def test_retrieval_text_is_not_written_over_what_is_read_or_another_s(tmp_path, 
         assert output.read_text() == '{"text": "a"}\n'
 
 
-def test_an_output_of_another_encoding_loses_a_letter_and_not_the_command(tmp_path):
-    code = "import sys\nfrom nemo_longctx.cli import main\nsys.exit(main(['inspect', 'gr\u00f6\u00dfe']))"
-    asked = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], env=asked, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "gr\\xf6\\xdfe.idx is missing" in done.stderr
+def test_an_output_of_another_encoding_loses_a_letter_and_not_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert main(["inspect", "gr\u00f6\u00dfe"]) == 2
+    assert b"gr\\xf6\\xdfe.idx is missing" in errors.buffer.getvalue()
 
 
 @pytest.mark.parametrize("words", [["inspect", "~/x"], ["fit-context", "y.csv", "--output=~/x"]])
