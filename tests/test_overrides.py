@@ -96,6 +96,7 @@ def test_inputs_may_stand_behind_options(tmp_path, capsys):
         ),
         (["curate", "x.jsonl", "--output", "y.jsonl", "--keys", "text,text"], "keys='text,text': a key is named twice"),
         (["inspect", "x", "--figure", "y.png", "--no-figure"], "figure='y.png': it has no effect with --no-figure"),
+        (["inspect", "d/long", "d/long"], "PREFIX='d/long': is named twice; leave one out"),
         (["fit-context", "nowhere.csv"], "error: nowhere.csv: no such file or directory"),
         (["rope", "advise", "--from", "32Ki", "--to", "4Ki"], "--to=4096: must be above the trained length, 32768"),
     ],

@@ -137,6 +137,8 @@ def _mix_values(args: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(values["sources"], args.prefixes, strict=True)
         values["sources"] = [{**source, "path": prefix} for source, prefix in pairs]
     elif args.prefixes:
+        if twice := next((prefix for prefix in args.prefixes if args.prefixes.count(prefix) > 1), None):
+            raise ConfigError("PREFIX", twice, "is named twice; leave one out")
         # Prefixes of the same name in several directories are told apart by their paths.
         names = [os.path.basename(prefix.rstrip("/")) for prefix in args.prefixes]
         unique = len(set(names)) == len(names)
