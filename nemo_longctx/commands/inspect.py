@@ -307,13 +307,23 @@ def _draw(args: argparse.Namespace, report: dict[str, Any]) -> str:
     first = report["sources"][0]["path"]
     default = f"{(first if isinstance(first, str) else first[0]).rstrip('/')}.lengths.png"
     rows_by_source = {source["name"]: source["histogram"] for source in report["sources"]}
+    columns = ["source", "at_least", "below", "documents", "tokens"]
+    beside = Path(args.figure or default).with_suffix(".csv")
+    if beside.exists() and not _begins(beside, ",".join(columns)):
+        mend = f"its data would be written to {beside}, which is something else; name another picture"
+        raise ConfigError("figure", str(args.figure or default), mend)
     path = plot_lengths(rows_by_source, args.figure or default)
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["source", "at_least", "below", "documents", "tokens"])
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for name, rows in rows_by_source.items():
             writer.writerows({"source": name, **row} for row in rows)
     return str(path)
+
+
+def _begins(path: Path, text: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(text)) == text.encode()
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -51,6 +51,17 @@ def test_natural_shares_and_the_files(prefixes, capsys):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_picture_s_data_is_written_over_nothing_else(prefixes, tmp_path, capsys):
+    (tmp_path / "books.csv").write_text("title,author\n")
+    command = ["inspect", *prefixes, "--figure"]
+    assert main([*command, str(tmp_path / "books.png")]) == 2
+    assert "books.csv, which is something else; name another picture" in capsys.readouterr().err
+    assert (tmp_path / "books.csv").read_text() == "title,author\n"
+    assert not (tmp_path / "books.png").exists()
+    for _ in range(2):  # its own it replaces
+        assert main([*command, str(tmp_path / "lengths.png")]) == 0
+
+
 def test_a_mix_is_told_with_what_it_delivers(prefixes, tmp_path, capsys):
     conf = tmp_path / "mix.yaml"
     sources = [{"path": path, "weight": weight} for path, weight in zip(prefixes, (0.3, 0.7), strict=True)]
@@ -166,7 +177,7 @@ def test_no_token_is_read_and_no_torch_imported(tmp_path):
     [
         ([], "name a corpus"),
         (["gone"], "gone.idx is missing"),
-        (["books", "books"], "two sources have this name"),
+        (["books", "books"], "is named twice; leave one out"),
         (["books", "--mix", "{drop_longr: 5}"], "did you mean 'drop_longer'"),
         (["books", "--mix", "nonsense"], "neither a file nor a YAML mapping"),
         (["books", "--mix", "{a: ["], "not YAML"),
