@@ -2,23 +2,28 @@
 
 import csv
 import json
+import random
 import time
-from pathlib import Path
 
 import host_server
 import pytest
 
 from nemo_longctx.ablation.study import load_study, studies
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """The guides, whole and in pieces: studies need long and short documents."""
-    folder = tmp_path_factory.mktemp("text")
-    for number, guide in enumerate(sorted(DOCS.rglob("*.md"))):
-        written = guide.read_text(encoding="utf-8")
+    """Long and short documents of made-up sentences: the same for ever, so that the same ones are held out."""
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(1, 4))) for _ in range(600)]
+
+    def paragraph():
+        sentences = (" ".join(rng.choices(words, k=rng.randint(5, 14))).capitalize() + "." for _ in range(rng.randint(2, 6)))
+        return " ".join(sentences)
+
+    for number in range(60):
+        parts = [f"# {rng.choice(words).capitalize()} {number}"] + [paragraph() for _ in range(rng.randint(20, 80))]
+        written = "\n\n".join(parts)
         (folder / f"{number}.md").write_text(written, encoding="utf-8")
         for place in range(0, len(written), 4000):
             (folder / f"{number}-{place}.md").write_text(written[place : place + 600], encoding="utf-8")
