@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import weakref
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -390,6 +391,7 @@ def test_the_command_for_a_stage_with_other_parallel_sizes(monkeypatch, processe
 
 def test_workers_that_an_error_left_alive_end_with_the_interpreter(monkeypatch):
     """They do not hear the signal by which multiprocessing ends them before it waits for them."""
+    monkeypatch.setattr(sampler, "_OWNERS", weakref.WeakKeyDictionary())  # loaders of other tests may be alive in this process
     before = signal.getsignal(signal.SIGCHLD)
     loader = sampler._Loader(list(range(100)), num_workers=2, worker_init_fn=sampler._leave_stops_to_the_run)
     iterator = iter(loader)
@@ -399,12 +401,14 @@ def test_workers_that_an_error_left_alive_end_with_the_interpreter(monkeypatch):
     workers[0].join(0.3)
     assert workers[0].is_alive()  # as a stop signal must leave it
     another = os.getpid() + 1
-    monkeypatch.setattr(os, "getpid", lambda: another)
-    sampler._end_workers()  # of a fork, whose children they are not
-    monkeypatch.undo()
+    with monkeypatch.context() as of_a_fork:  # whose children they are not
+        of_a_fork.setattr(os, "getpid", lambda: another)
+        sampler._end_workers()
     assert all(worker.is_alive() for worker in workers)
-    sampler._end_workers()
-    for worker in workers:
-        worker.join(20)
-    assert not any(worker.is_alive() for worker in workers)
-    signal.signal(signal.SIGCHLD, before)
+    try:
+        sampler._end_workers()
+        for worker in workers:
+            worker.join(20)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
