@@ -1,5 +1,6 @@
 """Outside the range of hosts: one sentence, before anything of the host is imported."""
 
+import importlib
 import subprocess
 import sys
 from importlib import metadata
@@ -7,6 +8,7 @@ from importlib import metadata
 import pytest
 
 from nemo_longctx import capability
+from nemo_longctx.adapters import megatron
 from nemo_longctx.capability import HOST_RANGE, MEGATRON_RANGE, check_host
 from nemo_longctx.config import ConfigError
 
@@ -54,6 +56,11 @@ def test_a_host_outside_is_named_with_what_would_do(monkeypatch, package, versio
 def test_the_room_for_megatron_core_goes_further(monkeypatch):
     installed(monkeypatch, megatron_core="0.19.2", nemo_toolkit="3.0.0")
     check_host(MEGATRON_RANGE)
+    importlib.reload(megatron)
+    for package, version in (("megatron_core", "0.12.3"), ("megatron_core", "0.20.0"), ("torch", "2.5.1")):
+        installed(monkeypatch, **{package: version})
+        with pytest.raises(ConfigError, match=version):
+            importlib.reload(megatron)
 
 
 PROBE = """

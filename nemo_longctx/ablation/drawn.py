@@ -14,12 +14,13 @@ from nemo_longctx.ablation.study import Run
 from nemo_longctx.eval import context
 from nemo_longctx.report.context import LAW_NOTE, with_interval
 from nemo_longctx.report.html import Section
-from nemo_longctx.report.plots import COLOURS, INK, new_figure, plot_context_law, save, tokens_label
+from nemo_longctx.report.plots import INK, line_styles, new_figure, plot_context_law, save, tokens_label
 from nemo_longctx.report.training_log import read_training_log
 from nemo_longctx.rope.figures import plot_decay
 from nemo_longctx.rope.variants import Rope
 
 POINTS = 40  # of a training curve
+LOSS = "loss (nats per token)"
 HEAD_DIM = 128  # Llama 2's, as in Figure 4
 
 
@@ -82,7 +83,7 @@ def training_section(arms: Mapping[str, Sequence[Run]], directory: Path) -> Sect
         parts = np.array_split(rows_SNC, min(POINTS, rows_SNC.shape[1]), axis=1)
         curves[arm] = np.array([[part[0, -1, 0], part[..., 1].mean()] for part in parts])
     note = "The mean of each fortieth of a run, over seeds. Losses of windows of different length are no comparison of models."
-    return _curves(curves, directory / "training_curve", heading="Loss while training", x="tokens read", y="loss", note=note)
+    return _curves(curves, directory / "training_curve", heading="Loss while training", x="tokens read", y=LOSS, note=note)
 
 
 def context_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Path) -> Section | None:
@@ -95,7 +96,7 @@ def context_section(arms: Mapping[str, Sequence[Run]], task: str, directory: Pat
             curves[arm] = np.stack([read, np.mean([np.mean(scores.losses, axis=0) for scores in found], axis=0)], axis=1)
     note = "The same last tokens of the same held-out documents, read with more and more of what stands before them."
     x = "tokens read, the targets among them"
-    return _curves(curves, directory / "context_curve", heading="Loss against context", x=x, y="loss", note=note, log=True)
+    return _curves(curves, directory / "context_curve", heading="Loss against context", x=x, y=LOSS, note=note, log=True)
 
 
 def retrieval_section(arms: Mapping[str, Sequence[Run]], kind: str, directory: Path) -> Section | None:
@@ -129,8 +130,8 @@ def _curves(
         table.append([arm, *(at.get(place, "–") for place in places)])
     write_table(path.with_suffix(".csv"), table)
     figure, axes = new_figure()
-    for colour, (arm, points) in zip(COLOURS, curves.items(), strict=False):
-        axes.plot(points[:, 0], points[:, 1], "o-", color=colour, markersize=3, linewidth=1.5, label=arm)
+    for (colour, dashes), (arm, points) in zip(line_styles(len(curves)), curves.items(), strict=True):
+        axes.plot(*points.T, marker="o", color=colour, linestyle=dashes, markersize=3, linewidth=1.5, label=arm)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_xticks(places)

@@ -22,6 +22,7 @@ from nemo_longctx.report.plots import COLOURS, INK, new_figure, save
 
 Found = Mapping[str, Mapping[str, NDArray[np.float64]]]  # measure -> arm -> [S, D]
 Table = list[list[str]]
+FINEST = 0.002  # of the axis of differences, whose table has four decimals
 
 
 def claim_table(study: Study, found: Found) -> Table:
@@ -113,7 +114,12 @@ def write_study(
 
 
 def plot_effects(arms: Mapping[str, NDArray[np.float64]], path: Path, *, title: str) -> Path:
-    """Difference of each arm from the first with its interval; where there is but one arm or seed, each run's mean."""
+    """Difference of each arm from the first with its interval; where there is but one arm or seed, each run's mean.
+
+    What the table writes as nothing is drawn as nothing: no axis is narrower than `FINEST`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(height=1.3 + 0.42 * len(arms))
     names = list(arms)
     reference = names[0]
@@ -126,6 +132,11 @@ def plot_effects(arms: Mapping[str, NDArray[np.float64]], path: Path, *, title: 
         seeds = arms[arm].mean(axis=1) - arms[reference].mean(axis=1)
         axes.plot(seeds, [place] * len(seeds), "|", color=INK, markersize=7, alpha=0.5, zorder=2)
     axes.axvline(0, color="#777777", linewidth=1)
+    low, high = axes.get_xlim()
+    if high - low < FINEST:
+        axes.set_xlim((low + high - FINEST) / 2, (low + high + FINEST) / 2)
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("-", "−"))
     axes.set_yticks(range(len(names)), [f"{arm} ({number(float(arms[arm].mean()))})" for arm in names], fontsize=9)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 INK, FAINT, MARK = "#222222", "#D9D9D9", "#777777"
+Dash = tuple[float, Sequence[float]]
+DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 
 
 def new_figure(width: float = 7.2, height: float = 4.2) -> tuple[Figure, Axes]:
@@ -61,6 +63,11 @@ def save(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def line_styles(n: int) -> list[tuple[str, Dash]]:
+    """Colour and dashes of each of n lines: those that lie on each other stay visible, and 32 are told apart."""
+    return [(COLOURS[i % len(COLOURS)], DASHES[(i + i // len(COLOURS)) % len(DASHES)]) for i in range(n)]
+
+
 def tokens_label(tokens: float) -> str:
     """`4096` -> `4k`, `1500000` -> `1.5M`: binary thousands where exact, decimal ones otherwise."""
     if tokens >= 1024 and tokens % 512 == 0 and tokens < 1 << 20:
@@ -78,18 +85,30 @@ def _dress(axes: Axes, *, title: str, x: str, y: str) -> None:
 
 
 def _mark(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
-    """Dashed verticals with their names at the top, inside the panel."""
-    for place, name in marks:
+    """Dashed verticals with their names at the top, inside the panel: left of the line near its right end, and lower where
+    the name of another would be met."""
+    for place, _ in marks:
         axes.axvline(place, color=MARK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    taken: list[tuple[int, float, float]] = []  # line of text, and from where to where in the panel
+    for place, name in marks:
+        at = float((axes.transScale + axes.transLimits).transform((place, axes.get_ylim()[0]))[0])
+        width = 0.012 * len(name) + 0.02  # of the panel, a little more than the letters of this size take
+        leftwards = at + width > 1
+        start, end = (at - width, at) if leftwards else (at, at + width)
+        rows = {row for row, low, high in taken if start < high and low < end}
+        row = next(row for row in range(len(marks)) if row not in rows)
+        taken.append((row, start, end))
         axes.annotate(
             name,
-            (place, 0.985),
+            (place, 0.985 - 0.05 * row),
             xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
+            xytext=(-4 if leftwards else 4, 0),
             textcoords="offset points",
+            ha="right" if leftwards else "left",
             va="top",
             fontsize=8,
             color="#555555",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
         )
 
 
@@ -123,22 +142,23 @@ def plot_loss_by_position(
     Args:
         rows_by_model: model name -> its rows (`nemo_longctx.eval.position`); names become the legend.
         path: PNG to write.
-        marks: (position, name) verticals, say the length that a model was trained at.
+        marks: (position, name) verticals, say the length that a model was trained at; none beyond the last position.
     """
     figure, axes = new_figure()
-    for colour, (model, rows) in zip(_cycle(len(rows_by_model)), rows_by_model.items(), strict=True):
+    end = max((row.end for rows in rows_by_model.values() for row in rows), default=1)
+    for (colour, dashes), (model, rows) in zip(line_styles(len(rows_by_model)), rows_by_model.items(), strict=True):
         rows = sorted(rows, key=lambda row: row.start)
         middle = [(row.start + row.end) / 2 for row in rows]
         loss = [row.loss for row in rows]
-        axes.plot(middle, loss, color=colour, linewidth=1.6, label=model, zorder=3)
+        axes.plot(middle, loss, color=colour, linestyle=dashes, linewidth=1.6, label=model, zorder=3)
         half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
         if any(half):
             lower = [a - h for a, h in zip(loss, half, strict=True)]
             upper = [a + h for a, h in zip(loss, half, strict=True)]
             axes.fill_between(middle, lower, upper, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, end)
     _format_tokens(axes, log=False)
-    _mark(axes, marks)
+    _mark(axes, [(place, name) for place, name in marks if place <= end])
     _dress(axes, title=title, x="position in the sequence (tokens)", y="loss (nats per token)")
     if any(rows_by_model):
         axes.legend(fontsize=8.5, frameon=False)
@@ -160,9 +180,9 @@ def plot_loss_by_context(
         marks: (tokens read, name) verticals, say the length that a model was trained at.
     """
     figure, axes = new_figure()
-    for colour, (model, rows) in zip(_cycle(len(rows_by_model)), rows_by_model.items(), strict=True):
+    for (colour, dashes), (model, rows) in zip(line_styles(len(rows_by_model)), rows_by_model.items(), strict=True):
         read, loss = [row.read for row in rows], [row.loss for row in rows]
-        axes.plot(read, loss, "o-", color=colour, linewidth=1.8, markersize=4.5, label=model, zorder=3)
+        axes.plot(read, loss, marker="o", color=colour, linestyle=dashes, linewidth=1.8, markersize=4.5, label=model, zorder=3)
         half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
         if any(half):
             lower = [a - h for a, h in zip(loss, half, strict=True)]
@@ -329,10 +349,11 @@ def _heat_map(axes: Axes, cells: Sequence[ProbeRow], depths: Sequence[float], va
 
 
 def _probe_lines(axes: Axes, name: str, models: Sequence[str], rows: Sequence[ProbeRow], value: str, top: float) -> None:
-    for colour, model in zip(_cycle(len(models)), models, strict=True):
+    for (colour, dashes), model in zip(line_styles(len(models)), models, strict=True):
         cells = sorted((row for row in rows if row.model == model), key=lambda row: row.length)
         heights = [getattr(cell, value) for cell in cells]
-        axes.plot([c.length for c in cells], heights, "o-", color=colour, markersize=4, linewidth=1.5, label=model)
+        lengths = [cell.length for cell in cells]
+        axes.plot(lengths, heights, marker="o", color=colour, linestyle=dashes, markersize=4, linewidth=1.5, label=model)
     axes.set_ylim(0, top * 1.05)
     axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_longctx.report.plots import COLOURS, FAINT, INK, MARK, new_figure, save, tokens_label
+from nemo_longctx.report.plots import COLOURS, DASHES, FAINT, INK, MARK, new_figure, save, tokens_label
 from nemo_longctx.rope.analysis import Advice, helix, raw_scores, wavelengths
 from nemo_longctx.rope.base import RopeVariant
 
-# lines that lie on each other stay visible
-DASHES: tuple[tuple[float, Sequence[float]], ...] = ((0, ()), (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 DRAWN = 4096  # points of a curve that are drawn: more than the panel has dots; the CSV has them all
 
 

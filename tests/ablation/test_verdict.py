@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from nemo_longctx.ablation import page
 from nemo_longctx.ablation.page import _markdown, write_study
 from nemo_longctx.ablation.study import load_study
 from nemo_longctx.ablation.verdict import HOLDS, NOT, UNKNOWN, Claim, Effect, effect, t_quantile, verdict
@@ -101,7 +102,7 @@ def test_numbers_on_a_page_are_those_of_its_tables(tmp_path):
     study = load_study("curriculum")
     rng = np.random.default_rng(0)
     found = {m: {a: arm(0.01 * n, rng=rng) for n, a in enumerate(study.arms)} for m in study.measures}
-    page = write_study(tmp_path, study, found, scale="smoke", provenance={"commit": "abc"}).read_text(encoding="utf-8")
+    written = write_study(tmp_path, study, found, scale="smoke", provenance={"commit": "abc"}).read_text(encoding="utf-8")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     import html
 
@@ -111,15 +112,31 @@ def test_numbers_on_a_page_are_those_of_its_tables(tmp_path):
         assert len(rows) == 1 + len(study.arms)
         for row, values in zip(rows[1:], found[measure].values(), strict=True):
             assert float(row[1]) == pytest.approx(values.mean(), abs=5e-5)
-            assert all(html.escape(cell) in page for cell in row)
+            assert all(html.escape(cell) in written for cell in row)
             assert all(cell in text for cell in row)
     with (tmp_path / "claims.csv").open(newline="") as file:
         claims = list(csv.DictReader(file))
     assert len(claims) == len(study.claims)
     assert {row["verdict"] for row in claims} <= {HOLDS, NOT, UNKNOWN}
-    assert "<script" not in page
-    assert page.count("data:image/png;base64,") == len(study.measures)
-    assert json.loads(json.dumps({"commit": "abc"}))["commit"] in page
+    assert "<script" not in written
+    assert written.count("data:image/png;base64,") == len(study.measures)
+    assert json.loads(json.dumps({"commit": "abc"}))["commit"] in written
+
+
+@pytest.mark.parametrize(("difference", "narrowest"), [(8e-6, True), (0.5, False), (4e14, False)])
+def test_what_the_table_writes_as_nothing_is_drawn_as_nothing(tmp_path, monkeypatch, difference, narrowest):
+    """Arms 0.00001 apart stood at the two ends of their picture, over ticks of -8 to 0 with 1e-5 in a corner."""
+    figures = []
+    monkeypatch.setattr(page, "save", lambda figure, path: figures.append(figure) or path)
+    page.plot_effects({"a": np.full((1, 3), 5.0), "b": np.full((1, 3), 5.0 - difference)}, tmp_path / "x.png", title="x")
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    assert (high - low == pytest.approx(page.FINEST)) == narrowest
+    assert low <= -difference <= 0 <= high
+    figures[0].draw_without_rendering()
+    assert axes.xaxis.get_offset_text().get_text() == ""
+    ticks = [float(text.get_text().replace("−", "-")) for text in axes.get_xticklabels()]
+    assert ticks == pytest.approx(list(axes.get_xticks()))
 
 
 def test_what_a_scale_leaves_out_cannot_be_told(tmp_path):

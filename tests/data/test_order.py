@@ -77,6 +77,19 @@ def test_a_run_that_reads_everything_once_reads_it_once(telling_corpora, tmp_pat
     assert times.max() == 1
 
 
+@pytest.mark.parametrize("steps", [4, 7, 20])
+def test_what_is_read_again_is_told(telling_corpora, tmp_path, steps):
+    """The share of a run that repeats what it has read: all that is beyond one pass."""
+    few, many = telling_corpora([[16] * 20, [16] * 4000])
+    curriculum = Curriculum.constant(seq_length=32, global_batch_size=4, total_steps=steps)
+    once, total = 20 * 16, curriculum.total_tokens
+    (alone,) = windows_of([few], curriculum, tmp_path).order.facts["read_again"]
+    assert alone == pytest.approx(max(total - once, 0), abs=16)  # to the document that the run ends in
+    sources = [{"path": few, "weight": 0.5}, {"path": many, "weight": 0.5}]
+    again = windows_of([], curriculum, tmp_path, sources=sources).order.facts["read_again"]
+    assert again == [pytest.approx(max(total / 2 - once, 0), abs=16), 0]
+
+
 @pytest.mark.parametrize("sources", [1, 2])
 def test_each_epoch_has_an_order_of_its_own(telling_corpora, tmp_path, sources):
     prefixes = telling_corpora([[16] * 40] * sources)

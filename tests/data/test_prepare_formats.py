@@ -163,6 +163,18 @@ def test_offsets_in_arrow_that_point_outside_end_in_a_sentence(tmp_path, kind):
     assert "not a readable Arrow file" in record.error
 
 
+def test_a_struct_in_arrow_that_is_longer_than_its_field_ends_in_a_sentence(tmp_path):
+    column = pa.array([{"a": "abcde"}] * 7)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", column.type)])) as writer:
+        writer.write_batch(pa.record_batch([column], names=["text"]))
+    assert texts(tmp_path / "a.arrow", "text.a") == ["abcde"] * 7
+    data, length = (tmp_path / "a.arrow").read_bytes(), (7).to_bytes(8, "little") + bytes(8)
+    at = data.rindex(length)  # rows of the field, and that none of them is null
+    (tmp_path / "a.arrow").write_bytes(data[:at] + (3).to_bytes(8, "little") + data[at + 8 :])
+    [record] = read(tmp_path / "a.arrow", ["text.a"])
+    assert "not a readable Arrow file" in record.error
+
+
 def test_bytes_in_an_arrow_file_that_are_no_utf8_spoil_one_row(tmp_path):
     column = pa.array([b"a", b"b\xff", b"c"]).cast(pa.binary()).view(pa.string())
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", pa.string())])) as writer:

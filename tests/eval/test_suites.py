@@ -105,6 +105,15 @@ def test_nolima_needles_share_no_word_with_their_question():
         assert not {x for x in a for y in b if x[:5] == y[:5]}, question
 
 
+def test_a_name_that_the_users_text_tells_of_is_no_answer(tokenizer):
+    """The text would answer the question too. Where it tells of all of them, one is taken all the same."""
+    *told, unknown = nolima.CHARACTERS
+    for names, answers in ((told, {unknown}), (nolima.CHARACTERS, set(nolima.CHARACTERS))):
+        config = ProbeConfig(suite="nolima", lengths=(900,), depths=(0.5,), samples=4)
+        probes = make_probes(config, [f"{', '.join(names)} went home. " * 40], tokenizer)
+        assert {name for probe in probes for name in probe.answers} <= answers
+
+
 def test_the_order_asked_for_is_that_of_the_talk(tokenizer):
     apart = []
     for probe in made(tokenizer, "mrcr")[0]:

@@ -98,7 +98,13 @@ def test_metrics_are_logged_and_without_a_known_peak_there_is_no_mfu(tmp_path):
 
 
 def test_shape_of_a_config_is_the_planners():
-    assert shape_of(Module().config).parameters == SHAPE.parameters
+    config = Module().config
+    assert shape_of(config).parameters == SHAPE.parameters
+    assert (shape_of(config).sliding_window, shape_of(config).full_layers) == (None, None)
+    config.window_size = (1023, 0)
+    assert (shape_of(config).sliding_window, shape_of(config).full_layers) == (1024, None)  # in every layer
+    config.window_attn_skip_freq = 4  # each fourth layer sees everything
+    assert (shape_of(config).sliding_window, shape_of(config).full_layers) == (1024, SHAPE.num_layers // 4)
 
 
 @pytest.mark.parametrize(

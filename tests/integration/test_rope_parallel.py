@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tempfile
+import types
 
 import gloo
 import numpy as np
@@ -115,6 +116,18 @@ def test_positions_of_packed_documents():
     assert packed_positions(ends, 12, 0, 1).tolist() == [*range(8), *range(4)]
     assert packed_positions(ends, 6, 0, 2).tolist() == [0, 1, 6, 7, 0, 3]
     assert packed_positions(ends, 6, 1, 2).tolist() == [2, 3, 4, 5, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_positions_lie_on_the_device_of_the_queries(ranks):
+    """Positions left on the CPU meet frequencies of a GPU. `meta` is a device without memory, so no GPU is needed."""
+    group = types.SimpleNamespace(size=lambda: ranks, rank=lambda: ranks - 1)
+    scale = ScoreScale(parse({"variant": "xpos"}), rotary_dim=8, interleaved=False, cp_group=group)
+    for device in ("meta", "cpu"):
+        q_positions, k_positions, length = scale._window_positions(4, 4, torch.device(device))
+        assert {q_positions.device.type, k_positions.device.type} == {device}
+        assert length == 4 * ranks
+    assert k_positions.tolist() == ([0, 1, 2, 3] if ranks == 1 else [2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(("dtype", "fits"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])

@@ -156,6 +156,11 @@ def test_people_read_of_a_cpu_its_memory_and_of_gpus_their_time_too(capsys):
         assert timed in gpus
         assert timed not in cpu
     plan = run_json(capsys, "--recipe", "tiny_cpu_base")
+    for shown, unit, size, digits, tokens in (
+        (cpu, "M", 1e6, 2, plan["tokens"]),
+        (gpus, "B", 1e9, 1, run_json(capsys, "--recipe", "llama2_7b")["tokens"]),
+    ):
+        assert f" {tokens / size:.{digits}f}{unit} " in shown  # of the only stage, in words that tell it from nothing
     stage, machine = plan["layout"]["stages"][0], plan["machine"]
     total = stage["memory_gib"]["total"] * machine["gpus"]
     assert f"  {stage['seq_length']:,} tokens: {total:.1f} of {machine['memory_gib'] * FILL:.1f} GiB, fits\n" in cpu

@@ -142,6 +142,7 @@ def test_more_layers_than_a_model_chunk_has_cannot_run(changes):
 def test_model_chunks_are_counted_in_whole_numbers(value):
     with pytest.raises(ConfigError, match="virtual_pipeline"):
         Layout(gpus=8, virtual_pipeline_model_parallel_size=value)
+    assert Layout(gpus=8, virtual_pipeline_model_parallel_size=1).virtual_pipeline_model_parallel_size == 1
 
 
 def test_longest_length_fits_and_a_tenth_more_does_not():

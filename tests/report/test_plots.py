@@ -1,16 +1,28 @@
+import itertools
+
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image
 
 from nemo_longctx.eval.position import PositionLosses, uniform_edges
-from nemo_longctx.report.plots import COLOURS, MARK, plot_loss_by_position, plot_training_curve, plot_votes, tokens_label
+from nemo_longctx.report import lengths, plots
+from nemo_longctx.report.plots import (
+    COLOURS, MARK, line_styles, plot_loss_by_position, plot_training_curve, plot_votes, tokens_label,
+)  # fmt: skip
 
 
 def ink(path, colour):
     """How many pixels have this colour (as #RRGGBB)."""
     wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return int((abs(image.imread(path)[..., :3] - wanted).max(axis=-1) < 0.02).sum())
+
+
+def kept_figures(monkeypatch, module):
+    """What the module draws, before it is a picture."""
+    figures = []
+    monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure) or path)
+    return figures
 
 
 def test_loss_by_position_draws_every_model(tmp_path):
@@ -64,3 +76,52 @@ def test_plots_leave_no_global_state(tmp_path):
 @pytest.mark.parametrize(("tokens", "label"), [(512, "512"), (4096, "4k"), (32768, "32k"), (1e6, "1M"), (2.5e9, "2.5B")])
 def test_tokens_label(tokens, label):
     assert tokens_label(tokens) == label
+
+
+def test_each_doubling_of_a_documents_length_is_as_wide_as_the_next(tmp_path, monkeypatch):
+    """Its shares are of a doubling each: on an axis of tokens the short documents, which are most, would be a stroke."""
+    figures = kept_figures(monkeypatch, lengths)
+    rows = [{"at_least": 2**i, "below": 2 ** (i + 1), "documents": i, "tokens": i * 2**i} for i in range(4, 12)]
+    lengths.plot_lengths({"books": rows[2:], "web": rows[:5]}, tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    assert axes.get_xlim() == (16, 4096)
+    at = axes.transData.transform([(2**i, 0.0) for i in range(4, 13)])[:, 0]
+    np.testing.assert_allclose(np.diff(at), (at[-1] - at[0]) / 8)
+    assert [text.get_text() for text in axes.get_xticklabels()] == [tokens_label(2**i) for i in range(4, 13)]
+    drawn = [stairs.get_data().values for stairs in axes.patches]
+    assert [sum(values) for values in drawn] == pytest.approx([1.0] * 4)  # shares of each source's tokens and documents
+
+
+def test_of_many_sources_the_largest_are_drawn_and_no_name_lies_on_a_line(tmp_path, monkeypatch):
+    figures = kept_figures(monkeypatch, lengths)
+    for number in (3, 4, len(COLOURS), len(COLOURS) + 4):
+        rows = {f"s{i}": [{"at_least": 16, "below": 32, "documents": 1, "tokens": 20 + i}] for i in range(number)}
+        lengths.plot_lengths(rows, tmp_path / "x.png")
+        (axes,), drawn = figures[-1].axes, min(number, len(COLOURS))
+        legend = figures[-1].legends[0] if number > 3 else axes.get_legend()
+        assert [text.get_text() for text in legend.get_texts()][2:] == [f"s{i}" for i in range(number)][-drawn:]
+        assert len({handle.get_color() for handle in legend.get_lines()[2:]}) == drawn
+        assert (f"{drawn} largest of {number}" in axes.get_title(loc="left")) == (number > drawn)
+
+
+def test_a_mark_lies_in_the_panel_and_its_name_on_no_other(tmp_path, monkeypatch):
+    figures = kept_figures(monkeypatch, plots)
+    totals = PositionLosses(uniform_edges(256, 4))
+    totals.add(np.full((3, 256), 2.0))
+    marks = [(257, "beyond"), (256, "the old length"), (250, "trained to 250"), (40, "early"), (45, "a little later")]
+    plot_loss_by_position({"one": totals.rows("one")}, tmp_path / "x.png", marks=marks)
+    plot_training_curve([{"tokens": t, "loss": 1.0} for t in range(300)], tmp_path / "x.png", switches=marks[1:])
+    for figure in figures:
+        (axes,) = figure.axes
+        figure.draw_without_rendering()
+        names = [text for text in axes.texts if text.get_text()]
+        assert [name.get_text() for name in names] == [name for _, name in marks[1:]]
+        boxes, panel = [name.get_window_extent() for name in names], axes.get_window_extent()
+        assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 + 1 for box in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_lines_that_lie_on_each_other_are_told_apart():
+    assert len(set(map(str, line_styles(32)))) == 32
+    dashes = [dash for _, dash in line_styles(8)]
+    assert all(a != b for a, b in itertools.pairwise(dashes))
