@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours (2008): told apart by colour-blind readers and on a grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 INK, FAINT, MARK = "#222222", "#D9D9D9", "#777777"
+PROBE_UNITS = {"score": "score (1 is all right)", "answer_loss": "loss (nats per token)"}
 Dash = tuple[float, Sequence[float]]
 DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 
@@ -321,7 +322,7 @@ def plot_probes(
             image = _heat_map(axes, [row for row in mine if row.model == model], depths, value, top)
             axes.set_title(f"{name} · {model}", fontsize=9.5, color=INK, loc="left")
         panels[0].set_ylabel("depth of the hidden text", fontsize=8.5, color=INK)
-        figure.colorbar(image, ax=panels, label=value.replace("_", " "), shrink=0.9)
+        figure.colorbar(image, ax=panels, label=PROBE_UNITS[value], shrink=0.9)
     return save(figure, path)
 
 
@@ -364,7 +365,7 @@ def _probe_lines(axes: Axes, name: str, models: Sequence[str], rows: Sequence[Pr
     axes.minorticks_off()
     axes.set_title(name, fontsize=9.5, color=INK, loc="left")
     axes.set_xlabel("length (tokens)", fontsize=8.5, color=INK)
-    axes.set_ylabel(value.replace("_", " "), fontsize=8.5, color=INK)
+    axes.set_ylabel(PROBE_UNITS[value], fontsize=8.5, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
     axes.legend(fontsize=8, frameon=False)
 

@@ -13,6 +13,7 @@ from nemo_longctx.adapters.megatron.loss import use_chunked_loss
 from nemo_longctx.adapters.megatron.rope_module import transform_rope
 from nemo_longctx.adapters.megatron.self_test_parallel import SmallLayers, context_parallel_error, small_layers
 from nemo_longctx.attention import context_parallel
+from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import YarnRope
 from nemo_longctx.rope.variants import parse
 
@@ -67,6 +68,12 @@ def test_a_model_that_hears_nothing_does_not_pass(model):
         assert "shows nothing" in self_test.leak_finding(model, small_gpt.VOCABULARY).detail
     finally:
         model.load_state_dict(small_gpt.build(small_gpt.config()).state_dict())
+
+
+def test_a_rank_without_attention_is_refused_and_passes_nothing():
+    with pytest.raises(ConfigError, match="no attention layer on this rank") as caught:
+        self_test.attention_finding(torch.nn.Linear(2, 2))
+    assert (caught.value.key, caught.value.value) == ("num_layers", 0)
 
 
 def test_a_wrong_scale_of_the_scores_is_caught(model, monkeypatch):

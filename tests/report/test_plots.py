@@ -8,8 +8,14 @@ from matplotlib import image
 from nemo_longctx.eval.position import PositionLosses, uniform_edges
 from nemo_longctx.report import lengths, plots
 from nemo_longctx.report.plots import (
-    COLOURS, MARK, line_styles, plot_loss_by_position, plot_training_curve, plot_votes, tokens_label,
-)  # fmt: skip
+    COLOURS,
+    MARK,
+    line_styles,
+    plot_loss_by_position,
+    plot_training_curve,
+    plot_votes,
+    tokens_label,
+)
 
 
 def ink(path, colour):
