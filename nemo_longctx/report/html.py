@@ -15,7 +15,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px sol
 figure{margin:1rem 0;overflow-x:auto}img{max-width:100%;height:auto;display:block}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
-th{font-weight:600;white-space:normal;min-width:4.5rem;vertical-align:bottom;background:#f6f6f4}
+th{font-weight:600;white-space:normal;vertical-align:bottom;background:#f6f6f4}
 tr:hover td{background:#fafaf7}
 th:first-child,td:first-child{text-align:left}
 table.said td,table.said th{white-space:normal;vertical-align:top;text-align:left}
