@@ -33,7 +33,7 @@ COMMANDS = {
     "generate": "a checkpoint's answers to a file of prompts, in the form that compare reads",
     "chat": "talk to a NeMo or Hugging Face checkpoint on the terminal",
     "instruct": "make long question-answer data from unlabelled documents by a short-context model (job: generate)",
-    "ablate": "the paper's comparisons, run again: position encodings, data mix, curriculum, scaling; a page with verdicts",
+    "ablate": "the paper's comparisons, run again: encodings, mix, curriculum, instruction data, scaling; pages of verdicts",
     "compare": "a page for blind side-by-side votes on two models' answers, and the table with 95 % intervals from the votes",
     "completion": "a script that lets bash, zsh or fish complete commands, options and settings",
 }

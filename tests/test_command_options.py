@@ -100,6 +100,15 @@ def options():
                 yield (name, (action.option_strings or [action.dest])[-1]), action
 
 
+def test_every_option_says_what_it_is_for():
+    silent = []
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser(prog=command)
+        importlib.import_module(f"nemo_longctx.commands.{command.replace('-', '_')}").configure(parser)
+        silent += [(name, action.dest) for name, action in actions(parser, command) if not (action.help or "").strip()]
+    assert silent == []
+
+
 def test_every_option_takes_what_it_is_for():
     found = {"whole": set(), "size": set(), "fraction": set(), "path": set(), "list": set(), "json": set()}
     for key, action in options():

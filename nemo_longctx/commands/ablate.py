@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("study", help=f"{', '.join(studies())}, or all")
-    parser.add_argument("--scale", required=True, choices=SCALES, help="how large the runs are")
+    parser.add_argument("--scale", required=True, choices=SCALES, help="how large the runs are; smoke shows that all parts run")
     parser.add_argument("--out", type=Path, help="folder of data, runs and page (default: runs/ablate/SCALE)")
     parser.add_argument(
         "--text", action="append", default=[], help="your text, as prepare takes it (default: installed sources)"

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the argument."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = INSTALL
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script to print")
 
 
 def run(args: argparse.Namespace) -> int:

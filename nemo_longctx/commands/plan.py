@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--sp", action=argparse.BooleanOptionalAction, help="sequence_parallel (without a recipe: on where TP is over 1)"
     )
-    layout.add_argument("--micro-batch-size", type=int)
+    layout.add_argument("--micro-batch-size", type=int, metavar="N", help="sequences at once (default: the recipe's, or 1)")
     layout.add_argument("--recompute", help="none, selective (each MLP), full or block:N (the first N layers of a chunk)")
     layout.add_argument("--offload", help="activations that wait in host memory: none, full or block:N")
     layout.add_argument("--precision", help="bf16 (default), fp8, fp32 or fsdp_bf16")

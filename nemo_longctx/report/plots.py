@@ -309,7 +309,7 @@ def plot_probes(
     figure = Figure(figsize=(max(7.2, 3.4 * len(models) + 0.8), 2.7 * len(kinds) + 0.5), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     grid = figure.add_gridspec(len(kinds), len(models))
-    top = 1.0 if value == "score" else max((getattr(r, value) for r in rows if r.samples), default=1.0)
+    top = 1.0 if value == "score" else max((getattr(r, value) for r in rows if r.samples), default=1.0) or 1.0
     for line, kind in enumerate(kinds):
         mine = [row for row in rows if row.kind == kind]
         depths = sorted({row.depth for row in mine})
