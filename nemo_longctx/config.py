@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,11 +54,14 @@ def is_finite(value: Any) -> bool:
 
 def size_of_text(value: Any) -> int | None:
     """`16M` -> 16,000,000; K, M, G, T are powers of 1,000, Ki, Mi, Gi, Ti of 1,024. None for what is no size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE) if isinstance(value, str) else None
+    form = r"(\d{1,30}(?:\.\d{1,30})?)\s*(?:([KMGT])(i?))?B?"
+    match = re.fullmatch(form, value.strip(), re.IGNORECASE | re.ASCII) if isinstance(value, str) else None
     if match is None:
         return None
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if unit is None:
+        return None if "." in number else int(number)  # there is no half of a byte or token
+    return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper()))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -19,6 +20,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a JSON file that may be another's says; {} where it is not there, or is no mapping."""
+    try:
+        said = json.loads(Path(path).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def can_be_written(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.files import read_mapping
 
 EPILOG = """\
 examples:
@@ -54,7 +55,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-
     from tqdm import tqdm
 
     from nemo_longctx.data.retrieval_text import Maker, RetrievalConfig, report
@@ -116,7 +116,11 @@ def _keep_made(output: Path, settings: dict[str, Any]) -> None:
     """Refuse to write over what other settings made, by their names."""
     if not output.exists():
         return
-    before = json.loads(_note(output).read_text(encoding="utf-8"))
+    before = read_mapping(_note(output))
+    if not before:
+        raise ConfigError(
+            "--output", str(output), f"{_note(output)} is no note of what made it; name another file, or use --force"
+        )
     before |= before.get("asked", {})
     if other := [key for key, value in (settings | settings["asked"]).items() if key != "asked" and before.get(key) != value]:
         mend = f"was made with another {' and another '.join(other)}; name another file, or replace it with --force"

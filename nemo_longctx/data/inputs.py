@@ -6,6 +6,7 @@ Each file is taken once, whatever links lead to it. Paths with a scheme (`s3://`
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.opening import COMPRESSED, DamagedError, is_url, open_bytes, url_to_fs
 
+_HEAD = 1 << 16  # bytes that tell most files of one size apart
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "text")
 _FORMAT_OF = {
     ".jsonl": "jsonl",
@@ -101,6 +103,31 @@ def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: Collecti
     return found
 
 
+def same_bytes(files: Sequence[str]) -> dict[str, str]:
+    """Local files that hold the same bytes as one before them -> that one. Only files of one size are read for it."""
+    by_size: dict[int, list[str]] = {}
+    for path in files:
+        if not is_url(path) and (size := os.path.getsize(path)):
+            by_size.setdefault(size, []).append(path)
+    copies: dict[str, str] = {}
+    for paths in by_size.values():
+        heads = {path: _digest(path, _HEAD) for path in paths} if len(paths) > 1 else {}
+        often = Counter(heads.values())
+        first: dict[bytes, str] = {}
+        for path, head in heads.items():
+            if often[head] > 1 and (found := first.setdefault(_digest(path), path)) != path:
+                copies[path] = found
+    return copies
+
+
+def _digest(path: str, n_bytes: int = -1) -> bytes:
+    """Of a file's first bytes, or of all."""
+    with open(path, "rb") as file:
+        if n_bytes >= 0:
+            return hashlib.sha256(file.read(n_bytes)).digest()
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def _without_file_scheme(given: str) -> str:
     match = re.match(r"(?:file|local)://(?=/)", given)
     return given[match.end() :] if match else given
@@ -124,7 +151,12 @@ def _named(given: str) -> str:
             raise ConfigError("input", given, f"cannot be reached ({str(error).splitlines()[0]}); mend it") from error
     elif not os.path.exists(given):
         dangling = os.path.islink(given)
-        raise ConfigError("input", given, "a link to nothing; mend it" if dangling else "no such file or directory")
+        mend = "a link to nothing; mend it" if dangling else "no such file or directory"
+        if any(letter in given for letter in "*?["):
+            mend += "; a pattern is the shell's, without quotes, or that of --glob beside a directory"
+        elif given == "-":
+            mend = "standard input cannot be read again when a run goes on; write it to a file and name that"
+        raise ConfigError("input", given, mend)
     elif not stat.S_ISREG(os.stat(given).st_mode):
         mend = "a pipe or device, which cannot be read again when a run goes on; write it to a file and name that"
         raise ConfigError("input", given, mend)

@@ -21,7 +21,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus, token_dtype
 from nemo_longctx.data.engines import Progress, run_shards
-from nemo_longctx.data.inputs import Found, find_files, shown
+from nemo_longctx.data.inputs import Found, find_files, same_bytes, shown
 from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
 from nemo_longctx.data.opening import is_url, size_of, stamp_of
 from nemo_longctx.data.prepare_config import PrepareConfig
@@ -30,6 +30,7 @@ from nemo_longctx.data.readers import Part, split_files
 from nemo_longctx.data.shards import ShardJob, ShardReport, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, read_back
 from nemo_longctx.data.writer import explain_full_disk, work_directory
+from nemo_longctx.files import read_mapping
 from nemo_longctx.versions import versions_of
 
 # Settings that the report keeps by name, beside tokenizer, seed and inputs.
@@ -57,7 +58,10 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
     found = _find(config, output)
     if found.passed_over or len(found.files) > 1:
         say(found.summary())
-    sources = _sources(config, found.files)
+    for path, first in same_bytes(found.files).items():
+        say(f"{shown(path)} holds the same bytes as {shown(first)}: its documents come once more; leave one out if need be")
+    _check_free(config, output, work, found.files)
+    sources = _sources(config, found.files, say)
     with explain_full_disk(str(work)), work_directory(work):
         tokenizer = tokenizer_of(config, sources, _input_hash(config, sources), say)
         if config.append_eod and tokenizer.eod_id is None:
@@ -110,15 +114,18 @@ def _find(config: PrepareConfig, output: str) -> Found:
     return found
 
 
-def _sources(config: PrepareConfig, paths: list[str]) -> list[list[Part]]:
+def _sources(config: PrepareConfig, paths: list[str], say: Callable[[str], None]) -> list[list[Part]]:
     if config.max_input_bytes is not None:
         sizes = {path: size_of(path) for path in paths}
         paths = _sample_files(paths, sizes, config.max_input_bytes, config.seed)
+        taken = sum(sizes[path] for path in paths)
+        more = ", more than max_input_bytes" if taken > config.max_input_bytes else ""
+        say(f"{len(paths):,} of {len(sizes):,} files are taken, {taken:,} bytes{more}")
     return split_files(paths, config.format, config.shard_bytes)
 
 
 def _sample_files(paths: list[str], sizes: dict[str, int], limit: int, seed: int) -> list[str]:
-    """Whole files that hold up to `limit` bytes in all, at random but the same for the same names; in their old order."""
+    """Whole files of up to `limit` bytes in all, or one; at random but the same for the same names; in their old order."""
     order = np.random.default_rng(seed).permutation(len(paths))
     running = np.cumsum([sizes[paths[i]] for i in order])
     chosen = sorted(order[: max(1, int(np.searchsorted(running, limit, side="right")))])
@@ -143,6 +150,31 @@ def _hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _report_of(output: str) -> dict[str, Any]:
+    """The report of a corpus; {} where none of `prepare` is there."""
+    made = read_mapping(f"{output}.json")
+    ours = all(isinstance(made.get(key), dict) for key in ("tokenizer", "settings")) and "bad_records" in made
+    return made if ours else {}
+
+
+def _check_free(config: PrepareConfig, output: str, work: Path, files: list[str]) -> None:
+    """Refuse to write over what is read, or over files that `prepare` did not make.
+
+    Raises:
+        ConfigError: the file that is in the way.
+    """
+    suffixes = (".json", ".rejected.tsv") if config.keep_shards else (".bin", ".idx", ".json", ".rejected.tsv")
+    names = output_names(output, config.holdout > 0).values()
+    there = [path for name in names for suffix in suffixes if os.path.exists(path := f"{name}{suffix}")]
+    read = {os.path.realpath(path) for path in files if not is_url(path)}
+    if (lost := next((path for path in there if os.path.realpath(path) in read), None)) is not None:
+        raise ConfigError("output", config.output, f"{shown(lost)} is read, and would be replaced; name another prefix")
+    known = config.force or work.exists() or os.path.exists(f"{output}.idx") or _report_of(output)
+    if there and not known:
+        mend = f"{shown(there[0])} is there, and of no corpus; name another prefix, or replace it with --force"
+        raise ConfigError("output", config.output, mend)
+
+
 def _already_made(config: PrepareConfig, tokenizer: TokenizerInfo, output: str, plan: str) -> dict[str, Any] | None:
     """The report of the same corpus, if it is there.
 
@@ -152,8 +184,7 @@ def _already_made(config: PrepareConfig, tokenizer: TokenizerInfo, output: str, 
     there = os.path.isdir(output) if config.keep_shards else os.path.exists(f"{output}.idx")
     if not there:
         return None
-    provenance = Path(f"{output}.json")
-    made = json.loads(provenance.read_text("utf-8")) if provenance.is_file() else {}
+    made = _report_of(output)
     if made.get("plan") == plan and not (made["bad_records"] and config.on_error == "fail"):
         return made if _is_whole(config, output, made) else None
     if config.keep_shards and not is_shard_directory(output):

@@ -80,6 +80,8 @@ class PrepareConfig:
         if not self.inputs or not self.keys:
             key = "input" if not self.inputs else "keys"
             raise ConfigError(key, (), "name at least one")
+        if not all(key.strip("? ") for key in self.keys):
+            raise ConfigError("keys", ",".join(self.keys), "a name between commas is empty; leave that comma out")
         if len(set(self.keys)) < len(self.keys):
             raise ConfigError("keys", ",".join(self.keys), "a key is named twice, so its text would come twice; name it once")
         if self.keep_shards:  # a directory, which may be named with a slash at its end

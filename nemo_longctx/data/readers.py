@@ -19,6 +19,15 @@ from nemo_longctx.data.records import Key, Part, Record, checked, row_record
 from nemo_longctx.data.tables import read_arrow, read_csv, read_json, read_parquet
 
 _BLOCK = 1 << 20
+# First bytes of files that a name without their suffix hides.
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ": ".xz",
+    b"BZh": ".bz2",
+    b"PAR1": ".parquet",
+    b"PK\3\4": ".zip",
+}
 
 
 def read_part(part: Part, keys: Sequence[str], *, replace: bool = False, fields: Sequence[str] = ()) -> Iterator[Record]:
@@ -86,9 +95,15 @@ def _json_record(raw: bytes, number: int, keys: Sequence[Key], replace: bool) ->
     try:
         row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8", "replace" if replace else "strict"))
     except UnicodeDecodeError as error:
-        return Record("", number, f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})")
+        hidden = _hidden(raw) if number == 1 else ""
+        return Record("", number, hidden or f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})")
     except (ValueError, RecursionError) as error:
-        return Record("", number, f"not JSON ({error})")
+        spread = (
+            "; a line is a record here, --format json reads records of several lines" if raw.strip() in (b"{", b"[") else ""
+        )
+        return Record("", number, f"not JSON ({error}{spread})")
+    if isinstance(row, list) and number == 1:
+        return Record("", number, "an array, which has no keys; --format json reads the records of one")
     return row_record(row, number, keys, replace)
 
 
@@ -128,13 +143,22 @@ def _read_text(part: Part, replace: bool) -> Record:
     except UnicodeDecodeError as wrong:
         # With a byte order mark the codec counts from behind it.
         place = wrong.start + (len(raw) - len(wrong.object))
-        return Record("", raw.count(b"\n", 0, place) + 1, f"not UTF-8 (byte 0x{raw[place]:02x} at {place})")
+        why = _hidden(raw) or f"not UTF-8 (byte 0x{raw[place]:02x} at {place})"
+        return Record("", raw.count(b"\n", 0, place) + 1, why)
+
+
+def _hidden(head: bytes) -> str:
+    """What a file is that is no text, where its name lacks a suffix; "" where its first bytes do not tell."""
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), None)
+    return "" if suffix is None else f"not text, but what is called {suffix}; give its name that suffix"
 
 
 def _not_text(block: bytes, at: int, line: int) -> Record | None:
     nul = block.find(b"\0")
     if nul < 0:
         return None
+    if at == 0 and (hidden := _hidden(block)):
+        return Record("", 1, hidden)
     hint = "; UTF-16 needs its byte order mark" if at == 0 and block[1:8:2] == bytes(len(block[1:8:2])) else ""
     return Record("", line + block.count(b"\n", 0, nul), f"not text (a NUL byte at {at + nul}{hint})")
 

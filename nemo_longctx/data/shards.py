@@ -316,7 +316,10 @@ def place_reached(path: Path, parts: Sequence[Part]) -> str:
 def bad_record(part: Part, record: Record) -> ConfigError:
     """The error that a bad record ends a run with."""
     where = f"{shown(part.path)}:{record.line + lines_before(part)}"
-    return ConfigError("input", where, f"{record.error}; mend it, or leave such records out with --on-error skip")
+    mend = "mend it, or leave such records out with --on-error skip"
+    if record.error.startswith(("not UTF-8", "not Unicode")):
+        mend = "write it as UTF-8, have U+FFFD there with --replace-invalid, or leave such records out with --on-error skip"
+    return ConfigError("input", where, f"{record.error}; {mend}")
 
 
 def load_report(job: ShardJob) -> ShardReport | None:

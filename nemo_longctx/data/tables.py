@@ -98,10 +98,21 @@ def read_csv(part: Part, keys: Sequence[Key], replace: bool) -> Iterator[Record]
                 line = rows.line_num
                 if names is None:
                     names = values
+                    if wrong := _separator(names, keys, "\t" if tabs else ","):
+                        yield Record("", line, wrong)
+                        return
                 elif values:
                     yield _csv_record(names, values, line, keys, replace)
     except DamagedError as error:
         yield Record("", line + 1, str(error))
+
+
+def _separator(names: list[str], keys: Sequence[Key], ours: str) -> str:
+    """What is wrong where the line of names is one name that another separator would cut into more, a wanted one among them."""
+    for other in ",;\t|" if len(names) == 1 else "":
+        if other in names[0] and any(key.name.removesuffix("?") in names[0].split(other) for key in keys):
+            return f"its columns are apart by {other!r}, not by {ours!r} as its name says; write it with {ours!r}"
+    return ""
 
 
 def _csv_record(names: list[str], values: list[str], line: int, keys: Sequence[Key], replace: bool) -> Record:

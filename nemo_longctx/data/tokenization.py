@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 _ALPHABET = 256  # byte-level BPE begins with every byte
+_LARGEST_VOCABULARY = 1 << 22  # the trainer takes room for all of it at once, and ends the process where there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,8 +306,10 @@ def check_vocab_size(vocab_size: int) -> None:
     """A byte-level BPE needs an id for each byte and special token.
 
     Raises:
-        ConfigError: fewer.
+        ConfigError: fewer, or more than the trainer can hold in memory.
     """
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise ConfigError("train_tokenizer", vocab_size, f"ask for {_LARGEST_VOCABULARY} or fewer")
     if vocab_size < _ALPHABET + 2:
         raise ConfigError(
             "train_tokenizer", vocab_size, f"too few for {_ALPHABET} bytes and 2 special tokens; ask for 258 or more"

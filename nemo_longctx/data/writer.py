@@ -179,10 +179,13 @@ def work_directory(work: Path) -> Iterator[None]:
     """Make the folder of a run that has not ended, and let one run at a time in; left empty, it goes.
 
     Raises:
-        ConfigError: another one is at work.
+        ConfigError: another one is at work, or a file is where a folder is needed.
     """
-    work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        other = next(path for path in (work, *work.parents) if path.exists())
+        raise ConfigError("output", str(work.with_suffix("")), f"{other} is a file; name a place in a folder") from error
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -72,6 +72,8 @@ class CurateConfig:
                 raise ConfigError(key, value, did_you_mean(str(value), [each for each in known if each is not None]))
         if not self.inputs or not self.keys:
             raise ConfigError("input" if not self.inputs else "keys", (), "name at least one")
+        if not all(key.strip("? ") for key in self.keys):
+            raise ConfigError("keys", ",".join(self.keys), "a name between commas is empty; leave that comma out")
         if len(set(self.keys)) < len(self.keys):
             raise ConfigError("keys", ",".join(self.keys), "a key is named twice, so its text would come twice; name it once")
         check_local("output", self.output)

@@ -30,7 +30,7 @@ from nemo_longctx.data.opening import stamp_of
 from nemo_longctx.data.readers import Part, lines_before, split_files
 from nemo_longctx.data.tokenization import load_tokenizer
 from nemo_longctx.data.writer import explain_full_disk, work_directory
-from nemo_longctx.files import write_text
+from nemo_longctx.files import read_mapping, write_text
 from nemo_longctx.versions import versions_of
 
 _SMALL = 20  # documents of a length bucket from which on its quantiles mean something
@@ -124,7 +124,7 @@ def _already_made(config: CurateConfig, output: str, names: list[str], plan: str
     notes = Path(f"{_stem(output)}.report.json")
     if not notes.is_file() and not any(map(os.path.exists, names)):
         return None
-    made = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
+    made = read_mapping(notes)
     if made.get("plan") == plan and all(map(os.path.exists, names)):
         return made
     if config.force or made.get("plan") == plan:

@@ -1,0 +1,159 @@
+"""Slips of every day: nothing that lies there is written over, nothing is read twice unseen, and errors say what to do."""
+
+import gzip
+import json
+
+import pytest
+from tiny_models import byte_tokenizer
+
+from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError, size_of_text
+from nemo_longctx.data import engines
+from nemo_longctx.data.inputs import find_files, same_bytes
+from nemo_longctx.data.prepare import prepare
+from nemo_longctx.data.prepare_config import PrepareConfig
+from nemo_longctx.data.readers import read_part, split_file
+
+ROWS = "".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(4))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a tokenizer and a corpus, where shards run in this process."""
+    monkeypatch.chdir(tmp_path)
+    run_here = lambda jobs, progress, *, workers: ((job, job.run(progress)) for job in jobs)  # noqa: E731
+    monkeypatch.setitem(engines.ENGINES, "processes", run_here)
+    byte_tokenizer(["text 1 2 3"]).save_pretrained(tmp_path / "tok")
+    (tmp_path / "a.jsonl").write_text(ROWS)
+    return tmp_path
+
+
+def run(*inputs, output, **changes):
+    said = []
+    config = PrepareConfig(inputs=inputs, output=output, tokenizer="tok", workers=1, **changes)
+    return prepare(config, say=said.append, progress=lambda n_bytes: lambda *steps: None), said
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_input_is_not_replaced_by_the_report(here, force):
+    """`prepare books.json --output books` wrote its report over the books."""
+    (here / "books.json").write_text(json.dumps([json.loads(row) for row in ROWS.splitlines()]))
+    before = (here / "books.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"books\.json is read, and would be replaced"):
+        run("books.json", output="books", force=force)
+    (here / "in").mkdir()
+    (here / "in" / "books.json").write_bytes(before)
+    (here / "in" / "more.jsonl").write_text(ROWS)
+    if not force:  # of a folder what has the output's names is taken for the output
+        with pytest.raises(ConfigError, match=r"books\.json is there, and of no corpus"):
+            run("in", output="in/books")
+    assert (here / "books.json").read_bytes() == (here / "in" / "books.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.bin", "c.rejected.tsv", "c_holdout.json"])
+def test_files_of_others_are_not_replaced(here, name):
+    (here / name).write_text('{"mine": 1}')
+    with pytest.raises(
+        ConfigError, match=f"{name} is there, and of no corpus; name another prefix, or replace it with --force"
+    ):
+        run("a.jsonl", output="c", holdout=0.5)
+    assert (here / name).read_text() == '{"mine": 1}'
+    run("a.jsonl", output="c", holdout=0.5, force=True)
+
+
+@pytest.mark.parametrize("text", ['{"x": 1}', "[1]", "{", "\x80", '{"plan": "z", "tokenizer": 5}', "[" * 100_000])
+def test_a_report_that_is_none_does_not_end_in_a_traceback(here, text):
+    run("a.jsonl", output="c")
+    (here / "c.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match="another corpus is there, without the report"):
+        run("a.jsonl", output="c")
+
+
+def test_a_corpus_whose_index_was_removed_is_made_again(here):
+    run("a.jsonl", output="c")
+    (here / "c.idx").unlink()
+    run("a.jsonl", output="c")
+    assert (here / "c.idx").exists()
+
+
+def test_files_of_the_same_bytes_are_told(here):
+    (here / "b.jsonl").write_text(ROWS)
+    (here / "c.jsonl").write_text(ROWS.replace("3", "4"))
+    (here / "empty.jsonl").write_text("")
+    (here / "empty2.jsonl").write_text("")
+    names = [f"{name}.jsonl" for name in ("a", "b", "c", "empty", "empty2")]
+    assert same_bytes(names) == {"b.jsonl": "a.jsonl"}
+    _, said = run(*names, output="out")
+    assert any("b.jsonl holds the same bytes as a.jsonl: its documents come once more" in line for line in said)
+
+
+def only(path, **changes):
+    [part] = split_file(str(path), changes.pop("kind", "jsonl"), 1 << 20)
+    return next(iter(read_part(part, ["text"]))).error
+
+
+def test_what_is_no_line_of_json_is_told_with_the_format_that_reads_it(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for text in (json.dumps({"text": "a"}, indent=1), json.dumps([{"text": "a"}]), json.dumps([{"text": "a"}], indent=1)):
+        path.write_text(text)
+        assert "--format json reads" in only(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_a_compressed_file_without_its_suffix_is_told(tmp_path, kind):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(gzip.compress(ROWS.encode()))
+    assert only(path, kind=kind) == "not text, but what is called .gz; give its name that suffix"
+    path.write_text("PAR1 is how it begins\n")
+    assert only(path, kind="text") == ""
+
+
+@pytest.mark.parametrize(("name", "other"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ","), ("a.csv", "|")])
+def test_columns_that_are_apart_by_another_character_are_told(tmp_path, name, other):
+    path = tmp_path / name
+    path.write_text(f'n{other}text\n1{other}"a; b"\n')
+    assert f"its columns are apart by {other!r}" in only(path, kind="csv")
+
+
+def test_text_of_another_encoding_is_told_what_to_do(here):
+    (here / "l.txt").write_bytes("café ".encode("latin-1") * 5)
+    with pytest.raises(ConfigError, match=r"write it as UTF-8, have U\+FFFD there with --replace-invalid"):
+        run("l.txt", output="c")
+
+
+def test_what_cannot_be_an_input_or_output_is_told(here):
+    with pytest.raises(ConfigError, match="a pattern is the shell's, without quotes"):
+        find_files(["*.jsonl"], ())
+    with pytest.raises(ConfigError, match="standard input"):
+        find_files(["-"], ())
+    with pytest.raises(ConfigError, match=r"output=.*a\.jsonl is a file; name a place in a folder"):
+        run("a.jsonl", output="a.jsonl/c")
+    with pytest.raises(ConfigError, match="train_tokenizer=99999999999: ask for"):  # the trainer ended the process
+        PrepareConfig(inputs=("a.jsonl",), output="c", tokenizer="t", train_tokenizer=99999999999)
+
+
+@pytest.mark.parametrize("keys", [("text", ""), ("",), ("", ""), ("?",)])
+def test_an_empty_name_of_a_key_is_told(keys):
+    with pytest.raises(ConfigError, match="a name between commas is empty"):
+        PrepareConfig(inputs=("a.jsonl",), output="c", tokenizer="t", keys=keys)
+
+
+def test_more_than_was_allowed_is_told(here):
+    _, said = run("a.jsonl", output="c", max_input_bytes=1)
+    assert f"1 of 1 files are taken, {len(ROWS)} bytes, more than max_input_bytes" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16M", 16_000_000), ("1.5Ki", 1536), ("16 mb", 16_000_000), ("9007199254740993", 9007199254740993), ("7B", 7)]
+    + [(text, None) for text in ("16.7", "9" * 400, "1e6", "1_000", "1,000", "", "Mi", "1i", "１6M")],
+)
+def test_sizes_are_whole_and_exact(text, size):
+    """`16.7` was 16, and 400 digits a traceback."""
+    assert size_of_text(text) == size
+
+
+def test_a_size_that_is_none_ends_in_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "a", "--output", "c", "--tokenizer", "t", "--max-file-bytes", "9" * 400])
+    assert "is no size" in capsys.readouterr().err
