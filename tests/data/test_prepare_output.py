@@ -38,6 +38,7 @@ def test_an_output_that_is_no_prefix_is_refused(output):
 def test_a_directory_of_shards_needs_a_name(output):
     with pytest.raises(ConfigError, match=r"^output="):
         config(output=output, keep_shards=True)
+    assert config(output="x/", keep_shards=True).output == "x"
 
 
 def test_a_directory_of_shards_may_end_in_a_slash(tmp_path, capsys):

@@ -58,6 +58,7 @@ def test_a_recipe_needs_no_torch_either():
 def test_attention_share_of_the_70b_beside_the_reported_slow_down(capsys):
     out = run(capsys, "--model", "llama2_70b", "--curriculum", "16384", "--flops", "full")
     assert "49,152" in out
+    assert f" {100_000 * 4_194_304 / 1e9:.1f}B " in out  # tokens of the stage
     assert "7.7% and 25.0%" in out
     assert "reported: 17%" in out
 
