@@ -255,9 +255,10 @@ def notes(recipe: RunConfig) -> list[str]:
             )
         first.setdefault(rules, str(source.name))
     trained = {path for source in sources for path in _real(source.path)}
-    for each in recipe.data.validation:
-        if trained & set(_real(each.path)):
-            said.append(f"the validation set {each.name} is trained on: its loss is none of unseen text (prepare --holdout)")
+    for kind, sets in (("validation", recipe.data.validation), ("test", recipe.data.test)):
+        for each in sets:
+            if trained & set(_real(each.path)):
+                said.append(f"the {kind} set {each.name} is trained on: its loss is none of unseen text (prepare --holdout)")
     return said
 
 

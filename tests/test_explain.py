@@ -112,9 +112,14 @@ def test_a_dry_run_says_what_the_start_would(corpus, tmp_path):
 
 def test_text_that_is_measured_and_trained_on_is_told(corpus):
     two = f"data.mix.sources=[{{path: {corpus}, name: a}}, {{path: {corpus}/, name: b}}]"
-    said = looked(two, f"data.validation=[{{name: h, path: {corpus}, seq_length: 8, samples: 3}}]", "data.tokenizer=null")
+    sets = [
+        f"data.{kind}=[{{name: {name}, path: {corpus}, seq_length: 8, samples: 3}}]"
+        for kind, name in (("validation", "h"), ("test", "t"))
+    ]
+    said = looked(two, *sets, "data.tokenizer=null")
     assert "the sources a and b are one corpus" in said
     assert "the validation set h is trained on" in said
+    assert "the test set t is trained on" in said
     assert "h: 3 of " in said
     assert "note" not in looked(f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]", "data.tokenizer=null")
 

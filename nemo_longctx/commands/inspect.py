@@ -137,7 +137,8 @@ def _mix_values(args: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(values["sources"], args.prefixes, strict=True)
         values["sources"] = [{**source, "path": prefix} for source, prefix in pairs]
     elif args.prefixes:
-        if twice := next((prefix for prefix in args.prefixes if args.prefixes.count(prefix) > 1), None):
+        real = [os.path.realpath(prefix) for prefix in args.prefixes]  # also `a` and `./a`
+        if twice := next((prefix for prefix, path in zip(args.prefixes, real, strict=True) if real.count(path) > 1), None):
             raise ConfigError("PREFIX", twice, "is named twice; leave one out")
         # Prefixes of the same name in several directories are told apart by their paths.
         names = [os.path.basename(prefix.rstrip("/")) for prefix in args.prefixes]

@@ -178,6 +178,7 @@ def test_no_token_is_read_and_no_torch_imported(tmp_path):
         ([], "name a corpus"),
         (["gone"], "gone.idx is missing"),
         (["books", "books"], "is named twice; leave one out"),
+        (["books", "./books/"], "is named twice; leave one out"),
         (["books", "--mix", "{drop_longr: 5}"], "did you mean 'drop_longer'"),
         (["books", "--mix", "nonsense"], "neither a file nor a YAML mapping"),
         (["books", "--mix", "{a: ["], "not YAML"),
