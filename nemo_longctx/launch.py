@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from nemo_longctx.recipe import RunConfig
 
 
+MOST_NAMED = 8  # settings, where each of a list would be a line
+
+
 def main(overrides: Sequence[str]) -> int:
     """Compose, build and fit. Returns the exit status: 0, or 2 after a user's mistake, told in one sentence."""
 
@@ -54,6 +57,7 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
     All that is refused here is refused within a second.
     """
     from nemo_longctx.dry_run import refuse
+    from nemo_longctx.resume import without_effect
 
     directory, total = recipe.directory, recipe.curriculum.total_tokens
     with runs.one_run(directory):
@@ -61,7 +65,11 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
             if first_process():
                 again = f"to train on, set curriculum.total_tokens above {total}; to train anew, give another name"
                 print(f"{directory} is finished already; {again}\n{runs.ending(directory)}")
+                if asked := without_effect(recipe, directory):
+                    more = f"\n  and {len(asked) - MOST_NAMED} more" if len(asked) > MOST_NAMED else ""
+                    print("no effect on a finished run", *asked[:MOST_NAMED], sep="\n  ", end=f"{more}\n")
             return
+        runs.check_begins(directory)
         checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
         refuse(recipe)
         fit()

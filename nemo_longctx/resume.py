@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError
 
 Rule = Literal["equal", "applied", "free"]
@@ -62,7 +63,7 @@ TABLE = (
     Row("data.allow_change", "free", "opens a change of the stream"),
     Row("data.validation*", "applied", "what is measured from now on"),
     Row("data.test*", "applied", "what is measured from now on"),
-    Row("data.tokenizer", "free", "training reads tokens; what the corpora say of theirs is compared with it"),
+    Row("data.tokenizer", "applied", "what checkpoints carry, and exports; what the corpora say of theirs is compared with it"),
     Row("data.cache_dir", "free", "where the order of documents is kept"),
     Row("data.num_workers", "free", "data loader processes"),
     Row("data.pin_memory", "free", "data loader processes"),
@@ -232,10 +233,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def run_record(directory: Path) -> dict[str, Any] | None:
     """The record of a run that has a finished checkpoint to go on from; None where either is missing."""
-    found = [path for path in directory.glob("checkpoints/*last") if path.is_dir()]
-    if all(Path(f"{checkpoint}-unfinished").exists() for checkpoint in found):
-        return None
-    return read_record(directory / "results" / "settings.json")
+    return read_record(directory / "results" / "settings.json") if checkpoints(directory) else None
 
 
 def check_resumed(recipe: Any, directory: Path) -> None:
@@ -267,6 +265,14 @@ def _asked_rope(was: Mapping[str, Any] | None, now: Mapping[str, Any] | None) ->
         made = asked.pop("variant") == "ntk"  # by its factor, which the live model does not know
         asked = {} if made else {"variant": "rope", **asked}
     return {f"rope.{key}": value for key, value in asked.items()}
+
+
+def without_effect(recipe: Any, directory: Path) -> list[str]:
+    """What a recipe asks otherwise than the run in `directory` did, as `key: before -> asked`: a finished run heeds none."""
+    record = run_record(directory)
+    if record is None:
+        return []
+    return [f"{each.key}: {each.before} -> {each.run}" for each in changes(plain(record["recipe"]), plain(recipe))]
 
 
 def check_resumed_live(live: Mapping[str, Any], directory: Path) -> None:

@@ -118,6 +118,28 @@ def is_finished(directory: Path, *, total_tokens: int) -> bool:
     return found[0].step == record.get("step") and fault_of(found[0].path) is None
 
 
+def check_begins(directory: Path) -> None:
+    """What lies in the directory of a run that has no checkpoint to go on from: it would begin anew, over its own results.
+
+    Raises:
+        ConfigError: the run had reached its end, and its checkpoints are gone.
+    """
+    if checkpoints(directory):
+        return
+    if (record := read_finished(directory)) is not None:
+        mend = (
+            f"the run in {directory} was finished at step {record.get('step')}, and its checkpoints are gone; put them back, "
+            f"give another name, or remove {directory / FINISHED} to train anew over its results"
+        )
+        raise ConfigError("name", directory.name, mend)
+    rows = read_training_log(directory / "results" / "training.csv")
+    if rows and first_process():
+        print(
+            f"{directory} has {rows[-1]['step']:,} steps in results/training.csv and no checkpoint of any: the run begins anew",
+            flush=True,
+        )
+
+
 def write_finished(directory: Path, *, step: int, tokens: int, evaluated: Sequence[str] = ()) -> None:
     """Note down that the run reached its end with all that belongs to it, evaluation included.
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_longctx.capability import cuda_devices
@@ -19,6 +20,8 @@ from nemo_longctx.runs import STOP_SIGNALS
 if TYPE_CHECKING:
     from nemo_longctx.recipe import TrainerConfig
 
+EXTENSION = "managed_alloc_runtime"  # of megatron.core.inference.unified_memory
+BUILD_SECONDS = 120  # a few with a compiler at hand; a lock that is older is nobody's
 RENDEZVOUS = "FIRST_NODE:29500"  # one of the nodes by its name, and a free port there
 
 
@@ -115,6 +118,22 @@ def end_with(process: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def remove_stale_locks() -> None:
+    """Remove torch's lock on an extension that Megatron-Core builds when it is imported, if its holder must be gone.
+
+    torch takes it for the seconds of a build, and every later import waits for its end without a word: one that was killed
+    meanwhile would let no run of this user start again.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    asked = os.environ.get("TORCH_EXTENSIONS_DIR")
+    pattern = f"{EXTENSION}/lock" if asked else f"*/{EXTENSION}/lock"
+    for lock in (Path(asked) if asked else home).glob(pattern):
+        with contextlib.suppress(OSError):  # another process of this run removed it, or it is another user's
+            if time.time() - lock.stat().st_mtime > BUILD_SECONDS:
+                lock.unlink()
+                print(f"removed {lock}: a process that was killed while it imported Megatron-Core left it", flush=True)
 
 
 def in_notebook() -> bool:

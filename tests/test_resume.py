@@ -48,6 +48,7 @@ def test_every_setting_has_a_rule():
     [("optimizer.lr", "applied"), ("optimizer.distributed", "equal"), ("rope.base", "equal"), ("model.num_layers", "equal"),
      ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "applied"),
      ("data.mix.sources[3].path", "free"), ("data.validation[0].samples", "applied"), ("data.num_workers", "free"),
+     ("data.tokenizer", "applied"),
      ("curriculum.stages[0].micro_batch_size", "free"), ("curriculum.stages[0].context_parallel_size", "free"),
      ("data.mix.long_share", "equal"), ("data.after", "equal"), ("curriculum.stages[1].seq_length", "applied"),
      ("trainer.devices", "free"), ("trainer.precision", "equal"),
@@ -160,6 +161,13 @@ def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_dir
     check_resumed(recipe("rope.variant=abf", "rope.base=500000", "optimizer.lr=1e-2"), run_directory / "run")
     (run_directory / "run" / "results" / "settings.json").write_text("{")  # unreadable: the checkpoint itself will tell
     check_resumed(recipe(*asked), run_directory / "run")
+
+
+def test_a_run_whose_newest_checkpoint_is_gone_is_compared_all_the_same(run_directory):
+    """Only the checkpoint that is kept for its validation loss was left: every setting passed until the host had loaded it."""
+    (run_directory / "run" / "checkpoints" / "step=3-val_loss=4.1234").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="seed"):
+        check_resumed(recipe("seed=7"), run_directory / "run")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import pytest
 from saved_checkpoints import make, truncate
 
 from nemo_longctx import launch, runs
+from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
-from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig
+from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig, load_recipe
+from nemo_longctx.resume import plain
 
 HOLD = """
 import sys, time
@@ -130,6 +133,42 @@ def test_a_run_that_is_not_at_its_end_is_not_finished(tmp_path, what):
         make(directory, 9)
         os.rename(directory / "checkpoints" / "step=10-last", directory / "elsewhere")
     assert not runs.is_finished(directory, total_tokens=81_920 if what == "longer" else 40_960)
+
+
+def test_what_a_finished_run_does_not_heed_is_told(tmp_path, capsys, monkeypatch):
+    """Another rate or an evaluation that came with the same command was left out without a word."""
+    refuse_nemo(monkeypatch)
+    finished(tmp_path / "mine")
+    command = [*RUN, f"output_dir={tmp_path}", *CLOCK]
+    record = {"recipe": plain(load_recipe(compose(command)))}
+    (tmp_path / "mine" / "results" / "settings.json").write_text(json.dumps(record))
+    assert launch.main(command) == 0
+    assert "no effect" not in capsys.readouterr().out
+    task = f"eval={{tasks: [{{kind: position, corpus: {tmp_path}/held_out, seq_length: 64}}]}}"
+    assert launch.main([*command, "optimizer.lr=0.5", "trainer.log_every_n_steps=7", task]) == 0
+    said = capsys.readouterr().out
+    assert "no effect on a finished run\n" in said
+    assert "optimizer.lr: 0.004 -> 0.5" in said
+    assert "eval.tasks" in said
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew_over_its_results(tmp_path, capsys, monkeypatch):
+    """It began again at step 0 and cut training.csv to nothing."""
+    refuse_nemo(monkeypatch)
+    finished(tmp_path / "mine")
+    command = [*RUN, f"output_dir={tmp_path}", *CLOCK]
+    shutil.rmtree(tmp_path / "mine" / "checkpoints")
+    for more in ([], ["curriculum.total_tokens=81920"]):
+        assert launch.main([*command, *more]) == 2
+        said = capsys.readouterr().err
+        assert "error: name='mine': the run in" in said
+        assert "finished at step 10, and its checkpoints are gone; put them back" in said
+        assert f"remove {tmp_path / 'mine' / runs.FINISHED}" in said
+    (tmp_path / "mine" / runs.FINISHED).unlink()
+    runs.check_begins(tmp_path / "mine")
+    assert "has 10 steps in results/training.csv and no checkpoint of any: the run begins anew" in capsys.readouterr().out
+    runs.check_begins(tmp_path / "another")
+    assert not capsys.readouterr().out
 
 
 def test_a_torn_checkpoint_is_named_without_nemo(tmp_path, capsys, monkeypatch):

@@ -1,9 +1,11 @@
 """Before torch and the host are imported: processes and devices that are not the layout's, and files that are not there."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -150,3 +152,24 @@ def test_what_a_run_started_ends_with_it_even_by_sigkill():
     done = subprocess.run([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "started\n"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_lock_of_a_killed_import_lets_the_next_start_go_on(tmp_path, monkeypatch, capsys, asked):
+    """A start killed while Megatron-Core was imported left torch's lock: every later one waited for good, in silence."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    place = tmp_path / "torch_extensions" / "py311_cpu"
+    if asked:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place))
+    locks = [place / name / "lock" for name in (start.EXTENSION, "another")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    start.remove_stale_locks()
+    assert all(lock.exists() for lock in locks)  # somebody builds
+    for lock in locks:
+        os.utime(lock, (0, time.time() - start.BUILD_SECONDS - 1))
+    start.remove_stale_locks()
+    assert [lock.exists() for lock in locks] == [False, True]
+    assert f"removed {locks[0]}" in capsys.readouterr().out
