@@ -50,6 +50,13 @@ def test_an_input_is_not_replaced_by_the_report(here, force):
     assert (here / "books.json").read_bytes() == (here / "in" / "books.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_curate_does_not_replace_its_input(here, force, capsys):
+    assert main(["curate", "a.jsonl", "--output", "./a.jsonl", *force]) == 2
+    assert "a.jsonl is read, and would be replaced; name another file" in capsys.readouterr().err
+    assert (here / "a.jsonl").read_text() == ROWS
+
+
 @pytest.mark.parametrize("name", ["c.json", "c.bin", "c.rejected.tsv", "c_holdout.json"])
 def test_files_of_others_are_not_replaced(here, name):
     (here / name).write_text('{"mine": 1}')

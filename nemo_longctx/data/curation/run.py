@@ -58,6 +58,9 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
     found = find_files(config.inputs, globs, exclude={*names, *notes})
     if found.passed_over or len(found.files) > 1:
         say(found.summary())
+    written = {os.path.realpath(name) for name in names}
+    if (lost := next((path for path in found.files if os.path.realpath(path) in written), None)) is not None:
+        raise ConfigError("output", config.output, f"{shown(lost)} is read, and would be replaced; name another file")
     work = Path(f"{output}.work")
     with explain_full_disk(str(work)), work_directory(work):
         shards = split_files(found.files, config.format, config.shard_bytes)
