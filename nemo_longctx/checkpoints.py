@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import re
 import shutil
@@ -58,6 +59,22 @@ def finished_in(folder: Path) -> list[Checkpoint]:
     found = [path for path in folder.iterdir() if path.is_dir() and not Path(f"{path}{UNFINISHED}").exists()]
     keyed = [(_step(path), path.name.endswith("-last"), path.stat().st_mtime, path) for path in found]
     return [Checkpoint(path, step) for step, _, _, path in sorted(keyed, reverse=True)]
+
+
+def best_in(folder: Path, *, after: int = -1) -> list[tuple[Path, float]]:
+    """The checkpoints that are kept for their validation loss, and that loss as their names have it, the best first.
+
+    Args:
+        folder: a run's `checkpoints/`.
+        after: only those of a later step: one measured on other sets is no better and no worse.
+    """
+    found = []
+    for each in finished_in(folder):
+        named = re.search(r"val_loss=(-?[\d.]+|nan|inf)", each.path.name)
+        if named and not each.path.name.endswith("-last") and each.step > after:
+            loss = float(named[1].rstrip("."))
+            found.append((each.path, math.inf if math.isnan(loss) else loss))
+    return sorted(found, key=lambda pair: pair[1])
 
 
 def checkpoint_to_resume(directory: Path, *, fallback: bool) -> Checkpoint | None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
+from saved_checkpoints import make
 
 from nemo_longctx.adapters.nemo import loggers
 
@@ -13,7 +14,7 @@ from nemo_longctx.adapters.nemo import loggers
     ("names", "given"),
     [
         ([], {}),
-        (["tensorboard"], {"tensorboard": {"save_dir": "runs/a", "name": "tensorboard", "version": ""}}),
+        (["tensorboard"], {"tensorboard": {"directory": "runs/a"}}),
         (["wandb"], {"wandb": {"directory": "runs/a", "name": "mine"}}),
         (["csv"], {"extra_loggers": [{"save_dir": "runs/a", "name": "csv"}]}),
         (
@@ -31,6 +32,24 @@ def test_a_run_gets_the_loggers_that_it_names(names, given, tmp_path):
         for key, part in made.items()
     }
     assert plain == given
+
+
+@pytest.mark.parametrize(("saved", "shown"), [([], [0, 1]), ([2], [0, 1, 2]), ([2, 3], [0, 1, 2, 3])], ids=str)
+def test_tensorboard_shows_no_step_twice(tmp_path, saved, shown):
+    """What a killed run had logged behind its newest checkpoint stood beside the same steps made again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (range(5), range(saved[-1] if saved else 0, shown[-1] + 1)):
+        logger = loggers.tensorboard_logger(directory=str(tmp_path))
+        for step in steps:
+            logger.log_metrics({"loss": float(step)}, step=step)
+        logger.finalize("success")
+        logger.experiment.close()
+        for each in saved:
+            make(tmp_path, each)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == shown
 
 
 def recorder(kind, told):

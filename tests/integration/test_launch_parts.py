@@ -1,10 +1,12 @@
 """Small parts of a launch by themselves: each rule on both sides of its bound, without a run."""
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import nemo.lightning as nl
+import numpy as np
 import pytest
 import transformers
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -17,11 +19,13 @@ from nemo_longctx.adapters.nemo.checkpoint import convert, hf_verify
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import begin, executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
-from nemo_longctx.adapters.nemo.launch.lifecycle import _MakesUp
+from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback, _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
 from nemo_longctx.adapters.nemo.model.config import load_tokenizer
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.evaluation import EvaluationConfig
+from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.hf import directory
 
 
@@ -93,6 +97,26 @@ def test_a_validation_is_owed_where_a_run_never_stopped_would_have_made_it(step,
     assert _MakesUp._validation_is_owed(loop) is owed
 
 
+@pytest.mark.parametrize("owed", [True, False])
+def test_loggers_put_a_validation_where_a_run_never_stopped_has_it(owed, monkeypatch):
+    """Each restart moved those behind it one step back: what a checkpoint has lacks the step that it was saved in."""
+    at = []
+    epoch = SimpleNamespace(global_step=10, _batches_that_stepped=6)  # after three restarts
+    epoch.val_loop = SimpleNamespace(run=lambda: at.append(epoch._batches_that_stepped))
+    loop_class = type("Loop", (_MakesUp, type("Base", (), {"on_run_start": lambda self: None})), {})
+    loop = loop_class()
+    loop.restarting, loop.epoch_loop, loop.trainer = True, epoch, SimpleNamespace(enable_validation=True)
+    monkeypatch.setattr(_MakesUp, "_validation_is_owed", lambda self: owed)
+    loop.on_run_start()
+    assert at == ([9] if owed else [])
+    assert epoch._batches_that_stepped == 9
+    LifecycleCallback.on_train_batch_start(None, SimpleNamespace(fit_loop=loop, global_step=10), None, None, 0)
+    assert epoch._batches_that_stepped == 10
+    loop.restarting, epoch._batches_that_stepped = False, 0  # a run that begins, maybe from another's weights
+    loop.on_run_start()
+    assert epoch._batches_that_stepped == 0
+
+
 @pytest.mark.parametrize("asked", ["cpu", "gpu", None])
 def test_a_machine_without_cuda_trains_on_the_cpu_without_what_needs_a_gpu(monkeypatch, asked):
     said, made = [], {}
@@ -120,6 +144,52 @@ def test_the_newest_save_is_not_removed_with_the_best(tmp_path):
         assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5-last{place}", f"{tmp_path}/step=9")
     assert callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=9")
     assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=5")
+
+
+def test_the_best_are_those_of_one_validation_whatever_their_losses(tmp_path, capsys):
+    """A loss that was no number, or none to keep any more, ended the next start; other validation sets were compared."""
+    tokens = np.arange(100, dtype=np.uint16)
+    for name in ("one", "two"):
+        with CorpusWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document(tokens[:: 1 if name == "one" else -1])
+    folder = tmp_path / "checkpoints"
+    for name in ("step=3-val_loss=5.5000", "step=6-val_loss=nan", "step=9-val_loss=5.2500", "step=9-last", "my copy"):
+        (folder / name).mkdir(parents=True)
+
+    def start(keep, corpus, state=None, step=9):
+        callback = LongContextCheckpoint(every=3, tokens_per_step=8, keep=keep)
+        callback.dirpath = str(folder)
+        if state is not None:
+            callback.load_state_dict(state)
+        sets = [EvaluationConfig(name="a", path=str(tmp_path / corpus), seq_length=8)]
+        trainer = SimpleNamespace(
+            datamodule=SimpleNamespace(evaluation={"validation": sets}),
+            is_global_zero=True, global_step=step, strategy=SimpleNamespace(broadcast=lambda value: value),
+        )  # fmt: skip
+        callback._look(trainer)
+        callback.nemo_topk_check_previous_run()
+        return callback
+
+    first = start(3, "one")
+    assert [(Path(name).name, float(loss)) for name, loss in first.best_k_models.items()] == [
+        ("step=9-val_loss=5.2500.ckpt", 5.25), ("step=3-val_loss=5.5000.ckpt", 5.5), ("step=6-val_loss=nan.ckpt", math.inf)
+    ]  # fmt: skip
+    assert first.best_model_path.endswith("step=9-val_loss=5.2500.ckpt")
+    assert start(0, "one", first.state_dict()).best_k_models == {}
+    assert len(list(folder.iterdir())) == 5
+    assert list(start(2, "one", first.state_dict()).best_k_models) == list(first.best_k_models)[:2]
+    assert not (folder / "step=6-val_loss=nan").exists()
+    assert not capsys.readouterr().out
+    other = start(2, "two", first.state_dict())
+    assert other.best_k_models == {}
+    said = capsys.readouterr().out
+    assert "validation is another from step 9 on: kept, and not compared: step=9-val_loss=5.2500, step=3-val_loss" in said
+    (folder / "step=12-val_loss=7.0000").mkdir()
+    assert [Path(name).name for name in start(1, "two", other.state_dict(), 12).best_k_models] == [
+        "step=12-val_loss=7.0000.ckpt"
+    ]
+    assert (folder / "step=3-val_loss=5.5000").exists()
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

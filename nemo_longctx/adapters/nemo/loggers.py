@@ -10,6 +10,7 @@ from typing import Any
 import nemo_run as run
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.loggers import keep_ids, kept_ids
 
 
@@ -21,7 +22,7 @@ def logger_parts(names: Sequence[str], *, directory: Path, run_name: str) -> dic
     """
     given: dict[str, Any] = {"update_logger_directory": False}  # NeMo would put a path from here behind the run's
     if "tensorboard" in names:
-        given["tensorboard"] = run.Config(TensorBoardLogger, save_dir=str(directory), name="tensorboard", version="")
+        given["tensorboard"] = run.Config(tensorboard_logger, directory=str(directory))
     if "wandb" in names:
         given["wandb"] = run.Config(wandb_logger, directory=str(directory), name=run_name)
     extra = []
@@ -30,6 +31,14 @@ def logger_parts(names: Sequence[str], *, directory: Path, run_name: str) -> dic
     if "csv" in names:  # a folder a start: Lightning's begins its file anew
         extra.append(run.Config(CSVLogger, save_dir=str(directory), name="csv"))
     return given | ({"extra_loggers": extra} if extra else {})
+
+
+def tensorboard_logger(*, directory: str) -> TensorBoardLogger:
+    """TensorBoard's, in the run's directory. What a killed run logged behind its newest checkpoint is not shown: those steps
+    are made again."""
+    found = checkpoints(Path(directory))
+    step = max(found[0].step, 0) if found else 0
+    return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", purge_step=step)
 
 
 def wandb_logger(*, directory: str, name: str) -> WandbLogger:

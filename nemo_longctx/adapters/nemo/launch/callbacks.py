@@ -184,8 +184,6 @@ class TrainingLogCallback(Callback):
         now, used = time.perf_counter(), time.process_time()
         before, began, spent = self._last or (step - 1, now, used)
         tokens, seq_length = self.curriculum.tokens_per_step, self.curriculum.stage_at_step(step - 1).seq_length
-        for each in trainer.loggers:
-            each.log_metrics({"consumed_tokens": step * tokens, "seq_length": seq_length}, step=step)
         self._append(
             step=step,
             tokens=step * tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.utils import AppState
 
-from nemo_longctx.checkpoints import checkpoint_to_resume, finished_in, write_manifest
+from nemo_longctx.checkpoints import best_in, checkpoint_to_resume, finished_in, write_manifest
+from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.files import first_process
 from nemo_longctx.start import signals_not_inherited
 
@@ -45,17 +47,52 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         )
         self.every, self.tokens_per_step, self.keep_last = every, tokens_per_step, keep_last
         self._last_step = 0  # no need to save before a step was made
+        self._found: list[tuple[str, float]] = []  # the best so far at a start, with their losses
+        self._judged: dict[str, Any] = {"by": None, "from": -1}  # the validation that ranks, and the step after which it does
 
     @property
     def state_key(self) -> str:
         """One key whatever `every` is: a run that goes on with another still knows its best checkpoints."""
         return type(self).__name__
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"judged": json.dumps(self._judged)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._judged = json.loads(state_dict.get("judged", "null")) or self._judged  # checkpoints of before have none
+
+    def nemo_topk_check_previous_run(self) -> None:
+        """The best so far: as many as are kept now. NeMo's own fails on a loss that is no number, and where none are kept."""
+        for name, _ in self._found[self.save_top_k :] if self.save_top_k else ():
+            self._del_model_without_trainer(name)
+        kept = {name: torch.tensor(loss) for name, loss in self._found[: self.save_top_k]}
+        self.best_k_models = kept
+        self.best_model_path, self.kth_best_model_path = next(iter(kept), ""), next(reversed(kept), "")
+        self.best_model_score, self.kth_value = kept.get(self.best_model_path), kept.get(self.kth_best_model_path)
+
+    def _look(self, trainer: Any) -> None:
+        """Find the best so far by this validation; what another one ranked stays where it is, and is not compared."""
+        sets = getattr(trainer.datamodule, "evaluation", {}).get("validation", ())
+        folder, judged = Path(self.dirpath), self._judged
+        if trainer.is_global_zero:
+            by = sorted([each.name, open_corpus(each.path).identity(), each.seq_length, each.samples] for each in sets)
+            if judged["by"] not in (None, by):
+                judged["from"] = trainer.global_step
+                if self.save_top_k and (old := ", ".join(path.name for path, _ in best_in(folder))):
+                    print(
+                        f"validation is another from step {trainer.global_step} on: kept, and not compared: {old}", flush=True
+                    )
+            judged["by"] = by
+        found = [(f"{path}{self.FILE_EXTENSION}", loss) for path, loss in best_in(folder, after=judged["from"])]
+        self._judged, self._found = trainer.strategy.broadcast((judged, found))  # the first process removes some of them
+
     def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         super().setup(trainer, *args, **kwargs)
         self.CHECKPOINT_NAME_LAST = f"{{step}}{LAST}"  # the logger's has the loss of a validation before
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._look(trainer)
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path:
             self._last_step = self._last_global_step_saved = trainer.global_step

@@ -126,6 +126,9 @@ class LifecycleCallback(Callback):
 
     # Stops
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # a restart may have made it one less or more
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._asked and trainer.global_step < self.curriculum.total_steps:
             self._stop(trainer)
@@ -280,6 +283,8 @@ class _MakesUp:
         loop: Any = self
         restarting = loop.restarting
         super().on_run_start()  # type: ignore[misc]
+        if restarting:  # where loggers put a validation: each checkpoint, saved within its step, has one less than was made
+            loop.epoch_loop._batches_that_stepped = max(loop.epoch_loop.global_step - 1, 0)
         if restarting and loop.trainer.enable_validation and self._validation_is_owed():
             loop.trainer.validating = True
             loop.epoch_loop.val_loop.run()
