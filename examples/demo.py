@@ -2,8 +2,9 @@
 
     python examples/demo.py [--data PATH] [--output runs/demo]
 
-Text: the Python sources and documents of the packages installed in this environment, or PATH (JSONL, Parquet, text files);
-a tenth of what both models read is made to need looking back (`nemo-longctx synth`). They read different documents.
+Text: the Python sources and documents of the packages installed in this environment, or PATH (JSONL, Parquet, text files).
+So small a model learns to look back from text that needs it (`nemo-longctx synth`): first from random strings alone, then, as
+the short and the long model, from text of which more than half is made for that. These two read different documents.
 Killed at any moment, the same command goes on where it was. At the end, under OUTPUT: summary.json and summary.md,
 context.png, lookups.png, loss_by_position.png and training.png, each with its .csv, and hf/, the extended model as Hugging Face
 transformers loads it.
@@ -25,7 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, TEXT, ONE_FILE = 512, "16MiB", "96KiB"
-LOOKUPS = 0.1  # share of text that can only be predicted by looking back (`nemo-longctx synth`)
+SHORT, LONG = 256, 2048
+# Tokens of made text, in documents as long as the windows, and its share of what is read there. Strings are read twice.
+STRINGS, LOOKUPS = "1056Ki", {SHORT: ("768Ki", 0.6), LONG: ("896Ki", 0.65)}
 
 
 def main() -> int:
@@ -41,30 +44,42 @@ def main() -> int:
     return write_report(args.output, json.loads((args.output / "steps.json").read_text()))
 
 
-def steps(output: Path, data: Path | None) -> list[tuple[str, list[str]]]:
+def steps(output: Path, data_of_user: Path | None) -> list[tuple[str, list[str]]]:
     """The commands of the demo, each one that a user can type."""
     tool = [str(Path(sys.executable).parent / "nemo-longctx")]
     own = ["--glob", "*.py", "--glob", "*.md", "--glob", "*.rst", "--glob", "*.txt", "--on-error", "skip",
            "--max-file-bytes", ONE_FILE]  # fmt: skip
-    text = [str(data)] if data else [sysconfig.get_path("purelib"), *own]
-    tokenizer, corpus, lookups = (f"{output}/data/{name}" for name in ("tokenizer", "corpus", "retrieval"))
+    text = [str(data_of_user)] if data_of_user else [sysconfig.get_path("purelib"), *own]
+    data = f"{output}/data"
+    tokenizer, corpus = f"{data}/tokenizer", f"{data}/corpus"
     prepare = [*tool, "prepare", *text, "--output", corpus, "--tokenizer", tokenizer, "--train-tokenizer", str(VOCABULARY),
                "--train-tokenizer-bytes", "4MiB", "--max-input-bytes", TEXT, "--holdout", "0.06"]  # fmt: skip
-    prose = [str(data)] if data else [sysconfig.get_path("purelib"), "--glob", "*.md", "--glob", "*.rst"]
-    synth = [*tool, "synth", *prose, "--output", f"{lookups}.jsonl", "--tokenizer", tokenizer, "--length", "2048",
-             "--tokens", "1Mi"]  # fmt: skip
-    mix = f"data.mix.sources=[{{path: {corpus}, weight: {1 - LOOKUPS}}}, {{path: {lookups}, weight: {LOOKUPS}}}]"
-    # So few tokens are few documents: their shares come out as they can, and are printed.
-    train = [sys.executable, str(ROOT / "examples" / "megatron_gpt_continual.py"), f"output_dir={output}", mix,
-             "data.mix.share_tolerance=0.5"]  # fmt: skip
-    base, long = f"{output}/tiny_cpu_base", f"{output}/tiny_cpu_long"
+    prose = [str(data_of_user)] if data_of_user else [sysconfig.get_path("purelib"), "--glob", "*.md", "--glob", "*.rst"]
+
+    def made(name: str, length: int, tokens: str, *how: str) -> list[tuple[str, list[str]]]:
+        """Text of one kind, and its corpus."""
+        text, told = f"{data}/{name}.jsonl", ["--tokenizer", tokenizer]
+        synth = [*tool, "synth", *prose, "--output", text, *told, "--length", str(length), "--tokens", tokens, *how]
+        return [(f"synth_{name}", synth), (f"prepare_{name}", [*tool, "prepare", text, "--output", f"{data}/{name}", *told])]
+
+    def train(recipe: str, sources: dict[str, float], *more: str) -> list[str]:
+        named = ", ".join(f"{{path: {path}, weight: {weight:g}}}" for path, weight in sources.items())
+        # So few tokens are few documents: their shares come out as they can, and are printed.
+        return [sys.executable, str(ROOT / "examples" / "megatron_gpt_continual.py"), f"output_dir={output}",
+                f"data.mix.sources=[{named}]", "data.mix.share_tolerance=0.5", f"recipe={recipe}", *more]  # fmt: skip
+
+    steps = [("prepare", prepare), *made("repeats", 128, STRINGS, "--kinds", "repeats")]
+    mixes = {}
+    for length, (tokens, share) in LOOKUPS.items():
+        steps += made(f"lookups_{length}", length, tokens, "--kinds", "codes=0.5,rounds=0.5", "--filler", "0.8")
+        mixes[length] = {corpus: 1 - share, f"{data}/lookups_{length}": share}
+    repeats, base, long = (f"{output}/{name}" for name in ("demo_repeats", "demo_base", "demo_long"))
     return [
-        ("prepare", prepare),
-        ("synth", synth),
-        ("prepare_retrieval", [*tool, "prepare", f"{lookups}.jsonl", "--output", lookups, "--tokenizer", tokenizer]),
-        ("train_base", [*train, "recipe=tiny_cpu_base"]),
+        *steps,
+        ("train_repeats", train("demo_repeats", {f"{data}/repeats": 1.0})),
+        ("train_base", train("demo_base", mixes[SHORT], f"restore_from={repeats}")),
         # Behind what the base read, so that the extended model owes nothing to text that it knows.
-        ("train_long", [*train, "recipe=tiny_cpu_long", f"restore_from={base}", f"data.after={base}"]),
+        ("train_long", train("demo_long", mixes[LONG], f"restore_from={base}", f"data.after={base}")),
         ("export", [*tool, "export", long, f"{output}/hf"]),
     ]
 
@@ -84,7 +99,7 @@ def run_step(output: Path, name: str, command: list[str]) -> bool:
     began = time.monotonic()
     with log.open("ab") as file:
         # Those of the data draw their own bars on the terminal; NeMo's lines go to the log, and its curve is followed here.
-        errors = None if name in ("prepare", "synth") else file
+        errors = None if name.startswith(("prepare", "synth")) else file
         process = subprocess.Popen(command, stdout=file, stderr=errors, preexec_fn=die_with_parent)
         status = follow(process, output, name)
     if status:
@@ -109,9 +124,9 @@ def follow(process: subprocess.Popen, output: Path, name: str) -> int:
     """Wait for a step; while it trains, show tokens, speed and time left from the curve that it writes."""
     from tqdm import tqdm
 
-    recipe = {"train_base": "tiny_cpu_base", "train_long": "tiny_cpu_long"}.get(name)
-    if recipe is None:
+    if not name.startswith("train_"):
         return process.wait()
+    recipe = name.replace("train", "demo")
     from nemo_longctx.compose import compose
     from nemo_longctx.report.training_log import read_training_log
 

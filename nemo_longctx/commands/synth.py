@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ TEXT = 64 * 2**20  # characters of input kept to hide things in
 
 def configure(parser: argparse.ArgumentParser) -> None:
     from nemo_longctx.commands.prepare import size
-    from nemo_longctx.data.retrieval_text import KINDS
+    from nemo_longctx.data.retrieval_text import KINDS, USUAL
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
@@ -39,7 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kinds",
         default="",
-        help=f"kind=share by comma, e.g. passkey=0.5,records=0.5 (default: equal shares of {', '.join(KINDS)})",
+        help=f"kind=share by comma, e.g. passkey=0.5,records=0.5, of {', '.join(KINDS)} (default: equal shares of the first "
+        f"{len(USUAL)})",
     )
     parser.add_argument("--facts", type=int, default=3, help="most facts of a document of records (default: %(default)s)")
     parser.add_argument(
@@ -82,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     engine = Tokenizer.from_str(tokenizer.definition)
     engine.encode_special_tokens = True
     engine.no_truncation()
-    maker = Maker(config, texts, lambda text: engine.encode(text, add_special_tokens=False).ids, ends=ends)
+
+    def encode(text: str) -> list[int]:
+        return engine.encode(text, add_special_tokens=False).ids
+
+    pieces = _pieces(engine, encode) if {"rounds", "repeats"} & set(config.shares) else []
+    maker = Maker(config, texts, encode, ends=ends, pieces=pieces)
     output.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, int] = {}
     with written_atomically(output) as file:
@@ -98,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
     for kind, values in found["kinds"].items():
         print(f"  {kind:<15}{values['documents']:>9,} documents{values['tokens']:>15,} tokens{values['share']:>8.1%}")
     return 0
+
+
+def _pieces(engine: Any, encode: Callable[[str], list[int]]) -> list[str]:
+    """Texts that are one token each and can be printed."""
+    texts = dict.fromkeys(engine.decode_batch([[token] for token in range(engine.get_vocab_size())]))
+    return [text for text in texts if text.isprintable() and "\ufffd" not in text and len(encode(text)) == 1]
 
 
 def _note(output: Path) -> Path:

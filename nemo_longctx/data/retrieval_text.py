@@ -3,30 +3,40 @@
 Ordinary documents seldom need what lies far behind, so a model learns slowly to look there. Here facts, first sentences and
 passages are told in a text and told again later, at every distance (as in the training data of OLMo 3, Qwen2.5-1M, and ProLong,
 Gao et al. 2024). Documents are exact in length, seeded one by one, and never use what the probes ask for: their names come from
-other letters, and no number that `is_held_out` is told.
+other letters, and no number or code that `is_held_out` is told.
+
+`codes`, `rounds` and `repeats` are for models that cannot look back at all yet. A code is eight different letters, which text
+hardly has in a row. The other two are made of random pieces of the vocabulary, where nothing but what was told before helps to
+guess the next (repeated random tokens: Olsson et al. 2022, "In-context Learning and Induction Heads"): `repeats` tells a string
+two to four times at once, so near that look-ups begin with it; `rounds` tells several in turn, with text between.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
 
-KINDS = ("passkey", "records", "first_sentence", "copy", "reorder")
+USUAL = ("passkey", "records", "first_sentence", "copy", "reorder")
+KINDS = (*USUAL, "codes", "rounds", "repeats")
 SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "wo", "zu", "ka", "mi", "na")
 SECRETS = ("access number", "door code", "locker number", "room code", "ticket number", "vault number")
 RECORDS = ("The number for {key} is {value}.", "{key}: {value};", "{key} = {value}", "The code of {key} is {value}.")
+CODE, LETTERS = "The code is {value}.", 8
+LONGEST_REPEAT, LONGEST_STRING = 24, 15  # pieces
 SENTENCE = re.compile(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)")
 Encode = Callable[[str], list[int]]
 
 
-def is_held_out(number: str) -> bool:
-    """Whether a number is kept for probes: the sum of its digits is a multiple of 4, so that no single digit tells."""
-    return sum(map(int, number)) % 4 == 0
+def is_held_out(secret: str) -> bool:
+    """Whether a number or a code of capitals is kept for probes: the sum of its signs (A is 10) is a multiple of 4, so that no
+    single one tells."""
+    return sum(int(sign, 36) for sign in secret) % 4 == 0
 
 
 def draw_number(rng: random.Random, digits: int, *, held_out: bool) -> str:
@@ -37,6 +47,14 @@ def draw_number(rng: random.Random, digits: int, *, held_out: bool) -> str:
             return number
 
 
+def draw_code(rng: random.Random, *, held_out: bool) -> str:
+    """A code of `LETTERS` different capitals, for probes (`held_out`) or for training text."""
+    while True:
+        code = "".join(rng.sample(string.ascii_uppercase, LETTERS))
+        if is_held_out(code) == held_out:
+            return code
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """Which documents to make.
@@ -44,8 +62,9 @@ class RetrievalConfig:
     Args:
         length: tokens of each document, its end-of-document token included.
         tokens: of all documents; rounded down to whole documents.
-        shares: kind -> share of the documents; they add up to 1. Default: equal shares of `KINDS`.
-        facts: most different facts of a document. filler: share of a document of facts that is ordinary text between them.
+        shares: kind -> share of the documents; they add up to 1. Default: equal shares of `USUAL`.
+        facts: most different facts of a document. filler: share of a document of facts that is ordinary text between them, and
+            the most of a document of rounds.
         seed: of everything that is drawn.
     """
 
@@ -65,7 +84,7 @@ class RetrievalConfig:
             raise ConfigError("facts", self.facts, "give at least 1")
         if not 0 <= self.filler < 1:
             raise ConfigError("filler", self.filler, "give a share from 0 to below 1")
-        shares = dict(self.shares) or dict.fromkeys(KINDS, 1 / len(KINDS))
+        shares = dict(self.shares) or dict.fromkeys(USUAL, 1 / len(USUAL))
         for kind, share in shares.items():
             if kind not in KINDS:
                 raise ConfigError("kinds", kind, f"unknown kind, {did_you_mean(str(kind), KINDS)}")
@@ -102,10 +121,17 @@ class Maker:
 
     Args:
         texts: ordinary documents to hide things in. encode: text -> token ids. ends: tokens that the reader adds to each.
+        pieces: texts of one token each, for `rounds` and `repeats`.
     """
 
-    def __init__(self, config: RetrievalConfig, texts: Sequence[str], encode: Encode, *, ends: int = 1):
+    def __init__(
+        self, config: RetrievalConfig, texts: Sequence[str], encode: Encode, *, ends: int = 1, pieces: Sequence[str] = ()
+    ):
         self.config, self.encode, self.target = config, encode, config.length - ends
+        self.pieces = pieces
+        if len(pieces) < LONGEST_STRING and (random_kinds := {"rounds", "repeats"} & set(config.shares)):
+            mend = f"the tokenizer has {len(pieces)} printable tokens; leave this kind out"
+            raise ConfigError("kinds", min(random_kinds), mend)
         self.texts = [text for text in texts if len(text.split()) >= 20]
         if not self.texts:
             raise ConfigError("inputs", len(texts), "no text of 20 words among them to hide things in")
@@ -184,8 +210,7 @@ class Maker:
             used -= len(self.encode(parts.pop(-2)))
         return "".join(parts), self._text(rng, 1.2 * (self.target - used) + 32)
 
-    def _facts(self, rng: random.Random, form: str, keys: Sequence[str], kind: str) -> Made | None:
-        facts = {key: draw_number(rng, 5, held_out=False) for key in keys}
+    def _facts(self, rng: random.Random, form: str, facts: dict[str, str], kind: str) -> Made | None:
         text = self._exact(*self._told(rng, lambda: self._fact(rng, form, facts)), "\n" + self._fact(rng, form, facts))
         return None if text is None else Made(kind=kind, text=text, facts=facts)
 
@@ -196,7 +221,58 @@ class Maker:
 
     def _records(self, rng: random.Random) -> Made | None:
         names = [self._name(rng) for _ in range(rng.randint(1, self.config.facts))]
-        return self._facts(rng, rng.choice(RECORDS), list(dict.fromkeys(names)), "records")
+        facts = {key: draw_number(rng, 5, held_out=False) for key in dict.fromkeys(names)}
+        return self._facts(rng, rng.choice(RECORDS), facts, "records")
+
+    def _codes(self, rng: random.Random) -> Made | None:
+        """Codes with text before each telling, log-uniform in length up to the whole, so that the next place counts too."""
+        codes = [draw_code(rng, held_out=False) for _ in range(rng.randint(1, self.config.facts))]
+        parts: list[str] = []
+        used = 0
+        while used < 0.85 * self.target:
+            parts += [self._text(rng, (0.9 * self.target) ** rng.random()), f"\n{CODE.format(value=rng.choice(codes))}\n"]
+            used += len(self.encode(parts[-2])) + len(self.encode(parts[-1]))
+        if used > 0.95 * self.target:  # the last text was a long one
+            used -= len(self.encode(parts.pop(-2)))
+        filler = self._text(rng, 1.2 * max(0, self.target - used) + 32)
+        text = self._exact("".join(parts), filler, f"\n{CODE.format(value=rng.choice(codes))}")
+        return None if text is None else Made(kind="codes", text=text, facts={code: code for code in codes})
+
+    def _repeats(self, rng: random.Random) -> Made | None:
+        strings: list[str] = []
+        head, used = "", 0
+        while True:
+            strings.append("".join(rng.choices(self.pieces, k=rng.randint(4, LONGEST_REPEAT))))
+            told = strings[-1] * rng.randint(2, 4)
+            size = len(self.encode(told))
+            if used + size > self.target - 8 or used > 0.9 * self.target:
+                break
+            head, used = head + told, used + size
+        text = self._exact(head, strings[-1] * (2 + (self.target - used) // 2), "")  # the last is told until the end
+        return None if text is None else Made(kind="repeats", text=text, facts={str(n): each for n, each in enumerate(strings)})
+
+    def _rounds(self, rng: random.Random) -> Made | None:
+        """Some strings in two to six rounds, each in another order, with ordinary text between them or none."""
+        period = self.target // rng.choice((2, 3, 4, 6))
+        told = period * (1 - self.config.filler * rng.random())
+        pool = rng.sample(self.pieces, min(len(self.pieces), period + LONGEST_STRING))  # no piece is in two places
+        strings: list[str] = []
+        have: list[int] = []
+        while not strings or (sum(have) < told - 4 and len(pool) >= LONGEST_STRING):
+            size = min(rng.randint(4, LONGEST_STRING), max(4, period - sum(have)))
+            strings.append("".join(pool.pop() for _ in range(size)))
+            have.append(len(self.encode(strings[-1])))
+        gap = max(0, period - sum(have)) / len(strings)
+        parts: list[str] = []
+        used = 0
+        order: list[int] = []
+        while used < 0.9 * self.target - max(have):
+            order = order or rng.sample(range(len(strings)), len(strings))
+            between = self._text(rng, gap * 2 * rng.random()) if gap >= 1 else ""
+            parts += [between, strings[order[-1]]]
+            used += len(self.encode(between)) + have[order.pop()]
+        text = self._exact("".join(parts), self._text(rng, 1.2 * (self.target - used) + 32), rng.choice(strings))
+        return None if text is None else Made(kind="rounds", text=text, facts={str(n): each for n, each in enumerate(strings)})
 
     def _passkey(self, rng: random.Random) -> Made | None:
         secret, value = rng.choice(SECRETS), draw_number(rng, 5, held_out=False)

@@ -15,12 +15,14 @@ SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u")]
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """One probe's prompt, answers and tokens to generate (0: as many as the answers need); `grades` of ranked answers."""
+    """One probe's prompt, answers and tokens to generate (0: as many as the answers need); `grades` of ranked answers; `first`:
+    tokens of the answer, where it goes on in the middle of a word."""
 
     prompt: list[int]
     answers: list[str]
     new_tokens: int = 0
     grades: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

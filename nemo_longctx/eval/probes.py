@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.data.retrieval_text import RECORDS, draw_number
+from nemo_longctx.data.retrieval_text import CODE, RECORDS, draw_code, draw_number
 from nemo_longctx.eval import helmet, mrcr, nolima, ruler
 from nemo_longctx.eval.probe_tools import Made, Tools
 from nemo_longctx.eval.question_data import Questions, read_labelled, read_questions
@@ -31,6 +31,7 @@ KINDS = (
     "first_sentence",
     "passkey",
     "record",
+    "code",
     "needle",
     "needle_multi_key",
     "needle_multi_value",
@@ -46,6 +47,7 @@ WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
     "knoll", "lotus", "maple", "nectar", "olive", "pearl", "quill", "raven", "sable", "tulip",
 )  # fmt: skip
+SHOWN = 3  # letters of a code that its question holds, or as many more as its tokens
 # Mohtashami and Jaggi 2023, appendix: the text that a passkey is hidden in.
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -246,6 +248,8 @@ class _Maker:
             made = self._passkey(rng, length, depth)
         elif kind == "record":
             made = self._record(rng, length, depth)
+        elif kind == "code":
+            made = self._code(rng, length, depth)
         else:
             made = self._needles(rng, kind, length, depth)
         return self._probe(made, kind, length, depth, sample)
@@ -253,7 +257,7 @@ class _Maker:
     def _probe(self, made: Made, kind: str, length: int, depth: float, sample: int) -> Probe:
         # Of several values all are asked, so the loss is that of all, and the reply needs room for them.
         asked = ", ".join(made.answers) if kind == "needle_multi_value" else made.answers[0]
-        first = self.encode(" " + asked, after=":")
+        first = list(made.first) or self.encode(" " + asked, after=":")
         new = len(first) + 16 if kind == "first_sentence" else self.config.max_new_tokens
         return Probe(
             kind=kind,
@@ -353,6 +357,20 @@ class _Maker:
         room = self._room("record", length, record, question)
         filler = self._filler(self.start, room)
         return Made(prompt=self.prefix + self._spread(filler, [(depth, record)]) + question, answers=[number])
+
+    def _code(self, rng: random.Random, length: int, depth: float) -> Made:
+        """A code as `nemo-longctx synth` writes them, one that it never tells, asked for by its first tokens."""
+        code = draw_code(rng, held_out=True)
+        told = CODE.format(value=code)
+        whole = self.encode("\n" + told.rstrip("."))
+        shown = next((n for n in range(len(whole)) if code[:SHOWN] in self.tokenizer.decode(whole[:n])), None)
+        if shown is None:
+            raise ConfigError("probes.kinds", "code", "this tokenizer does not give capital letters back; leave this kind out")
+        known = self.tokenizer.decode(whole[:shown]).rpartition(" ")[2]
+        hidden, question, answer = self.encode(f"\n{told}\n"), whole[:shown], whole[shown:]
+        room = self._room("code", length, hidden, question)
+        prompt = self.prefix + self._spread(self._filler(self.start, room), [(depth, hidden)]) + question
+        return Made(prompt=prompt, answers=[code.removeprefix(known)], first=tuple(answer))
 
     def _needles(self, rng: random.Random, kind: str, length: int, depth: float) -> Made:
         """One key among others (multi-key), or one key with several values (multi-value); RULER's sentences."""

@@ -12,11 +12,11 @@ from nemo_longctx.eval import context, probe_scores
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.report.plots import plot_loss_by_context, plot_probes
 
-BASE, LONG = "tiny_cpu_base", "tiny_cpu_long"
+BASE, LONG = "demo_base", "demo_long"
 NAMES = {BASE: "trained to read 256 tokens", LONG: "the same model, extended to 2,048"}
 SHORT_LENGTH, LONG_LENGTH, TARGETS = 256, 2048, 64
 HARM = 0.05  # nats: what the extended model may lose at the old length
-FOUND = ("passkey", "record")
+FOUND = ("code", "passkey")
 
 
 def findings(found: dict[str, SuiteResult]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def write_pictures(output: Path, found: dict[str, SuiteResult]) -> None:
     )
     cells = [replace(row, model=NAMES[model]) for model, result in found.items() for row in result.probes]
     probe_scores.write_csv(output / "lookups.csv", cells)
-    title = "Share of hidden numbers found, by length of the text and where in it they are hidden"
+    title = "Share of hidden codes and numbers found, by length of the text and where in it they are hidden"
     plot_probes(cells, output / "lookups.png", title=title)
 
 

@@ -1,12 +1,14 @@
 """Retrieval text: exact in length, seeded, in its shares, and of nothing that a probe asks for."""
 
 import json
+import random
 import re
+import string
 
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.retrieval_text import KINDS, SYLLABLES, Maker, RetrievalConfig, is_held_out
+from nemo_longctx.data.retrieval_text import KINDS, SYLLABLES, Maker, RetrievalConfig, draw_code, is_held_out
 
 PROSE = (
     "The smith opened his door to the street before six. Nobody in the town had ever seen such a machine at work! What would "
@@ -32,10 +34,15 @@ def encode(tokenizer):
     return lambda text: engine.encode(text, add_special_tokens=False).ids
 
 
+@pytest.fixture(scope="module")
+def pieces(encode):
+    return [sign for sign in string.printable.strip() if len(encode(sign)) == 1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [256, 1024])
-def test_each_document_is_exact_and_holds_its_facts_twice(encode, kind, length):
-    maker = Maker(RetrievalConfig(length=length, tokens=length * 9), TEXTS, encode)
+def test_each_document_is_exact_and_holds_its_facts_twice(encode, pieces, kind, length):
+    maker = Maker(RetrievalConfig(length=length, tokens=length * 9, shares={kind: 1.0}), TEXTS, encode, pieces=pieces)
     for number in range(6):
         made = maker.make(number, kind)
         assert len(encode(made.text)) == length - 1  # and the end of the document
@@ -57,6 +64,9 @@ def test_nothing_that_a_probe_asks_for_is_told(encode):
 
     maker = Maker(RetrievalConfig(length=256, tokens=2560), TEXTS, encode)
     documents = [maker.make(number, kind) for kind in ("passkey", "records") for number in range(30)]
+    codes = [code for number in range(30) for code in maker.make(number, "codes").facts]
+    assert not any(map(is_held_out, codes))
+    assert is_held_out(draw_code(random.Random(0), held_out=True))
     numbers = [n for made in documents for n in re.findall(r"\d+", made.text)]
     assert numbers
     assert not any(map(is_held_out, numbers))

@@ -55,11 +55,26 @@ def test_every_probe_is_exact_to_the_token(tokenizer):
         else:
             assert all(answer in text for answer in probe.answers)
         asked = ", ".join(probe.answers) if probe.kind == "needle_multi_value" else probe.answers[0]
-        assert tokenizer.decode(probe.first) == " " + asked
+        if probe.kind == "code":  # it goes on where the question ends
+            assert tokenizer.decode(probe.first) == asked
+            begun = re.search(r"The code is ([A-Z]{3})$", text).group(1)
+            assert f"The code is {begun}{asked}." in text
+            assert len(begun + asked) == len(set(begun + asked)) == 8
+        else:
+            assert tokenizer.decode(probe.first) == " " + asked
+
+
+def test_a_tokenizer_without_capitals_is_told(tokenizer):
+    class Lowering:
+        encode = staticmethod(lambda text, *, add_special_tokens: tokenizer.encode(text.lower(), add_special_tokens=False))
+        decode = staticmethod(tokenizer.decode)
+
+    with pytest.raises(ConfigError, match="kinds='code': this tokenizer does not give capital letters back"):
+        make_probes(everything(kinds=("code",)), TEXTS, Lowering)
 
 
 def test_needles_lie_at_their_depth(tokenizer):
-    for probe in make_probes(everything(kinds=("needle", "passkey"), lengths=(3000,)), TEXTS, tokenizer):
+    for probe in make_probes(everything(kinds=("needle", "passkey", "code"), lengths=(3000,)), TEXTS, tokenizer):
         text = tokenizer.decode(probe.prompt)
         place = text.index(probe.answers[0]) / len(text)
         assert abs(place - probe.depth) < 0.12, (probe.kind, probe.depth, place)

@@ -1,13 +1,19 @@
 """The demo's sentences follow its numbers, also where these say little, and its pictures hold what its tables do."""
 
+import argparse
 import csv
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nemo_longctx.commands import synth
+from nemo_longctx.compose import compose
 from nemo_longctx.eval import context
 from nemo_longctx.eval.probe_scores import ProbeRow
 from nemo_longctx.eval.results import blank_result
+from nemo_longctx.recipe import load_recipe
 from nemo_longctx.report.demo import BASE, LONG, LONG_LENGTH, findings, markdown, write_pictures
 
 CONTEXTS = [32, 64, 128, 192, 448, 960, 1984]
@@ -21,7 +27,7 @@ def result(model, curve, found, old_length, seed=0):
     made.context["context_1984"] = context.scores(blocks, documents=range(20), contexts=CONTEXTS, short=192)
     noise = np.random.default_rng(sum(map(ord, model))).normal(0, 0.02, 20)
     made.watched["loss_position_255"] = (old_length + noise).tolist()
-    for kind in ("passkey", "record"):
+    for kind in ("code", "passkey"):
         for length in (256, 512, 1024, 2048):
             for depth in (0.0, 0.5):
                 score = found(length)
@@ -35,10 +41,31 @@ def planted(lookup_base, lookup_long, harm=0.0):
     return {BASE: base, LONG: result(LONG, lambda c: -0.1 * np.log2(c / 32), lookup_long, 3.0 + harm)}
 
 
+def test_each_command_of_the_demo_is_one_that_a_user_can_type(tmp_path):
+    """Their settings fit each other: the recipes compose, and what is made is as long as the windows that read it."""
+    path = Path(__file__).parents[2] / "examples" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo", path)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    steps = dict(demo.steps(tmp_path, None))
+    runs = {name: load_recipe(compose(command[2:])) for name, command in steps.items() if "train" in name}
+    assert {name.replace("train", "demo") for name in runs} >= {BASE, LONG}
+    parser = argparse.ArgumentParser()
+    synth.configure(parser)
+    made = {name: parser.parse_args(command[2:]) for name, command in steps.items() if "synth" in name}
+    assert len(made) == len(runs)
+    for name, run in runs.items():
+        for source in run.data.mix.sources:
+            text = made.get(f"synth_{Path(source.path).name}")
+            if text is not None:
+                assert text.length == run.curriculum.stages[0].seq_length, name
+                assert text.tokens >= source.weight * run.curriculum.total_tokens / 2, name  # read twice at most
+
+
 def test_a_model_that_uses_its_context_is_said_to():
     found = findings(planted(lambda n: float(n <= 256), lambda n: 1.0))
     assert found["gain_from_256_to_2048"][LONG]["low"] > 0 > found["gain_from_256_to_2048"][BASE]["high"]
-    assert found["lookups"][LONG]["record"][LONG_LENGTH] == 1.0
+    assert found["lookups"][LONG]["code"][LONG_LENGTH] == 1.0
     said = " ".join(found["sentences"])
     assert "more than it can read does harm" in said
     assert "passkey at 2,048 tokens: the extended model finds 100%, the base 0%" in said
