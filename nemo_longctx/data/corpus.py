@@ -325,6 +325,10 @@ class ShardedCorpus:
         """A hash of the shards' own fingerprints, in order; `whole_below` is for all together."""
         return hashlib.sha256("".join(fingerprints(self.shards, whole_below)).encode()).hexdigest()
 
+    def identity(self) -> str:
+        """A hash of the shards' own identities, in order."""
+        return hashlib.sha256("".join(shard.identity() for shard in self.shards).encode()).hexdigest()
+
     def check(self) -> int:
         """`IndexedCorpus.check` on every shard."""
         return sum(shard.check() for shard in self.shards)

@@ -149,7 +149,8 @@ def test_the_newest_save_is_not_removed_with_the_best(tmp_path):
 def test_the_best_are_those_of_one_validation_whatever_their_losses(tmp_path, capsys):
     """A loss that was no number, or none to keep any more, ended the next start; other validation sets were compared."""
     tokens = np.arange(100, dtype=np.uint16)
-    for name in ("one", "two"):
+    (tmp_path / "two").mkdir()
+    for name in ("one", "two/a", "two/b"):  # the other one in shards
         with CorpusWriter(tmp_path / name, np.uint16) as writer:
             writer.add_document(tokens[:: 1 if name == "one" else -1])
     folder = tmp_path / "checkpoints"
