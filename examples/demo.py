@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY, TEXT, ONE_FILE = 512, "16MiB", "96KiB"
+VOCABULARY, TEXT, ONE_FILE = 512, "16MiB", "12KiB"
 SHORT, LONG = 256, 2048
 # Tokens of made text, in documents as long as the windows, and its share of what is read there. Strings are read twice.
 STRINGS, LOOKUPS = "1056Ki", {SHORT: ("768Ki", 0.6), LONG: ("896Ki", 0.65)}

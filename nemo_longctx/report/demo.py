@@ -88,7 +88,7 @@ def write_pictures(output: Path, found: dict[str, SuiteResult]) -> None:
     )
     cells = [replace(row, model=NAMES[model]) for model, result in found.items() for row in result.probes]
     probe_scores.write_csv(output / "lookups.csv", cells)
-    title = "Share of hidden codes and numbers found, by length of the text and where in it they are hidden"
+    title = "Share of hidden codes and numbers that are found"
     plot_probes(cells, output / "lookups.png", title=title)
 
 
