@@ -31,7 +31,7 @@ def parsed(words):
 
 @pytest.mark.parametrize("own", [None, "texts"])
 def test_each_step_is_a_command_that_reads_what_was_written(demo, tmp_path, own):
-    written, seen = {own}, []
+    written, seen, made = {own}, [], {}
     for name, words in demo.steps(tmp_path, own and Path(own)):
         seen.append(name)
         if words[0].endswith("nemo-longctx"):
@@ -42,15 +42,24 @@ def test_each_step_is_a_command_that_reads_what_was_written(demo, tmp_path, own)
                 continue
             if own:
                 assert {str(path) for path in args.inputs} <= written
-            assert not args.train_tokenizer if name == "prepare_retrieval" else args.tokenizer
+            assert args.tokenizer
+            assert words[1] == "synth" or bool(args.train_tokenizer) == (name == "prepare")  # one for all that is read
             written |= {str(args.output), str(args.tokenizer)}
+            if words[1] == "synth":
+                made[str(args.output).removesuffix(".jsonl")] = args
         else:
             recipe = load_recipe(compose(words[2:]))
             assert {source.path for source in recipe.data.mix.sources} <= written
             assert recipe.restore_from is None or recipe.restore_from in written
             assert sum(source.weight for source in recipe.data.mix.sources) == pytest.approx(1)
             written.add(f"{recipe.output_dir}/{recipe.name}")
-    assert seen == ["prepare", "synth", "prepare_retrieval", "train_base", "train_long", "export"]
+            for source in recipe.data.mix.sources:
+                if text := made.get(source.path):  # as long as the windows that read it, and read twice at most
+                    assert text.length == recipe.curriculum.stages[0].seq_length
+                    assert text.tokens >= source.weight * recipe.curriculum.total_tokens / 2
+    texts = ["repeats", "lookups_256", "lookups_2048"]
+    made_first = ["prepare", *(f"{step}_{text}" for text in texts for step in ("synth", "prepare"))]
+    assert seen == [*made_first, "train_repeats", "train_base", "train_long", "export"]
 
 
 def test_a_step_is_run_once_and_again_where_it_failed_or_changed(demo, tmp_path, capsys):

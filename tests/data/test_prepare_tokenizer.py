@@ -101,7 +101,7 @@ def test_training_text_is_spread_over_the_input_without_the_holdout(tmp_path):
         train_tokenizer=300,
         train_tokenizer_bytes=40_000,
     )
-    shards = _sources(config, [str(tmp_path / f"{name}.jsonl") for name in "abcd"])
+    shards = _sources(config, [str(tmp_path / f"{name}.jsonl") for name in "abcd"], print)
     texts = list(sample_texts(config, shards, sum(part.n_bytes for shard in shards for part in shard)))
     assert not any(is_held_out(text, config.holdout, config.seed) for text in texts)
     taken = {name: sum(len(text) for text in texts if text.startswith(name)) for name in "abcd"}

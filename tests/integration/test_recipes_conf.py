@@ -22,7 +22,8 @@ from nemo_longctx.recipe import load_recipe
 
 EVERY = sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml"))
 NAMES = [name for name in EVERY if machine_of(name) != CPU]  # those of a cluster, which are nemo_run factories too
-SHAPE = {"tiny_cpu_long": ["model=tiny_llama"]}  # goes on from a checkpoint that the demo makes first
+# Those that go on from a checkpoint which is made first.
+SHAPE = {"tiny_cpu_long": ["model=tiny_llama"]} | {name: ["model=tiny_induction"] for name in ("demo_base", "demo_long")}
 LAYERS = 2
 
 

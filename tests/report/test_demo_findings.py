@@ -1,19 +1,13 @@
 """The demo's sentences follow its numbers, also where these say little, and its pictures hold what its tables do."""
 
-import argparse
 import csv
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_longctx.commands import synth
-from nemo_longctx.compose import compose
 from nemo_longctx.eval import context
 from nemo_longctx.eval.probe_scores import ProbeRow
 from nemo_longctx.eval.results import blank_result
-from nemo_longctx.recipe import load_recipe
 from nemo_longctx.report.demo import BASE, LONG, LONG_LENGTH, findings, markdown, write_pictures
 
 CONTEXTS = [32, 64, 128, 192, 448, 960, 1984]
@@ -39,27 +33,6 @@ def result(model, curve, found, old_length, seed=0):
 def planted(lookup_base, lookup_long, harm=0.0):
     base = result(BASE, lambda c: -0.1 * np.log2(c / 32) if c <= 192 else 0.5, lookup_base, 3.0)
     return {BASE: base, LONG: result(LONG, lambda c: -0.1 * np.log2(c / 32), lookup_long, 3.0 + harm)}
-
-
-def test_each_command_of_the_demo_is_one_that_a_user_can_type(tmp_path):
-    """Their settings fit each other: the recipes compose, and what is made is as long as the windows that read it."""
-    path = Path(__file__).parents[2] / "examples" / "demo.py"
-    spec = importlib.util.spec_from_file_location("demo", path)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    steps = dict(demo.steps(tmp_path, None))
-    runs = {name: load_recipe(compose(command[2:])) for name, command in steps.items() if "train" in name}
-    assert {name.replace("train", "demo") for name in runs} >= {BASE, LONG}
-    parser = argparse.ArgumentParser()
-    synth.configure(parser)
-    made = {name: parser.parse_args(command[2:]) for name, command in steps.items() if "synth" in name}
-    assert len(made) == len(runs)
-    for name, run in runs.items():
-        for source in run.data.mix.sources:
-            text = made.get(f"synth_{Path(source.path).name}")
-            if text is not None:
-                assert text.length == run.curriculum.stages[0].seq_length, name
-                assert text.tokens >= source.weight * run.curriculum.total_tokens / 2, name  # read twice at most
 
 
 def test_a_model_that_uses_its_context_is_said_to():
