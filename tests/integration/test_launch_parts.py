@@ -97,6 +97,24 @@ def test_a_validation_is_owed_where_a_run_never_stopped_would_have_made_it(step,
     assert _MakesUp._validation_is_owed(loop) is owed
 
 
+@pytest.mark.parametrize(
+    ("step", "rows", "made"), [(40, {12}, 1), (40, {12, 40}, 0), (39, {12}, 0), (0, set(), 0), (40, None, 0)], ids=str
+)
+def test_the_last_step_is_validated_where_lightning_did_not(step, rows, made):
+    """A finished run of 12 steps that was made longer ended at its 20th without: Lightning had counted eight batches."""
+    ran = []
+    callbacks = [SimpleNamespace(), *([] if rows is None else [SimpleNamespace(validated=rows)])]
+    base = type("Base", (), {"on_run_end": lambda self: ran.append("end")})
+    loop = type("Loop", (_MakesUp, base), {})()
+    loop.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(curriculum=SimpleNamespace(total_steps=40)), callbacks=callbacks, enable_validation=True,
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+    )  # fmt: skip
+    loop.epoch_loop = SimpleNamespace(global_step=step, val_loop=SimpleNamespace(run=lambda: ran.append("validation")))
+    loop.on_run_end()
+    assert ran == ["validation"] * made + ["end"]
+
+
 @pytest.mark.parametrize("owed", [True, False])
 def test_loggers_put_a_validation_where_a_run_never_stopped_has_it(owed, monkeypatch):
     """Each restart moved those behind it one step back: what a checkpoint has lacks the step that it was saved in."""

@@ -286,9 +286,31 @@ class _MakesUp:
         if restarting:  # where loggers put a validation: each checkpoint, saved within its step, has one less than was made
             loop.epoch_loop._batches_that_stepped = max(loop.epoch_loop.global_step - 1, 0)
         if restarting and loop.trainer.enable_validation and self._validation_is_owed():
-            loop.trainer.validating = True
-            loop.epoch_loop.val_loop.run()
-            loop.trainer.training = True
+            self._validate()
+
+    def on_run_end(self) -> None:
+        loop: Any = self
+        if loop.trainer.enable_validation and self._last_is_owed():
+            self._validate()
+        super().on_run_end()  # type: ignore[misc]
+
+    def _validate(self) -> None:
+        loop: Any = self
+        loop.trainer.validating = True
+        loop.epoch_loop.val_loop.run()
+        loop.trainer.training = True
+
+    def _last_is_owed(self) -> bool:
+        """Whether the run is at its end without a validation there.
+
+        Lightning knows the last batch by counting, from 0 where a finished run was made longer, and then never comes to it.
+        """
+        loop: Any = self
+        trainer, step = loop.trainer, loop.epoch_loop.global_step
+        curriculum = getattr(trainer.datamodule, "curriculum", None)
+        known = [callback.validated for callback in trainer.callbacks if hasattr(callback, "validated")]
+        ends = bool(step and known) and curriculum is not None and step >= curriculum.total_steps
+        return ends and not trainer.strategy.broadcast(any(step in steps for steps in known))  # the first rank has the rows
 
     def _validation_is_owed(self) -> bool:
         """Whether a run that was never stopped validates at this step, and this one has no row of it.
