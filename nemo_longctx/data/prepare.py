@@ -58,8 +58,6 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
     found = _find(config, output)
     if found.passed_over or len(found.files) > 1:
         say(found.summary())
-    for path, first in same_bytes(found.files).items():
-        say(f"{shown(path)} holds the same bytes as {shown(first)}: its documents come once more; leave one out if need be")
     _check_free(config, output, work, found.files)
     sources = _sources(config, found.files, say)
     with explain_full_disk(str(work)), work_directory(work):
@@ -121,7 +119,18 @@ def _sources(config: PrepareConfig, paths: list[str], say: Callable[[str], None]
         taken = sum(sizes[path] for path in paths)
         more = ", more than max_input_bytes" if taken > config.max_input_bytes else ""
         say(f"{len(paths):,} of {len(sizes):,} files are taken, {taken:,} bytes{more}")
+    if copies := same_bytes(paths):
+        say(_of_copies(copies))
     return split_files(paths, config.format, config.shard_bytes)
+
+
+def _of_copies(copies: dict[str, str]) -> str:
+    """One line for files that hold the same bytes as another, however many they are."""
+    (path, first), *more = copies.items()
+    if not more:
+        return f"{shown(path)} holds the same bytes as {shown(first)}: its documents come once more; leave one out if need be"
+    told = f"{shown(path)} those of {shown(first)}"
+    return f"{len(copies):,} files hold the same bytes as another, so their documents come once more: {told}, and so on"
 
 
 def _sample_files(paths: list[str], sizes: dict[str, int], limit: int, seed: int) -> list[str]:

@@ -92,6 +92,12 @@ def test_files_of_the_same_bytes_are_told(here):
     assert same_bytes(names) == {"b.jsonl": "a.jsonl"}
     _, said = run(*names, output="out")
     assert any("b.jsonl holds the same bytes as a.jsonl: its documents come once more" in line for line in said)
+    for name in ("d", "e"):
+        (here / f"{name}.jsonl").write_text(ROWS)
+    _, said = run(*names, "d.jsonl", "e.jsonl", output="out2")  # a folder of installed packages has some 900
+    [line] = [line for line in said if "same bytes" in line]
+    assert line.startswith("3 files hold the same bytes as another")
+    assert "b.jsonl those of a.jsonl, and so on" in line
 
 
 def only(path, **changes):
