@@ -46,7 +46,7 @@ def ours(prefix: str, what: str, tokens: int, cache: str) -> tuple[int, Callable
     windows = data_corpora.our_windows([prefix], stages, total, 1 << 18, cache, document_masking=what != "plain")
     if what != "batch":
         return len(windows), windows.__getitem__
-    from nemo_longctx.adapters.nemo.data.data_module import collate
+    from nemo_longctx.adapters.nemo.data.datasets import collate
 
     return len(windows), lambda sample: collate([windows[sample]])
 

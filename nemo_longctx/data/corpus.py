@@ -1,14 +1,5 @@
 """Megatron's indexed corpus, `.bin` (tokens) + `.idx` (lengths and pointers), read with NumPy alone.
 
-The `.idx` layout (little-endian), as `megatron.core.datasets.indexed_dataset` 0.15 writes and reads it:
-
-    9 bytes  b"MMIDIDX\\0\\0"      8 bytes  version = 1      1 byte  dtype code
-    8 bytes  S = number of sequences                        8 bytes  D = number of documents + 1
-    S x int32  tokens per sequence
-    S x int64  byte offset of each sequence in the `.bin`
-    D x int64  first sequence of each document, then S
-    (S x int8  modes, multimodal corpora only; ignored here)
-
 `prepare` writes one sequence per document. A corpus that was split into sentences has several; it is read by documents.
 """
 
@@ -19,33 +10,20 @@ import json
 import mmap
 import os
 import resource
-import struct
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.checksums import PIECE, RUN, checksums, spread_runs
+from nemo_longctx.data.index_file import HEADER, check_index_size, map_file, read_header, without_suffix
 from nemo_longctx.data.opening import check_local
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-DTYPE_OF_CODE = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-CODE_OF_DTYPE = {np.dtype(kind): code for code, kind in DTYPE_OF_CODE.items()}
 WHOLE_BELOW = 1 << 30  # bytes of tokens that a fingerprint takes whole: about a second
-PIECE = 1 << 20  # bytes of a file read at once for its fingerprint
-RUN = 1 << 14  # bytes of each sample of a larger one
-THREADS, SINGLE = 4, 1 << 24  # that read for a fingerprint, and bytes that are not worth a second one
 CHECKED = 1 << 18  # entries of an index that `check` looks at together
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron picks for ids below `vocab_size`: uint16 under 65,500, else int32."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedCorpus:
@@ -65,17 +43,17 @@ class IndexedCorpus:
     """
 
     def __init__(self, prefix: str | os.PathLike[str]):
-        self.prefix = _without_suffix(os.fspath(prefix))
+        self.prefix = without_suffix(os.fspath(prefix))
         idx_path, bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         for path in (idx_path, bin_path):
             if not os.path.isfile(path):
                 raise ConfigError(
                     "corpus", self.prefix, f"{os.path.basename(path)} is missing; `nemo-longctx prepare` makes one"
                 )
-        self._index = index = _map_file(idx_path, self.prefix, "index")
-        dtype, n_sequences, n_ends = _read_header(index, self.prefix)
+        self._index = index = map_file(idx_path, self.prefix, "index")
+        dtype, n_sequences, n_ends = read_header(index, self.prefix)
         self.dtype = dtype
-        _check_index_size(len(index), n_sequences, n_ends, self.prefix)
+        check_index_size(len(index), n_sequences, n_ends, self.prefix)
         offset = HEADER.size
         self._sequence_lengths = np.frombuffer(index, np.int32, n_sequences, offset)
         offset += 4 * n_sequences
@@ -95,7 +73,7 @@ class IndexedCorpus:
         self.n_tokens = size // dtype.itemsize
         if self.n_tokens == 0:
             raise self._broken("it holds no token")
-        self._token_map = _map_file(bin_path, self.prefix, "token file")
+        self._token_map = map_file(bin_path, self.prefix, "token file")
         self._tokens = np.frombuffer(self._token_map, dtype)
 
     def __reduce__(self):  # data loader workers open their own maps
@@ -180,9 +158,9 @@ class IndexedCorpus:
         with open(f"{self.prefix}.bin", "rb") as tokens:
             digest.update(self._index_sums)
             if size <= whole_below:
-                digest.update(_sums(tokens, range(0, size, PIECE), PIECE))
+                digest.update(checksums(tokens, range(0, size, PIECE), PIECE))
             else:
-                digest.update(_sums(tokens, _spread_runs(size, max(8, int(whole_below) // 16 // RUN)), RUN))
+                digest.update(checksums(tokens, spread_runs(size, max(8, int(whole_below) // 16 // RUN)), RUN))
         return digest.hexdigest()
 
     def identity(self) -> str:
@@ -192,13 +170,13 @@ class IndexedCorpus:
         """
         digest = hashlib.sha256(f"{self.dtype.name} {self.n_documents} {self.n_tokens}".encode() + self._index_sums)
         with open(f"{self.prefix}.bin", "rb") as tokens:
-            digest.update(_sums(tokens, _spread_runs(self.n_tokens * self.dtype.itemsize, 64), RUN))
+            digest.update(checksums(tokens, spread_runs(self.n_tokens * self.dtype.itemsize, 64), RUN))
         return digest.hexdigest()[:32]
 
     @cached_property
     def _index_sums(self) -> bytes:
         with open(f"{self.prefix}.idx", "rb") as index:
-            return _sums(index, range(0, len(self._index), PIECE), PIECE)
+            return checksums(index, range(0, len(self._index), PIECE), PIECE)
 
     def check(self) -> int:
         """Read the whole index (no token) and make sure that it does not lie. Linear in documents: about 10 ns each.
@@ -414,65 +392,3 @@ def _allow_open_files(n: int) -> None:
             f"they need {wanted} open files, the limit is {hard}; merge them, or raise `ulimit -Hn`",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _sums(file: BinaryIO, starts: Sequence[int], size: int) -> bytes:
-    """Checksums (CRC-32) of the `size` bytes from each of `starts` on, by a few threads where there is much to read.
-
-    Read from the file: pages that are read through the map, and those around them, would count as this process's memory.
-    """
-
-    def sums(some: Sequence[int]) -> list[int]:
-        return [zlib.crc32(os.pread(file.fileno(), size, start)) for start in some]
-
-    share = max(-(-len(starts) // THREADS), -(-SINGLE // size))
-    parts = [starts[at : at + share] for at in range(0, len(starts), share)]
-    with ThreadPoolExecutor(THREADS) as threads:  # reading and summing both leave the interpreter free
-        found = list(threads.map(sums, parts) if len(parts) > 1 else map(sums, parts))
-    return np.array([number for part in found for number in part], np.uint32).tobytes()
-
-
-def _spread_runs(size: int, runs: int) -> list[int]:
-    """Where so many runs of a file of `size` bytes begin: the first at its start, the last at its end."""
-    runs = min(runs, -(-size // RUN))
-    return [max(0, number * (size - RUN) // max(1, runs - 1)) for number in range(runs)]
-
-
-def _without_suffix(prefix: str) -> str:
-    """The prefix of a pair that is named by one of its files; a pair whose prefix itself ends so is taken as it is."""
-    is_file_of_pair = prefix.endswith((".bin", ".idx")) and not os.path.isfile(f"{prefix}.idx")
-    return prefix[:-4] if is_file_of_pair else prefix
-
-
-def _map_file(path: str, prefix: str, what: str) -> mmap.mmap:
-    """Map a file read-only. The arrays made from the map keep it alive, as plain ndarrays: np.memmap costs 1 us a slice."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ConfigError("corpus", prefix, f"the {what} is empty; write it again with `nemo-longctx prepare`")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _read_header(index: mmap.mmap, prefix: str) -> tuple[np.dtype, int, int]:
-    """dtype, number of sequences, number of documents + 1."""
-    if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
-        raise ConfigError(
-            "corpus", prefix, "the .idx is not a Megatron index (wrong magic); name a prefix that `prepare` wrote"
-        )
-    _, version, code, n_sequences, n_ends = HEADER.unpack_from(index)
-    if version != 1:
-        raise ConfigError(
-            "corpus", prefix, f"the .idx has version {version}, this reader knows 1; write it again with `prepare`"
-        )
-    dtype = np.dtype(DTYPE_OF_CODE.get(code, np.void))
-    if not np.issubdtype(dtype, np.integer):
-        raise ConfigError("corpus", prefix, f"the .idx says dtype code {code}, which is no integer type; tokens are integers")
-    return dtype, n_sequences, n_ends
-
-
-def _check_index_size(size: int, n_sequences: int, n_ends: int, prefix: str) -> None:
-    plain = HEADER.size + 12 * n_sequences + 8 * n_ends
-    if n_sequences == 0 or n_ends < 2:
-        raise ConfigError("corpus", prefix, "the .idx lists no documents; prepare it from input that has some")
-    if size not in (plain, plain + n_sequences):  # the second: a mode of one byte a sequence
-        says = f"{n_sequences} sequences and {n_ends - 1} documents need {plain} bytes, it has {size}"
-        raise ConfigError("corpus", prefix, f"the .idx lies about its size: {says}; copy it again, or prepare it again")

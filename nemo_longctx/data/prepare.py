@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import open_corpus, token_dtype
+from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.engines import Progress, run_shards
+from nemo_longctx.data.index_file import token_dtype
 from nemo_longctx.data.inputs import Found, find_files, same_bytes, shown
 from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
 from nemo_longctx.data.opening import is_url, size_of, stamp_of

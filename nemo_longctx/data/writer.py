@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import CODE_OF_DTYPE, HEADER, MAGIC
+from nemo_longctx.data.index_file import CODE_OF_DTYPE, HEADER, MAGIC
 
 _LONGEST = 2**31 - 1  # lengths are int32
 _PIECE = 1 << 20  # documents handled at once while writing an index

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError, build
-from nemo_longctx.data.corpus import HEADER, IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
+from nemo_longctx.data.corpus import IndexedCorpus, ShardedCorpus, fingerprints, open_corpus
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
+from nemo_longctx.data.index_file import HEADER
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.statistics import LengthCounts
 from nemo_longctx.data.stream import Stream, report

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.corpus import HEADER
 from nemo_longctx.data.evaluation import EvaluationBatchSampler, EvaluationConfig, EvaluationSet, EvaluationWindows
+from nemo_longctx.data.index_file import HEADER
 
 
 @pytest.mark.parametrize("shards", [[[5, 9, 3, 30, 1]], [[5, 9], [3, 30, 1]]])

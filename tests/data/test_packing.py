@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.best_fit import check_delivery, open_windows, pack_stage
+from nemo_longctx.data.best_fit import check_delivery, open_windows
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig
 from nemo_longctx.data.order import open_order
 from nemo_longctx.data.packing import assign_bins, count_windows, plan_bins, window_bound
+from nemo_longctx.data.stage_packing import pack_stage
 
 PER_DOCUMENT = 1000  # tests/data/conftest.py
 

@@ -32,7 +32,8 @@ from nemo.lightning.io import load, reinit
 from omegaconf import OmegaConf
 
 from nemo_longctx.adapters.nemo.data import sampler
-from nemo_longctx.adapters.nemo.data.data_module import EvaluationDataset, LongContextDataModule, WindowDataset, collate
+from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
+from nemo_longctx.adapters.nemo.data.datasets import EvaluationDataset, WindowDataset, collate
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumBatchSampler, command_with
 
 CURRICULUM = {

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_longctx.adapters.nemo.data.data_module import collate
+from nemo_longctx.adapters.nemo.data.datasets import collate
 from nemo_longctx.adapters.nemo.data.instruct_data_module import LongInstructDataModule
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.sft_instances import LLAMA2_CHAT_TEMPLATE

@@ -68,7 +68,7 @@ def through_host(rank, size, split):
     from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
     from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
-    from nemo_longctx.adapters.nemo.data.data_module import collate
+    from nemo_longctx.adapters.nemo.data.datasets import collate
 
     results = {}
     with small_gpt.model_parallel(context_parallel_size=size if split == "cp" else 1):

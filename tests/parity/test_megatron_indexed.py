@@ -5,7 +5,8 @@ import filecmp
 import numpy as np
 import pytest
 
-from nemo_longctx.data.corpus import IndexedCorpus, open_corpus, token_dtype
+from nemo_longctx.data.corpus import IndexedCorpus, open_corpus
+from nemo_longctx.data.index_file import token_dtype
 from nemo_longctx.data.writer import CorpusWriter
 
 indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
