@@ -44,6 +44,7 @@ def main(overrides: Sequence[str]) -> int:
         def fit() -> None:
             from nemo_longctx.adapters.nemo.launch.run import build_run
 
+            runs.stop_if_asked()
             build_run(recipe).fit()
 
         fit_unless_finished(recipe, fit)
@@ -85,10 +86,12 @@ def rehearse(recipe: RunConfig) -> None:
         if isinstance(cut, InstructRecipe):
             from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
 
+            runs.stop_if_asked()
             build_instruct_run(cut).fit()
         else:
             from nemo_longctx.adapters.nemo.launch.run import build_run
 
+            runs.stop_if_asked()
             build_run(cut).fit()
     if first_process():
         print("a step of each stage was trained, saved, validated and evaluated; what it wrote is removed")

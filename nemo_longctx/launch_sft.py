@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_longctx import runs
 from nemo_longctx.compose import compose
 from nemo_longctx.launch import exit_status, fit_unless_finished
 
@@ -14,14 +15,17 @@ def main(overrides: Sequence[str]) -> int:
     def tune() -> None:
         from nemo_longctx.loggers import check_loggers
         from nemo_longctx.recipe import load_instruct_recipe
+        from nemo_longctx.resume import check_resumed
 
         recipe = load_instruct_recipe(compose(overrides, config_name="sft"))
         check_loggers(recipe.logger)
+        check_resumed(recipe, recipe.directory)
 
         def fit() -> None:
             # The host takes long to import: not before every setting is checked.
             from nemo_longctx.adapters.nemo.launch.instruct_run import build_instruct_run
 
+            runs.stop_if_asked()
             build_instruct_run(recipe).fit()
 
         fit_unless_finished(recipe, fit)

@@ -29,6 +29,7 @@ REHEARSAL = "-dry-run-"  # in the hidden folder that a full dry run trains in
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _held: dict[Path, tuple[int, int]] = {}  # directory -> open file, times taken by this process
+_came: list[int] = []  # stop signals since `stops_at_once` began
 
 
 class Stopped(SystemExit):
@@ -235,8 +236,10 @@ def stops_at_once() -> Iterator[None]:
     """Before there is anything to save: a stop signal ends the process with the status that it would have later."""
 
     def stop(signum: int, frame: Any) -> None:
+        _came.append(signum)
         raise Stopped(signum)
 
+    _came.clear()
     try:
         before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     except ValueError:  # not the main thread, which alone may ask for signals
@@ -247,6 +250,14 @@ def stops_at_once() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def stop_if_asked() -> None:
+    """Raise for a stop signal that came while the host was imported: it has places that take whatever is raised for a package
+    that is missing, and go on without it.
+    """
+    if _came:
+        raise Stopped(_came[0])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nemo_longctx.capability import cuda_devices
 from nemo_longctx.config import ConfigError
+from nemo_longctx.files import first_process
 from nemo_longctx.runs import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 EXTENSION = "managed_alloc_runtime"  # of megatron.core.inference.unified_memory
 BUILD_SECONDS = 120  # a few with a compiler at hand; a lock that is older is nobody's
+WORDLESS_SECONDS = 5
+OWN_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")  # others may be shared with machines
 RENDEZVOUS = "FIRST_NODE:29500"  # one of the nodes by its name, and a free port there
 
 
@@ -121,19 +125,63 @@ def end_with(process: int) -> None:
 
 
 def remove_stale_locks() -> None:
-    """Remove torch's lock on an extension that Megatron-Core builds when it is imported, if its holder must be gone.
+    """Remove torch's lock on an extension that Megatron-Core builds when it is imported, if its holder is gone.
 
     torch takes it for the seconds of a build, and every later import waits for its end without a word: one that was killed
-    meanwhile would let no run of this user start again.
+    meanwhile would let no run of this user start again. A builder keeps the file open; where that cannot be seen (a home that
+    machines share) a lock that lies still for `BUILD_SECONDS` is nobody's, and the wait for that is told.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     asked = os.environ.get("TORCH_EXTENSIONS_DIR")
     pattern = f"{EXTENSION}/lock" if asked else f"*/{EXTENSION}/lock"
     for lock in (Path(asked) if asked else home).glob(pattern):
         with contextlib.suppress(OSError):  # another process of this run removed it, or it is another user's
-            if time.time() - lock.stat().st_mtime > BUILD_SECONDS:
-                lock.unlink()
-                print(f"removed {lock}: a process that was killed while it imported Megatron-Core left it", flush=True)
+            _wait_until_nobodys(lock)
+            lock.unlink()
+            print(f"removed {lock}: a process that was killed while it imported Megatron-Core left it", flush=True)
+
+
+def _wait_until_nobodys(lock: Path) -> None:
+    """Return once nobody holds `lock`; raises OSError as soon as it is gone."""
+    began, seen, closed, told = time.monotonic(), lock.stat(), False, False
+    while time.time() - seen.st_mtime <= BUILD_SECONDS and time.monotonic() - began <= BUILD_SECONDS:
+        was_closed, closed = closed, seen.st_uid == os.getuid() and _on_own_disk(lock) and not _is_open(lock)
+        if was_closed and closed:  # once may be between its closing and its removal
+            break
+        if not told and time.monotonic() - began > WORDLESS_SECONDS and first_process():
+            rest = f"at most {BUILD_SECONDS} s, then it is removed"
+            print(
+                f"waiting for {lock}: another process builds what Megatron-Core needs, or was killed there; {rest}", flush=True
+            )
+            told = True
+        time.sleep(0.1)
+        now = lock.stat()
+        if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):  # the next one builds
+            began, seen, closed = time.monotonic(), now, False
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has `path` open, as far as this user may look."""
+    real = str(path.resolve())
+    for file in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(file) == real:
+                return True
+    return False
+
+
+def _on_own_disk(path: Path) -> bool:
+    """Whether `path` is on a disk of this machine alone, by the kernel's mounts: all who have it open are seen here."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return False
+    real = path.resolve()
+    behind = [(words[4], words[words.index("-") + 1]) for words in mounts if "-" in words]
+    place, kind = max(
+        (each for each in behind if real.is_relative_to(each[0])), key=lambda each: len(each[0]), default=("", "")
+    )
+    return bool(place) and kind in OWN_DISKS
 
 
 def in_notebook() -> bool:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 
-from nemo_longctx import launch
+from nemo_longctx import launch, launch_sft
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import StageConfig
-from nemo_longctx.recipe import RecipeConfig, load_recipe
+from nemo_longctx.recipe import RecipeConfig, load_instruct_recipe, load_recipe
 from nemo_longctx.resume import applied, changes, check_live, check_resumed, plain, refuse, rule_of, table_markdown
 
 DOCS = Path(__file__).parent.parent / "docs" / "resume.md"
@@ -161,6 +162,19 @@ def test_a_start_is_compared_with_the_record_before_the_host_is_imported(run_dir
     check_resumed(recipe("rope.variant=abf", "rope.base=500000", "optimizer.lr=1e-2"), run_directory / "run")
     (run_directory / "run" / "results" / "settings.json").write_text("{")  # unreadable: the checkpoint itself will tell
     check_resumed(recipe(*asked), run_directory / "run")
+
+
+def test_tuning_too_is_compared_before_the_host_is_imported(tmp_path, capsys, monkeypatch):
+    """Another blend ended `sft` behind the half minute that the host takes to start, `train` at once."""
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo.launch.instruct_run", None)
+    files = ["data.tokenizer=t", "data.short=[a]", "data.long=[a]", "restore_from=base", "trainer=cpu"]
+    asked = [f"output_dir={tmp_path}", "name=run", *files, "data.blend={short: 0.5, long: 0.5}"]
+    (tmp_path / "run" / "checkpoints" / "step=3-last").mkdir(parents=True)
+    (tmp_path / "run" / "results").mkdir()
+    record = {"recipe": plain(load_instruct_recipe(compose(asked, config_name="sft")))}
+    (tmp_path / "run" / "results" / "settings.json").write_text(json.dumps(record))
+    assert launch_sft.main([*asked, "data.blend.short=0.75", "data.blend.long=0.25"]) == 2
+    assert "error: data.blend.short=0.75: the run in" in capsys.readouterr().err
 
 
 def test_a_run_whose_newest_checkpoint_is_gone_is_compared_all_the_same(run_directory):

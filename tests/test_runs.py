@@ -11,7 +11,7 @@ import time
 import pytest
 from saved_checkpoints import make, truncate
 
-from nemo_longctx import launch, runs
+from nemo_longctx import launch, launch_sft, runs
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig, load_recipe
@@ -185,6 +185,29 @@ def test_a_signal_before_training_ends_with_its_status_and_the_command(capsys, n
     said = capsys.readouterr().err
     assert f"stopped by {name} before anything new was trained; go on with\n  " in said
     assert signal.getsignal(getattr(signal, name)) == before
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_a_signal_that_an_import_swallows_ends_the_start_all_the_same(tmp_path, capsys, monkeypatch, verb):
+    """Megatron-Core's optional imports take whatever is raised there for a missing package: the run trained on without it."""
+
+    class Importing:
+        def __getattr__(self, name):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except BaseException:
+                pass
+            return lambda recipe: pytest.fail("a run was built")
+
+    module = {"train": "run", "sft": "instruct_run"}[verb]
+    monkeypatch.setitem(sys.modules, f"nemo_longctx.adapters.nemo.launch.{module}", Importing())
+    for place in (launch, launch_sft):
+        monkeypatch.setattr(place, "fit_unless_finished", lambda recipe, fit: fit())
+    tuning = ["name=mine", "restore_from=base", "trainer=cpu", "data.tokenizer=t", "data.long=[a]", "data.short=[a]"]
+    asked = RUN if verb == "train" else tuning
+    assert (launch if verb == "train" else launch_sft).main([*asked, f"output_dir={tmp_path}"]) == 143
+    assert "stopped by SIGTERM before anything new was trained" in capsys.readouterr().err
 
 
 def test_a_signal_while_training_is_only_noted_and_a_second_ctrl_c_ends(capfd):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -154,22 +155,62 @@ def test_what_a_run_started_ends_with_it_even_by_sigkill():
     assert done.stdout == "started\n"
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_lock_of_a_killed_import_lets_the_next_start_go_on(tmp_path, monkeypatch, capsys, asked):
-    """A start killed while Megatron-Core was imported left torch's lock: every later one waited for good, in silence."""
+def torch_lock(place, name):
+    lock = place / name / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    return lock
+
+
+@pytest.fixture
+def extensions(tmp_path, monkeypatch):
+    """Where torch builds, and quick waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    place = tmp_path / "torch_extensions" / "py311_cpu"
+    monkeypatch.setattr(start, "WORDLESS_SECONDS", 0)
+    return tmp_path / "torch_extensions" / "py311_cpu"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_lock_of_a_killed_import_lets_the_next_start_go_on(extensions, monkeypatch, capsys, asked):
+    """A start killed while Megatron-Core was imported left torch's lock: every later one waited for good, in silence."""
     if asked:
-        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place))
-    locks = [place / name / "lock" for name in (start.EXTENSION, "another")]
-    for lock in locks:
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    start.remove_stale_locks()
-    assert all(lock.exists() for lock in locks)  # somebody builds
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    locks = [torch_lock(extensions, name) for name in (start.EXTENSION, "another")]
+    monkeypatch.setattr(start, "_on_own_disk", lambda lock: False)  # who holds it cannot be seen: its age decides
     for lock in locks:
         os.utime(lock, (0, time.time() - start.BUILD_SECONDS - 1))
     start.remove_stale_locks()
     assert [lock.exists() for lock in locks] == [False, True]
     assert f"removed {locks[0]}" in capsys.readouterr().out
+
+
+def test_a_young_lock_that_no_process_has_open_is_removed_at_once(extensions, monkeypatch, capsys):
+    """Started again within two minutes of the kill, a run waited for good."""
+    lock = torch_lock(extensions, start.EXTENSION)
+    monkeypatch.setattr(start, "_on_own_disk", lambda lock: True)
+    start.remove_stale_locks()
+    assert not lock.exists()
+    assert f"removed {lock}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_lock_that_is_held_is_waited_for_with_a_word(extensions, monkeypatch, capsys, seen):
+    """Held by a builder here, or by nobody knows whom on a shared disk; its time is ahead of a clock that was set back."""
+    lock = torch_lock(extensions, start.EXTENSION)
+    os.utime(lock, (0, time.time() + 3600))
+    monkeypatch.setattr(start, "_on_own_disk", lambda lock: seen)
+    monkeypatch.setattr(start, "BUILD_SECONDS", 0.3)
+    with lock.open():
+        start.remove_stale_locks()
+    assert f"waiting for {lock}: another process builds what Megatron-Core needs" in capsys.readouterr().out
+
+
+def test_a_builder_that_ends_while_it_is_waited_for_keeps_its_lock_until_then(extensions, monkeypatch, capsys):
+    lock = torch_lock(extensions, start.EXTENSION)
+    monkeypatch.setattr(start, "_on_own_disk", lambda lock: True)
+    with lock.open():
+        ends = threading.Timer(0.25, lock.unlink)
+        ends.start()
+        start.remove_stale_locks()
+    assert f"removed {lock}" not in capsys.readouterr().out
