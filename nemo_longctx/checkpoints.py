@@ -52,6 +52,19 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
     return finished_in(directory / FOLDER)
 
 
+def failed_checkpoint(error: BaseException) -> str | None:
+    """What torch says of a checkpoint that ranks could not write or read, in one line; None for any other error.
+
+    Its `CheckpointException` is no `Exception`, and its text holds the traceback of every rank.
+    """
+    if type(error).__name__ != "CheckpointException":
+        return None
+    failures = getattr(error, "failures", {})
+    said = dict.fromkeys(" ".join(str(failure).split()) for failure, _ in failures.values())
+    ranks = ", ".join(map(str, failures))
+    return f"a checkpoint failed ({error.args[0]}) on rank {ranks}: {'; '.join(said)[:500]}"
+
+
 def finished_in(folder: Path) -> list[Checkpoint]:
     """`checkpoints` of the run that has its own in `folder`."""
     if not folder.is_dir():

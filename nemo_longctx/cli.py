@@ -115,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         next_time = "goes on from here" if name in RESUMED else "begins anew"
         print(f"interrupted; the same command {next_time}", file=sys.stderr)
         return 130
+    except BaseException as error:
+        from nemo_longctx.checkpoints import failed_checkpoint
+
+        if os.environ.get("NEMO_LONGCTX_DEBUG") or (sentence := failed_checkpoint(error)) is None:
+            raise
+        print(f"nemo-longctx {args.command}: error: {sentence}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

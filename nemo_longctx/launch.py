@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nemo_longctx import runs
 from nemo_longctx.capability import missing_extra
-from nemo_longctx.checkpoints import checkpoint_to_resume
+from nemo_longctx.checkpoints import checkpoint_to_resume, failed_checkpoint
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.files import first_process
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 MOST_NAMED = 8  # settings, where each of a list would be a line
+MEND_DISK = "the checkpoints before are whole: mend that, or free some space, and start the same command again"
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -107,12 +108,14 @@ def exit_status(train: Callable[[], object]) -> int:
             name = signal.Signals(stopped.signum).name
             print(f"\nstopped by {name} before anything new was trained; go on with\n  {runs.own_command()}", file=sys.stderr)
         return 128 + stopped.signum
-    except Exception as error:  # the last net: nothing ends in a traceback, unless it is asked for
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the last net: nothing ends in a traceback, unless it is asked for
         return tell(error)
     return 0
 
 
-def tell(error: Exception) -> int:
+def tell(error: BaseException) -> int:
     """Say in one sentence what ended a run, and return its exit status: 2 for a user's mistake, 1 for what nobody foresaw.
 
     The traceback is raised where NEMO_LONGCTX_DEBUG is set.
@@ -121,12 +124,15 @@ def tell(error: Exception) -> int:
         raise error
     sys.stdout.flush()
     print(f"\nerror: {_sentence(error)}", file=sys.stderr)  # a progress bar may have left its line open
-    return 2 if isinstance(error, (ConfigError, OSError, ModuleNotFoundError)) else 1
+    foreseen = isinstance(error, (ConfigError, OSError, ModuleNotFoundError)) or failed_checkpoint(error) is not None
+    return 2 if foreseen else 1
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     if isinstance(error, (ConfigError, runs.RunError)):
         return str(error)
+    if (sentence := failed_checkpoint(error)) is not None:
+        return f"{sentence}; {MEND_DISK}"
     if isinstance(error, ModuleNotFoundError) and (sentence := missing_extra(error)) is not None:
         return sentence
     if not isinstance(error, OSError):
@@ -134,11 +140,11 @@ def _sentence(error: Exception) -> str:
         place = next((f"{f.name} of {Path(f.filename).name}:{f.lineno}" for f in reversed(_frames(error))), "")
         return f"{type(error).__name__} in {place}: {said[:500]}; NEMO_LONGCTX_DEBUG=1 shows the traceback"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error}); the checkpoints before are whole: free some space and start the same command again"
+        return f"the disk is full ({error}); {MEND_DISK}"
     return str(error)
 
 
-def _frames(error: Exception) -> list[traceback.FrameSummary]:
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     return list(traceback.extract_tb(error.__traceback__))
 
 

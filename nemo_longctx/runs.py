@@ -247,6 +247,10 @@ def stops_at_once() -> Iterator[None]:
         return
     try:
         yield
+    except Exception as error:
+        if _came:  # a library has caught the stop, and told of it as an error of its own
+            raise Stopped(_came[0]) from error
+        raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -1,5 +1,6 @@
 """What is known of a run before NeMo is imported: another run in its directory, its end, and how it is stopped."""
 
+import errno
 import json
 import os
 import shutil
@@ -208,6 +209,37 @@ def test_a_signal_that_an_import_swallows_ends_the_start_all_the_same(tmp_path, 
     asked = RUN if verb == "train" else tuning
     assert (launch if verb == "train" else launch_sft).main([*asked, f"output_dir={tmp_path}"]) == 143
     assert "stopped by SIGTERM before anything new was trained" in capsys.readouterr().err
+
+
+def test_a_signal_that_a_library_tells_as_an_error_of_its_own_is_still_a_stop(capsys):
+    def composed():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException as error:
+            raise RuntimeError("ConfigCompositionException") from error
+
+    assert launch.exit_status(composed) == 143
+    assert "ConfigCompositionException" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC, errno.EROFS])
+def test_a_checkpoint_that_ranks_cannot_write_ends_in_one_sentence(capsys, number):
+    from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+    def save():
+        try:
+            raise RuntimeError(f"Worker failure: {OSError(number, os.strerror(number), '/runs/mine/__0_0.distcp')}")
+        except RuntimeError as failure:
+            raise CheckpointException("write", dict.fromkeys((0, 1), _wrap_exception(failure))) from failure
+
+    assert launch.exit_status(save) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("\nerror: a checkpoint failed (write) on rank 0, 1: Worker failure: [Errno ")
+    assert said.count("\n") == 2
+    assert os.strerror(number) in said
+    assert "the checkpoints before are whole" in said
+    assert "Traceback" not in said
 
 
 def test_a_signal_while_training_is_only_noted_and_a_second_ctrl_c_ends(capfd):
