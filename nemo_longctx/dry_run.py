@@ -32,7 +32,7 @@ from nemo_longctx.nemo_files import io_config
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RunConfig
 from nemo_longctx.rope.request import check_layers_differ
-from nemo_longctx.runs import REHEARSAL
+from nemo_longctx.runs import REHEARSAL, one_run, was_left
 from nemo_longctx.start import check_start
 
 
@@ -354,7 +354,13 @@ def rehearsal(recipe: RunConfig) -> Iterator[Any]:
     curriculum = dataclasses.replace(recipe.curriculum, stages=cut, total_tokens=count * recipe.curriculum.tokens_per_step)
     directory = recipe.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{recipe.name}{REHEARSAL}", dir=directory.parent) as folder:
+    prefix = f".{recipe.name}{REHEARSAL}"
+    if first_process():
+        _remove_left(directory.parent, prefix, recipe.name)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as folder,
+        one_run(Path(folder) / recipe.name),
+    ):
         yield dataclasses.replace(
             recipe,
             output_dir=folder,
@@ -364,3 +370,11 @@ def rehearsal(recipe: RunConfig) -> Iterator[Any]:
             trainer=dataclasses.replace(recipe.trainer, val_every_tokens=0),
             checkpoint=dataclasses.replace(recipe.checkpoint, every_tokens=0),
         )
+
+
+def _remove_left(place: Path, prefix: str, name: str) -> None:
+    """Remove what dry runs of this name wrote that were killed: two checkpoints of a large model fill a disk unseen."""
+    for folder in place.iterdir():
+        if folder.name.startswith(prefix) and was_left(folder / name):
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"removed {folder}: a dry run that was killed left it", flush=True)

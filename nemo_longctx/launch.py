@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nemo_longctx.recipe import RunConfig
 
 
+_NOTHING_YET = "before anything new was trained"
 MOST_NAMED = 8  # settings, where each of a list would be a line
 MEND_DISK = "the checkpoints before are whole: mend that, or free some space, and start the same command again"
 
@@ -72,7 +73,11 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
                     print("no effect on a finished run", *asked[:MOST_NAMED], sep="\n  ", end=f"{more}\n")
             return
         runs.check_begins(directory)
-        checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
+        found = checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
+        behind = found.step * recipe.curriculum.tokens_per_step if found is not None else 0
+        if behind > total:
+            mend = f"the run in {directory} has {behind} tokens behind it already; set at least that, or another name"
+            raise ConfigError("curriculum.total_tokens", total, mend)
         refuse(recipe)
         fit()
 
@@ -106,7 +111,8 @@ def exit_status(train: Callable[[], object]) -> int:
     except runs.Stopped as stopped:
         if not stopped.saved and first_process():
             name = signal.Signals(stopped.signum).name
-            print(f"\nstopped by {name} before anything new was trained; go on with\n  {runs.own_command()}", file=sys.stderr)
+            when = "at once: steps behind the newest checkpoint are made again" if stopped.at_once else _NOTHING_YET
+            print(f"\nstopped by {name} {when}; go on with\n  {runs.own_command()}", file=sys.stderr)
         return 128 + stopped.signum
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise

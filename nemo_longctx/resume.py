@@ -138,7 +138,7 @@ def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
     old, new = flat(before), flat(run)
     found = [_change(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
     for key in _lists_of_other_lengths(before, run):
-        found = [change for change in found if change is None or not change.key.startswith(f"{key}[")]
+        found = [change for change in found if change is None or not (change.key == key or change.key.startswith(f"{key}["))]
         found.append(_change(key, _part(before, key), _part(run, key)))
     return [change for change in found if change is not None]
 
@@ -166,7 +166,7 @@ def _part(values: Any, key: str) -> Any:
 
 
 def _lists_of_other_lengths(before: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
-    for key in ("curriculum.stages", "data.mix.sources"):
+    for key in ("curriculum.stages", "data.mix.sources", "data.validation", "data.test", "eval.tasks"):
         lists = _part(before, key), _part(run, key)
         if all(isinstance(each, list) for each in lists) and len(lists[0]) != len(lists[1]):
             yield key

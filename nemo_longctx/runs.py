@@ -37,9 +37,9 @@ class Stopped(SystemExit):
     has it: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1.
     """
 
-    def __init__(self, signum: int, *, saved: bool = False):
+    def __init__(self, signum: int, *, saved: bool = False, at_once: bool = False):
         super().__init__(128 + signum)
-        self.signum, self.saved = signum, saved
+        self.signum, self.saved, self.at_once = signum, saved, at_once
 
 
 class RunError(RuntimeError):
@@ -109,6 +109,18 @@ def release_lock(directory: Path) -> None:
         _held[directory] = (file, times - 1)
     else:
         os.close(file)
+
+
+def was_left(directory: Path) -> bool:
+    """Whether a process that is gone had locked `directory`: not where nobody did, or where that cannot be known."""
+    if directory.absolute() in _held:
+        return False
+    try:
+        with open(directory / LOCK, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def is_finished(directory: Path, *, total_tokens: int) -> bool:
@@ -304,7 +316,7 @@ class StopRequest:
 
     def _note(self, signum: int, frame: Any) -> None:
         if self.signum and signum == signal.SIGINT:
-            raise Stopped(signum)
+            raise Stopped(signum, at_once=True)
         if not self.signum and first_process():
             again = "; Ctrl-C once more ends at once" if signum == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(signum).name}: this step is finished, then all is saved{again}\n".encode())

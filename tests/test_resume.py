@@ -108,6 +108,14 @@ def test_the_stream_goes_on_under_another_curriculum_and_that_is_noted(overrides
     assert key in applied(change)
 
 
+def test_lists_of_other_lengths_are_named_whole():
+    """Another number of validation sets was a line for each field of each set."""
+    sets = [f"{{name: {name}, path: {name}, seq_length: 64}}" for name in "ab"]
+    before, run = (plain(recipe(f"data.validation=[{', '.join(each)}]")) for each in (sets, sets[1:]))
+    assert [(each.key, len(each.before), len(each.run)) for each in changes(before, run)] == [("data.validation", 2, 1)]
+    assert [each.key for each in changes(before, plain(recipe("data.validation=[]")))] == ["data.validation"]
+
+
 def test_other_rules_of_the_mix_need_to_be_allowed():
     before = plain(recipe("data.packing=concatenate"))
     change = changes(before, plain(recipe("data.packing=best_fit")))

@@ -15,6 +15,7 @@ from saved_checkpoints import make, truncate
 from nemo_longctx import launch, launch_sft, runs
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
+from nemo_longctx.dry_run import rehearsal
 from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig, load_recipe
 from nemo_longctx.resume import plain
 
@@ -257,6 +258,55 @@ def test_a_signal_while_training_is_only_noted_and_a_second_ctrl_c_ends(capfd):
         request.forget()
     assert signal.getsignal(signal.SIGTERM) == before
     assert capfd.readouterr().err.count("SIGTERM: this step is finished") == 1
+
+
+def test_a_second_ctrl_c_does_not_say_that_nothing_was_trained(capsys):
+    request = runs.StopRequest()
+
+    def train():
+        request.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        assert launch.exit_status(train) == 130
+    finally:
+        request.forget()
+    said = capsys.readouterr().err
+    assert "stopped by SIGINT at once: steps behind the newest checkpoint are made again; go on with" in said
+    assert "before anything new" not in said
+
+
+def test_what_a_killed_dry_run_left_is_removed_by_the_next(tmp_path, capsys):
+    """Checkpoints in a hidden folder stayed for good; a dry run that is under way keeps its own."""
+    recipe = load_recipe(compose([*RUN, f"output_dir={tmp_path}"]))
+    folders = {each: tmp_path / f".mine{runs.REHEARSAL}{each}" for each in ("killed", "working", "new")}
+    held = [hold(folders[each] / "mine") for each in ("killed", "working")]
+    folders["new"].mkdir()  # not locked yet
+    held[0].kill()
+    held[0].wait()
+    try:
+        with rehearsal(recipe) as cut:
+            assert (cut.directory / runs.LOCK).exists()
+            assert sorted(each.name for each in folders.values() if each.exists()) == [
+                folders["new"].name,
+                folders["working"].name,
+            ]
+    finally:
+        held[1].kill()
+        held[1].wait()
+    assert not cut.directory.exists()
+    assert f"removed {folders['killed']}: a dry run that was killed left it" in capsys.readouterr().out
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused_without_nemo(tmp_path, capsys, monkeypatch):
+    """Told behind the start of the host; a finished run asked for less too."""
+    refuse_nemo(monkeypatch)
+    finished(tmp_path / "mine", steps=20, tokens=81_920)
+    assert launch.main([*RUN, f"output_dir={tmp_path}", *CLOCK]) == 2
+    said = capsys.readouterr().err
+    assert "curriculum.total_tokens=40960: the run in" in said
+    assert "has 81920 tokens behind it already; set at least that" in said
 
 
 def test_the_own_command_is_the_one_typed():

@@ -193,6 +193,13 @@ class Documents:
                 found.append((self.names[source], path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         return found
 
+    def renamed(self, names: Sequence[str]) -> Documents:
+        """The same documents, their sources under other names."""
+        made = copy.copy(self)
+        made.names = tuple(names)
+        vars(made).pop("fingerprint", None)
+        return made
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of names and contents: all indices, and all tokens up to 1 GiB, else samples (`IndexedCorpus.fingerprint`)."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.base_run import consumed, left_at
 from nemo_longctx.data.best_fit import BestFitWindows, Packing, check_delivery, open_windows
@@ -31,6 +33,7 @@ class Stream:
         documents: the opened sources.
         windows: the samples, once `begin` or `go_on` was called.
         after: the base run that it began behind, as the user named it.
+        kept_names: of sources that were moved: what their paths call them now -> what the checkpoint does.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Stream:
         self.documents = Documents.open(mix)
         self.after: str | None = None
         self.windows: Windows | None = None
+        self.kept_names: dict[str, str] = {}
         self._left: list[Segment] = []  # behind it
         self._finished: list[Segment] = []  # all, where a checkpoint stands at the run's end
 
@@ -102,6 +106,7 @@ class Stream:
             ConfigError: what was read cannot be told any more; what the mix asks cannot be given.
         """
         saved = [Segment(**values) for values in state["segments"]]
+        self._keep_names(saved[-1])
         changed, refused = changes(saved[-1], self._now())
         stays = not changed
         now = {"data.document_masking": self.document_masking, "data.after": after}
@@ -124,6 +129,24 @@ class Stream:
         else:
             self._open(left_at(saved, token), origin=token)
         return changed, refused
+
+    def _keep_names(self, before: Segment) -> None:
+        """A corpus that lies elsewhere is the source that it was, whatever its path calls it now, unless the user names it."""
+        had: dict[str, list[str]] = {}
+        for name, identity in before.shards:
+            had.setdefault(name, []).append(identity)
+        names = list(self.documents.names)
+        for number, source in enumerate(self.mix.sources):
+            if source.name is not None or names[number] in had:
+                continue
+            mine = [self.documents.identities[shard] for shard in np.flatnonzero(self.documents.source_of_shard == number)]
+            was = next((name for name, shards in had.items() if shards == mine and name not in names), None)
+            if was is not None:
+                self.kept_names[names[number]], names[number] = was, was
+        if self.kept_names:
+            sources = [dataclasses.replace(each, name=name) for each, name in zip(self.mix.sources, names, strict=True)]
+            self.mix = dataclasses.replace(self.mix, sources=tuple(sources))
+            self.documents = self.documents.renamed(names)
 
     def _open(self, left: Sequence[Segment], *, origin: int) -> Windows:
         past = History(left, origin=origin, cache_dir=self.cache_dir, sources=self.mix.sources) if left else None

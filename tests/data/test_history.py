@@ -326,6 +326,29 @@ def test_changed_data_of_the_past_are_told(telling_corpora, tmp_path):
         stream(here[1:], 24, tmp_path / "c").go_on(state, 7 * STEP)
 
 
+def test_a_corpus_of_another_file_name_is_the_source_it_was(telling_corpora, tmp_path):
+    """Moved to another file name, a corpus was taken for another source: the rest of the run read other documents."""
+    prefixes = telling_corpora([TEXT, MORE])
+    first = stream(prefixes, 20, tmp_path / "a", weights=[0.5, 0.5])
+    first.begin()
+    state, moved = json.loads(json.dumps(first.state())), [str(tmp_path / name) for name in ("text", "more")]
+    for prefix, now in zip(prefixes, moved, strict=True):
+        for suffix in ("bin", "idx"):
+            Path(f"{prefix}.{suffix}").rename(f"{now}.{suffix}")
+    again = stream(moved, 20, tmp_path / "b", weights=[0.5, 0.5])
+    assert again.go_on(state, 7 * STEP) == ([], [])
+    assert again.kept_names == {"text": "source0", "more": "source1"}
+    assert again.windows.order.digest == first.windows.order.digest
+    assert [segment["shards"] for segment in again.state()["segments"]] == [state["segments"][0]["shards"]]
+    longer = stream(moved, 24, tmp_path / "c", weights=[0.5, 0.5])
+    assert longer.go_on(state, 7 * STEP) == (["curriculum", "order"], [])
+    named = stream(moved, 20, tmp_path / "d", weights=[0.5, 0.5])
+    sources = [dataclasses.replace(each, name=name) for each, name in zip(named.mix.sources, "xy", strict=True)]
+    named.mix, named.documents = dataclasses.replace(named.mix, sources=tuple(sources)), named.documents.renamed("xy")
+    named._keep_names(Segment(**state["segments"][0]))
+    assert named.kept_names == {}  # what the user calls it, it is
+
+
 def test_the_report_tells_what_comes_again(telling_corpora, tmp_path):
     (prefix,) = telling_corpora([[40] * 130])
     first = stream([prefix], 20, tmp_path)

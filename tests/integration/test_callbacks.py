@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("nemo.lightning")
 
+from nemo.utils import AppState
+
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
-from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback
+from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
+from nemo_longctx.adapters.nemo.launch.lifecycle import keep_lock_in_place
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results import SuiteResult
 
@@ -30,6 +33,37 @@ class Counting(LongContextEvalCallback):
 
 def trainer_at(step, **more):
     return SimpleNamespace(global_step=step, is_global_zero=True, should_stop=False, loggers=[], **more)
+
+
+def test_the_lock_of_a_run_stays_where_the_next_start_looks_for_it(tmp_path, monkeypatch):
+    """The host moved it away with the logs of the start before: two starts of one command then trained at once."""
+    state = AppState()
+    for asked, kept in ([tmp_path / ".lock", tmp_path / "a.log"], [tmp_path / "a.log"]), (None, []):
+        monkeypatch.setattr(state, "files_to_move", asked)
+        keep_lock_in_place()
+        assert state.files_to_move == kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "paths", "noted"),
+    [
+        (["data", "data.mix", "order"], ["b"], {"before": ["a"], "run": ["b"]}),
+        (["data"], ["a"], {"before": ["as they were"], "run": ["other documents at the same places"]}),
+        (["curriculum", "order"], ["b"], None),  # moved: the documents are the same
+        (["data"], ["a", "b"], None),  # the settings themselves say it
+    ],
+)
+def test_other_documents_are_noted_where_only_a_path_says_so(changed, paths, noted):
+    """The path of a source is free, so that it can be moved: another corpus there left no trace in `settings.json`."""
+
+    def recipe(*paths):
+        return {"data": {"mix": {"sources": [{"path": path} for path in paths]}}}
+
+    data = SimpleNamespace(
+        history=[{"changed": changed, "token_address": 700}], curriculum=SimpleNamespace(tokens_per_step=100)
+    )
+    found = [_other_documents(trainer_at(step, datamodule=data), recipe("a"), recipe(*paths)) for step in (7, 8)]
+    assert found == [{"data.mix.sources": noted} if noted else {}, {}]  # later starts: it is in the history already
 
 
 @pytest.mark.parametrize(("step", "at_start", "times"), [(0, True, 1), (0, False, 0), (7, True, 0)])

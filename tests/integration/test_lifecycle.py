@@ -117,6 +117,12 @@ def test_stopped_killed_and_resumed_is_the_run_never_stopped(runs):
     assert results["stopped 6"]["digest"] == results["whole 0"]["digest"] is not None
 
 
+def test_each_start_leaves_the_lock_where_the_next_one_looks_for_it(runs):
+    place, _ = runs
+    assert (place / "runs" / "stopped" / ".lock").is_file()
+    assert not list((place / "runs").glob("*/run_*/.lock"))
+
+
 def test_a_signal_is_answered_with_a_checkpoint_and_the_next_command(runs):
     _, results = runs
     for number, name, step in ((1, "SIGTERM", 10), (2, "SIGINT", 14), (3, "SIGUSR1", 15)):

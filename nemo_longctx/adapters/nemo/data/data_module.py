@@ -286,6 +286,9 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             self.windows = self.stream.windows or self.stream.begin()
             return (self._compared(state),) * 2
         found = self.stream.go_on(state, state["token_address"], after=self.after, allow_change=self.allow_change)
+        self.mix = self.stream.mix
+        for now, was in self.stream.kept_names.items():
+            rank_zero_info(f"the source {now} is {was} of the checkpoint, moved: it keeps that name")
         if self.stream.windows is not None and self.stream.windows is not self.windows:
             self.windows = self.stream.windows
             self._report(self.windows)

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ class LongContextSettingsCallback(Callback):
         live = {change.setting: _plain(change.run) for change in start.changes} | shape_of(pl_module.config)
         check_live(live_settings(before), live, where=where)
         history = list(before.get("history", []))
-        if found:
-            history.append({"step": step, "changed": applied(found)})
+        if changed := applied(found) | _other_documents(trainer, before["recipe"], self.recipe):
+            history.append({"step": step, "changed": changed})
         return {key: value["run"] for key, value in before["settings"].items()}, history
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -243,6 +244,24 @@ class TrainingLogCallback(Callback):
     def _append(self, **row: Any) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+
+def _other_documents(trainer: Any, before: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sources that hold other documents since the checkpoint of this start: a path alone says nothing of that.
+
+    Returns:
+        as `nemo_longctx.resume.applied`; {} where they are the same, or fewer or more sources say it already.
+    """
+    data = trainer.datamodule
+    last = (getattr(data, "history", None) or [{}])[-1]
+    if "data" not in last.get("changed", ()) or last["token_address"] != trainer.global_step * data.curriculum.tokens_per_step:
+        return {}
+    paths = [[source["path"] for source in plain(each)["data"]["mix"]["sources"]] for each in (before, run)]
+    if len(paths[0]) != len(paths[1]):
+        return {}
+    if paths[0] == paths[1]:
+        paths = [["as they were"], ["other documents at the same places"]]
+    return {"data.mix.sources": {"before": paths[0], "run": paths[1]}}
 
 
 def versions() -> dict[str, str]:

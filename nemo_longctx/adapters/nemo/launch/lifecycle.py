@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from nemo.utils import AppState
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_longctx.adapters.megatron.host import start_results_queue
@@ -26,6 +27,7 @@ from nemo_longctx.recipe import BadNumbersConfig
 from nemo_longctx.report.bad_numbers import BadStep, NumbersWatch
 from nemo_longctx.report.evaluation import read_results
 from nemo_longctx.runs import (
+    LOCK,
     RunError,
     Stopped,
     StopRequest,
@@ -73,6 +75,7 @@ class LifecycleCallback(Callback):
         self._trainer = trainer
         if stage != "fit":
             return
+        keep_lock_in_place()
         if trainer.is_global_zero and not self._locked:
             take_lock(self.directory)
             self._locked = True
@@ -155,7 +158,9 @@ class LifecycleCallback(Callback):
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
             if isinstance(trainer.strategy.checkpoint_io, AsyncFinalizableCheckpointIO):
                 trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and is_rehearsal(self.directory):
+            print(f"\nstopped by {signal.Signals(self._asked).name}: what the dry run wrote is removed", flush=True)
+        elif trainer.is_global_zero:
             found = checkpoints(self.directory)
             saved = f"saved in {found[0].path}" if found else "nothing was saved: the run has no checkpoint callback"
             name = signal.Signals(self._asked).name
@@ -255,6 +260,14 @@ class LifecycleCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.watch.load(state_dict["past"])
+
+
+def keep_lock_in_place() -> None:
+    """The host moves all files of a run's directory into a folder of the start before, the lock that a start holds too:
+    the next start then found none, and both wrote.
+    """
+    state = AppState()
+    state.files_to_move = [path for path in state.files_to_move or () if Path(path).name != LOCK]
 
 
 _DONE = {"stop": "the run stops here", "skip": "its update is left out", "ignore": "training goes on"}
