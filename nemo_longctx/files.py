@@ -7,6 +7,7 @@ import fcntl
 import gc
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
     It is not forced to the disk, which can take as long as building it: cut short by a power failure, it is refused.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # who may read it: as of any file
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

@@ -29,6 +29,17 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_who_may_read_a_file_is_what_the_user_s_mask_says(tmp_path):
+    """A text of `synth` was its maker's alone, on a file system that a team shares."""
+    before = os.umask(0o027)
+    try:
+        with files.written_atomically(tmp_path / "text") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text").stat().st_mode & 0o777 == 0o640
+
+
 def test_one_builder_at_a_time_is_let_in(tmp_path):
     with files.locked(tmp_path / "lock"), open(tmp_path / "lock") as other:
         for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         given = {"name": documents.names[number], "path": mix.sources[number].path, "dtype": str(corpus.dtype)}
         sources.append(given | describe(counts, args.seq_length))
     report: dict[str, Any] = {"sources": sources}
+    _tell_other_tokenizers(mix)
     error = None
     if has_plan:
         report["plan"], error = _plan(args, mix, documents)
@@ -99,6 +100,16 @@ def run(args: argparse.Namespace) -> int:
     if error is not None:
         raise error
     return 0
+
+
+def _tell_other_tokenizers(mix: Any) -> None:
+    """Lengths of two tokenizers' corpora may be compared; a run of both is refused."""
+    from nemo_longctx.data.vocabulary import check_corpora
+
+    try:
+        check_corpora({f"source {source.label}": source.path for source in mix.sources})
+    except ConfigError as error:
+        print(f"a run would refuse these sources: {error}", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace, has_plan: bool) -> None:

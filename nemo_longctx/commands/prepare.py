@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import re
-import sys
 from dataclasses import fields
 from typing import Any
 
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Bar:
-    """A tqdm bar over input bytes that also shows documents and tokens (or what `unit` says) per second."""
+    """Progress over input bytes that also shows documents and tokens (or what `unit` says) per second."""
 
     def __init__(self, what: str = "tokenizing", unit: str = "tokens") -> None:
         self._what, self._unit = what, unit
@@ -124,25 +123,25 @@ class Bar:
         self._documents = self._tokens = 0
 
     def open(self, n_bytes: int) -> Any:
-        from tqdm import tqdm
+        from nemo_longctx.bars import ProgressBar
 
         self.close()
         self._documents = self._tokens = 0
-        self._bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=self._what, dynamic_ncols=True)
+        self._bar = ProgressBar(total=n_bytes, unit="B", unit_scale=True, desc=self._what)
         return self._step
 
     def _step(self, n_bytes: int, documents: int, tokens: int) -> None:
         self._documents += documents
         self._tokens += tokens
-        rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{self._documents:,} docs, {rate:,.0f} {self._unit}/s", refresh=False)
+        rate = self._tokens / max(self._bar.elapsed, 1e-9)
+        self._bar.note(f"{self._documents:,} docs, {rate:,.0f} {self._unit}/s")
         self._bar.update(n_bytes)
 
     def say(self, line: str) -> None:
         """A line on stderr, above the bar."""
-        from tqdm import tqdm
+        from nemo_longctx.bars import say
 
-        tqdm.write(line, file=sys.stderr)
+        say(line)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -21,11 +21,12 @@ examples:
 Each document has exactly LENGTH tokens, its end included: with data.packing=best_fit it fills a window of that length. Numbers
 and names are none that the probes of `nemo-longctx eval` ask for. OUTPUT.made says what was made, in which shares.
 """
+BEFORE = "."  # stands before a piece to see what it is there
 TEXT = 64 * 2**20  # characters of input kept to hide things in
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from nemo_longctx.commands.prepare import size
+    from nemo_longctx.commands.prepare import names, size
     from nemo_longctx.data.retrieval_text import KINDS, USUAL
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -47,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filler", type=float, default=0.5, help="how much ordinary text lies between facts, 0 to 1 (default: %(default)s)"
     )
-    parser.add_argument("--keys", default="text", help="texts of a JSONL or Parquet record, by comma (default: %(default)s)")
+    parser.add_argument("--keys", type=names, default=("text",), help="texts of a record, joined (default: text)")
     parser.add_argument("--glob", dest="globs", action="append", default=[], help="which files of directories; may be repeated")
     parser.add_argument(
         "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="prepare will add it (default: yes)"
@@ -57,8 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    from nemo_longctx.bars import ProgressBar
     from nemo_longctx.data.retrieval_text import Maker, RetrievalConfig, report
     from nemo_longctx.data.tokenization import load_tokenizer
     from nemo_longctx.files import write_text, written_atomically
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     ends = 1 if args.append_eod and tokenizer.eod_id is not None else 0
     settings: dict[str, Any] = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256}
     settings |= {"seed": args.seed, "facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
-    settings["asked"] = {"length": args.length, "tokens": args.tokens, "kinds": dict(config.shares), "keys": args.keys}
-    settings["asked"]["glob"] = args.globs
+    settings["asked"] = {"length": args.length, "tokens": args.tokens, "kinds": dict(config.shares)}
+    settings["asked"] |= {"keys": ",".join(args.keys), "glob": args.globs}
     if not args.force:
         _keep_made(output, settings)
     texts = _texts(args, os.path.abspath(output))
@@ -86,18 +86,24 @@ def run(args: argparse.Namespace) -> int:
     engine.no_truncation()
 
     def encode(text: str) -> list[int]:
-        return engine.encode(text, add_special_tokens=False).ids
+        try:
+            return engine.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the Rust side raises no narrower type
+            why = f"it cannot encode the text ({(str(error).splitlines() or [''])[0]}); take one that knows every letter of it"
+            raise ConfigError("tokenizer", args.tokenizer, why) from error
 
     pieces = _pieces(engine, encode) if {"rounds", "repeats"} & set(config.shares) else []
     maker = Maker(config, texts, encode, ends=ends, pieces=pieces)
     output.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, int] = {}
-    with written_atomically(output) as file:
-        for number, kind in enumerate(tqdm(config.kinds(), total=config.documents, desc="retrieval text", unit="doc")):
+    bar = ProgressBar(total=config.documents, desc="retrieval text", unit="doc")
+    with written_atomically(output) as file, bar:
+        for number, kind in enumerate(config.kinds()):
             document = maker.make(number, kind)
             line = {"text": document.text, "kind": document.kind, "facts": document.facts}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             made[document.kind] = made.get(document.kind, 0) + 1
+            bar.update()
         found: dict[str, Any] = report(config, made)
         output.unlink(missing_ok=True)  # a kill from here on leaves no text beside another's note
         write_text(_note(output), json.dumps(found | settings, indent=1) + "\n")
@@ -108,9 +114,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pieces(engine: Any, encode: Callable[[str], list[int]]) -> list[str]:
-    """Texts that are one token each and can be printed."""
-    texts = dict.fromkeys(engine.decode_batch([[token] for token in range(engine.get_vocab_size())]))
-    return [text for text in texts if text.isprintable() and "\ufffd" not in text and len(encode(text)) == 1]
+    """Texts that are one token each, also one behind another, and can be printed."""
+    model = json.loads(engine.to_str())["model"]
+    unknown = model.get("unk_token") or (model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None)
+    tokens = range(engine.get_vocab_size())
+    alone = dict(zip(engine.decode_batch([[token] for token in tokens]), tokens, strict=True))
+    kept = {text: token for text, token in alone.items() if _printable(text) and text != unknown and len(encode(text)) == 1}
+    if engine.decode(list(kept.values())) == "".join(kept):
+        return list(kept)
+    # SentencePiece and WordPiece write a token's space only behind another one; in a row without spaces all were one word.
+    begin = encode(BEFORE)
+    behind = [text[len(BEFORE) :] for text in engine.decode_batch([[*begin, token] for token in tokens])]
+    known = [text for text in dict.fromkeys(behind) if _printable(text) and text != unknown]
+    return [text for text in known if len(encode(BEFORE + text)) == len(begin) + 1]
+
+
+def _printable(text: str) -> bool:
+    return bool(text) and text.isprintable() and "\ufffd" not in text
 
 
 def _note(output: Path) -> Path:
@@ -154,22 +174,40 @@ def _shares(text: str) -> dict[str, float]:
 
 
 def _texts(args: argparse.Namespace, output: str) -> list[str]:
-    """Documents of the inputs, in their order, up to `TEXT` characters; bad records are passed over."""
-    from nemo_longctx.data.inputs import find_files, format_of
+    """Documents of the inputs, in their order, up to `TEXT` characters; bad records and what `synth` made are passed over."""
+    from nemo_longctx.bars import say
+    from nemo_longctx.data.inputs import find_files, format_of, shown
     from nemo_longctx.data.long_text import pieces_of
     from nemo_longctx.data.readers import read_part, split_file
 
+    made = _made_in(args.inputs).difference({output})
+    if made:
+        say(f"not read, since synth made them: {shown(min(made))}{f' and {len(made) - 1:,} more' if len(made) > 1 else ''}")
+    found = find_files(args.inputs, args.globs, exclude={output, *made})
+    if found.passed_over or len(found.files) > 1:
+        say(found.summary())
     texts: list[str] = []
-    have = 0
-    for path in find_files(args.inputs, args.globs, exclude={output}).files:
+    have = bad = 0
+    for path in found.files:
         for part in split_file(path, format_of(path), 1 << 30):
-            for record in read_part(part, args.keys.split(",")):
+            for record in read_part(part, args.keys):
                 text = "".join(pieces_of(record.text))
+                bad += bool(record.error)
                 if not record.error and text.strip():
                     texts.append(text)
                     have += len(text)
-            if have >= TEXT:
-                return texts
+                if have >= TEXT:
+                    say(f"the first {have:,} characters of the input are enough, up to {shown(path)}")
+                    return texts
+    if bad and texts:
+        say(f"{bad:,} records without a text of --keys {','.join(args.keys)} are left out")
     if not texts:
         raise ConfigError("inputs", args.inputs, "no text was read from them; are the files and --keys right?")
     return texts
+
+
+def _made_in(inputs: list[str]) -> set[str]:
+    """What earlier runs of this command wrote into folders that are read: nothing is hidden in retrieval text."""
+    folders = [root for each in inputs if os.path.isdir(each) for root, *_ in os.walk(each, followlinks=False)]
+    notes = [path for folder in folders for path in Path(folder).glob("*.jsonl.made")]
+    return {os.path.abspath(path.with_suffix("")) for path in notes}

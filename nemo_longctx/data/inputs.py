@@ -13,6 +13,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,8 @@ def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: Collecti
         ConfigError: nothing at a path, nothing that matches in a directory, a file named twice, or one that is no file.
     """
     found = Found()
+    # Also where a linked folder leads to them.
+    exclude = {*exclude, *(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) for path in exclude)}
     seen: dict[Any, str] = {}
     for given in inputs:
         given = _without_file_scheme(given)
@@ -137,23 +140,34 @@ def _is_directory(given: str) -> bool:
     if not is_url(given):
         return os.path.isdir(given)
     fs, inside = url_to_fs(given)
-    return bool(fs.isdir(inside)) or any(letter in inside for letter in "*?[")
+    with _reached(given):
+        return bool(fs.isdir(inside)) or any(letter in inside for letter in "*?[")
+
+
+@contextmanager
+def _reached(given: str) -> Iterator[None]:
+    """What a store that cannot be reached raises, as one sentence that names the URL."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError("input", given, f"cannot be reached ({(str(error).splitlines() or [''])[0]}); mend it") from error
 
 
 def _named(given: str) -> str:
     """A file that the user named, if it is one that can be read again and again."""
     if is_url(given):
         fs, inside = url_to_fs(given)
-        try:
+        with _reached(given):
             if not fs.exists(inside):
-                raise ConfigError("input", given, "no such file or directory")
-        except OSError as error:
-            raise ConfigError("input", given, f"cannot be reached ({str(error).splitlines()[0]}); mend it") from error
+                hub = "; on the hub's hf:// lie datasets/OWNER/NAME" if given.startswith("hf://") else ""
+                raise ConfigError("input", given, f"no such file or directory{hub}")
     elif not os.path.exists(given):
         dangling = os.path.islink(given)
         mend = "a link to nothing; mend it" if dangling else "no such file or directory"
         if any(letter in given for letter in "*?["):
             mend += "; a pattern is the shell's, without quotes, or that of --glob beside a directory"
+        elif scheme := re.match(r"(s3|gs|hf|https?):/+(?!/)", given):
+            mend += f"; a URL begins with two slashes, {scheme[1]}://{given[scheme.end() :]}"
         elif given == "-":
             mend = "standard input cannot be read again when a run goes on; write it to a file and name that"
         raise ConfigError("input", given, mend)
@@ -249,13 +263,14 @@ def _walk(directory: str, exclude: Collection[str], passed_over: dict[str, str])
         walked.add(real)
         hidden = [name for name in directories if name.startswith(".")]
         passed_over.update({os.path.join(root, name): "a hidden folder" for name in hidden})
-        directories[:] = sorted(n for n in directories if not n.startswith(".") and os.path.join(here, n) not in exclude)
+        left_out = {name for name in (*directories, *names) for at in (here, real) if os.path.join(at, name) in exclude}
+        directories[:] = sorted(name for name in directories if not name.startswith(".") and name not in left_out)
         # Real folders first: a file is known by its own path rather than by that of a link.
         directories.sort(key=lambda name: os.path.islink(os.path.join(root, name)))
         listed = _saved_data_files(root) if "state.json" in names else None
         for name in sorted(names, key=lambda name: (os.path.islink(os.path.join(root, name)), name)):
             path = os.path.join(root, name)
-            if os.path.join(here, name) in exclude:
+            if name in left_out:
                 continue
             why = _no_plain_file(path, name)
             if not why and listed is not None and name.endswith(".arrow") and name not in listed:

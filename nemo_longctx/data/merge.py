@@ -15,8 +15,8 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import IndexedCorpus
 from nemo_longctx.data.inputs import printable, shown
 from nemo_longctx.data.shards import ShardJob, ShardReport
-from nemo_longctx.data.writer import sync, write_index
-from nemo_longctx.files import write_text
+from nemo_longctx.data.writer import is_work_directory, sync, write_index
+from nemo_longctx.files import read_mapping, write_text
 
 _LEAST_END = 16  # tokens that are worth holding out
 
@@ -27,9 +27,24 @@ def output_names(output: str, holdout: bool) -> dict[str, str]:
 
 
 def own_files(output: str) -> set[str]:
-    """Every path that `prepare` or `inspect` may write for an output: none of them is its input."""
-    suffixes = (".bin", ".idx", ".json", ".rejected.tsv", ".lengths.png", ".lengths.csv", ".work", "")
-    return {f"{name}{suffix}" for name in output_names(output, holdout=True).values() for suffix in suffixes}
+    """The paths of an output that `prepare` or `inspect` wrote: none of them is its input.
+
+    A report or a folder of those names that is another's is no part of it: it is read where the input holds it.
+    """
+    found = set()
+    for name in output_names(output, holdout=True).values():
+        found |= {f"{name}{suffix}" for suffix in (".bin", ".idx", ".rejected.tsv", ".lengths.png", ".lengths.csv")}
+        found |= {f"{name}.json"} if report_of(name) else set()
+        found |= {name} if os.path.isdir(name) and is_shard_directory(name) else set()
+    work = Path(f"{output}.work")
+    return found | {str(work)} if is_work_directory(work) else found
+
+
+def report_of(output: str) -> dict[str, Any]:
+    """The report of a corpus; {} where none of `prepare` is there."""
+    made = read_mapping(f"{output}.json")
+    ours = all(isinstance(made.get(key), dict) for key in ("tokenizer", "settings")) and "bad_records" in made
+    return made if ours else {}
 
 
 def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
@@ -41,7 +56,7 @@ def publish_merged(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
     names = output_names(output, made["settings"]["holdout"] > 0)
     from_end = _from_end(made)
     if not from_end:
-        _check_documents(names, made)
+        _check_documents(names, made, reports)
     for split in names:
         prefixes = [job.prefix(split) for job, report in zip(jobs, reports, strict=True) if report.documents[split]]
         partial = os.path.join(jobs[0].directory, split)
@@ -120,11 +135,14 @@ def publish_shards(output: str, jobs: Sequence[ShardJob], made: dict[str, Any], 
         ConfigError: a split got no document.
     """
     names = output_names(output, made["settings"]["holdout"] > 0)
-    _check_documents(names, made)
+    _check_documents(names, made, reports)
     # An empty directory of shards: an earlier run was stopped after it moved this split.
     waiting = {split: name for split, name in names.items() if os.listdir(os.path.join(jobs[0].directory, split))}
     for name in waiting.values():
         shutil.rmtree(name, ignore_errors=True)
+    for name in waiting.values():
+        for suffix in ("idx", "bin"):  # of a merged corpus before, which would be read in the place of the shards
+            Path(f"{name}.{suffix}").unlink(missing_ok=True)
     _publish_notes(output, made, reports)
     for split, name in waiting.items():
         os.rename(os.path.join(jobs[0].directory, split), name)
@@ -135,12 +153,15 @@ def is_shard_directory(path: str) -> bool:
     return all(name.startswith("shard-") and name.endswith((".bin", ".idx")) for name in os.listdir(path))
 
 
-def _check_documents(names: dict[str, str], made: dict[str, Any]) -> None:
+def _check_documents(names: dict[str, str], made: dict[str, Any], reports: Sequence[ShardReport]) -> None:
     for split in names:
         if made["documents"][split] == 0:
             if split == "train" and made["settings"]["holdout"] == 0:
                 counts = f"{made['bad_records']} bad and {made['empty_records']} empty records"
-                raise ConfigError("input", " ".join(made["inputs"]), f"it holds no document, only {counts}; name other input")
+                bad = (f" (the first, {shown(path)}:{line}: {why})" for report in reports for path, line, why in report.bad)
+                first = next(bad, "")
+                mend = f"it holds no document, only {counts}{first}; name other input"
+                raise ConfigError("input", " ".join(made["inputs"]), mend)
             mend = f"no document fell to the {split} split; use a share nearer the middle, or more documents"
             raise ConfigError("holdout", made["settings"]["holdout"], mend)
 

@@ -57,9 +57,11 @@ def url_to_fs(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ConfigError(
-            "input", url, f"fsspec cannot read it ({error}); install what it names, or copy the files here"
-        ) from error
+        scheme, colon, rest = url.partition(":")
+        mend = f"fsspec cannot read it ({error}); install what it names, or copy the files here"
+        if not scheme.islower() and scheme.lower() in fsspec.available_protocols():
+            mend = f"its scheme is written in small letters, {scheme.lower()}{colon}{rest}"
+        raise ConfigError("input", url, mend) from error
 
 
 def size_of(path: str) -> int:

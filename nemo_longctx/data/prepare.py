@@ -23,15 +23,14 @@ from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.engines import Progress, run_shards
 from nemo_longctx.data.index_file import token_dtype
 from nemo_longctx.data.inputs import Found, find_files, same_bytes, shown
-from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards
+from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards, report_of
 from nemo_longctx.data.opening import is_url, size_of, stamp_of
 from nemo_longctx.data.prepare_config import PrepareConfig
 from nemo_longctx.data.prepare_tokenizer import tokenizer_of
 from nemo_longctx.data.readers import Part, split_files
 from nemo_longctx.data.shards import ShardJob, ShardReport, load_report
 from nemo_longctx.data.tokenization import TokenizerInfo, read_back
-from nemo_longctx.data.writer import explain_full_disk, work_directory
-from nemo_longctx.files import read_mapping
+from nemo_longctx.data.writer import explain_full_disk, remove_work, work_directory
 from nemo_longctx.versions import versions_of
 
 # Settings that the report keeps by name, beside tokenizer, seed and inputs.
@@ -79,10 +78,12 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
             made = _provenance(config, sources, found, tokenizer, plan, reports)
             publish = publish_shards if config.keep_shards else publish_merged
             publish(output, jobs, made, reports)
-        shutil.rmtree(work)
+        remove_work(work)
     corpus = open_corpus(output)
     first = read_back(tokenizer.definition, corpus.tokens(0))
     say(f"the first document, read back ({int(corpus.lengths[0]):,} tokens): {first!r}")
+    if not config.holdout and report_of(held := f"{output}_holdout").get("settings", {}).get("holdout"):
+        say(f"{shown(held)} was held out of the corpus before this one, which holds its text too; remove it, or use --holdout")
     if made.get("added_tokens_spelled"):
         say(f"added tokens that texts spelled, and that are one id each: {made['added_tokens_spelled']}")
     return made
@@ -160,13 +161,6 @@ def _hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _report_of(output: str) -> dict[str, Any]:
-    """The report of a corpus; {} where none of `prepare` is there."""
-    made = read_mapping(f"{output}.json")
-    ours = all(isinstance(made.get(key), dict) for key in ("tokenizer", "settings")) and "bad_records" in made
-    return made if ours else {}
-
-
 def _check_free(config: PrepareConfig, output: str, work: Path, files: list[str]) -> None:
     """Refuse to write over what is read, or over files that `prepare` did not make.
 
@@ -175,11 +169,16 @@ def _check_free(config: PrepareConfig, output: str, work: Path, files: list[str]
     """
     suffixes = (".json", ".rejected.tsv") if config.keep_shards else (".bin", ".idx", ".json", ".rejected.tsv")
     names = output_names(output, config.holdout > 0).values()
+    if config.keep_shards:
+        for name in names:
+            if os.path.exists(name) and not (os.path.isdir(name) and is_shard_directory(name)):
+                mend = f"{shown(name)} is there, and is no directory of shards alone; name another prefix"
+                raise ConfigError("output", config.output, mend)
     there = [path for name in names for suffix in suffixes if os.path.exists(path := f"{name}{suffix}")]
     read = {os.path.realpath(path) for path in files if not is_url(path)}
     if (lost := next((path for path in there if os.path.realpath(path) in read), None)) is not None:
         raise ConfigError("output", config.output, f"{shown(lost)} is read, and would be replaced; name another prefix")
-    known = config.force or work.exists() or os.path.exists(f"{output}.idx") or _report_of(output)
+    known = config.force or work.exists() or os.path.exists(f"{output}.idx") or report_of(output)
     if there and not known:
         mend = f"{shown(there[0])} is there, and of no corpus; name another prefix, or replace it with --force"
         raise ConfigError("output", config.output, mend)
@@ -191,17 +190,16 @@ def _already_made(config: PrepareConfig, tokenizer: TokenizerInfo, output: str, 
     Raises:
         ConfigError: something else is there.
     """
-    there = os.path.isdir(output) if config.keep_shards else os.path.exists(f"{output}.idx")
-    if not there:
+    merged = os.path.exists(f"{output}.idx")
+    if not merged and not (config.keep_shards and os.path.isdir(output)):
         return None
-    made = _report_of(output)
+    made = report_of(output)
     if made.get("plan") == plan and not (made["bad_records"] and config.on_error == "fail"):
         return made if _is_whole(config, output, made) else None
-    if config.keep_shards and not is_shard_directory(output):
-        raise ConfigError("output", config.output, "this directory holds more than shards; name another")
     if config.force:
         return None
-    mend = f"another corpus is there{_differs(config, tokenizer, made)}; name another prefix, or replace it with --force"
+    other = _differs(config, tokenizer, made, merged=merged)
+    mend = f"another corpus is there{other}; name another prefix, or replace it with --force"
     raise ConfigError("output", config.output, mend)
 
 
@@ -223,7 +221,7 @@ def _settings(config: PrepareConfig, tokenizer: TokenizerInfo) -> dict[str, Any]
     }
 
 
-def _differs(config: PrepareConfig, tokenizer: TokenizerInfo, made: dict[str, Any]) -> str:
+def _differs(config: PrepareConfig, tokenizer: TokenizerInfo, made: dict[str, Any], *, merged: bool) -> str:
     """` (another seed, another holdout)`: with which settings a corpus that is there was made, or that its files changed."""
     if not made:
         return ", without the report of how it was made"
@@ -232,6 +230,7 @@ def _differs(config: PrepareConfig, tokenizer: TokenizerInfo, made: dict[str, An
     other = [name for key, name in names.items() if made["tokenizer"].get(key) != asked["tokenizer"][key]]
     other += [key for key, value in asked["settings"].items() if made["settings"].get(key) != value]
     other += [key for key in ("seed", "inputs") if made.get(key) != asked[key]]
+    other += ["keep_shards"] if merged == config.keep_shards else []
     return (
         f" (another {', another '.join(other)})"
         if other

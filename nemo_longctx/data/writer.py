@@ -186,13 +186,34 @@ def work_directory(work: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         other = next(path for path in (work, *work.parents) if path.exists())
         raise ConfigError("output", str(work.with_suffix("")), f"{other} is a file; name a place in a folder") from error
+    if not is_work_directory(work):
+        mend = f"{work} is there, needed for what is unfinished, and of no run; name another output, or move it away"
+        raise ConfigError("output", str(work.with_suffix("")), mend)
     with open(work / "lock", "w") as file:
+        busy = ConfigError("output", str(work), "another run is writing there; wait for it, or stop it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError("output", str(work), "another run is writing there; wait for it, or stop it") from error
+            raise busy from error
+        if not (work / "lock").exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
+            raise busy  # it ended between our two looks, and took its lock away
         try:
             yield
         finally:
             if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing to go on from
-                shutil.rmtree(work)
+                remove_work(work)
+
+
+def is_work_directory(work: Path) -> bool:
+    """Whether a folder is of a run that has not ended, or empty, so that removing it loses nothing else."""
+    return work.is_dir() and ((work / "lock").exists() or not os.listdir(work))
+
+
+def remove_work(work: Path) -> None:
+    """Remove the folder of a run, its lock last: killed in between, it is still known for what it is."""
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "lock"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    work.rmdir()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from nemo_longctx.bars import ProgressBar, say
 from nemo_longctx.eval.requests import Generation, Request, Score, share_work
 from nemo_longctx.eval.scoring import Scorer, Speed
 
@@ -108,9 +107,9 @@ def _work(
     speed = scorer.speed = scorer.speed or measured_speed(scorer, jobs[0])
     read = new_tokens(scorer, jobs)
     if not quiet:
-        tqdm.write(f"{what}: {cost_told(jobs, read, speed)}", file=sys.stderr)
+        say(f"{what}: {cost_told(jobs, read, speed)}")
     began = time.monotonic()
-    with tqdm(total=read, unit="tok", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
+    with ProgressBar(total=read, unit="tok", unit_scale=True, desc=what, show=not quiet) as bar:
         for place, result, new in scorer.run(jobs):
             done[indices[place]] = result
             bar.update(new)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from tqdm import tqdm
-
+from nemo_longctx.bars import ProgressBar
 from nemo_longctx.config import ConfigError
 from nemo_longctx.instruct.client import FILTERED, LENGTH, REFUSAL, Call, CallError, Completer
 from nemo_longctx.instruct.journal import Journal, Reply
@@ -112,13 +110,7 @@ class Asker:
         """
         self._malformed_in_a_row = 0
         outcomes: dict[str, Outcome] = {}
-        with tqdm(
-            total=len(items),
-            desc=stage,
-            unit="item",
-            disable=not self.show_progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        ) as bar:
+        with ProgressBar(total=len(items), desc=stage, unit="item", show=self.show_progress) as bar:
             queue = iter(items)
 
             async def work() -> None:
@@ -130,7 +122,7 @@ class Asker:
                     except NeverInFormError as error:  # calls under way are paid for: the others bring theirs home
                         self._useless = self._useless or error
                         return
-                    bar.set_postfix_str(self._purse(), refresh=False)
+                    bar.note(self._purse())
                     bar.update()
 
             await _run_all(work() for _ in range(self.completer.concurrency))

@@ -209,6 +209,15 @@ def test_bad_input_is_one_sentence(prefixes, tmp_path, monkeypatch, capsys, argu
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_sources_of_two_tokenizers_are_told(prefixes, capsys):
+    """Their shares were shown as of any mix, and a run refused it."""
+    for number, prefix in enumerate(prefixes):
+        with open(f"{prefix}.json", "w") as file:
+            json.dump({"tokenizer": {"sha256": str(number), "vocab_size": 9}}, file)
+    assert main(["inspect", *prefixes, "--no-figure"]) == 0
+    assert "a run would refuse these sources: source web=" in capsys.readouterr().err
+
+
 def test_a_lying_index_is_refused_before_any_figure(prefixes, capsys):
     with open(f"{prefixes[0]}.idx", "r+b") as file:
         file.seek(34)

@@ -197,6 +197,17 @@ def test_urls_that_lead_nowhere_are_said(store):
         find_files(["memory://bucket/gone.jsonl"], ())
     with pytest.raises(ConfigError, match="fsspec cannot read it"):
         find_files(["nosuch://bucket/a.jsonl"], ())
+    with pytest.raises(ConfigError, match=r"two slashes, hf://datasets/me/books"):
+        find_files(["hf:/datasets/me/books"], ())
+    with pytest.raises(ConfigError, match=r"small letters, memory://bucket/a\.jsonl"):
+        find_files(["MEMORY://bucket/a.jsonl"], ())
+
+
+def test_a_store_that_cannot_be_reached_is_named(store, monkeypatch):
+    """The first look was at whether it is a folder, whose error named no input."""
+    monkeypatch.setattr(type(store), "isdir", lambda *_: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(ConfigError, match=r"input=.memory://bucket/a\.jsonl': cannot be reached \(no route\)"):
+        find_files(["memory://bucket/a.jsonl"], ())
 
 
 def test_a_local_url_is_a_path(tmp_path):

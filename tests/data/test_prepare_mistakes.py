@@ -9,10 +9,12 @@ from tiny_models import byte_tokenizer
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError, size_of_text
 from nemo_longctx.data import engines
+from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.inputs import find_files, same_bytes
 from nemo_longctx.data.prepare import prepare
 from nemo_longctx.data.prepare_config import PrepareConfig
 from nemo_longctx.data.readers import read_part, split_file
+from nemo_longctx.data.writer import is_work_directory, remove_work
 
 ROWS = "".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(4))
 
@@ -44,10 +46,83 @@ def test_an_input_is_not_replaced_by_the_report(here, force):
     (here / "in").mkdir()
     (here / "in" / "books.json").write_bytes(before)
     (here / "in" / "more.jsonl").write_text(ROWS)
-    if not force:  # of a folder what has the output's names is taken for the output
-        with pytest.raises(ConfigError, match=r"books\.json is there, and of no corpus"):
-            run("in", output="in/books")
+    with pytest.raises(ConfigError, match=r"books\.json is read, and would be replaced"):
+        run("in", output="in/books", force=force)
     assert (here / "books.json").read_bytes() == (here / "in" / "books.json").read_bytes() == before
+
+
+def test_a_folder_with_the_output_s_name_is_input(here):
+    """`prepare in --output in/books` passed over in/books/ without a word, and read its own output the second time round."""
+    (here / "in" / "books").mkdir(parents=True)
+    (here / "in" / "books" / "b.jsonl").write_text(ROWS)
+    (here / "in" / "a.jsonl").write_text(ROWS.replace("text ", "other "))
+    (here / "linked").symlink_to("in")
+    for folder in ("in", "in", "linked"):
+        made, said = run(folder, output="in/books", force=folder == "linked")
+        assert made["documents"]["train"] == 8
+        assert said[0].startswith("2 files taken, 0 passed over")
+
+
+@pytest.mark.parametrize("name", ["c", "c_holdout", "c.work"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_others_is_not_removed(here, name, force):
+    """Shards took the place of whatever lay in `c_holdout/`, and a `c.work/` went with the end of the run."""
+    (here / name).mkdir()
+    (here / name / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=f"{name} is there, "):
+        run("a.jsonl", output="c", holdout=0.5, keep_shards=True, force=force)
+    assert (here / name / "mine.txt").read_text() == "precious"
+
+
+def test_a_file_in_the_place_of_shards_is_told_before_the_work(here):
+    (here / "c").write_text("x")
+    with pytest.raises(ConfigError, match="c is there, and is no directory of shards alone"):
+        run("a.jsonl", output="c", keep_shards=True)
+
+
+def test_shards_are_not_shadowed_by_the_merged_corpus_before(here):
+    """`--keep-shards` over a merged corpus left the old .idx, which was read in the place of the shards."""
+    run("a.jsonl", output="c")
+    (here / "b.jsonl").write_text(ROWS * 2)
+    with pytest.raises(ConfigError, match=r"another corpus is there \(another inputs, another keep_shards\)"):
+        run("b.jsonl", output="c", keep_shards=True)
+    run("b.jsonl", output="c", keep_shards=True, force=True)
+    assert open_corpus("c").n_documents == 8
+
+
+def test_a_holdout_of_the_corpus_before_is_told(here):
+    run("a.jsonl", output="c", holdout=0.5)
+    _, said = run("a.jsonl", output="c", force=True)
+    assert any("c_holdout was held out of the corpus before this one, which holds its text too" in line for line in said)
+
+
+def test_a_run_killed_while_it_cleans_up_is_still_known(here, monkeypatch):
+    work = here / "c.work"
+    for name in ("train", "reports"):
+        (work / name).mkdir(parents=True)
+    (work / "lock").write_text("")
+    monkeypatch.setattr("nemo_longctx.data.writer.shutil.rmtree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remove_work(work)
+    assert is_work_directory(work)
+
+
+@pytest.mark.parametrize("more", [[], ["--split-lengths", "3"]])
+def test_curate_does_not_read_what_it_wrote_nor_replace_what_lies_in_its_input(here, more, capsys):
+    (here / "in").mkdir()
+    (here / "in" / "a.jsonl").write_text(ROWS)
+    command = ["curate", "in", "--near-duplicates", "0", "--workers", "1", "--output"]
+    name = "in/c.0-3.jsonl" if more else "in/c.jsonl"
+    (here / name).write_text(ROWS.replace("text ", "other "))
+    assert main([*command, "in/c.jsonl", *more, "--force"]) == 2
+    assert "is read, and would be replaced; name another file" in capsys.readouterr().err
+    (here / name).unlink()
+    assert main([*command, "in/c.jsonl"]) == 0
+    assert main([*command, "in/c.jsonl", *more, "--force"]) == 0
+    assert main([*command, "in/c.jsonl", *more]) == 0
+    made = json.loads((here / "in" / "c.report.json").read_text())
+    assert made["documents"] == 4
+    assert (here / "in" / "c.jsonl").exists() != bool(more)
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -149,6 +224,11 @@ def test_what_cannot_be_an_input_or_output_is_told(here):
 def test_an_empty_name_of_a_key_is_told(keys):
     with pytest.raises(ConfigError, match="a name between commas is empty"):
         PrepareConfig(inputs=("a.jsonl",), output="c", tokenizer="t", keys=keys)
+
+
+def test_why_nothing_is_left_is_told(here):
+    with pytest.raises(ConfigError, match=r"only 4 bad and 0 empty records \(the first, a\.jsonl:1: no key 'txt'"):
+        run("a.jsonl", output="c", keys=("txt",), on_error="skip")
 
 
 def test_more_than_was_allowed_is_told(here):

@@ -126,3 +126,75 @@ def test_what_the_command_writes_is_what_prepare_takes(tmp_path, tokenizer, caps
     assert open_corpus(str(tmp_path / "corpus")).lengths.tolist() == [256] * 20
     assert main([*command, "--tokens", "5120", "--kinds", "passky"]) == 2
     assert "did you mean 'passkey'" in capsys.readouterr().err
+
+
+def word_piece(folder):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]"], show_progress=False))
+    made.save(str(folder / "tokenizer.json"))
+
+
+def sentence_pieces(folder):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (folder / "text").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=80, minloglevel=2
+    )
+    (folder / "text").unlink()
+
+
+@pytest.mark.parametrize("make", [word_piece, sentence_pieces])
+def test_random_strings_are_of_whole_tokens_whatever_writes_the_spaces(tmp_path, make):
+    """Without their spaces the pieces of a WordPiece were one long word, [UNK]; those of a SentencePiece two or three each."""
+    from tokenizers import Tokenizer
+
+    from nemo_longctx.commands.synth import _pieces
+    from nemo_longctx.data.tokenization import load_tokenizer
+
+    (tmp_path / "tok").mkdir()
+    make(tmp_path / "tok")
+    engine = Tokenizer.from_str(load_tokenizer(str(tmp_path / "tok")).definition)
+    encode = lambda text: engine.encode(text, add_special_tokens=False).ids  # noqa: E731
+    pieces = _pieces(engine, encode)
+    assert len(pieces) > 40
+    assert any(piece.startswith(" ") for piece in pieces)
+    assert not {"[UNK]", "<unk>"} & set(pieces)
+    rng = random.Random(0)
+    sizes = [len(encode("".join(rng.choices(pieces, k=24)))) for _ in range(20)]
+    assert 22 <= sum(sizes) / 20 < 30
+    for kind in ("rounds", "repeats", "codes"):
+        maker = Maker(RetrievalConfig(length=128, tokens=1280, shares={kind: 1.0}), TEXTS, encode, ends=0, pieces=pieces)
+        assert len(encode(maker.make(0, kind).text)) == 128
+
+
+def test_the_command_says_what_it_reads_and_what_not(tmp_path, tokenizer, capsys, monkeypatch):
+    from nemo_longctx.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        rows = [{"text": text} for text in TEXTS] + [{"other": "x"}]
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["synth", "in", "--tokenizer", tokenizer, "--length", "64", "--tokens", "64", "--kinds", "copy", "--output"]
+    assert main([*command, "in/c.jsonl"]) == 0
+    told = capsys.readouterr().err
+    assert "2 files taken, 0 passed over" in told
+    assert "2 records without a text of --keys text are left out" in told
+    assert "\r" not in told
+    first = (tmp_path / "in" / "c.jsonl").read_bytes()
+    (tmp_path / "linked").symlink_to("in")
+    assert main([*command, "in/d.jsonl"]) == 0  # not hidden in retrieval text
+    told = capsys.readouterr().err
+    assert "not read, since synth made them: " in told
+    assert "2 files taken" in told
+    assert (tmp_path / "in" / "d.jsonl").read_bytes() == first
+    command[1] = "linked"
+    assert main([*command, "in/e.jsonl"]) == 0
+    assert "2 files taken" in capsys.readouterr().err
+    monkeypatch.setattr("nemo_longctx.commands.synth.TEXT", 10)
+    assert main([*command, "f.jsonl"]) == 0
+    assert "characters of the input are enough, up to linked/a.jsonl" in capsys.readouterr().err

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
+from nemo_longctx.bars import ProgressBar
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import Corpus
 from nemo_longctx.eval.position import PositionLosses
@@ -42,7 +42,7 @@ def loss_by_position(
         longest = int(max(corpus.lengths, default=0))
         raise ConfigError("seq_length", window, f"the longest held-out document has {longest} tokens; take a shorter window")
     documents = sorted({document for document, _ in windows})
-    with tqdm(total=len(windows), desc=f"loss by position, {name}", unit="window") as bar:
+    with ProgressBar(total=len(windows), desc=f"loss by position, {name}", unit="window") as bar:
         for document in documents:
             sums, counts = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
             for tokens in _tokens(corpus, document, windows, window):

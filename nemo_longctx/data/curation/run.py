@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from nemo_longctx.data.inputs import Found, find_files, printable, shown
 from nemo_longctx.data.opening import stamp_of
 from nemo_longctx.data.readers import Part, lines_before, split_files
 from nemo_longctx.data.tokenization import load_tokenizer
-from nemo_longctx.data.writer import explain_full_disk, work_directory
+from nemo_longctx.data.writer import explain_full_disk, is_work_directory, remove_work, work_directory
 from nemo_longctx.files import read_mapping, write_text
 from nemo_longctx.versions import versions_of
 
@@ -53,15 +52,14 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
     """
     output = os.path.abspath(config.output)
     names = output_names(output, config.split_lengths)
-    notes = {f"{_stem(output)}.report.json", f"{_stem(output)}.rejected.tsv", f"{output}.work"}
+    work = Path(f"{output}.work")
     globs = config.globs or (CODE_GLOBS if config.assemble == "repositories" and _folders(config) else ())
-    found = find_files(config.inputs, globs, exclude={*names, *notes})
+    found = find_files(config.inputs, globs, exclude=_own_files(output, names, work))
     if found.passed_over or len(found.files) > 1:
         say(found.summary())
-    written = {os.path.realpath(name) for name in names}
+    written = {os.path.realpath(name) for name in (*names, f"{_stem(output)}.report.json")}
     if (lost := next((path for path in found.files if os.path.realpath(path) in written), None)) is not None:
         raise ConfigError("output", config.output, f"{shown(lost)} is read, and would be replaced; name another file")
-    work = Path(f"{output}.work")
     with explain_full_disk(str(work)), work_directory(work):
         shards = split_files(found.files, config.format, config.shard_bytes)
         definition = load_tokenizer(config.tokenizer).definition if config.tokenizer else ""
@@ -70,7 +68,7 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
         made = None if begun else _already_made(config, output, names, plan)
         if made is not None:
             say(f"{config.output} is already there, made by the same settings from the same input; nothing to do")
-            shutil.rmtree(work)
+            remove_work(work)
             return made
         _begin(work, plan, definition, say)
         before: list[Any] = []
@@ -92,7 +90,7 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
         corpus.write(names, work)
         report = corpus.report(names, before) | _provenance(config, found, plan)
         _publish(output, names, work, corpus, before, report)
-        shutil.rmtree(work)
+        remove_work(work)
     return report
 
 
@@ -102,6 +100,24 @@ def output_names(output: str, edges: tuple[int, ...]) -> list[str]:
         return [output]
     bounds = [*map(str, edges)]
     return [f"{_stem(output)}.{low}-{high}.jsonl" for low, high in zip(["0", *bounds], [*bounds, ""], strict=True)]
+
+
+def _own_files(output: str, names: list[str], work: Path) -> set[str]:
+    """What a run of `curate` wrote under the output's names, or is about to: none of it is input. What another wrote is."""
+    notes = f"{_stem(output)}.report.json"
+    unfinished = is_work_directory(work)
+    own = {f"{_stem(output)}.rejected.tsv", *(_written_before(output))}
+    own |= {notes} if unfinished or "plan" in read_mapping(notes) else set()
+    return own | {str(work), *names} if unfinished else own
+
+
+def _written_before(output: str) -> set[str]:
+    """The files that the report of an output names, wherever the folder was then."""
+    report = read_mapping(f"{_stem(output)}.report.json")
+    listed = report.get("files") if "plan" in report else None
+    files = [os.path.basename(str(name)) for name in listed] if isinstance(listed, list) else []
+    ours = f"{os.path.basename(_stem(output))}."
+    return {os.path.join(os.path.dirname(output), name) for name in files if name.startswith(ours) and name.endswith(".jsonl")}
 
 
 def _stem(output: str) -> str:
@@ -322,6 +338,8 @@ def _provenance(config: CurateConfig, found: Found, plan: str) -> dict[str, Any]
 def _publish(output: str, names: list[str], work: Path, corpus: _Corpus, before: list[Any], report: dict[str, Any]) -> None:
     """Give everything its name, the report last: it says that all is there."""
     notes, listed = f"{_stem(output)}.report.json", work / "rejected"
+    for name in _written_before(output).difference(names):  # of other length buckets
+        Path(name).unlink(missing_ok=True)
     Path(notes).unlink(missing_ok=True)
     with open(listed, "w", encoding="utf-8") as file:
         for where, characters, rule, why in corpus.rejected():
