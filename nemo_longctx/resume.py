@@ -140,6 +140,9 @@ def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
     for key in _lists_of_other_lengths(before, run):
         found = [change for change in found if change is None or not (change.key == key or change.key.startswith(f"{key}["))]
         found.append(_change(key, _part(before, key), _part(run, key)))
+    adapters = before.get("lora"), run.get("lora")
+    if (adapters[0] is None) != (adapters[1] is None) and (row := rule_of("lora")) is not None:
+        found.append(Change("lora", row, *adapters))
     return [change for change in found if change is not None]
 
 

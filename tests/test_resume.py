@@ -185,6 +185,17 @@ def test_tuning_too_is_compared_before_the_host_is_imported(tmp_path, capsys, mo
     assert "error: data.blend.short=0.75: the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_adapters_neither_come_nor_go_within_a_run(swap):
+    """Without `lora` a run of adapters ended in the host's own words about lists that it cannot merge."""
+    files = ["data.tokenizer=t", "data.short=[a]", "data.long=[a]", "restore_from=base", "trainer=cpu", "name=run"]
+    both = [plain(load_instruct_recipe(compose([*files, *more], config_name="sft"))) for more in (["lora={dim: 4}"], [])]
+    before, run = reversed(both) if swap else both
+    with pytest.raises(ConfigError, match=r"^lora=.*the run in x has"):
+        refuse(changes(before, run), where="the run in x", allow_change=False)
+    assert changes(run, run) == []
+
+
 def test_a_run_whose_newest_checkpoint_is_gone_is_compared_all_the_same(run_directory):
     """Only the checkpoint that is kept for its validation loss was left: every setting passed until the host had loaded it."""
     (run_directory / "run" / "checkpoints" / "step=3-val_loss=4.1234").mkdir(parents=True)
