@@ -70,7 +70,11 @@ TABLE = (
     Row("data.persistent_workers", "free", "data loader processes"),
     Row("data.output_log", "applied", "logging"),
     Row("curriculum.tokens_per_step", "equal", "steps count tokens"),
-    Row("curriculum.total_tokens", "applied", "the stream goes on with what was not read yet; the schedule ends there"),
+    Row(
+        "curriculum.total_tokens",
+        "applied",
+        "the stream goes on with what was not read yet (`sft`: under `data.allow_change=true`); the schedule ends there",
+    ),
     Row("curriculum.stages*", "applied", "the stream goes on with what was not read yet, at these lengths"),
     Row("curriculum.stages[].micro_batch_size", "free", "layout"),
     Row("curriculum.stages[].recompute", "free", "memory against time"),
