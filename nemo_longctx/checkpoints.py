@@ -74,6 +74,11 @@ def finished_in(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(path, step) for step, _, _, path in sorted(keyed, reverse=True)]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` has the parts of a NeMo 2 checkpoint."""
+    return (path / "weights").is_dir() and (path / "context").is_dir()
+
+
 def best_in(folder: Path, *, after: int = -1) -> list[tuple[Path, float]]:
     """The checkpoints that are kept for their validation loss, and that loss as their names have it, the best first.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -39,6 +40,22 @@ COMMANDS = {
 }
 
 RESUMED = frozenset({"train", "sft", "prepare", "curate", "instruct", "ablate"})  # their work is kept as it is done
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests the option that was meant, or the form of a setting, where argparse only says that it knows none."""
+
+    def error(self, message):
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        word = message.removeprefix("unrecognized arguments: ").split(" ")[0]
+        option, _, value = word.partition("=")
+        if word != message and option.startswith("--"):
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.85)
+            if near and near[0] != option:
+                message += f"; did you mean {near[0]}?"
+            elif any(action.metavar == "KEY=VALUE" for action in self._actions):
+                message += f"; a setting is written without dashes: {option.removeprefix('--')}={value or 'VALUE'}"
+        super().error(message)
 
 
 class _Version(argparse.Action):
@@ -85,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated")  # torch's, of a package that the host brings
     name = next((a for a in argv if not a.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
+    parser = _Parser(prog="nemo-longctx", description="Long-context continual pretraining for NVIDIA NeMo.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that a result depends on, and exit")
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, line in COMMANDS.items():

@@ -136,6 +136,11 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
         )
     if (found := re.search(r"Error merging override \+\+([\w.]+)=(.*)", words)) is not None:
         return ConfigError(found[1], found[2], "is of another kind than what it replaces: give a list in [], a mapping in {}")
+    if "Cannot merge" in words and (own := [each.partition("=")[2] for each in overrides if each.startswith("recipe=")]):
+        mend = (
+            "a list stands there where keys of their own belong, or the reverse: curriculum.stages takes a list, trainer keys"
+        )
+        return ConfigError("recipe", own[-1], f"{mend} ({words})")
     if (found := re.search(r"Environment variable '([^']+)' not found.* full_key: (\S+)", words)) is not None:
         return ConfigError(found[2], f"${{oc.env:{found[1]}}}", "no such environment variable; export it, or write the value")
     return ConfigError("overrides", list(overrides), words)
@@ -169,9 +174,13 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
     if item.startswith(("+", "~")):
         return item
     if not equals or not key:
-        raise ConfigError("override", item, "write key=value, for example recipe=tiny_cpu_long or optimizer.lr=1e-4")
+        named = item in known.get("recipe", ()) or item.endswith((".yaml", ".yml"))
+        meant = f"recipe={item}" if named else "key=value, for example recipe=tiny_cpu_long or optimizer.lr=1e-4"
+        raise ConfigError("override", item, f"write {meant}")
     if key in known and not value.startswith("{"):
         if value not in known[key]:
+            if key == "recipe" and (own := [f for f in (f"{value}.yaml", f"{value}.yml") if Path(f).is_file()]):
+                raise ConfigError(key, value, f"no such choice; if the file is meant: recipe={own[0]}")
             raise ConfigError(key, value, f"no such choice, {did_you_mean(value, known[key])}")
         return item
     if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.capability import has_module
+from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.mixture import MixConfig
@@ -28,9 +28,10 @@ from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, Posit
 from nemo_longctx.files import first_process
 from nemo_longctx.loggers import check_loggers
 from nemo_longctx.model_fields import check_layout
-from nemo_longctx.nemo_files import io_config
+from nemo_longctx.nemo_files import check_whole, io_config
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RunConfig
+from nemo_longctx.resume import check_length, check_resumed
 from nemo_longctx.rope.request import check_layers_differ
 from nemo_longctx.runs import REHEARSAL, one_run, was_left
 from nemo_longctx.start import check_start
@@ -116,14 +117,13 @@ def check_base(recipe: RunConfig) -> None:
     path = Path(recipe.restore_from)
     context = nemo_context(path)
     if context is not None:
+        check_whole(context.parent.parent)
         check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
         _check_rope_layers(recipe)
         return
-    if (path / "config.json").is_file():
-        mend = f"is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import {shlex.quote(str(path))} CKPT"
-        raise ConfigError("restore_from", recipe.restore_from, mend)
-    mend = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
-    raise ConfigError("restore_from", recipe.restore_from, mend)
+    from nemo_longctx.hf.other_formats import no_nemo_checkpoint
+
+    raise ConfigError("restore_from", recipe.restore_from, no_nemo_checkpoint(path))
 
 
 def _check_rope_layers(recipe: RunConfig) -> None:
@@ -340,6 +340,8 @@ def _directory(recipe: RunConfig) -> str:
         said += f", two checkpoints take {needed / 2**30:,.2f} GiB"
         if needed > free:
             raise ConfigError("output_dir", recipe.output_dir, f"{said}; free some space, or choose another place")
+    check_resumed(recipe, directory)
+    check_length(recipe.curriculum, next(iter(checkpoints(directory)), None))
     if (directory / "checkpoints").is_dir():
         said += "; a run is there: this command would go on with it"
     return said

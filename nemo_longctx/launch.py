@@ -60,7 +60,7 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
     All that is refused here is refused within a second.
     """
     from nemo_longctx.dry_run import refuse
-    from nemo_longctx.resume import without_effect
+    from nemo_longctx.resume import check_length, without_effect
 
     directory, total = recipe.directory, recipe.curriculum.total_tokens
     with runs.one_run(directory):
@@ -73,11 +73,7 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
                     print("no effect on a finished run", *asked[:MOST_NAMED], sep="\n  ", end=f"{more}\n")
             return
         runs.check_begins(directory)
-        found = checkpoint_to_resume(directory, fallback=recipe.resume.fallback)
-        behind = found.step * recipe.curriculum.tokens_per_step if found is not None else 0
-        if behind > total:
-            mend = f"the run in {directory} has {behind} tokens behind it already; set at least that, or another name"
-            raise ConfigError("curriculum.total_tokens", total, mend)
+        check_length(recipe.curriculum, checkpoint_to_resume(directory, fallback=recipe.resume.fallback))
         refuse(recipe)
         fit()
 

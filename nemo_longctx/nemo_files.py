@@ -5,6 +5,7 @@ NeMo loads a checkpoint from io.json, and people (and `nemo-longctx plan`) read 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,32 @@ def check_context(checkpoint: Path) -> None:
                 "write the one that it was trained with in both"
             )
             raise ConfigError(key, loaded[key], mend)
+
+
+ADAPTERS = "weights/adapter_metadata.json"  # NeMo's, beside LoRA adapters alone: where their base is
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse to begin a run from a checkpoint of LoRA adapters: no weights of the model are in it.
+
+    Raises:
+        ConfigError: how they are merged; where no export can say their RoPE, which does that, the base to begin from.
+    """
+    if not (checkpoint / ADAPTERS).is_file():
+        return
+    import yaml
+
+    from nemo_longctx.rope.nemo import variant_of_context
+
+    told = "holds LoRA adapters alone, and a run begins from whole weights"
+    mend = f"merge them: nemo-longctx export {checkpoint} HF_DIR, then nemo-longctx import HF_DIR CKPT, and begin from CKPT"
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        rope = variant_of_context(yaml.safe_load((checkpoint / "context" / "model.yaml").read_text(encoding="utf-8")))
+        if rope.variant == "xpos" or rope.local_base is not None:
+            base = Path(json.loads((checkpoint / ADAPTERS).read_text(encoding="utf-8"))["model_ckpt_path"])
+            what = "xPos" if rope.variant == "xpos" else "a RoPE by layer type"
+            mend = f"an export merges them, and of {what} there is none; begin from their base: {base}"
+    raise ConfigError("restore_from", str(checkpoint), f"{told}; {mend}")
 
 
 def padded_by_host(checkpoint: Path) -> bool:

@@ -264,7 +264,7 @@ class RunConfig:
         object.__setattr__(self, "logger", logger_names(self.logger))
         if not 1 <= self.seed < 2**32:
             raise ConfigError("seed", self.seed, "set a whole number of at least 1, below 2^32")
-        _check_name(self.name)
+        check_run_name(self.name)
         for key, value in (("output_dir", self.output_dir), ("restore_from", self.restore_from)):
             if value is not None:
                 _check_place(key, value)
@@ -419,9 +419,9 @@ def _check_place(key: str, path: str) -> None:
         raise ConfigError(key, path, f"{longest[:20]}... is longer than a file system takes: at most {LONGEST_PART} bytes")
 
 
-def _check_name(name: str) -> None:
+def check_run_name(name: str, *, key: str = "name") -> None:
     """The name is a folder of `output_dir`."""
     if len(name.encode()) > LONGEST_NAME:
-        raise ConfigError("name", name, f"is a folder's name: at most {LONGEST_NAME} bytes")
+        raise ConfigError(key, name, f"is a folder's name: at most {LONGEST_NAME} bytes")
     if not name or name in (".", "..") or "/" in name:
-        raise ConfigError("name", name, "is a folder's name below output_dir: letters, digits, - and _, without a slash")
+        raise ConfigError(key, name, "is a folder's name below output_dir: letters, digits, - and _, without a slash")

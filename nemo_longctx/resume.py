@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_longctx.checkpoints import checkpoints
+from nemo_longctx.checkpoints import Checkpoint, checkpoints
 from nemo_longctx.config import ConfigError
 
 Rule = Literal["equal", "applied", "free"]
@@ -257,6 +257,20 @@ def check_resumed(recipe: Any, directory: Path) -> None:
     was = plain(record["recipe"])
     refuse(changes(was, now), where=where, allow_change=allow_change)
     check_live(live_settings(record), _asked_rope(was.get("rope"), now.get("rope")), where=where)
+
+
+def check_length(curriculum: Any, resumed: Checkpoint | None) -> None:
+    """Refuse a run that is shorter than what the checkpoint that it goes on from has behind it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    behind = 0 if resumed is None else resumed.step * curriculum.tokens_per_step
+    if resumed is not None and behind > curriculum.total_tokens:
+        mend = (
+            f"the run in {resumed.path.parent.parent} has {behind} tokens behind it already; set at least that, or another name"
+        )
+        raise ConfigError("curriculum.total_tokens", curriculum.total_tokens, mend)
 
 
 # Variants that the host's own field of the base says whole: a model that has one is a plain RoPE of another base.

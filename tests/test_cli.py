@@ -206,3 +206,54 @@ def test_an_interrupt_promises_what_the_command_holds(command, said, monkeypatch
     words = {"prepare": ["a", "--output", "b", "--tokenizer", "c"], "inspect": ["a"]}[command]
     assert main([command, *words]) == 130
     assert f"the same command {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["init", "--chekpoint", "x"], "unrecognized arguments: --chekpoint x; did you mean --checkpoint?"),
+        (["train", "recipe=tiny_cpu_base", "--dryrun"], "did you mean --dry-run?"),
+        (["train", "--recipe=tiny_cpu_base"], "a setting is written without dashes: recipe=tiny_cpu_base"),
+        (["sft", "--optimizer.lr", "1e-4"], "a setting is written without dashes: optimizer.lr=VALUE"),
+    ],
+)
+def test_a_misspelled_option_is_answered_with_the_one_that_was_meant(argv, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_start_without_anything_is_no_traceback(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_recipe_s_file_that_is_named_otherwise_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    for word, said in (("mine.yaml", "write recipe=mine.yaml"), ("recipe=mine", "if the file is meant: recipe=mine.yaml")):
+        assert main(["train", word, "--dry-run"]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["trainer: [a, b]", "curriculum: {stages: {until: 1.0, seq_length: 512}}"])
+def test_a_list_for_keys_in_one_s_own_recipe_is_told_by_its_file(tmp_path, monkeypatch, capsys, written):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(written)
+    assert main(["train", "recipe=mine.yaml", "--dry-run"]) == 2
+    assert "recipe='mine.yaml': a list stands there where keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["export", "none", "out"], ["doctor", "--model", "tiny_cpu_long", "--checkpoint", "none"]],
+    ids=lambda argv: argv[0],
+)
+def test_a_checkpoint_that_is_not_there_is_told_before_the_host_is_imported(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "nemo", None)
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.nemo", None)
+    assert main(argv) == 2
+    assert "'none': no finished NeMo checkpoint is there" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.nemo_files import check_context, embedding_rows, io_config, padded_by_host
+from nemo_longctx.nemo_files import check_context, check_whole, embedding_rows, io_config, padded_by_host
 from nemo_longctx.planning.models import parse_model
 
 CONFIG = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "seq_length": 256,
@@ -59,3 +59,25 @@ def test_a_context_of_another_tool_is_refused(checkpoint):
     (made / "context" / "io.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not what NeMo writes"):
         check_context(made)
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (None, "merge them: nemo-longctx export {} HF_DIR, then nemo-longctx import HF_DIR CKPT"),
+        (
+            {"variant": "xpos", "base": 10000.0},
+            "and of xPos there is none; begin from their base: /base",
+        ),
+        ({"variant": "rope", "local_base": 1e4}, "and of a RoPE by layer type there is none; begin from their base: /base"),
+    ],
+)
+def test_adapters_alone_are_no_weights_to_begin_from(checkpoint, rope, said):
+    """The advice was to merge them by `export`, which refuses these RoPEs."""
+    folder = checkpoint()
+    check_whole(folder)
+    (folder / "weights" / "adapter_metadata.json").write_text('{"model_ckpt_path": "/base"}')
+    (folder / "context" / "model.yaml").write_text(json.dumps({"config": CONFIG, "model_transform": {"rope": rope}}))
+    with pytest.raises(ConfigError, match="a run begins from whole weights") as error:
+        check_whole(folder)
+    assert said.format(folder) in str(error.value)

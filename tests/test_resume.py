@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_longctx import launch, launch_sft
+from nemo_longctx import cli, launch, launch_sft
+from nemo_longctx.checkpoints import write_manifest
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import StageConfig
@@ -229,3 +230,14 @@ def test_a_variant_that_is_a_base_alone_is_known_again_in_the_live_model(tmp_pat
         else:
             with pytest.raises(ConfigError, match=refused):
                 check_resumed(of(asked), tmp_path)
+
+
+def test_a_dry_run_tells_a_run_shorter_than_its_checkpoint(run_directory, capsys):
+    checkpoint = run_directory / "run" / "checkpoints" / "step=9-last"
+    checkpoint.mkdir(parents=True)
+    (run_directory / "run" / "results" / "settings.json").unlink()
+    total = recipe().curriculum.total_tokens
+    write_manifest(checkpoint, step=2 * recipe().curriculum.total_steps, tokens=2 * total)
+    assert cli.main(["train", *RUN, f"output_dir={run_directory}", "--dry-run"]) == 2
+    said = capsys.readouterr().out
+    assert f"curriculum.total_tokens={total}: the run in {run_directory / 'run'} has {2 * total} tokens behind it" in said

@@ -48,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
 def _self_test(args: argparse.Namespace) -> int:
     """Exit status 0 where every question about the model's path is answered well, 1 otherwise."""
     from nemo_longctx.compose import compose, groups, recipe_file
+    from nemo_longctx.dry_run import check_base
     from nemo_longctx.recipe import load_recipe
 
     if recipe_file(args.model) is None and args.model not in groups()["recipe"]:
         raise ConfigError("--model", args.model, f"no such recipe, {did_you_mean(args.model, groups()['recipe'])}")
     overrides = [f"recipe={args.model}", *([f"restore_from={args.checkpoint}"] if args.checkpoint else []), *args.overrides]
     recipe = load_recipe(compose(overrides))
+    if args.checkpoint:
+        check_base(recipe)
     print("importing NeMo ...", file=sys.stderr)
     from nemo_longctx.adapters.megatron.self_test import findings_text, self_test
     from nemo_longctx.adapters.nemo.checkpoint.load import build_for_test

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nemo_longctx.config import ConfigError
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
@@ -21,8 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant was written and what others read from it."""
     from nemo_longctx.hf.files import check_target
+    from nemo_longctx.hf.other_formats import no_nemo_checkpoint
+    from nemo_longctx.planning.models import nemo_context
     from nemo_longctx.runs import leaves_nothing
 
+    if nemo_context(args.source) is None:  # before the host is imported
+        raise ConfigError("CKPT", str(args.source), no_nemo_checkpoint(args.source))
     check_target(args.target, args.source / "weights")  # a run's directory may hold its exports
     from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
 

@@ -32,13 +32,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recipe, and print what was decided and what to type next."""
     from nemo_longctx.files import write_text
-    from nemo_longctx.planning.starter import CPU, next_commands, plan_starter, read_source, starter_yaml
+    from nemo_longctx.planning.starter import CPU, PLAIN, next_commands, plan_starter, read_source, starter_yaml
+    from nemo_longctx.recipe import check_run_name
+    from nemo_longctx.rope.request import describe
 
     _ask(args)
     if args.gpu is not None and args.gpus is None:
         raise ConfigError("--gpu", args.gpu, "has no effect without --gpus")
     source = read_source(args.checkpoint)
     name = args.name or f"{args.checkpoint.resolve().name}_{args.target}"
+    check_run_name(name, key="--name")
     output = args.output or Path(f"{name}.yaml")
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError("--output", str(output), "a recipe's name must end in .yaml")
@@ -58,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     curriculum = starter.curriculum
     print(f"wrote {output}")
     print(f"  model       {source.model.parameters / 1e6:,.1f} M parameters, trained at {source.model.seq_length:,} tokens")
-    print(f"  RoPE        base {source.rope.base:g} -> {starter.base:g}")
+    scaled = "" if source.rope.variant in PLAIN else f"{describe(source.rope)}, "
+    print(f"  RoPE        {scaled}base {source.rope.base:g} -> {'abf, base ' if scaled else ''}{starter.base:g}"
+          + (f"; to keep or stretch what it has, see the comments in {output}" if scaled else ""))  # fmt: skip
     print(f"  curriculum  {curriculum.total_steps:,} steps of {curriculum.tokens_per_step:,} tokens at {args.target:,}")
     if starter.layout is not None:
         print(f"  layout      {starter.layout.layout.short_name()}: {starter.layout.memory_gib:.0f} GiB a GPU, "
@@ -85,9 +90,11 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _data(data: str) -> tuple[str | None, str]:
     """(text to prepare or None, the corpus)."""
-    from nemo_longctx.data.corpus import is_corpus
+    from nemo_longctx.data.corpus import is_corpus, open_corpus
 
     if is_corpus(data):
+        if Path(data).is_dir():
+            open_corpus(data)  # says which of several prefixes is meant
         return None, data
     if data.endswith((".bin", ".idx")):
         raise ConfigError("--data", data, "give the prefix, without .bin or .idx")

@@ -12,6 +12,7 @@ from typing import Any
 from nemo_longctx.commands.prepare import tokens
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.analysis import (
+    LONGEST,
     PRACTICE,
     advise,
     candidates,
@@ -193,6 +194,8 @@ def _advise(args: argparse.Namespace) -> None:
         raise ConfigError("--from", args.trained, "the trained length in tokens, 2 or more")
     if args.png is not None and (args.png.suffix.lower() != ".png" or args.png.is_dir()):
         raise ConfigError("--png", str(args.png), "must name a file that ends in .png")
+    if args.target > LONGEST:
+        raise ConfigError("--to", args.target, f"is longer than any context: {LONGEST:,} tokens at most")
     if args.target <= args.trained:
         raise ConfigError("--to", args.target, f"must be above the trained length, {args.trained}")
     least = smallest_base(args.target, args.head_dim)

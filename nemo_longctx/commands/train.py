@@ -46,7 +46,7 @@ def add_looks(parser: argparse.ArgumentParser) -> None:
 
 def _separate(arguments: Sequence[str]) -> list[str]:
     """Keep an override behind `--dry-run` from being taken for its value: of two of one key the last counts."""
-    behind = [*arguments[1:], ""]
+    behind = [*arguments, ""][1:]
     alone = [each == "--dry-run" and after not in DRY_RUNS for each, after in zip(arguments, behind, strict=True)]
     return [f"--dry-run={DRY_RUNS[0]}" if is_alone else each for each, is_alone in zip(arguments, alone, strict=True)]
 

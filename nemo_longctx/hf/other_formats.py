@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+from nemo_longctx.checkpoints import FOLDER, UNFINISHED, checkpoints, finished_in, is_checkpoint
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.files import KEY
 
@@ -32,9 +34,8 @@ _VARIANT = re.compile(r"(model|pytorch_model)\.(?!safetensors|bin)[\w-]+\.(safet
 
 def told_apart(directory: Path) -> str | None:
     """What a directory without `config.json` is, with the directory to give where one lies inside; None: nothing shows it."""
-    inside = sorted(directory.glob("snapshots/*/config.json"), key=lambda each: each.stat().st_mtime)
-    if inside:
-        return f"is a cache's entry of the hub; give the model in it: {inside[-1].parent}"
+    if inside := _of_the_hub(directory):
+        return f"is a cache's entry of the hub; give the model in it: {inside}"
     steps = sorted(directory.glob("checkpoint-*/config.json"), key=lambda each: (len(each.parent.name), each.parent.name))
     if steps:
         return f"is a trainer's output; give a checkpoint in it, such as {steps[-1].parent}"
@@ -46,7 +47,7 @@ def told_apart(directory: Path) -> str | None:
 
 def no_config(directory: Path) -> ConfigError:
     """Why a directory without `config.json` is no Hugging Face model's."""
-    if (directory / "weights").is_dir() and (directory / "context").is_dir():
+    if is_checkpoint(directory):
         return ConfigError(KEY, str(directory), "is a NeMo checkpoint, which needs no import: restore_from takes it as it is")
     told = told_apart(directory)
     if told is None:
@@ -87,6 +88,58 @@ def no_directory(path: str | Path) -> ConfigError:
     if Path(path).is_file():
         return ConfigError(KEY, str(path), "is a file; give the Hugging Face model directory that it lies in")
     return ConfigError(KEY, str(path), "no such directory; give a Hugging Face model directory")
+
+
+NO_NEMO = "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"
+
+
+def no_nemo_checkpoint(path: str | Path, mend: str = NO_NEMO) -> str:
+    """Why no NeMo checkpoint is at `path`, and what to do: import the Hugging Face model that is there, or name another.
+
+    Args:
+        path: a file, a directory, or nothing.
+        mend: what is said where nothing shows what it is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.suffix == ".nemo":
+            return "is an archive of NeMo 1; give a checkpoint of NeMo 2 (a directory with weights/ and context/)"
+        if path.exists():
+            return "is a file; give the directory of a NeMo checkpoint (with weights/ and context/), or a run's"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists() and path.parent.name != FOLDER:
+            mend += f"; if it is a model of the hub: hf download {path} --local-dir HF_DIR"
+        return mend
+    if (path / "config.json").is_file():
+        return f"is a Hugging Face directory; make a NeMo checkpoint of it: {_imported(path)}"
+    if inside := _of_the_hub(path):
+        return f"is a cache's entry of the hub; make a NeMo checkpoint of the model in it: {_imported(inside)}"
+    if is_checkpoint(path.parent):
+        return f"is a part of a checkpoint; give {path.parent}"
+    if Path(f"{path}{UNFINISHED}").exists():
+        return "this checkpoint was not written to its end; give another one"
+    for run in (path.parent if path.name == FOLDER else path, *sorted(each.parent for each in path.glob(f"*/{FOLDER}"))):
+        found = [each.path for each in checkpoints(run) if is_checkpoint(each.path)]
+        if last := [each for each in found if each.name.endswith("-last")]:
+            return f"holds {'its checkpoints' if path.name == FOLDER else 'runs'}; give the run, {run}, or {last[0]}"
+        if found:
+            return f"holds checkpoints, none of them a run's last; give one, such as {found[0]}"
+    if below := [each.path for each in finished_in(path) if is_checkpoint(each.path)]:
+        return f"holds checkpoints; give one, such as {below[0]}"
+    if (path / FOLDER).is_dir():
+        return f"is a run without a finished checkpoint; {mend}"
+    told = told_apart(path)
+    return mend if told is None else f"{told}; a NeMo checkpoint is made of one by `nemo-longctx import HF_DIR CKPT`"
+
+
+def _imported(directory: Path) -> str:
+    return f"nemo-longctx import {shlex.quote(str(directory))} CKPT"
+
+
+def _of_the_hub(directory: Path) -> Path | None:
+    """The newest whole model in a cache's entry of the hub, or in its snapshots/."""
+    inside = [*directory.glob("snapshots/*/config.json")]
+    inside += directory.glob("*/config.json") if directory.name == "snapshots" else ()
+    return max(inside, key=lambda each: each.stat().st_mtime).parent if inside else None
 
 
 def _held(directory: Path) -> str | None:

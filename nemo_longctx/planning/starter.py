@@ -14,18 +14,20 @@ from typing import Any
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import is_corpus
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
-from nemo_longctx.hf.other_formats import told_apart
+from nemo_longctx.hf.other_formats import no_nemo_checkpoint, told_apart
 from nemo_longctx.planning.gpus import gpu_by_name
 from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.models import ModelShape, json_mapping, model_from_hf, model_from_nemo, nemo_context
 from nemo_longctx.planning.override import override_values
 from nemo_longctx.planning.planner import Candidate, Job, search
-from nemo_longctx.rope.analysis import practised_base, smallest_base
+from nemo_longctx.rope.analysis import LONGEST, practised_base, smallest_base
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.nemo import variant_of_context
 from nemo_longctx.rope.request import describe
 from nemo_longctx.start import on_each_node, torchrun
 
 CPU = "cpu"
+PLAIN = ("rope", "abf")  # variants that a base says whole
 # Of the paper: tokens a step, warm-up of 2,000 steps in 100,000, the final rate a tenth of the peak (Xiong et al. 2023, 2.1).
 PAPER_TOKENS_PER_STEP = 4_194_304
 WARMUP_SHARE = 0.02
@@ -68,18 +70,19 @@ def read_source(path: Path) -> Source:
     if context is not None:
         import yaml
 
-        config = yaml.safe_load(context.read_text(encoding="utf-8"))["config"]
-        shape = model_from_nemo(context)
-        said: dict[str, Any] = {"rope_theta": config.get("rotary_base", 10_000)}
-        return Source(path=path, hugging_face=False, model=shape, rope=RopeVariant.from_hf(said))
+        shape = model_from_nemo(context)  # first: it says what is no context
+        rope = variant_of_context(yaml.safe_load(context.read_text(encoding="utf-8")))
+        return Source(path=path, hugging_face=False, model=shape, rope=rope)
     if (path / "config.json").is_file():
         shape = model_from_hf(path / "config.json")
         rope = RopeVariant.from_hf(json_mapping(path / "config.json", key="--checkpoint"))
         return Source(path=path, hugging_face=True, model=shape, rope=rope)
     if path.is_dir() and (told := told_apart(path)) is not None:
         raise ConfigError("--checkpoint", str(path), told)
+    if (path.parent / "config.json").is_file() and path.is_file():
+        raise ConfigError("--checkpoint", str(path), f"is a file; give the directory that it lies in: {path.parent}")
     mend = "give a NeMo checkpoint (a directory with context/), a run's directory, or a Hugging Face directory with config.json"
-    raise ConfigError("--checkpoint", str(path), f"no checkpoint that can be read; {mend}")
+    raise ConfigError("--checkpoint", str(path), no_nemo_checkpoint(path, f"no checkpoint that can be read; {mend}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +137,15 @@ def plan_starter(
     if target <= trained:
         mend = f"the checkpoint is trained at {trained:,} tokens already; give a longer target"
         raise ConfigError("--target", target, mend)
+    if target > LONGEST:
+        raise ConfigError("--target", target, f"is longer than any context: {LONGEST:,} tokens at most")
     if gpus < 1:
         raise ConfigError("--gpus", gpus, "must be 1 or more; leave it out for a CPU")
     if gpu == CPU:
         per_step = CPU_WINDOWS * target
         steps = CPU_STEPS if tokens is None else max(1, tokens // per_step)
     else:
-        per_step = max(1, round(PAPER_TOKENS_PER_STEP / target)) * target
+        per_step = _windows(max(1, round(PAPER_TOKENS_PER_STEP / target)), gpus) * target
         steps = max(1, (GPU_TOKENS if tokens is None else tokens) // per_step)
     stage = StageConfig(until=1.0, seq_length=target)
     curriculum = Curriculum(stages=(stage,), tokens_per_step=per_step, total_tokens=steps * per_step)
@@ -155,6 +160,12 @@ def plan_starter(
         gpu=gpu,
         holdout=not is_corpus(data) or is_corpus(f"{data}_holdout"),
     )
+
+
+def _windows(about: int, gpus: int) -> int:
+    """Windows of a step, near `about`, that copies of the model on so many GPUs can share: 120 on 24 for 128."""
+    shared = max(each for each in range(1, min(gpus, about) + 1) if gpus % each == 0)
+    return max(1, round(about / shared)) * shared
 
 
 def _base(source: Source, target: int) -> float:
@@ -193,7 +204,7 @@ def learning_rate(parameters: int) -> float:
 
 def _replaced(rope: RopeVariant) -> list[str]:
     """Comments on what this RoPE takes the place of, where the checkpoint's is more than a base."""
-    if rope.variant in ("rope", "abf"):
+    if rope.variant in PLAIN:
         return []
     return [
         f"# The checkpoint's RoPE is {describe(rope)}, whose place this takes: the base alone is what changes its frequencies.",

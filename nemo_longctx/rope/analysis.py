@@ -26,6 +26,7 @@ from nemo_longctx.rope.variants import (
 )
 
 LARGEST_SPREAD = 1e100  # its square is a number still
+LONGEST = 2**24  # tokens of a context; the sums over all distances of longer ones take hours
 BLOCK = 256  # distances a row of the sum over pairs, see _cosine_rows
 
 
@@ -162,7 +163,12 @@ def smallest_base(length: int, rotary_dim: int, *, at_least: float | None = None
 
     Args:
         at_least: search upwards from this base instead: the larger of a base that reaches and this one may not reach.
+
+    Raises:
+        ConfigError: a length beyond `LONGEST`, or one that no base reaches.
     """
+    if length > LONGEST:
+        raise ConfigError("length", length, f"is longer than any context: {LONGEST:,} tokens at most")
     last_row = length // BLOCK - 1
     stride = max(1, last_row // 96)
     sample = np.arange(0, last_row + 1, stride, dtype=np.float64)

@@ -10,6 +10,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.config import KEY
 from nemo_longctx.hf.directory import check_directory
 from nemo_longctx.hf.families import DEFAULTS, WHY_NOT, reason
+from nemo_longctx.hf.other_formats import no_nemo_checkpoint
 
 
 @pytest.mark.parametrize("configured", [False, True])
@@ -155,3 +156,41 @@ def test_a_plain_phi_3_says_no_shorter_trained_length():
     keys = family_rope("phi3", rope, rope.to_hf(rotary_dim=16, max_position_embeddings=16_384))
     assert keys["original_max_position_embeddings"] == 16_384
     assert read_config(config_of("phi3") | keys | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}).variant == rope
+
+
+def nemo_checkpoint(folder):
+    for part in ("weights", "context"):
+        (folder / part).mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("none", "no finished NeMo checkpoint is there; make one with `nemo-longctx import HF_DIR CKPT`, or name another"),
+        ("owner/name", "if it is a model of the hub: hf download owner/name --local-dir HF_DIR"),
+        ("model.nemo", "is an archive of NeMo 1"),
+        ("file.txt", "is a file; give the directory"),
+        ("hf", "is a Hugging Face directory; make a NeMo checkpoint of it: nemo-longctx import hf CKPT"),
+        ("models--a--b", "make a NeMo checkpoint of the model in it: nemo-longctx import models--a--b/snapshots/0f CKPT"),
+        ("models--a--b/snapshots", "of the model in it: nemo-longctx import models--a--b/snapshots/0f CKPT"),
+        ("ck/weights", "is a part of a checkpoint; give ck"),
+        ("runs/a/checkpoints", "holds its checkpoints; give the run, runs/a, or runs/a/checkpoints/a--step=1-last"),
+        ("runs", "holds runs; give the run, runs/a, or runs/a/checkpoints/a--step=1-last"),
+        ("best", "holds checkpoints, none of them a run's last; give one, such as best/checkpoints/b--step=1"),
+        ("bare", "is a run without a finished checkpoint; no finished NeMo checkpoint is there"),
+        ("checkpoints", "holds checkpoints, none of them a run's last; give one, such as checkpoints/imported"),
+        ("gguf", "has no config.json and holds a GGUF file"),
+    ],
+)
+def test_what_is_no_nemo_checkpoint_is_told_with_what_to_give(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("hf", "models--a--b/snapshots/0f"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    for folder in ("ck", "runs/a/checkpoints/a--step=1-last", "best/checkpoints/b--step=1", "checkpoints/imported"):
+        nemo_checkpoint(tmp_path / folder)
+    for file in ("model.nemo", "file.txt", "gguf/m.gguf", "bare/checkpoints/x"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert said in no_nemo_checkpoint(given)

@@ -137,3 +137,52 @@ def test_learning_rates_are_the_paper_s_where_it_has_one():
     assert learning_rate(7_000_000_000) == 2e-5
     assert learning_rate(70_000_000_000) == 1e-5
     assert learning_rate(100_000) == 1e-3
+
+
+def test_the_scaling_of_a_nemo_checkpoint_is_said(folder, capsys):
+    """Its base alone was read: YaRN was replaced in silence."""
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512}
+    context = {"config": sizes | {"seq_length": 256, "rotary_base": 10000}}
+    yarn = {"variant": "yarn", "base": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    llama31 = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 64}
+    ways = {
+        "yarn (factor 4 from 64 tokens)": context | {"model_transform": {"rope": yarn}},
+        "llama3 (factor 8 from 64 tokens)": {"config": context["config"] | llama31},
+        "pi (factor 2)": {"config": context["config"] | {"seq_len_interpolation_factor": 2}},
+        "": context,
+    }
+    (folder / "ckpt" / "context").mkdir(parents=True)
+    for said, written in ways.items():
+        (folder / "ckpt" / "context" / "model.yaml").write_text(json.dumps(written))
+        assert main(["init", "--checkpoint", "ckpt", "--target", "1024", "--data", "books", "--force"]) == 0
+        recipe, printed = (folder / "ckpt_1024.yaml").read_text(), capsys.readouterr().out
+        assert (f"# The checkpoint's RoPE is {said}, whose place this takes" in recipe) == bool(said)
+        assert f"RoPE        {said and said + ', '}base 10000 -> " in printed
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--target", "4GiB"], "--target=4294967296: is longer than any context: 16,777,216 tokens at most"),  # took hours
+        (["--name", "a/b"], "--name='a/b': is a folder's name below output_dir"),  # train refused what init wrote
+        (["--checkpoint", "tiny_hf/config.json"], "is a file; give the directory that it lies in: tiny_hf"),
+        (["--checkpoint", "owner/model"], "if it is a model of the hub: hf download owner/model --local-dir HF_DIR"),
+        (["--data", "corpora"], "this directory holds corpora/a and corpora/a_holdout"),
+    ],
+)
+def test_what_the_recipe_could_not_be_trained_with_is_refused(folder, capsys, changed, said):
+    (folder / "corpora").mkdir()
+    for name in ("a", "a_holdout"):
+        for end in ("bin", "idx"):
+            (folder / "corpora" / f"{name}.{end}").touch()
+    given = {"--checkpoint": "tiny_hf", "--target": "1024", "--data": "books"} | {changed[0]: changed[1]}
+    assert main(["init", *(word for pair in given.items() for word in pair)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpus", "windows"), [(64, 128), (24, 120), (192, 96), (256, 128), (96, 96)])
+def test_the_step_s_windows_go_into_the_gpus(folder, gpus, windows):
+    """128 windows cannot be shared by 3 copies: no layout of 24 GPUs was found."""
+    argv = ["init", "--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", str(gpus)]
+    assert main(argv) == 0
+    assert recipe_of("seven_hf_32768.yaml").curriculum.tokens_per_step == windows * 32768

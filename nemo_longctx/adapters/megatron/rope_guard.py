@@ -18,7 +18,6 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 
 from nemo_longctx.adapters.megatron.host import fuses_qkv_rope, groups_of, yarn_rounds_always
 from nemo_longctx.adapters.megatron.rope_module import (
-    YARN_FIELDS,
     TableRotaryEmbedding,
     TwoTablesRotaryEmbedding,
     check_supported,
@@ -31,6 +30,7 @@ from nemo_longctx.adapters.megatron.rope_module import (
 )
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.nemo import YARN_FIELDS
 from nemo_longctx.rope.variants import Llama3Rope, NtkRope, PiRope, Rope, YarnRope, ntk_base
 
 # The host computes in float32 what we compute in float64: the two agree to this share of the unscaled frequency.

@@ -17,17 +17,6 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.request import check_layers_differ
 
-# Megatron-Core's YaRN attributes -> YarnRope's.
-YARN_FIELDS = {
-    "yarn_rotary_scaling_factor": "factor",
-    "yarn_original_max_position_embeddings": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-    "yarn_mscale": "mscale",
-    "yarn_mscale_all_dim": "mscale_all_dim",
-    "yarn_correction_range_round_to_int": "truncate",
-}
-
 
 def rotary_dim_of(config: Any) -> int:
     """Rotated dimensions of a head of a NeMo GPT config, as Megatron-Core counts them."""

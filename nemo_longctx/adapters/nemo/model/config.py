@@ -19,7 +19,6 @@ import torch
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import io
-from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 
 from nemo_longctx.activations import megatron_fields, recompute_name
 from nemo_longctx.adapters.megatron import cpu
@@ -31,9 +30,10 @@ from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
 from nemo_longctx.checkpoints import checkpoints, fault_of, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
+from nemo_longctx.hf.other_formats import no_nemo_checkpoint
 from nemo_longctx.hf.tokenizer import in_other_words, open_tokenizer, other_things
 from nemo_longctx.model_fields import no_rope_layers
-from nemo_longctx.nemo_files import check_context, embedding_rows
+from nemo_longctx.nemo_files import check_context, check_whole, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.trust import check_checkpoint
 
@@ -97,9 +97,8 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
         ConfigError: no checkpoint there, one without context, a field unknown or contradicting the weights.
     """
     directory = checkpoint_directory(path)
-    if not adapters and (directory / "weights" / ADAPTER_META_FILENAME).exists():
-        mend = "holds LoRA adapters alone; merge them by `nemo-longctx export`, and begin from what `nemo-longctx import` makes"
-        raise ConfigError("restore_from", str(directory), mend)
+    if not adapters:
+        check_whole(directory)
     check_checkpoint(directory)
     check_context(directory)
     with cpu.stock_configs():
@@ -169,8 +168,6 @@ def checkpoint_directory(path: str | Path) -> Path:
         ConfigError: nothing there, or no finished NeMo checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConfigError("restore_from", str(path), "no such directory; give a NeMo checkpoint (a directory with weights/)")
     if (path / "weights").is_dir() and (path / "context").is_dir():
         if Path(f"{path}-unfinished").exists():
             raise ConfigError("restore_from", str(path), "this checkpoint was not written to its end; give another one")
@@ -178,12 +175,8 @@ def checkpoint_directory(path: str | Path) -> Path:
             raise ConfigError("restore_from", str(path), f"this checkpoint cannot be read: {why}; give another one")
         return path
     finished = [found.path for found in checkpoints(path) if found.path.name.endswith("-last")]
-    if not finished and (path / "config.json").is_file():
-        mend = f"is a Hugging Face directory; run `nemo-longctx import {path} CKPT`, and name that CKPT here"
-        raise ConfigError("restore_from", str(path), mend)
     if not finished:
-        mend = "no NeMo checkpoint: it has neither weights/ and context/ nor finished checkpoints/*-last"
-        raise ConfigError("restore_from", str(path), mend)
+        raise ConfigError("restore_from", str(path), no_nemo_checkpoint(path))
     return checkpoint_directory(finished[0])
 
 

@@ -23,7 +23,6 @@ import torch
 from nemo.lightning import io
 
 from nemo_longctx.adapters.megatron.rope_module import (
-    YARN_FIELDS,
     check_supported,
     check_windows,
     rotary_dim_of,
@@ -31,6 +30,7 @@ from nemo_longctx.adapters.megatron.rope_module import (
 )
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.rope.nemo import FIELDS, LLAMA31_FIELDS, YARN_FIELDS, variant_of_fields
 from nemo_longctx.rope.request import BY_LAYER, EVERYWHERE, LAYERS
 from nemo_longctx.rope.variants import (
     AbfRope,
@@ -43,14 +43,6 @@ from nemo_longctx.rope.variants import (
     parse,
     to_dict,
 )
-
-# Llama31Config's fields -> Llama3Rope's.
-LLAMA31_FIELDS = {
-    "scale_factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "old_context_len": "original_max_position_embeddings",
-}
 
 
 def host_fields(variant: RopeVariant, config: Any) -> tuple[dict[str, Any], bool]:
@@ -134,14 +126,8 @@ def variant_of(model: Any) -> RopeVariant:
 
 def variant_of_config(config: Any) -> RopeVariant:
     """The variant that the host's own fields of a NeMo GPT config say."""
-    base = float(config.rotary_base)
-    if config.position_embedding_type == "yarn":
-        return YarnRope(base=base, **{ours: getattr(config, host) for host, ours in YARN_FIELDS.items()})
-    if _has_all(config, LLAMA31_FIELDS) and config.scale_factor != 1.0:
-        return Llama3Rope(base=base, **{ours: getattr(config, host) for host, ours in LLAMA31_FIELDS.items()})
-    if config.seq_len_interpolation_factor is not None:
-        return PiRope(base=base, factor=float(config.seq_len_interpolation_factor))
-    return Rope(base=base)
+    names = (*FIELDS, *YARN_FIELDS, *LLAMA31_FIELDS)
+    return variant_of_fields({name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 class RopeTransform(io.IOMixin):
