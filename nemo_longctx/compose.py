@@ -138,7 +138,7 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
         return ConfigError(found[1], found[2], "is of another kind than what it replaces: give a list in [], a mapping in {}")
     if "Cannot merge" in words and (own := [each.partition("=")[2] for each in overrides if each.startswith("recipe=")]):
         mend = (
-            "a list stands there where keys of their own belong, or the reverse: curriculum.stages takes a list, trainer keys"
+            "a list stands there where keys of their own belong, or the reverse (curriculum.stages is a list, trainer is none)"
         )
         return ConfigError("recipe", own[-1], f"{mend} ({words})")
     if (found := re.search(r"Environment variable '([^']+)' not found.* full_key: (\S+)", words)) is not None:

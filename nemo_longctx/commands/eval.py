@@ -86,10 +86,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tensor-parallel", args.tensor_parallel, "give 1 or more processes")
     import os
 
+    from nemo_longctx.data.corpus import open_corpus
+    from nemo_longctx.eval.config import ContextTask, PositionTask
     from nemo_longctx.eval.suite import HarnessTask, Suite, parse_tasks
 
     # Mistakes are told now, not after models are loaded.
     asked = Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's").tasks
+    for task in asked:
+        if isinstance(task, (PositionTask, ContextTask)):
+            open_corpus(task.corpus)
     from nemo_longctx.adapters.pretrained import check_source
 
     for checkpoint in args.checkpoints:
