@@ -22,12 +22,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, verify, and say which RoPE variant was written and what others read from it."""
+    from nemo_longctx.checkpoints import is_checkpoint
     from nemo_longctx.hf.files import check_target
     from nemo_longctx.hf.other_formats import no_nemo_checkpoint
     from nemo_longctx.planning.models import nemo_context
     from nemo_longctx.runs import leaves_nothing
 
-    if nemo_context(args.source) is None:  # before the host is imported
+    if nemo_context(args.source) is None and not is_checkpoint(args.source):  # before the host is imported
         raise ConfigError("CKPT", str(args.source), no_nemo_checkpoint(args.source))
     check_target(args.target, args.source / "weights")  # a run's directory may hold its exports
     from nemo_longctx.adapters.nemo.checkpoint.convert import export_hf
