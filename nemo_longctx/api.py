@@ -86,9 +86,9 @@ def train(
         ConfigError: a setting that cannot be; before anything is started.
         RunError: the run ended before its end; the sentence says why.
     """
-    words = [f"recipe={os.fspath(recipe)}", *_overrides(overrides)]
+    words = [f"recipe={_place(recipe)}", *_overrides(overrides)]
     if restore_from is not None:
-        words.append(_override("restore_from", os.fspath(restore_from)))
+        words.append(_override("restore_from", _place(restore_from)))
     return _trained("train", words, nodes_line)
 
 
@@ -101,6 +101,8 @@ def _trained(command: str, words: list[str], nodes_line: Sequence[str]) -> Train
     from nemo_longctx.compose import compose
     from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 
+    if isinstance(nodes_line, str):
+        raise ConfigError("nodes_line", nodes_line, "give its words as a list: nodes_line.split()")
     made = load_recipe(compose(words)) if command == "train" else load_instruct_recipe(compose(words, config_name="sft"))
     _run([command, *words], start=nodes_line)
     return Trained(made.directory)
@@ -139,13 +141,12 @@ def evaluate(
     Raises:
         RunError: the sentence that the command ended with.
     """
-    several = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
     options = {"corpus": corpus, "contexts": contexts, "probes": probes, "lengths": lengths, "tasks": tasks, "data": data,
                "suite": suite, "limit": limit, "max-length": max_length, "tokenizer": tokenizer, "out": out}  # fmt: skip
-    _run(["eval", *(os.fspath(each) for each in several), *_options(options)])
+    _run(["eval", *map(_place, _several(checkpoints)), *_options(options)])
     from nemo_longctx.report.evaluation import read_results
 
-    return read_results(Path(out))
+    return read_results(Path(_place(out)))
 
 
 def export(checkpoint: PathLike, target: PathLike, *, verify: bool = True, tokenizer: PathLike | None = None) -> Path:
@@ -155,14 +156,14 @@ def export(checkpoint: PathLike, target: PathLike, *, verify: bool = True, token
         RunError: the sentence that the command ended with.
     """
     flags = [] if verify else ["--no-verify"]
-    _run(["export", os.fspath(checkpoint), os.fspath(target), *flags, *_options({"tokenizer": tokenizer})])
-    return Path(target)
+    _run(["export", _place(checkpoint), _place(target), *flags, *_options({"tokenizer": tokenizer})])
+    return Path(_place(target))
 
 
 def import_hf(source: PathLike, target: PathLike, *, verify: bool = True) -> Path:
     """A Hugging Face directory as a NeMo checkpoint: `nemo-longctx import`; errors as of `export`."""
-    _run(["import", os.fspath(source), os.fspath(target), *([] if verify else ["--no-verify"])])
-    return Path(target)
+    _run(["import", _place(source), _place(target), *([] if verify else ["--no-verify"])])
+    return Path(_place(target))
 
 
 def prepare(
@@ -186,17 +187,8 @@ def prepare(
     Raises:
         RunError: the sentence that the command ended with.
     """
-    several = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    words = [
-        "prepare",
-        *(os.fspath(each) for each in several),
-        "--output",
-        os.fspath(output),
-        "--tokenizer",
-        os.fspath(tokenizer),
-        "--json",
-    ]
-    words += [word for glob in globs for word in ("--glob", glob)]
+    words = ["prepare", *map(_place, _several(inputs)), "--output", _place(output), "--tokenizer", _place(tokenizer), "--json"]
+    words += [word for glob in _several(globs) for word in ("--glob", os.fspath(glob))]
     options = {"train-tokenizer": train_tokenizer, "holdout": holdout, "keys": keys, "workers": workers, "on-error": on_error}
     said = _run([*words, *_options(options), *(["--force"] if force else [])], captured=True)
     return json.loads(said)
@@ -237,7 +229,7 @@ def plan(
     for name in given:
         if not hasattr(defaults, name):
             raise ConfigError(name, given[name], "no option of nemo-longctx plan")
-    named = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    named = {name: _place(value) if isinstance(value, (str, os.PathLike)) else value for name, value in given.items()}
     values = vars(defaults) | {name: value for name, value in named.items() if value is not None}
     return make_plan(command._settings(argparse.Namespace(**values | {"overrides": _overrides(overrides)})))
 
@@ -245,11 +237,29 @@ def plan(
 def _overrides(given: Mapping[str, Any] | Sequence[str]) -> list[str]:
     if isinstance(given, str):
         raise ConfigError("overrides", given, "give a mapping of settings, or a list of key=value")
-    return [_override(key, value) for key, value in given.items()] if isinstance(given, Mapping) else list(given)
+    if isinstance(given, Mapping):
+        return [_override(key, value) for key, value in given.items()]
+    for each in given:
+        if not isinstance(each, str):
+            raise ConfigError("overrides", each, "give a mapping of settings, or a list of key=value")
+    return list(given)
 
 
 def _override(key: str, value: Any) -> str:
-    return f"{key}={hydra_text(value)}"
+    try:
+        return f"{key}={hydra_text(value)}"
+    except TypeError as error:
+        raise ConfigError(key, value, "give None, truth, a number, text, a path, or lists and mappings of them") from error
+
+
+def _several(given: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    """One is a list of one: the letters of a text are meant by nobody."""
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+
+
+def _place(path: PathLike) -> str:
+    """As the command line takes it, where `~/` is the user's home: what is given back must lead there too."""
+    return os.path.expanduser(os.fspath(path))
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:

@@ -20,8 +20,10 @@ def hydra_text(value: Any) -> str:
     """A value in Hydra's grammar.
 
     Args:
-        value: None, truth, number, text, path, and lists and mappings of them.
+        value: None, truth, number, text, path, and lists and mappings of them; arrays and their numbers too.
     """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if value is None:
         return "null"
     if isinstance(value, bool):

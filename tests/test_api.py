@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import nemo_longctx
@@ -43,6 +44,41 @@ VALUES = [
 def test_a_setting_arrives_as_it_was_given(value):
     words = api._overrides({"recipe": "tiny_cpu_base", "data.cache_dir": value})
     assert compose(words)["data"]["cache_dir"] == value
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [(np.float32(0.5), 0.5), (np.int64(7), 7), (np.bool_(True), True), (np.array([1, 2]), [1, 2]), ([np.float64(2.5)], [2.5])],
+    ids=repr,
+)
+def test_a_setting_of_numpy_is_the_number(value, read):
+    assert compose(api._overrides({"recipe": "tiny_cpu_base", "data.cache_dir": value}))["data"]["cache_dir"] == read
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, [object()]], ids=repr)
+def test_a_setting_that_cannot_be_written_is_named(value):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr=.*give None, truth, a number"):
+        api.train("tiny_cpu_base", overrides={"optimizer.lr": value})
+
+
+def test_what_is_no_list_of_words_is_refused():
+    with pytest.raises(ConfigError, match=r"overrides=\('optimizer.lr', 1\).*list of key=value"):
+        api.train("tiny_cpu_base", overrides=[("optimizer.lr", 1)])
+    with pytest.raises(ConfigError, match=r"nodes_line='torchrun.*nodes_line\.split"):
+        api.train("tiny_cpu_base", nodes_line="torchrun -m nemo_longctx")
+
+
+def test_one_name_is_not_its_letters_and_home_is_home(monkeypatch, tmp_path):
+    """`globs="*.txt"` was the patterns `*`, `.`, `t`, ...: every file was taken."""
+    ran = []
+    monkeypatch.setattr(api, "_run", lambda words, **kwargs: ran.append(list(words)) or "{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    api.prepare("~/texts", "~/data/c", tokenizer="~/t", globs="*.txt")
+    named = [f"{tmp_path}/{name}" for name in ("texts", "data/c", "t")]
+    assert ran == [["prepare", named[0], "--output", named[1], "--tokenizer", named[2], "--json", "--glob", "*.txt"]]
+    assert api.export("~/a", "~/b") == tmp_path / "b"
+    assert api.import_hf("~/b", "~/c") == tmp_path / "c"
+    assert ran[1:] == [["export", f"{tmp_path}/a", f"{tmp_path}/b"], ["import", f"{tmp_path}/b", f"{tmp_path}/c"]]
 
 
 def test_one_text_of_overrides_is_refused():
