@@ -134,6 +134,12 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
         return ConfigError(
             key, f"${{{found[1]}}}", f"no setting has this name; an environment variable is ${{oc.env:{found[1]}}}"
         )
+    if (found := re.search(r"In '([^']+)': Could not (?:find|load) '([^']+)'", words)) is not None:
+        own = next((each.partition("=")[2] for each in overrides if each.startswith("recipe=")), found[1])
+        group, _, choice = found[2].rpartition("/")
+        known = groups(CONF_DIR).get(group)
+        mend = did_you_mean(choice, known) if known else f"no such group; {did_you_mean(group, groups(CONF_DIR))}"
+        return ConfigError("recipe", own, f"its defaults name {found[2]}, which is not there: {mend}")
     if (found := re.search(r"Error merging override \+\+([\w.]+)=(.*)", words)) is not None:
         return ConfigError(found[1], found[2], "is of another kind than what it replaces: give a list in [], a mapping in {}")
     if "Cannot merge" in words and (own := [each.partition("=")[2] for each in overrides if each.startswith("recipe=")]):

@@ -15,7 +15,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {did_you_mean(str(key), fields)}")
+            raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {_meant(str(key), hints, fields, prefix)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -101,6 +101,32 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
                 raise ConfigError(f"{prefix}{name}", None, mend)
             values[name] = checked(hints[name], values[name], f"{prefix}{name}")
     return cls(**values)
+
+
+def _meant(key: str, hints: Mapping[str, Any], fields: Iterable[str], prefix: str) -> str:
+    """Where the key would stand in a section of its own (`lr`: `optimizer.lr`); else the nearest of this place."""
+    inside = [f"{prefix}{each}" for each in sorted(_inside(key, hints, fields))]
+    return f"did you mean {' or '.join(map(repr, inside[:3]))}?" if inside else did_you_mean(key, fields)
+
+
+def _inside(key: str, hints: Mapping[str, Any], fields: Iterable[str]) -> Iterator[str]:
+    for name in fields:
+        for hint, is_listed in _sections(hints[name]):
+            place = f"{name}[0]" if is_listed else name
+            names = [field.name for field in dataclasses.fields(hint) if field.init]
+            if key in names:
+                yield f"{place}.{key}"
+            yield from (f"{place}.{each}" for each in _inside(key, _type_hints(hint), names))
+
+
+def _sections(hint: Any, *, is_listed: bool = False) -> Iterator[tuple[Any, bool]]:
+    """The dataclasses of a hint, each with whether it is one of a list."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint, is_listed
+        return
+    is_listed = is_listed or typing.get_origin(hint) in (tuple, list, Sequence)
+    for each in typing.get_args(hint):
+        yield from _sections(each, is_listed=is_listed)
 
 
 _type_hints = functools.cache(typing.get_type_hints)  # 0.2 ms a call, and a mix may have hundreds of sources

@@ -247,6 +247,24 @@ def test_a_list_for_keys_in_one_s_own_recipe_is_told_by_its_file(tmp_path, monke
 
 
 @pytest.mark.parametrize(
+    ("default", "mend"),
+    [
+        ("/rope: abff", "its defaults name rope/abff, which is not there: did you mean 'abf'?"),
+        ("tiny_cpu_bse", "its defaults name recipe/tiny_cpu_bse, which is not there: did you mean 'tiny_cpu_base'?"),
+        ("/rop: abf", "its defaults name rop/abf, which is not there: no such group; did you mean 'rope'?"),
+    ],
+)
+def test_a_default_that_is_not_there_is_told_without_hydra_s_search_path(tmp_path, monkeypatch, capsys, default, mend):
+    monkeypatch.chdir(tmp_path)
+    entry = f"{{{default}}}" if ":" in default else default
+    (tmp_path / "mine.yaml").write_text(f"defaults: [{entry}, _self_]\nname: x\n")
+    assert main(["train", "recipe=./mine.yaml", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert f"recipe='./mine.yaml': {mend}" in said
+    assert "search path" not in said
+
+
+@pytest.mark.parametrize(
     "argv",
     [["export", "none", "out"], ["doctor", "--model", "tiny_cpu_long", "--checkpoint", "none"]],
     ids=lambda argv: argv[0],
