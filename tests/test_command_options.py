@@ -66,6 +66,7 @@ compare a b --output --votes --table
 """
 LISTS = """
 prepare --keys
+synth --keys
 curate --keys --split-lengths --gzip-band --languages
 """
 

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filler", type=float, default=0.5, help="how much ordinary text lies between facts, 0 to 1 (default: %(default)s)"
     )
-    parser.add_argument("--keys", type=names, default=("text",), help="texts of a record, joined (default: text)")
+    parser.add_argument("--keys", type=names, help="texts of a record, joined (default: text)")
     parser.add_argument("--glob", dest="globs", action="append", default=[], help="which files of directories; may be repeated")
     parser.add_argument(
         "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="prepare will add it (default: yes)"
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256}
     settings |= {"seed": args.seed, "facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
     settings["asked"] = {"length": args.length, "tokens": args.tokens, "kinds": dict(config.shares)}
+    args.keys = args.keys or ("text",)
     settings["asked"] |= {"keys": ",".join(args.keys), "glob": args.globs}
     if not args.force:
         _keep_made(output, settings)

@@ -155,7 +155,11 @@ def test_wrong_input_is_refused_while_building(text, tmp_path, case):
 
 @pytest.mark.parametrize(
     ("restore_from", "message"),
-    [("nowhere", "no such directory"), (".", "no NeMo checkpoint")],
+    [
+        ("nowhere", "no finished NeMo checkpoint is there"),
+        (".", "no finished NeMo checkpoint is there"),
+        ("model.nemo", "of NeMo 1"),
+    ],
 )
 def test_a_path_that_is_no_checkpoint_is_refused(text, tmp_path, restore_from, message):
     with pytest.raises(ConfigError, match=message):

@@ -230,6 +230,8 @@ def test_export_and_import_hand_on_what_was_asked_and_tell_what_was_made(flags, 
     looked_at = []
     monkeypatch.setattr(directory, "check_directory", looked_at.append)  # tests/hf has its rules
     source, target = tmp_path / "source", tmp_path / "target"
+    for part in ("weights", "context"):
+        (source / part).mkdir(parents=True)
     more = ["--verify-tokens", "64", "--max-position-embeddings", "128", "--tokenizer", "tok"]
     assert main(["export", str(source), str(target), *flags, *more]) == 0
     assert capsys.readouterr().out.splitlines() == [
