@@ -124,6 +124,8 @@ def _check(args: argparse.Namespace, has_plan: bool) -> None:
         raise ConfigError("show", args.show, "how many windows to print, at least 1")
     if args.figure is not None and args.no_figure:
         raise ConfigError("figure", args.figure, "it has no effect with --no-figure; leave one out")
+    if args.figure is not None and (args.figure.endswith("/") or os.path.isdir(args.figure)):
+        raise ConfigError("figure", args.figure, f"is a folder; name a file in it: {os.path.join(args.figure, 'lengths.png')}")
     for name in ("at", "source", "tokenizer", "document_masking"):
         if args.show is None and getattr(args, name):
             raise ConfigError(name, getattr(args, name), "it has no effect without --show")

@@ -194,6 +194,7 @@ def test_no_token_is_read_and_no_torch_imported(tmp_path):
         (["books", "--seq-length", "100M"], "seq_length=100000000: a run has at least one window"),
         (["books", "--seq-length", "64", "--seed", "-1"], "seed=-1: a whole number of at least 0"),
         (["books", "--seed", "5"], "seed=5: it has no effect without a plan"),
+        (["books", "--figure", "pictures/"], "figure='pictures/': is a folder; name a file in it: pictures/lengths.png"),
         (["books", "--packing", "best_fit"], "packing='best_fit': it has no effect without a plan"),
         (
             ["books", "--curriculum", "{stages: [{until: 0.5, seq_length: 4}], tokens_per_step: 4, total_tokens: 8}"],
