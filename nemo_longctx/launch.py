@@ -110,9 +110,9 @@ def exit_status(train: Callable[[], object]) -> int:
             when = "at once: steps behind the newest checkpoint are made again" if stopped.at_once else _NOTHING_YET
             print(f"\nstopped by {name} {when}; go on with\n  {runs.own_command()}", file=sys.stderr)
         return 128 + stopped.signum
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:  # the last net: nothing ends in a traceback, unless it is asked for
+        if not isinstance(error, Exception) and failed_checkpoint(error) is None:
+            raise
         return tell(error)
     return 0
 
