@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 INK, FAINT, MARK = "#222222", "#D9D9D9", "#777777"
 PROBE_UNITS = {"score": "score (1 is all right)", "answer_loss": "loss (nats per token)"}
+LEAST_NATS = 0.1  # that a panel of losses spans: a line that is flat must look flat
 Dash = tuple[float, Sequence[float]]
 DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 
@@ -83,6 +84,9 @@ def _dress(axes: Axes, *, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
     axes.set_xlabel(x, fontsize=9.5, color=INK)
     axes.set_ylabel(y, fontsize=9.5, color=INK)
+    low, high = axes.get_ylim()
+    if "(nats" in y and high - low < LEAST_NATS:
+        axes.set_ylim((low + high - LEAST_NATS) / 2, (low + high + LEAST_NATS) / 2)
 
 
 def _mark(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:

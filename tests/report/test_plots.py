@@ -1,10 +1,12 @@
 import itertools
+import math
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image
 
+from nemo_longctx.eval.context import ContextRow
 from nemo_longctx.eval.position import PositionLosses, uniform_edges
 from nemo_longctx.report import lengths, plots
 from nemo_longctx.report.plots import (
@@ -108,6 +110,25 @@ def test_of_many_sources_the_largest_are_drawn_and_no_name_lies_on_a_line(tmp_pa
         assert [text.get_text() for text in legend.get_texts()][2:] == [f"s{i}" for i in range(number)][-drawn:]
         assert len({handle.get_color() for handle in legend.get_lines()[2:]}) == drawn
         assert (f"{drawn} largest of {number}" in axes.get_title(loc="left")) == (number > drawn)
+
+
+def test_a_flat_line_looks_flat(tmp_path, monkeypatch):
+    """A fall of 0.0003 nats filled the panel from corner to corner, on an axis of +5.901."""
+    figures = kept_figures(monkeypatch, plots)
+    rows = [
+        ContextRow(model="mine", context=c, read=c + 64, documents=1, tokens=64, loss=5.9016 - c / 1e6, standard_error=math.nan)
+        for c in (64, 192)
+    ]
+    plots.plot_loss_by_context({"mine": rows}, tmp_path / "x.png")
+    plot_training_curve([{"tokens": t, "loss": 5.9 + t / 1e4} for t in range(9)], tmp_path / "x.png")
+    for figure in figures:
+        (axes,) = figure.axes
+        low, high = axes.get_ylim()
+        assert high - low == pytest.approx(plots.LEAST_NATS)
+        lines = np.concatenate([line.get_ydata() for line in axes.lines])
+        assert (low + high) / 2 == pytest.approx((lines.min() + lines.max()) / 2)
+    plot_training_curve([{"tokens": t, "loss": float(t)} for t in range(9)], tmp_path / "x.png")
+    assert np.diff(figures[-1].axes[0].get_ylim()) > 8
 
 
 def test_a_mark_lies_in_the_panel_and_its_name_on_no_other(tmp_path, monkeypatch):
