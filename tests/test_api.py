@@ -55,7 +55,7 @@ def test_a_setting_of_numpy_is_the_number(value, read):
     assert compose(api._overrides({"recipe": "tiny_cpu_base", "data.cache_dir": value}))["data"]["cache_dir"] == read
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, [object()]], ids=repr)
+@pytest.mark.parametrize("value", [object(), {1, 2}, [object()]], ids=["object", "set", "list"])
 def test_a_setting_that_cannot_be_written_is_named(value):
     with pytest.raises(ConfigError, match=r"optimizer\.lr=.*give None, truth, a number"):
         api.train("tiny_cpu_base", overrides={"optimizer.lr": value})

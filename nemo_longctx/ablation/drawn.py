@@ -14,7 +14,7 @@ from nemo_longctx.ablation.study import Run
 from nemo_longctx.eval import context
 from nemo_longctx.report.context import LAW_NOTE, with_interval
 from nemo_longctx.report.html import Section
-from nemo_longctx.report.plots import INK, line_styles, new_figure, plot_context_law, save, tokens_label
+from nemo_longctx.report.plots import INK, flatten, line_styles, new_figure, plot_context_law, save, tokens_label
 from nemo_longctx.report.training_log import read_training_log
 from nemo_longctx.rope.figures import plot_decay
 from nemo_longctx.rope.variants import Rope
@@ -141,5 +141,7 @@ def _curves(
     axes.set_xticklabels([tokens_label(place) for place in axes.get_xticks()])
     axes.set_xlabel(x, fontsize=9.5, color=INK)
     axes.set_ylabel(y, fontsize=9.5, color=INK)
+    if y == LOSS:
+        flatten(axes)
     axes.legend(frameon=False, fontsize=9)
     return Section(heading=heading, note=note, figures=[save(figure, path.with_suffix(".png"))], table=table if log else ())

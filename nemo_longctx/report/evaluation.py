@@ -156,24 +156,31 @@ def _position_sections(
         {model: by_model[model] for model in drawn}, directory / f"loss_by_{name}.png", marks=marks, title=title
     )
     note = POSITION_SHOWS + " " + _bands(len(drawn), len(by_model))
-    laws, curves, table, refused = {}, {}, [[*LAW_COLUMNS]], []
+    laws, curves, table = {}, {}, [[*LAW_COLUMNS]]
+    refused: dict[str, list[str]] = {}  # why -> models
     for result in (result for result in results if result.model in drawn and name in result.documents):
         contexts, losses = _by_document(result.documents[name])
         test = context.judge_law(contexts, losses, replicates=REPLICATES)
         if test.law is None:
             table.append([result.model, f"not drawn: {test.why}", "", "", str(len(losses))])
-            refused.append(f"{result.model}: {test.why}")
+            refused.setdefault(test.why, []).append(result.model)
             continue
         laws[result.model], curves[result.model] = test.law, {"context": contexts, "loss": losses.mean(0)}
         table.append([result.model, *(with_interval(test.law, key) for key in ("alpha", "beta", "gamma")), str(len(losses))])
     if refused and not laws:
-        note += f" No law L(c) is drawn: {'; '.join(refused)}."
+        named = [why if len(refused) == 1 else f"{_some(models)}: {why}" for why, models in refused.items()]
+        note += f" No law L(c) is drawn: {'; '.join(named)}."
     sections = [Section(heading=title, note=note, figures=[figure])]
     if laws:
         title = f"Context scaling law, to {length} tokens"
         figure = plot_context_law(curves, laws, directory / f"context_law_{name}.png", title=title)
         sections.append(Section(heading=title, note=LAW_NOTE, figures=[figure], table=table))
     return sections
+
+
+def _some(models: Sequence[str]) -> str:
+    more = f" and {len(models) - 3} more" if len(models) > 3 else ""
+    return f"{', '.join(models[:3])}{more}"
 
 
 def _bands(drawn: int, known: int) -> str:

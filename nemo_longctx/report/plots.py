@@ -84,8 +84,14 @@ def _dress(axes: Axes, *, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=11, color=INK, loc="left", pad=10)
     axes.set_xlabel(x, fontsize=9.5, color=INK)
     axes.set_ylabel(y, fontsize=9.5, color=INK)
+    if "(nats" in y:
+        flatten(axes)
+
+
+def flatten(axes: Axes) -> None:
+    """Let a panel of losses span `LEAST_NATS` at least."""
     low, high = axes.get_ylim()
-    if "(nats" in y and high - low < LEAST_NATS:
+    if high - low < LEAST_NATS:
         axes.set_ylim((low + high - LEAST_NATS) / 2, (low + high + LEAST_NATS) / 2)
 
 

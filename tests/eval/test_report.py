@@ -92,6 +92,19 @@ def test_losses_that_follow_no_law_get_none(tmp_path):
     assert "Context scaling law" not in page
 
 
+def test_why_no_law_is_drawn_is_told_once_for_all(tmp_path):
+    """Each evaluation of a run repeated the sentence: a page of them on a phone."""
+    results = [evaluation(f"step {n}", 2.0) for n in range(5)]
+    for result in results:  # of two bins
+        rows = result.documents["position_512"]
+        rows["edges"] = rows["edges"][:3]
+        rows["sums"], rows["counts"] = ([row[:2] for row in rows[key]] for key in ("sums", "counts"))
+    why = "it needs 2 documents and 4 contexts, here are 12 and 2."
+    page = write_results(tmp_path, results, provenance={}).read_text(encoding="utf-8")
+    assert page.count(why) == 1
+    assert "No law L(c) is drawn: not fitted: " + why in page
+
+
 @pytest.mark.parametrize("count", [1, 12])
 def test_many_evaluations_stay_readable(tmp_path, count):
     from matplotlib import image
