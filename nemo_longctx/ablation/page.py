@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ Table = list[list[str]]
 FINEST = 0.002  # of the axis of differences, whose table has four decimals
 
 
-def claim_table(study: Study, found: Found) -> Table:
-    """One line a claim: the sentence, the arms, the effect with its interval, the verdict."""
+def claim_table(study: Study, found: Found, barred: Collection[str] = ()) -> Table:
+    """One line a claim: the sentence, the arms, the effect with its interval, the verdict, which a barred probe cannot give."""
     table: Table = [["claim", "verdict", "difference (95 % interval)", "of", "where", "seeds", "documents"]]
     for claim in study.claims:
         arms = found.get(claim.measure, {})
@@ -35,7 +35,8 @@ def claim_table(study: Study, found: Found) -> Table:
             table.append([claim.text, UNKNOWN, "not measured at this scale", compared, claim.where, "–", "–"])
             continue
         seen = effect(arms[claim.first], arms[claim.second])
-        row = [claim.text, verdict(claim, seen), str(seen), compared, claim.where, str(seen.seeds), str(seen.documents)]
+        says = UNKNOWN if study.measures[claim.measure].probe in barred else verdict(claim, seen)
+        row = [claim.text, says, str(seen), compared, claim.where, str(seen.seeds), str(seen.documents)]
         table.append(row)
     return table
 
@@ -66,6 +67,7 @@ def write_study(
     scale: str,
     provenance: Mapping[str, Any],
     ended: str = "",
+    barred: Mapping[str, str] | None = None,
     paths: Mapping[str, str] | None = None,
     more: Sequence[Section] = (),
 ) -> Path:
@@ -76,9 +78,10 @@ def write_study(
         paths: where each measure lies at this scale, for the page; default, as the study says.
         more: sections after the measures.
         ended: why the study ended before its arms were run (the gate), as a sentence.
+        barred: probe kind -> why no claim is judged by it (the gate), as a sentence.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    claims = claim_table(study, found)
+    claims = claim_table(study, found, barred or {})
     write_table(directory / "claims.csv", claims)
     note = f"{study.paper}. Scale: {scale}. Differences are paired: arms of one seed share weights, stream and documents. "
     note += (
@@ -87,6 +90,8 @@ def write_study(
     )
     if ended:
         note = f"{ended} {note}"
+    elif barred:
+        note = f"{' '.join(barred.values())} No claim is judged by {' or '.join(barred)}. {note}"
     sections = [Section(heading="What can be said", note=note, table=claims, said=True)]
     for name, measure in study.measures.items():
         arms = found.get(name, {})

@@ -61,6 +61,7 @@ class Runner:
         if out.exists() and not out.is_dir():
             raise ConfigError("--out", str(out), "is a file; name a folder")
         self.done: dict[str, dict[str, Any]] = self._read_record()
+        self.barred: dict[str, str] = {}  # probe kind -> why no claim is judged by it
 
     def commands(self) -> list[tuple[str, list[str]]]:
         """All commands of the study in order, with names: preparation, then runs."""
@@ -116,8 +117,12 @@ class Runner:
         for number, (name, command) in enumerate(commands, start=1):
             if name in left and not self._one(name, command, number, len(commands), began, left):
                 return None
-            ended = self._gate(name)
-            if ended:
+            failed = self._gate(name)
+            for kind, said in failed.items():
+                self.say(said)
+                self.barred.setdefault(kind, said)
+            if failed and self.scale.gate_ends == "study":
+                ended = f"The study ends here: {' '.join(failed.values())} Whatever its arms did could not be told from chance."
                 self.say(ended)
                 return self.write(ended)
         return self.write()
@@ -140,26 +145,25 @@ class Runner:
         write_text(self.record, json.dumps(self.done, indent=1) + "\n")
         return True
 
-    def _gate(self, name: str) -> str:
-        """Why the study ends here, after the run of this name; empty where it goes on."""
+    def _gate(self, name: str) -> dict[str, str]:
+        """Probe kind -> how the run of this name, a base, fails the gate in it; empty for an arm, or where nothing failed."""
         run = next((r for r in self.runs if r.name == name and r.arm == BASE), None)
-        if run is None or not self.study.gate or not self.scale.gate:
-            return ""
+        if run is None or self.scale.gate_ends == "nothing":
+            return {}
         result = last_result(run)
         if result is None and self.executor:  # handed to a cluster, whose end nobody waits for here
-            return ""
+            return {}
+        length, failed = self.scale.values.get("short"), {}
         for kind, needed in self.study.gate.items():
-            path = f"probes/{kind}/{self.scale.values.get('short')}"
             if result is None:
-                return f"The study ends here: {run.name} was not measured, so nobody knows whether it can do {kind}."
-            score = float(of_result(path, result, run.name)[0])
+                failed[kind] = f"{run.name} was not measured, so nobody knows whether it can do {kind}."
+                continue
+            score = float(of_result(f"probes/{kind}/{length}", result, run.name)[0])
             if not score >= needed:
-                length = self.scale.values.get("short")
-                return (
-                    f"The study ends here: the base ({run.name}) scores {score:.2f} on {kind} at its own {length} tokens, and "
-                    f"needs {needed}; whatever its arms did could not be told from chance."
+                failed[kind] = (
+                    f"The base ({run.name}) scores {score:.2f} on {kind} at its own {length} tokens, and needs {needed}."
                 )
-        return ""
+        return failed
 
     def found(self) -> dict[str, dict[str, Any]]:
         """Measure -> arm -> values [S, D], of what is done."""
@@ -199,6 +203,7 @@ class Runner:
             scale=self.name,
             provenance=provenance,
             ended=ended,
+            barred=self.barred,
             paths={name: measure.path for name, measure in self._measures().items()},
             more=self._drawn(self.out / "page" / self.study.name),
         )

@@ -47,6 +47,12 @@ class Measure:
             raise ConfigError("measures.path", self.path, f"begins with one of its roots, {did_you_mean(root, ROOTS)}")
 
     @property
+    def probe(self) -> str:
+        """The kind of probe that it is the score of; empty for another measure."""
+        root, _, rest = self.path.partition("/")
+        return rest.partition("/")[0] if root == "probes" else ""
+
+    @property
     def timed(self) -> bool:
         """Whether it is a time, which the machine's other work changes: told, and no ground for a claim."""
         return self.path in TIMES
@@ -54,6 +60,7 @@ class Measure:
 
 TIMES = ("training/hours", "training/processor_hours")
 FIGURES = ("training_curve", "context_curve", "retrieval", "score_decay", "context_law")
+GATE_ENDS = ("study", "scores", "nothing")
 ROOTS = ("context", "gain", "watched", "probes", "training")
 
 
@@ -68,7 +75,8 @@ class Scale:
         prepare: arguments of `nemo-longctx` that make the data, once; {out} is the study's folder, {text} the user's text.
         values: what {names} in overrides stand for at this scale, besides {out}.
         executor: of nemo_run, for clusters; none: here, one run after another.
-        gate: whether the study's gate is asked; a scale that only shows that the parts work leaves it out.
+        gate_ends: what a base ends that fails the study's gate: the `study`; only claims on `scores` of the probes that it
+            failed, while losses tell their part; or `nothing`, for a scale that only shows that the parts work.
         hours: what the whole is expected to take, as text.
     """
 
@@ -79,12 +87,14 @@ class Scale:
     prepare: tuple[str, ...] = ()
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     executor: str = ""
-    gate: bool = True
+    gate_ends: str = "study"
     hours: str = ""
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError("scales.seeds", self.seeds, "give different whole numbers of at least 1")
+        if self.gate_ends not in GATE_ENDS:
+            raise ConfigError("scales.gate_ends", self.gate_ends, did_you_mean(str(self.gate_ends), GATE_ENDS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +103,8 @@ class Study:
 
     Args:
         name, title, paper: what it is and where in the paper. arms: name -> overrides. measures: by name. claims: in order.
-        gate: probe kind -> score that the base must reach at its own length, or the study ends there.
+        gate: probe kind -> score that the base must reach at its own length; below it the study ends there, or what the scale
+            says (`gate_ends`).
         tuned: whether arms are runs of instruction tuning (`nemo-longctx sft`, conf/sft.yaml) from the base; they are started
             here, since nemo_run has no entry point for them.
         figures: what is drawn beside the measures: `training_curve`, `context_curve`, `retrieval` (passkeys and first
@@ -131,6 +142,8 @@ class Study:
                 mend = "no claim rests on a time, which the machine's other work changes; training/flops counts operations"
                 raise ConfigError(f"{where}.claims[{number}].measure", claim.measure, mend)
         for name, scale in scales.items():
+            if scale.gate_ends != "study" and not self.gate:
+                raise ConfigError(f"{where}.scales.{name}.gate_ends", scale.gate_ends, "the study has no gate; leave it out")
             for arm in scale.arms:
                 if arm not in self.arms:
                     raise ConfigError(f"{where}.scales.{name}.arms", arm, did_you_mean(arm, self.arms))

@@ -1,5 +1,6 @@
 """Studies as files and their runner: every run composes, a killed study goes on, a weak base ends it before its arms."""
 
+import csv
 import json
 import re
 import subprocess
@@ -50,7 +51,8 @@ class Machine:
             return 137
         for run in self.runner.runs:
             if command == run.command():
-                measured(run.folder, run.seed, run.arm, probes=self.probes, scale=self.runner.scale)
+                probes = self.probes if run.arm in ("base", "abf") else 0.0
+                measured(run.folder, run.seed, run.arm, probes=probes, scale=self.runner.scale)
         return 0
 
 
@@ -86,13 +88,24 @@ def test_a_study_killed_five_times_gives_the_same_tables(tmp_path):
     assert machine.ran == []
 
 
-def test_a_base_that_cannot_do_it_ends_the_study_before_its_arms(tmp_path):
-    weak = runner(tmp_path)
+@pytest.mark.parametrize("scale", ["gpu", "laptop"])
+def test_what_a_base_that_cannot_look_up_ends(tmp_path, scale):
+    """On a GPU the study, before its arms are paid for; on a laptop only what its look-ups would decide."""
+    weak = Runner(load_study("position"), scale, tmp_path, text="here", say=lambda line: None)
+    weak.executor = ""
     machine = Machine(weak, probes=0.3)
     page = weak().read_text(encoding="utf-8")
-    assert [command for command in machine.ran if "restore_from" in " ".join(command)] == []
-    assert "scores 0.30 on passkey at its own 256 tokens, and needs 0.9" in page
-    assert "cannot be told here" in page
+    arms = [command for command in machine.ran if "restore_from" in " ".join(command)]
+    length = weak.scale.values["short"]
+    assert f"The base (base, seed 1) scores 0.30 on first_sentence at its own {length} tokens, and needs 0.9" in page
+    with (tmp_path / "page/position/claims.csv").open(newline="", encoding="utf-8") as file:
+        said = {row["claim"]: row for row in csv.DictReader(file)}["PI trails ABF on first-sentence retrieval"]
+    assert said["verdict"] == "cannot be told here"  # whatever was measured: 0.3 against 0, in every seed
+    assert said["difference (95 % interval)"].startswith("not measured" if scale == "gpu" else "+0.3000")
+    assert (
+        "The study ends here: The base" in page if scale == "gpu" else "No claim is judged by passkey or first_sentence" in page
+    )
+    assert len(arms) == (0 if scale == "gpu" else 18)
 
 
 def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
@@ -187,6 +200,9 @@ def test_mistakes_in_a_study_are_named(capsys):
         Study(**values | {"measures": {"m": {"text": "m", "path": "trainin/loss"}}, "claims": ()})
     with pytest.raises(ConfigError, match="did you mean 'laptop'"):
         Study(**values | {"claims": (), "scales": {"laptp": {"seeds": [1], "arm": []}}})
+    for gate, ends, said in (({"passkey": 0.9}, "scors", "did you mean 'scores'"), ({}, "scores", "the study has no gate")):
+        with pytest.raises(ConfigError, match=said):
+            Study(**values | {"claims": (), "gate": gate, "scales": {"gpu": {"seeds": [1], "arm": [], "gate_ends": ends}}})
     assert set(SCALES) == {"smoke", "laptop", "gpu", "paper"}
     assert main(["ablate", "positions", "--scale", "smoke"]) == 2
     assert "did you mean 'position'" in capsys.readouterr().err
