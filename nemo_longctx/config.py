@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -88,9 +89,22 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
     hints = _type_hints(cls)  # type: ignore[arg-type]  # a class is hashable
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
+    whole = _whole.get() or (hints, fields, prefix)
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {_meant(str(key), hints, fields, prefix)}")
+            raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {_meant(str(key), (hints, fields, prefix), whole)}")
+    told = _whole.set(whole)
+    try:
+        return cls(**_checked_fields(values, hints, fields, prefix))
+    finally:
+        _whole.reset(told)
+
+
+Place = tuple[Mapping[str, Any], Mapping[str, Any], str]  # hints and fields of a dataclass, and the prefix of its keys
+_whole: ContextVar[Place | None] = ContextVar("whole", default=None)  # what is built outermost, for hints of keys
+
+
+def _checked_fields(values: dict[str, Any], hints: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -100,13 +114,19 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
                 mend = "missing; set it" if required else "null is no value here; leave it out for the default"
                 raise ConfigError(f"{prefix}{name}", None, mend)
             values[name] = checked(hints[name], values[name], f"{prefix}{name}")
-    return cls(**values)
+    return values
 
 
-def _meant(key: str, hints: Mapping[str, Any], fields: Iterable[str], prefix: str) -> str:
-    """Where the key would stand in a section of its own (`lr`: `optimizer.lr`); else the nearest of this place."""
-    inside = [f"{prefix}{each}" for each in sorted(_inside(key, hints, fields))]
-    return f"did you mean {' or '.join(map(repr, inside[:3]))}?" if inside else did_you_mean(key, fields)
+def _meant(key: str, here: Place, whole: Place) -> str:
+    """Where the key would stand in a section below (`lr`: `optimizer.lr`), what is near it here, or its place elsewhere."""
+    nearest = did_you_mean(key, here[1])
+    for hints, fields, prefix in (here, whole):
+        there = [f"{prefix}{each}" for each in sorted(_inside(key, hints, fields))]
+        if there:
+            return f"did you mean {' or '.join(map(repr, there[:3]))}?"
+        if nearest.startswith("did you mean"):
+            break
+    return nearest
 
 
 def _inside(key: str, hints: Mapping[str, Any], fields: Iterable[str]) -> Iterator[str]:

@@ -78,6 +78,8 @@ def test_overrides_reach_the_schema():
         (["nonsense"], "write key=value"),
         (["recipes=tiny_cpu_base"], "recipes='tiny_cpu_base': unknown key, did you mean 'recipe'?"),
         (["lr=1e-4"], "lr=0.0001: unknown key, did you mean 'optimizer.lr'?"),
+        (["trainer.lr=1e-4"], "trainer.lr=0.0001: unknown key, did you mean 'optimizer.lr'?"),
+        (["checkpoint.total_tokens=1M"], "checkpoint.total_tokens='1M': unknown key, did you mean 'curriculum.total_tokens'?"),
         (["data.sources=[a]"], "data.sources=['a']: unknown key, did you mean 'data.mix.sources'?"),
         (["seq_length=8"], "unknown key, did you mean 'curriculum.stages[0].seq_length' or 'data.test[0].seq_length' or"),
         (["curriculum.micro_batch_size=8"], "did you mean 'curriculum.stages[0].micro_batch_size'?"),
