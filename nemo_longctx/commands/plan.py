@@ -151,6 +151,12 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: by the option's name.
     """
+    if args.recipe is None:
+        for word in args.overrides:  # as other commands take them
+            key, _, value = word.rpartition("=")
+            if key in ("", "model", "recipe"):
+                options = [f"--{key} {value}"] if key else [f"--recipe {word}", f"--model {word}"]
+                raise ConfigError("plan", word, f"a model or recipe is named by an option, {' or '.join(options)}")
     if args.model is None and args.recipe is None:
         raise ConfigError("model", None, "name one with --model, or a recipe with --recipe")
     if args.overrides and args.recipe is None:

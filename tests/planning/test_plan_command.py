@@ -190,6 +190,11 @@ def test_kv_cache_of_a_recipes_evaluations_is_in_the_memory(capsys):
         (["--model", "llama2_7b", "--flops", "document"], "--documents"),
         (["--model", "llama2_70b", "--gpus", "2", "--search"], "more GPUs"),
         (["--model", "llama2_7b", "trainer.num_nodes=4"], "--recipe"),
+        (["llama2_7b"], "--recipe llama2_7b or --model llama2_7b"),
+        (
+            ["recipe=llama2_7b", "--gpus", "8"],
+            "plan='recipe=llama2_7b': a model or recipe is named by an option, --recipe llama2_7b",
+        ),
         (["--recipe", "nowhere/mine.yaml"], "no such file"),
         (["--model", "llama2_7b", "--gpus", "8", "--mfu", "0.4", "--mfu-from", "x.json"], "give --mfu or --mfu-from, not both"),
         (["--model", "llama2_7b", "--gpus", "8", "--price", "-1"], "must be the price of a GPU-hour, 0 or more"),
