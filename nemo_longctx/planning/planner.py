@@ -323,9 +323,9 @@ def longest_length(model: ModelShape, gpu: Gpu, base: Layout, pinned: Collection
         raise _nothing_left(base, pinned)
     reasons: list[str] = []
     for layout in layouts:
-        unit = 1024 * max(1, 2 * layout.context_parallel_size * layout.tensor_model_parallel_size // 1024)
+        unit = math.lcm(1024, 2 * layout.context_parallel_size * layout.tensor_model_parallel_size)  # what the ranks can share
         batch = layout.micro_batch_size * layout.data_parallel_size * layout.pipeline_model_parallel_size
-        faults = layout_faults(model, layout, unit * 2 * layout.context_parallel_size, batch)
+        faults = layout_faults(model, layout, unit, batch)
         if faults:
             reasons.append("; ".join(faults))
             continue

@@ -159,3 +159,99 @@ def test_bad_curricula_are_refused(text):
 def test_unknown_convention_suggests_a_known_one():
     with pytest.raises(ConfigError, match="causal"):
         convention_by_name("casual")
+
+
+def test_heads_that_are_not_as_wide_as_the_model_count_as_they_are_in_exact_layers_alone():
+    model = ModelShape(
+        num_layers=3, hidden_size=64, ffn_hidden_size=8, num_attention_heads=4, num_query_groups=2, kv_channels=40, vocab_size=9
+    )
+    exact, rough = (token_flops(model, 10, CONVENTIONS[name]) for name in ("full_exact", "full"))
+    assert exact.attention == 3 * 3 * 4 * 10 * 160
+    assert rough.attention == 3 * 3 * 4 * 10 * 64
+    assert exact.linear == 6 * 3 * (64 * 160 * 2 + 64 * 80 * 2 + 3 * 64 * 8)
+    assert rough.linear == 6 * 3 * 12 * 64**2
+    assert (exact.vocabulary, rough.vocabulary) == (6 * 9 * 64, 0)
+    assert exact.total == exact.linear + exact.attention + exact.vocabulary
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "document"])
+def test_a_run_costs_what_its_stages_cost(name):
+    model, convention, lengths = MODELS["qwen25_7b"], CONVENTIONS[name], np.array([700, 90_000])
+    curriculum = parse_curriculum("4096@0.25, 16384@0.5,65536", tokens_per_step=2**20, steps=400, micro_batch_size=3)
+    assert [stage.micro_batch_size for stage in curriculum.stages] == [3, 3, 3]
+    kwargs = {"document_lengths_D": lengths} if name == "document" else {}
+    cost = training_cost(model, curriculum, convention, **kwargs)
+    each = [token_flops(model, length, convention, **kwargs) for length in (4096, 16_384, 65_536)]
+    steps = (100, 100, 200)
+    assert [(stage.seq_length, stage.steps, stage.tokens) for stage in cost.stages] == [
+        (length, count, count * 2**20) for length, count in zip((4096, 16_384, 65_536), steps, strict=True)
+    ]
+    assert [stage.global_batch_size for stage in cost.stages] == [256, 64, 16]
+    assert [stage.token_flops for stage in cost.stages] == each
+    for stage, one in zip(cost.stages, each, strict=True):
+        assert stage.flops == one.total * stage.tokens
+        assert stage.attention_share == one.attention / (one.attention + one.linear)
+        assert stage.relative_speed == each[0].total / one.total
+    assert (cost.tokens, cost.steps, cost.tokens_per_step) == (400 * 2**20, 400, 2**20)
+    assert cost.total_flops == sum(stage.flops for stage in cost.stages)
+    assert cost.long_from_start_flops == each[2].total * cost.tokens
+    assert cost.saving == pytest.approx(1 - cost.total_flops / cost.long_from_start_flops)
+    assert cost.crossover_6h == 6 * 3584
+    assert cost.crossover_tokens == (None if name == "document" else crossover_length(model, convention))
+    assert cost.as_dict()["convention"]["name"] == name
+    # A run that begins long is long from the start as one that ends so.
+    shrinks = training_cost(model, parse_curriculum("65536@0.5,4096", tokens_per_step=2**20, steps=400), convention, **kwargs)
+    assert shrinks.long_from_start_flops == cost.long_from_start_flops
+
+
+def test_at_the_crossover_attention_costs_what_the_layers_do():
+    for name in ("full", "full_exact", "causal"):
+        length = crossover_length(MODELS["llama2_7b"], CONVENTIONS[name])
+        at = token_flops(MODELS["llama2_7b"], round(length), CONVENTIONS[name])
+        assert at.attention == pytest.approx(at.linear, rel=1e-4)
+    with pytest.raises(ConfigError, match="flops='document': has no crossover length: its cost depends on the documents"):
+        crossover_length(MODELS["llama2_7b"], CONVENTIONS["document"])
+
+
+def test_a_text_of_one_length_is_a_run_of_one_stage():
+    curriculum = parse_curriculum("8192", tokens_per_step=16_384, steps=1)
+    (stage,) = curriculum.stages
+    assert (stage.seq_length, stage.until, stage.micro_batch_size) == (8192, 1.0, 1)
+    assert (curriculum.tokens_per_step, curriculum.total_tokens) == (16_384, 16_384)
+    for text, says in (
+        ("4096,32768", "stage '4096' needs the share of tokens at which it ends, such as 4096@0.2"),
+        ("4096@0.5,8192@", "must look like 4096@0.2,32768"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse_curriculum(text, tokens_per_step=32_768, steps=10)
+        assert str(error.value) == f"curriculum={text!r}: {says}"
+    with pytest.raises(ConfigError, match="steps=0: must be 1 or more"):
+        parse_curriculum("8192", tokens_per_step=16_384, steps=0)
+
+
+def test_what_no_convention_counts_is_refused():
+    model = MODELS["llama2_7b"]
+    assert token_flops(model, 1, CONVENTIONS["full"]).attention > 0
+    with pytest.raises(ConfigError, match="seq_length=0: must be 1 or more"):
+        token_flops(model, 0, CONVENTIONS["full"])
+    for lengths in ([], [3, 0]):
+        says = f"documents='{len(lengths)} lengths': every document must have one token or more"
+        with pytest.raises(ConfigError, match=says):
+            mean_square_piece(np.array(lengths), 8)
+    assert mean_square_piece(np.array([1, 1]), 8) == 1
+    for key, value, nearest in (("attention", "causl", "causal"), ("layers", "exct", "exact"), ("recompute", "ful", "full")):
+        with pytest.raises(ConfigError, match=f"flops.{key}='{value}': did you mean '{nearest}'"):
+            dataclasses.replace(CONVENTIONS["full"], **{key: value})
+
+
+def test_conventions_say_what_was_changed_of_them_and_nothing_else():
+    for name, convention in CONVENTIONS.items():
+        assert convention_by_name(name) is convention
+        assert convention_by_name(name, vocabulary=convention.vocabulary) is convention
+    changed = convention_by_name("causal", vocabulary=False, recompute="selective")
+    assert (changed.name, changed.vocabulary, changed.recompute) == (
+        "causal-vocabulary+recompute:selective",
+        False,
+        "selective",
+    )
+    assert (changed.attention, changed.layers) == ("causal", "exact")

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.planning.models import MODELS, ModelShape, parse_model
+from nemo_longctx.planning import models
+from nemo_longctx.planning.models import CLASSES, MODELS, ModelShape, class_sizes, model_by_name, parse_model, sizes_of
 
 # The checkpoints' own counts (safetensors index of each, in parameters).
 PUBLISHED = {
@@ -180,3 +181,149 @@ def test_a_window_of_a_nemo_checkpoint_is_read(tmp_path):
     fields = {"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 2, "vocab_size": 512}
     (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": {**fields, "window_size": [4096, 0]}}))
     assert parse_model(str(tmp_path))[1].sliding_window == 4097
+
+
+SIZES = {"num_layers": 6, "hidden_size": 60, "ffn_hidden_size": 96, "num_attention_heads": 6, "vocab_size": 8}
+OPTIONAL = ("num_query_groups", "kv_channels", "sliding_window")
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 2.0, "4", None])
+def test_sizes_of_a_shape_are_whole_numbers_of_at_least_one(value):
+    for key in (*SIZES, "seq_length", *OPTIONAL):
+        if key in OPTIONAL and value is None:
+            continue
+        with pytest.raises(ConfigError) as error:
+            ModelShape(**SIZES | {key: value})
+        assert str(error.value) == f"model.{key}={value!r}: must be a whole number of 1 or more"
+
+
+def test_what_a_shape_leaves_out_is_what_most_models_have():
+    plain = ModelShape(**SIZES)
+    assert (plain.query_groups, plain.head_dim, plain.query_width, plain.kv_width) == (6, 10, 60, 60)
+    assert (plain.gated_linear_unit, plain.share_embeddings_and_output_weights, plain.add_qkv_bias) == (True, False, False)
+    assert (plain.seq_length, plain.sliding_window, plain.full_layers, plain.windowed_layers) == (4096, None, None, 0)
+    for full, windowed in ((None, 6), (0, 6), (2, 4), (6, 0)):
+        assert ModelShape(**SIZES, sliding_window=1, full_layers=full).windowed_layers == windowed
+    for full in (-1, 7):
+        with pytest.raises(ConfigError, match=f"model.full_layers={full}: must be a number of the 6 layers"):
+            ModelShape(**SIZES, full_layers=full)
+    with pytest.raises(ConfigError, match=r"model\.num_query_groups=4: must divide num_attention_heads=6"):
+        ModelShape(**SIZES, num_query_groups=4)
+    with pytest.raises(ConfigError, match=r"model\.num_attention_heads=7: does not divide hidden_size=60; set kv_channels"):
+        ModelShape(**SIZES | {"num_attention_heads": 7})
+    wide = ModelShape(**SIZES | {"num_attention_heads": 7}, kv_channels=16, num_query_groups=1)
+    assert (wide.head_dim, wide.query_width, wide.kv_width, wide.query_groups) == (16, 112, 16, 1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_parameters_are_those_of_each_matrix(gated, bias, shared):
+    model = ModelShape(
+        **SIZES, num_query_groups=2, kv_channels=16, gated_linear_unit=gated, add_qkv_bias=bias,
+        share_embeddings_and_output_weights=shared,
+    )  # fmt: skip
+    query, key = 60 * 96, 60 * 32
+    attention, mlp = query + 2 * key + 96 * 60, (3 if gated else 2) * 60 * 96
+    layer = attention + mlp + 2 * 60 + (96 + 2 * 32 if bias else 0)
+    assert (model.attention_weights, model.mlp_weights, model.layer_parameters) == (attention, mlp, layer)
+    assert (model.embedding_parameters, model.parameters) == (480, 6 * layer + (1 if shared else 2) * 480 + 60)
+
+
+def test_the_planner_s_sizes_of_nemo_s_classes_are_those_of_their_models():
+    for name, model in CLASSES.items():
+        sizes = class_sizes({"config": name})
+        assert ModelShape(**sizes) == MODELS[model]
+        assert None not in sizes.values()
+    assert class_sizes({"config": "OtherConfig"}) == class_sizes({}) == {}
+    assert {MODELS[name].seq_length for name in ("llama2_7b", "llama2_13b", "codellama_34b", "llama2_70b")} == {4096}
+    lengths = {"llama3_8b": 8192, "llama3_70b": 8192, "qwen25_7b": 32_768, "mistral_7b": 32_768}
+    assert {name: MODELS[name].seq_length for name in lengths} == lengths
+    with pytest.raises(
+        ConfigError, match="model='llama3_8': not a model that the planner knows by name, did you mean 'llama3_8b'"
+    ):
+        model_by_name("llama3_8")
+
+
+@pytest.mark.parametrize(
+    ("said", "window", "full"),
+    [
+        ({"window_size": [127, 0]}, 128, None),
+        ({"window_size": (0, 0)}, 1, None),
+        ({"window_size": [-1, 0]}, None, None),
+        ({"window_size": []}, None, None),
+        ({"window_size": 127}, None, None),
+        ({"window_size": ["127", 0]}, None, None),
+        ({"window_size": [127, 0], "window_attn_skip_freq": [1, 0, 1, 1, 0, 1]}, 128, 2),
+        ({"window_size": [127, 0], "window_attn_skip_freq": 3}, 128, 2),
+        ({"window_size": [127, 0], "window_attn_skip_freq": 1}, 128, 6),
+        ({"window_size": [127, 0], "window_attn_skip_freq": 0}, 128, None),
+        ({"window_size": [127, 0], "window_attn_skip_freq": None}, 128, None),
+        ({"window_attn_skip_freq": 3}, None, None),
+    ],
+)
+def test_windows_are_megatron_s_and_count_the_query_itself(said, window, full):
+    found = sizes_of({**SIZES, **said, "rotary_base": 1e4})
+    assert found == SIZES | {k: v for k, v in (("sliding_window", window), ("full_layers", full)) if v is not None}
+    if full is not None:
+        without = {key: value for key, value in SIZES.items() if key != "num_layers"}
+        known = isinstance(said["window_attn_skip_freq"], list)
+        assert ("full_layers" in sizes_of({**without, **said})) == known
+
+
+def test_layers_with_and_without_a_window_are_counted_apart(tmp_path):
+    file = tmp_path / "config.json"
+    config = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    file.write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    model = parse_model(str(file))[1]
+    assert (model.sliding_window, model.full_layers, model.windowed_layers) == (64, 1, 4)
+    file.write_text(json.dumps({**config, "max_window_layers": 0}))
+    model = parse_model(str(file))[1]
+    assert (model.sliding_window, model.full_layers, model.windowed_layers) == (64, None, 2)
+    file.write_text(json.dumps({**LLAMA, "head_dim": 16}))
+    assert parse_model(str(file))[1].kv_channels == 16
+    file.write_text(json.dumps({**LLAMA, "head_dim": 2}))
+    assert parse_model(str(file))[1].kv_channels is None  # 32 heads of 2 are the 64 of the model
+
+
+@pytest.mark.parametrize(
+    ("kind", "gated", "bias"),
+    [("llama", True, False), ("mistral", True, False), ("qwen2", True, True), ("starcoder2", False, True)],
+)
+def test_each_family_has_its_mlp_and_its_biases(tmp_path, kind, gated, bias):
+    said = {**LLAMA, "model_type": kind} | (
+        {"hidden_act": "gelu_pytorch_tanh", "use_bias": True} if kind == "starcoder2" else {}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    name, model = parse_model(str(tmp_path / "config.json"))
+    assert (model.gated_linear_unit, model.add_qkv_bias, name) == (gated, bias, tmp_path.name)
+
+
+def test_a_vocabulary_left_to_the_tokenizer_is_read_from_the_weights(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "embedding_rows", lambda path: asked.append(path) or 777)
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": SIZES | {"vocab_size": None}}))
+    assert parse_model(str(tmp_path))[1].vocab_size == 777
+    assert asked == [tmp_path]
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": SIZES}))
+    assert parse_model(str(tmp_path))[1].vocab_size == 8
+    assert len(asked) == 1
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": {"vocab_size": 8, "num_layers": 2}}))
+    with pytest.raises(ConfigError, match=r"its config lacks hidden_size, ffn_hidden_size, num_attention_heads$"):
+        parse_model(str(tmp_path))
+
+
+def test_flags_and_numbers_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ", ".join(f"{key} = {value}" for key, value in SIZES.items())
+    name, model = parse_model(f"{text}, gated_linear_unit=False, add_qkv_bias=TRUE")
+    assert (name, model) == ("given sizes", ModelShape(**SIZES, gated_linear_unit=False, add_qkv_bias=True))
+    with pytest.raises(ConfigError, match=r"model.num_layers='2\.5': must be a whole number, true or false"):
+        parse_model("num_layers=2.5")
+    # A folder with a "=" in its name is a folder.
+    (tmp_path / "step=1-last" / "context").mkdir(parents=True)
+    (tmp_path / "step=1-last" / "context" / "model.yaml").write_text(yaml.safe_dump({"config": SIZES}))
+    assert parse_model("step=1-last") == ("step=1-last", ModelShape(**SIZES))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert parse_model("config.json")[0] == "config.json"
