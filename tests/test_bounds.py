@@ -6,7 +6,12 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curation.config import CurateConfig
 from nemo_longctx.data.prepare_config import PrepareConfig
 from nemo_longctx.data.retrieval_text import RetrievalConfig
-from nemo_longctx.eval.config import HarnessTask
+from nemo_longctx.eval.config import AnswersTask, ContextTask, EvalConfig, HarnessTask, PositionTask
+from nemo_longctx.eval.guard import GuardConfig
+from nemo_longctx.eval.probes import ProbeConfig
+from nemo_longctx.eval.requests import Generation
+from nemo_longctx.eval.scoring import Chunks
+from nemo_longctx.instruct.client import ClientConfig
 from nemo_longctx.instruct.pipeline import GenerateConfig
 from nemo_longctx.recipe import BadNumbersConfig, CheckpointConfig, LoRAConfig, OptimizerConfig, TrainerConfig
 from nemo_longctx.rope import LongRope
@@ -16,6 +21,11 @@ NEEDED = {
     PrepareConfig: {"inputs": ("a",), "output": "a", "tokenizer": "t"},
     RetrievalConfig: {"length": 1024, "tokens": 10_240},
     HarnessTask: {"tasks": ("a",)},
+    PositionTask: {"corpus": "c", "seq_length": 8},
+    ContextTask: {"corpus": "c", "contexts": (4, 8)},
+    AnswersTask: {"conversations": "c"},
+    Generation: {"context": (1,), "max_new_tokens": 1, "stop": bool},
+    ClientConfig: {"endpoint": "http://host/v1"},
     GenerateConfig: {"model": "m", "documents": ("a",), "tokenizer": "t"},
     LongRope: {"short_factor": (1.0,), "long_factor": (2.0,), "factor": 4.0, "original_max_position_embeddings": 4096},
 }
@@ -74,6 +84,42 @@ BOUNDS = [
     (HarnessTask, {"num_fewshot": 0}, {"num_fewshot": -1}, "give 0 or more shots"),
     (HarnessTask, {"max_prompt": 1}, {"max_prompt": 0}, "give at least 1 token, or leave it out"),
     (HarnessTask, {"metadata": {"a": 1}}, {"metadata": ["a"]}, "give keys and values"),
+    (PositionTask, {"seq_length": 1, "documents": 1}, {"seq_length": 0}, "give a positive number"),
+    (PositionTask, {"bins": 0}, {"bins": -1}, "give up to 1,000,000 bins, or 0"),
+    (PositionTask, {"bins": 1_000_000}, {"bins": 1_000_001}, "give up to 1,000,000 bins, or 0"),
+    (ContextTask, {"targets": 1, "blocks": 1}, {"blocks": 0}, "give a positive number"),
+    (ContextTask, {"contexts": (1, 2)}, {"contexts": (0, 2)}, "give at least two rising numbers"),
+    (ContextTask, {"contexts": (4, 8), "short": 4}, {"contexts": (4, 8), "short": 8}, "below the longest: [4]"),
+    (ContextTask, {"key_threshold": 0.001}, {"key_threshold": 0.0}, "give a fall of the loss above 0"),
+    (AnswersTask, {"samples": 1}, {"samples": 0}, "give a positive number"),
+    (EvalConfig, {"every": 0}, {"every": -1}, "give a number of steps, or 0"),
+    (EvalConfig, {"time_budget": 0.5}, {"time_budget": 0}, "give seconds, or leave it out"),
+    (EvalConfig, {"max_length": 2}, {"max_length": 1}, "give at least 2 tokens, or leave it out"),
+    (GuardConfig, {"loss": 0.0, "score": 0.0}, {"score": -TENTH}, "give a change of 0 or more"),
+    (GuardConfig, {"significance": 0.99}, {"significance": 1.0}, "chance of a false alarm, between 0 and 1"),
+    (GuardConfig, {"action": "stop"}, {"significance": 0.0}, "chance of a false alarm, between 0 and 1"),
+    (ProbeConfig, {"lengths": (1,), "samples": 1}, {"lengths": (8, 0)}, "give at least one positive length"),
+    (ProbeConfig, {"depths": (0.0, 1.0)}, {"depths": (-TENTH,)}, "give shares between 0 (start) and 1 (end)"),
+    (ProbeConfig, {"depths": (0.5,)}, {"depths": ()}, "give shares between 0 (start) and 1 (end)"),
+    (ProbeConfig, {"max_new_tokens": 1}, {"max_new_tokens": 0}, "give at least 1 token for the answer"),
+    (ProbeConfig, {"kinds": ("code",)}, {"kinds": ()}, "name at least one of first_sentence, passkey"),
+    (Generation, {"top_p": 1.0}, {"top_p": ABOVE}, "give a share above 0 and at most 1"),
+    (Generation, {"temperature": 0.0, "top_k": 0}, {"top_k": -1}, "give 0 for no limit"),
+    (Chunks, {"read": 1, "logits": 1}, {"logits": 0}, "give a positive number of bytes"),
+    (ClientConfig, {"concurrency": 1}, {"concurrency": 0}, "must be at least 1"),
+    (ClientConfig, {"requests_per_minute": 0}, {"requests_per_minute": -TENTH}, "0 means no limit"),
+    (ClientConfig, {"timeout_s": 0.1}, {"timeout_s": 0}, "more than 0"),
+    (ClientConfig, {}, {"timeout_s": float("inf")}, "more than 0"),
+    (ClientConfig, {"max_retries": 0}, {"max_retries": -1}, "must not be negative"),
+    (ClientConfig, {"endpoint": "https://host"}, {"endpoint": "ftp://host"}, "is no http(s) address"),
+    (ClientConfig, {}, {"endpoint": "http:///v1"}, "is no http(s) address"),
+    (ClientConfig, {}, {"endpoint": "http://host/v1?key=a"}, "holds a key; keys only come from the environment"),
+    (ClientConfig, {}, {"endpoint": "http://me@host/v1"}, "holds a key; keys only come from the environment"),
+    (ClientConfig, {}, {"endpoint": "http://:secret@host/v1"}, "holds a key; keys only come from the environment"),
+    (GenerateConfig, {"target_length": 33, "chunk_tokens": 32}, {"target_length": 32, "chunk_tokens": 32}, "leaves no room"),
+    (GenerateConfig, {"form_attempts": 1, "stop_after_malformed": 1}, {"form_attempts": 0}, "must be at least 1"),
+    (GenerateConfig, {"max_chunks_per_document": 0}, {"max_chunks_per_document": -1}, "must not be negative"),
+    (GenerateConfig, {"template_tokens": 0}, {"template_tokens": -1}, "must not be negative"),
     (GenerateConfig, {"near_duplicate": 1.0}, {"near_duplicate": ABOVE}, "must be in (0, 1]"),
     (GenerateConfig, {"near_duplicate": 0.01}, {"near_duplicate": 0.0}, "must be in (0, 1]"),
     (GenerateConfig, {"chunk_tokens": 32}, {"chunk_tokens": 31}, "must be at least 32"),

@@ -1,6 +1,7 @@
 """Loss on fixed targets against context: what it finds on losses that are known, and what it refuses to say."""
 
 import csv
+import dataclasses
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval import context
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.results import blank_result
+from nemo_longctx.eval.scaling import ContextLaw
 from nemo_longctx.eval.scoring import token_losses
 from nemo_longctx.eval.suite import Suite, longest_input, parse_tasks
 from nemo_longctx.report.evaluation import read_results, write_results
@@ -147,6 +149,150 @@ def test_the_page_says_what_it_shows_and_holds_what_the_csv_does(tmp_path):
     assert all(value in page for row in rows for value in row.values())
 
 
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_an_interval_is_that_of_a_plain_studentized_bootstrap(count):
+    d = np.random.default_rng(count).exponential(1.0, count)
+    mean, error = sum(d) / count, math.sqrt(sum((x - sum(d) / count) ** 2 for x in d) / (count - 1) / count)
+    t = []
+    for row in np.random.default_rng(0).integers(0, count, (4000, count)):
+        drawn = [d[n] for n in row]
+        middle = sum(drawn) / count
+        own = math.sqrt(sum((x - middle) ** 2 for x in drawn) / (count - 1) / count)
+        if len(set(row)) > 1:
+            t.append((middle - mean) / own)
+    low, high = np.percentile(t, [2.5, 97.5])
+    found = context.paired([*d, math.nan])
+    assert (found.mean, found.documents) == (pytest.approx(mean), count)
+    assert (found.low, found.high) == (pytest.approx(mean - high * error), pytest.approx(mean - low * error))
+    assert str(dataclasses.replace(found, mean=0.5, low=-0.25, high=1.0)) == "+0.500 (-0.250 to +1.000)"
+
+
+def test_a_gain_of_one_document_or_of_equal_ones_has_no_width():
+    one, same = context.paired([0.25]), context.paired([0.25] * 3)
+    assert (one.mean, one.documents) == (0.25, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert str(one) == "+0.250 (one document: no interval)"
+    assert (same.mean, same.low, same.high, same.documents) == (0.25, 0.25, 0.25, 3)
+
+
+def by_hand(short, long, **more):
+    losses = [[np.mean(a), 3.0, np.mean(b)] for a, b in zip(short, long, strict=True)]
+    return context.ContextScores(
+        contexts=[4, 8, 16], targets=2, short=4, documents=list(range(len(short))), losses=losses, short_tokens=short,
+        long_tokens=long, **more,
+    )  # fmt: skip
+
+
+def test_a_key_token_falls_by_more_than_two_nats_to_below_two():
+    judge = by_hand([[4.0, 4.5, 6.0, 9.0], [2.0, 2.5, 4.5, 1.0]], [[2.0, 1.75, 2.0, 3.0], [0.0, 0.25, 1.99, 0.5]])
+    keys = context.key_tokens(judge)
+    assert [row.tolist() for row in keys] == [[False, True, False, False], [False, True, True, False]]
+    assert context.key_loss(judge, keys) == (pytest.approx((1.75 + 0.25 + 1.99) / 3), 3)
+    keys = context.key_tokens(dataclasses.replace(judge, key_threshold=2.5))
+    assert [int(row.sum()) for row in keys] == [1, 1]
+    one = np.zeros((1, 1, 2))
+    assert context.scores([one], documents=[0], contexts=[4], short=4).key_threshold == 2.0
+
+
+def test_losses_are_compared_token_by_token_only_where_the_tokens_are_the_same():
+    found = by_hand([[1.0, 2.0]], [[0.5, 1.0]])
+    same = dataclasses.replace(found, contexts=[2, 4, 16], losses=[[9.0, 9.0, 9.0]], short_tokens=[[7.0, 7.0]])
+    assert found.same_targets(same)
+    for other in ({"documents": [1]}, {"targets": 1}, {"short": 8}, {"contexts": [4, 8, 15]}, {"long_tokens": [[0.5]]}):
+        assert not found.same_targets(dataclasses.replace(found, **other)), other
+
+
+def test_rows_and_gains_of_a_table_by_hand(tmp_path):
+    losses = [[3.0, 2.0, 1.0], [5.0, 5.0, 4.0], [4.0, 2.0, 1.0]]
+    found = dataclasses.replace(by_hand([[1.0, 2.0]] * 3, [[0.5, 1.0]] * 3), losses=losses)
+    lines = context.rows(found, "m")
+    assert [(line.model, line.context, line.read, line.documents, line.tokens) for line in lines] == [
+        ("m", 4, 6, 3, 6), ("m", 8, 10, 3, 6), ("m", 16, 18, 3, 6)
+    ]  # fmt: skip
+    assert [line.loss for line in lines] == [4.0, 3.0, 2.0]
+    assert [line.standard_error for line in lines] == pytest.approx([math.sqrt(1 / 3), 1.0, 1.0])
+    assert context.gain(found).mean == 2.0
+    assert context.gain(found, 8).mean == 1.0
+    alone = context.rows(dataclasses.replace(found, losses=found.losses[:1]), "m")
+    assert all(math.isnan(line.standard_error) for line in alone)
+    context.write_csv(tmp_path / "not" / "there" / "rows.csv", [lines[1], alone[1]])
+    assert (tmp_path / "not" / "there" / "rows.csv").read_text().splitlines() == [
+        "model,context,read,documents,tokens,loss,standard error", "m,8,10,3,6,3.000000,1", "m,8,10,1,6,2.000000,"
+    ]  # fmt: skip
+
+
+def test_scores_of_several_blocks_are_means_over_blocks_and_targets():
+    block = np.arange(12.0).reshape(2, 2, 3) / 7  # two blocks, two contexts, three targets
+    found = context.scores([block, block + 1], documents=[3, 8], contexts=[4, 8], short=4, key_threshold=1.5)
+    assert found.losses[0] == pytest.approx([block[:, 0].mean(), block[:, 1].mean()])
+    assert found.short_tokens[1] == [round(value, 5) for value in (block[:, 0] + 1).ravel().tolist()]
+    assert found.long_tokens[0] == [round(value, 5) for value in block[:, 1].ravel().tolist()]
+    assert (found.targets, found.documents, found.contexts, found.short, found.key_threshold) == (3, [3, 8], [4, 8], 4, 1.5)
+    block[1, 0, 2] = math.inf
+    with pytest.raises(ValueError, match="a loss of document 8 is not finite"):
+        context.scores([np.zeros((1, 2, 3)), block], documents=[3, 8], contexts=[4, 8], short=4)
+
+
+@pytest.mark.parametrize("length", [100, 199, 200, 250, 299, 300, 301, 1000])
+def test_a_document_has_as_many_whole_blocks_as_it_holds(length):
+    ((_, ends),) = context.choose_blocks([length], needed=100, documents=1, blocks=3)
+    assert len(ends) == min(3, length // 100)
+    assert ends[0] == length
+    assert len(ends) == 1 or ends[-1] == 100
+    assert all(a - b >= 100 for a, b in itertools.pairwise(ends))
+
+
+def test_documents_are_drawn_evenly_from_the_long_ones():
+    lengths = [100, 10, 100, 101, 99, 100, 100, 102]
+    chosen = [document for document, _ in context.choose_blocks(lengths, needed=100, documents=3, blocks=1)]
+    assert chosen == [0, 3, 7]
+    assert len(context.choose_blocks(lengths, needed=100, documents=6, blocks=1)) == 6
+    with pytest.raises(ConfigError, match="the longest document has 0;"):
+        context.choose_blocks([], needed=1, documents=1, blocks=1)
+
+
+LAW = ContextLaw(
+    alpha=20.0, beta=0.5, gamma=1.0, intervals={"beta": (0.4, 0.6), "gamma": (0.5, 1.5)}, confidence=0.95, bootstrap="documents",
+    replicates=400, samples=np.zeros((0, 3)),
+)  # fmt: skip
+
+
+def test_a_law_whose_intervals_end_at_a_limit_is_not_believed():
+    def why(**more):
+        return context.touches_limit(dataclasses.replace(LAW, **more), 400)
+
+    def ends(beta=(0.4, 0.6), gamma=(0.5, 1.5)):
+        return why(intervals={"beta": beta, "gamma": gamma})
+
+    assert why() == why(intervals={}) == context.touches_limit(LAW, 0) == ""
+    assert why(replicates=380) == ""
+    assert why(replicates=379) == "21 of 400 resamples have no fit"
+    assert ends(beta=(0.0102, 7.9)) == ends(gamma=(1.1e-9, 1.5)) == ""
+    assert "beta, 0.0101 to 0.6, ends at a limit" in ends(beta=(0.0101, 0.6))
+    assert "ends at a limit" in ends(beta=(0.4, 7.92))
+    assert "the interval of gamma ends at 0" in ends(gamma=(1e-9, 1.5))
+
+
+def test_how_little_a_law_is_tested_on_and_how_much_it_takes_off():
+    contexts = np.array([64.0, 128, 256, 512])
+    falls = np.stack([(20 / contexts) ** 0.5 + 1, (20 / contexts) ** 0.5 + 2])
+    for some, losses in ((contexts, falls[:1]), (contexts[:3], falls[:, :3])):
+        found = context.judge_law(some, losses)
+        assert found.law is None
+        assert found.why == f"not fitted: it needs 2 documents and 4 contexts, here are {len(losses)} and {len(some)}"
+    rng = np.random.default_rng(0)
+    noisy = falls[0] + rng.normal(0, 0.02, (12, 4))
+    found = context.judge_law(contexts, noisy, shuffles=50, replicates=30)
+    assert found.p_value == 1 / 51  # no deal takes off as much
+    assert context.judge_law(contexts, noisy, shuffles=50, replicates=30, significance=1 / 52).why.startswith("no better than")
+    full = context.judge_law(contexts, noisy)
+    told = context.judge_law(contexts, noisy, replicates=400, shuffles=400, significance=0.05, seed=0)
+    assert (full.p_value, full.why) == (told.p_value, told.why)
+    taken = context._taken_off(contexts, np.stack([falls[0], falls[0][::-1], np.ones(4)]))
+    assert taken == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -171,4 +317,7 @@ def test_contexts_of_the_command_fit_model_and_documents():
     assert context.length_of_many([5000, 4000, 3000, 10], 2048, documents=2) == 2048
     assert context.length_of_many([5000, 1500, 3000, 10], 2048, documents=3) == 1500
     assert context.length_of_many([], 2048) == 0
-    assert context.halves(0, 64) == []
+    assert context.halves(0, 64) == context.halves(64, 64) == []
+    assert context.halves(65, 64) == [1]
+    assert (context.halves(127, 32), context.halves(128, 32)) == ([95], [32, 96])
+    assert context.length_of_many(range(100, 1000, 100), 9999) == 200  # of eight

@@ -1,3 +1,7 @@
+import itertools
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -77,6 +81,79 @@ def test_rare_p_values_are_told_beyond_the_number_of_flips():
     assert paired_change([0.0] * 5, [0.0] * 5).p_value == 1.0
     # With ten equal differences the exact p is 2 / 2^10, and no bound may lie below it.
     assert paired_change([0.0] * 10, [1.0] * 10).p_value >= 2 / 2**10
+
+
+@pytest.mark.parametrize(
+    "d", [[1, 1, 1, 1], [-1, -1, -1], [2, 1, -1, 1, 0], [3, -1, 2, 2, -4, 1, 1], [0, 0, 0], [-2, 1, -1, -1, 0, -3]], ids=str
+)
+def test_p_values_are_those_of_every_flip_of_signs(d):
+    """The plain way: all 2^n sums, with their ties. Differences that are equal tie often, which rounding may not part."""
+    signs = itertools.product((-1, 1), repeat=len(d))
+    sums = np.array([sum(s * one for s, one in zip(row, d, strict=True)) for row in signs])
+    found = paired_change([0.1 * n for n in range(len(d))], [0.1 * n + 0.1 * one for n, one in enumerate(d)], flips=20_000)
+    assert found.rise == pytest.approx((sums >= sum(d)).mean(), abs=0.02)
+    assert found.fall == pytest.approx((sums <= sum(d)).mean(), abs=0.02)
+    assert found.p_value == pytest.approx((abs(sums) >= abs(sum(d))).mean(), abs=0.02)
+
+
+def test_the_numbers_of_a_change_by_hand():
+    d = np.random.default_rng(6).normal(0.3, 1, 19)
+    found = paired_change(np.zeros(19), d)
+    assert found == paired_change(np.zeros(19), d, flips=10_000, seed=0)
+    assert (found.mean, found.pairs) == (pytest.approx(d.mean()), 19)
+    assert found.standard_error == pytest.approx(math.sqrt(((d - d.mean()) ** 2).sum() / 18 / 19))
+    assert math.isnan(paired_change([1.0], [2.0]).standard_error)
+    assert paired_change([0.0] * 18, [1.0] * 18).rise == 1 / 10_001  # no flip of ten thousand goes as far
+    bound = math.exp(-(60.0**2) / (2 * (40 * 4 + 20 * 1)))  # sum of differences 60, of their squares 180
+    far = paired_change([0.0] * 60, [2.0] * 40 + [-1.0] * 20, flips=10)
+    assert (far.rise, far.p_value) == (pytest.approx(bound), pytest.approx(2 * bound))
+    back = paired_change([2.0] * 40 + [-1.0] * 20, [0.0] * 60, flips=10)
+    assert (back.fall, back.rise, back.p_value) == (far.rise, far.fall, far.p_value)
+
+
+def change_of(mean, error):
+    return guard.Change(mean=mean, standard_error=error, p_value=0.5, pairs=9, rise=0.5, fall=0.5)
+
+
+def test_power_by_hand():
+    normal = NormalDist()
+    assert power(change_of(0.0, 0.02), 0.05, 0.025) == pytest.approx(1 - normal.cdf(normal.inv_cdf(0.975) - 2.5))
+    # An alarm asks too that the mean with two standard errors reaches the limit, which a true change of it does but so often.
+    assert power(change_of(0.0, 1e-6), 0.05, 0.025) == pytest.approx(normal.cdf(2.0))
+    assert (power(change_of(0.1, 0.0), 0.05, 0.025), power(change_of(0.1, 0.0), 0.0, 0.025)) == (1.0, 0.0)
+    assert math.isnan(power(change_of(0.1, math.nan), 0.05, 0.025))
+
+
+def spread_around(mean, error, pairs=100):
+    """Values whose mean and standard error are these."""
+    d = np.resize([1.0, -1.0], pairs)
+    return mean + d * error * math.sqrt(pairs) / d.std(ddof=1)
+
+
+def test_an_alarm_is_raised_within_two_standard_errors_of_the_limit():
+    def alarms(mean, error, limit, name="loss"):
+        start, sign = np.zeros(100), 1 if name == "loss" else -1
+        return judge({name: start}, {name: sign * spread_around(mean, error)}, GuardConfig(loss=limit, score=limit)).alarms
+
+    for name in ("loss", "acc"):
+        assert alarms(0.04, 0.0051, 0.05, name)
+        assert not alarms(0.04, 0.0049, 0.05, name)
+    exact = {"loss": [1.0] * 20}, {"loss": [1.25] * 20}
+    assert judge(*exact, GuardConfig(loss=0.25)).alarms  # a change of the limit reaches it
+    assert not judge(*exact, GuardConfig(loss=0.2501)).alarms
+    assert judge(*exact, GuardConfig(loss=0.25)).alarms == [
+        "loss changed by +0.2500 ± 0.0000 since the start (p = 4.5e-05, 20 pairs, look 1); 0.25 is allowed"
+    ]
+
+
+def test_each_measurement_has_its_share_of_the_look():
+    start = {"loss_a": np.zeros(100), "loss_b": np.zeros(100), "acc": np.zeros(100)}
+    now = {name: spread_around(0.01, 0.02) for name in start}
+    for look in (1, 3):
+        found = judge(start, now, GuardConfig(loss=0.06, score=0.03, significance=0.1), look=look)
+        for name, change in found.changes.items():
+            limit = 0.03 if name == "acc" else 0.06
+            assert found.power[name] == power(change, limit, level(0.1, look) / 3)
 
 
 def test_pairs_show_what_means_hide():

@@ -75,14 +75,68 @@ def test_bad_edges_are_refused(edges):
         PositionLosses(edges)
 
 
+def test_edges_by_their_definitions():
+    assert uniform_edges(640).tolist() == list(range(0, 641, 10))
+    assert uniform_edges(3, 64).tolist() == [0, 1, 2, 3]
+    assert uniform_edges(10, 1).tolist() == [0, 10]
+    for length in (17, 100, 4096, 5000):
+        plain = sorted({0, length, *(n for k in range(60) if (n := math.floor(16 * 2 ** (k / 4))) < length)})
+        assert geometric_edges(length).tolist() == plain
+    assert geometric_edges(64, per_octave=1, first=1).tolist() == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert geometric_edges(16).tolist() == geometric_edges(16, first=99).tolist() == [0, 16]
+    for bad in ((0, 1), (1, 0)):
+        with pytest.raises(ConfigError, match="both must be at least 1"):
+            uniform_edges(*bad)
+    for more in ({"seq_length": 0}, {"per_octave": 0}, {"first": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            geometric_edges(**{"seq_length": 64, **more})
+
+
+def test_a_bin_s_context_is_the_mean_of_its_positions_contexts():
+    totals = PositionLosses([0, 1, 5, 8])
+    totals.add(np.ones((1, 8)))
+    expected = [np.mean([p + 1 for p in range(a, b)]) for a, b in ((0, 1), (1, 5), (5, 8))]
+    assert totals.context.tolist() == [row.context for row in totals.rows("m")] == expected
+
+
+def test_positions_outside_the_edges_are_left_out_and_empty_bins_have_no_row():
+    losses = np.arange(10.0)[None]
+    totals = PositionLosses([2, 4, 6])
+    totals.add(losses)
+    assert [(row.start, row.tokens, row.loss) for row in totals.rows("m")] == [(2, 2, 2.5), (4, 2, 4.5)]
+    losses[0, 9] = math.nan  # and may be anything
+    totals.add(losses, positions_BS=np.arange(10), mask_BS=[1, 1, 0, 0, 1, 1, 1, 1, 1, 1])
+    sums, counts = totals.by_document()
+    assert (sums.tolist(), counts.tolist()) == ([[5.0, 9.0], [0.0, 9.0]], [[2, 2], [0, 2]])
+    empty = PositionLosses([0, 2, 4])
+    assert [part.shape for part in empty.by_document()] == [(0, 2), (0, 2)]
+    assert (empty.documents, empty.rows("m")) == (0, [])
+    for sums, counts in (([[1.0]], [[1]]), ([[1.0, 2.0]], [[1]])):
+        with pytest.raises(ValueError, match=r"must be \[documents, 2\]"):
+            empty.add_sums(sums, counts)
+
+
+def test_the_error_of_documents_of_unlike_length_is_the_ratio_estimator_s():
+    rng = np.random.default_rng(3)
+    losses, mask = rng.normal(3, 1, (5, 8)), rng.random((5, 8)) < 0.6
+    totals = PositionLosses([0, 8])
+    totals.add(losses, mask_BS=mask)
+    sums, counts = [row[keep].sum() for row, keep in zip(losses, mask, strict=True)], mask.sum(1).tolist()
+    mean = sum(sums) / sum(counts)
+    squares = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    (row,) = totals.rows("m")
+    assert (row.loss, row.tokens) == (pytest.approx(mean), sum(counts))
+    assert row.standard_error == pytest.approx(math.sqrt(5 / 4 * squares) / sum(counts))
+
+
 def test_csv_goes_round(tmp_path):
     totals = PositionLosses([0, 4, 8])
     totals.add(rng.normal(3, 1, (3, 8)))
     single = PositionLosses([0, 8])
     single.add(rng.normal(3, 1, (1, 8)))
     rows = totals.rows("before") + single.rows("after, with comma")
-    write_csv(tmp_path / "a" / "loss.csv", rows)
-    back = read_csv(tmp_path / "a" / "loss.csv")
+    write_csv(tmp_path / "a" / "b" / "loss.csv", rows)
+    back = read_csv(tmp_path / "a" / "b" / "loss.csv")
     assert list(by_model(back)) == ["before", "after, with comma"]
     for a, b in zip(rows, back, strict=True):
         assert (a.model, a.start, a.end, a.tokens) == (b.model, b.start, b.end, b.tokens)

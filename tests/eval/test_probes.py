@@ -12,12 +12,16 @@ from nemo_longctx.eval.probe_scores import (
     effective_length,
     empty_rows,
     fits,
+    probe_rows,
     read_csv,
     run_probes,
     score_reply,
+    told_length,
+    too_weak,
     write_csv,
 )
-from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, SUITES, ProbeConfig, make_probes
+from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, SUITES, Probe, ProbeConfig, make_probes
+from nemo_longctx.eval.requests import Score
 from nemo_longctx.report.plots import plot_probes
 
 TEXTS = [
@@ -131,8 +135,43 @@ def test_run_counts_what_does_not_fit(tokenizer):
     tokens = torch.tensor([[*probe.prompt, *probe.first]])
     with torch.no_grad():
         logp = model.model(tokens).logits[0].log_softmax(-1)[len(probe.prompt) - 1 : -1]
-    one = run_probes(model, tokenizer, [probe], name="tiny")[0]
+    told = []
+    one = run_probes(model, tokenizer, [probe], name="tiny", progress=told.append)[0]
+    assert sum(told) == len(probe.prompt) + len(probe.first) - 1  # tokens read; reply and answer share the prompt
     assert one.answer_loss == pytest.approx(-logp.gather(-1, torch.tensor(probe.first)[:, None]).mean().item(), abs=1e-4)
+
+
+def asked(sample=0, prompt=8, first=2, new=4, depth=0.0):
+    return Probe(
+        kind="passkey", length=8, depth=depth, sample=sample, prompt=[1] * prompt, answers=["ab"], first=[1] * first,
+        max_new_tokens=new,
+    )  # fmt: skip
+
+
+def test_a_probe_fits_with_its_longest_reply_or_answer():
+    assert fits(asked(first=2, new=4), 12)
+    assert not fits(asked(first=2, new=4), 11)
+    assert fits(asked(first=5, new=4), 13)
+    assert not fits(asked(first=5, new=4), 12)
+
+
+def test_a_cell_is_the_mean_of_the_probes_that_were_asked():
+    """By hand: replies that hold the answer and not, losses of answers of unlike length, one that does not fit."""
+
+    class Letters:
+        decode = staticmethod(lambda tokens: "".join(map(chr, tokens)))
+
+    scores = [Score(token_log_probs=torch.tensor(logs).numpy(), is_greedy=False) for logs in ([-1.0, -3.0], [-0.5], [-4.0])]
+    probes = [asked(0), asked(1, prompt=90), asked(2, first=1), asked(3, first=1, depth=0.5)]
+    replies = [[*map(ord, "it is ab")], [*map(ord, "it is ba")], [*map(ord, "ab")]]
+    found = [result for pair in zip(replies, scores, strict=True) for result in pair]
+    first, second = probe_rows(probes, found, Letters, name="m", max_length=20)
+    assert (first.model, first.depth, first.samples, first.skipped) == ("m", 0.0, 2, 1)
+    assert (first.score, first.answer_loss) == (0.5, 1.25)
+    assert (second.depth, second.score, second.answer_loss, second.samples, second.skipped) == (0.5, 1.0, 4.0, 1, 0)
+    for wrong in (found[::-1], [found[0], found[0]] * 3, [found[1], found[1]] * 3):
+        with pytest.raises(TypeError, match="a reply, then a score, for each probe"):
+            probe_rows(probes, wrong, Letters, name="m", max_length=20)
 
 
 def cell(length, score, kind="needle", depth=0.0, model="m"):
@@ -147,11 +186,26 @@ def test_effective_length():
     assert effective_length(rows, share=0.99)[("m", "needle")] == 256
 
 
+def test_a_score_at_the_share_or_the_floor_counts_and_a_weak_model_is_told():
+    at = [cell(256, 0.5), cell(512, 0.5), cell(1024, 0.4999), cell(2048, 0.5)]
+    assert effective_length(at) == {("m", "needle"): 512}
+    assert too_weak(at) == {}
+    shared = [cell(256, 1.0), cell(512, 0.75), cell(1024, 0.7499)]
+    assert effective_length(shared, share=0.75) == {("m", "needle"): 512}
+    weak = [cell(512, 1.0), cell(256, 0.2, depth=0.0), cell(256, 0.4, depth=1.0), cell(512, 0.9, kind="code", model="other")]
+    assert too_weak(weak) == {("m", "needle"): pytest.approx(0.3)}
+    key = ("m", "needle")
+    assert told_length(key, effective_length(weak), too_weak(weak)) == "too weak to tell (0.30 at the shortest)"
+    assert told_length(key, effective_length(at), too_weak(at)) == 512
+    assert told_length(key, {key: 0}, {}) == "not scored"
+    assert told_length(("m", "code"), {key: 512}, {}) == "–"
+
+
 def test_csv_and_figure(tmp_path):
     rows = [cell(n, 0.1 * d, depth=d / 10, model=m) for n in (256, 4096) for d in range(0, 11, 5) for m in ("before", "after")]
     rows += [cell(n, 0.5, kind="first_sentence", model=m) for n in (256, 4096) for m in ("before", "after")]
-    write_csv(tmp_path / "probes.csv", rows)
-    assert read_csv(tmp_path / "probes.csv") == rows
+    write_csv(tmp_path / "not" / "there" / "probes.csv", rows)
+    assert read_csv(tmp_path / "not" / "there" / "probes.csv") == rows
     for value in ("score", "answer_loss"):
         assert plot_probes(rows, tmp_path / f"{value}.png", value=value).stat().st_size > 20_000
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -221,6 +275,9 @@ def test_a_kind_that_is_too_long_leaves_its_cells_empty(tokenizer, tmp_path):
         assert "too short for a passkey probe" in unmade["passkey", 150]
     rows = empty_rows(config, unmade, name="m")
     assert [(row.samples, row.skipped, row.reason) for row in rows] == [(0, 1, unmade["passkey", 150])] * 3
+    assert [row.depth for row in rows] == [0.0, 0.5, 1.0]
+    flat = empty_rows(everything(samples=7), {("variable_tracking", 150): "why"}, name="m")
+    assert [(row.depth, row.skipped, row.model) for row in flat] == [(0.0, 7, "m")]
     write_csv(tmp_path / "rows.csv", rows)
     assert read_csv(tmp_path / "rows.csv")[0].reason == rows[0].reason
     with pytest.raises(ConfigError, match="too short for a passkey"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError
 from nemo_longctx.eval import scaling
 from nemo_longctx.eval.scaling import PAPER, fit_context_law, fit_context_law_by_document, read_curves
 
@@ -131,6 +132,132 @@ def test_gamma_is_never_negative_and_beta_of_a_power_law_is_found():
 def test_a_table_without_a_fit_is_refused(context, loss, message):
     with pytest.raises(ValueError, match=message):
         fit_context_law(context, loss, replicates=10)
+
+
+@pytest.mark.parametrize("errors", [True, False])
+def test_a_replicate_is_the_fit_of_the_fitted_curve_with_noise_of_its_size(errors):
+    """The plain way: one curve after the other, each with its own draw; intervals are percentiles of those fits."""
+    c, rng = 2.0 ** np.arange(8, 15), np.random.default_rng(0)
+    y = paper_curve("7B", c) * (1 + 0.01 * rng.standard_normal(7))
+    error = 0.01 * y**2 if errors else None
+    law = fit_context_law(c, y, standard_error=error, replicates=20, confidence=0.8)
+    fitted = (law.alpha / c) ** law.beta + law.gamma
+    assert law.loss(c) == pytest.approx(fitted)
+    draws = np.random.default_rng(0)
+    if errors:
+        noise = draws.standard_normal((20, 7)) * error
+    else:
+        size = np.sqrt((((y - fitted) / fitted) ** 2).sum() / draws.chisquare(4, (20, 1)))
+        noise = draws.standard_normal((20, 7)) * size * fitted
+    plain = []
+    for row in noise:
+        try:
+            one = fit_context_law(c, fitted + row, standard_error=y if error is None else error, replicates=0)
+            plain.append((one.alpha, one.beta, one.gamma))
+        except ValueError:  # one that does not fall, or is at a limit of beta
+            plain.append(None)
+    assert sum(one is not None for one in plain) > 15
+    if len(law.samples) == 20:
+        for one, sample in zip(plain, law.samples, strict=True):
+            assert one is None or sample == pytest.approx(one, rel=1e-4)
+    assert (law.replicates, law.confidence) == (len(law.samples), 0.8)
+    assert law.bootstrap == ("standard errors" if errors else "residuals")
+    for n, name in enumerate(NAMES):
+        assert law.intervals[name] == pytest.approx(np.percentile(law.samples[:, n], [10, 90]))
+    curves = np.stack([(a / c) ** b + g for a, b, g in law.samples])
+    assert np.stack(law.band(c)) == pytest.approx(np.percentile(curves, [10, 90], axis=0))
+
+
+def test_a_replicate_of_documents_is_the_fit_of_the_documents_drawn():
+    c, rng = 2.0 ** np.arange(8, 14), np.random.default_rng(1)
+    counts = rng.integers(1, 9, (5, 6))
+    counts[0, :3] = 0
+    sums = (paper_curve("7B", c) + rng.normal(0, 0.01, (5, 6))) * counts
+    law = fit_context_law_by_document(c, sums, counts, replicates=10)
+    draws = np.random.default_rng(0).multinomial(5, np.full(5, 0.2), size=10)
+    plain = []
+    for row in [np.ones(5), *draws]:
+        total = (row[:, None] * counts).sum(0)
+        mean = (row[:, None] * sums).sum(0) / total
+        plain.append(fit_context_law(c, mean, standard_error=total**-0.5, replicates=0))
+    for one, found in zip(plain, [(law.alpha, law.beta, law.gamma), *law.samples], strict=True):
+        assert found == pytest.approx((one.alpha, one.beta, one.gamma), rel=1e-4)
+    sums_to, counts_to = (np.pad(table, ((0, 0), (0, 1))) for table in (sums, counts))  # a context that no document reaches
+    reached = fit_context_law_by_document(np.append(c, 9e9), sums_to, counts_to, replicates=0)
+    assert (reached.alpha, reached.bootstrap, reached.replicates, reached.intervals) == (law.alpha, "none", 0, {})
+    with pytest.raises(ValueError, match="needs at least 2 of them, got 1"):
+        fit_context_law_by_document(c, sums[:1], counts[:1])
+
+
+def test_without_words_a_thousand_replicates_give_95_percent_of_seed_0():
+    c = 2.0 ** np.arange(8, 14)
+    y, more = paper_curve("7B", c) + 0.01 * np.cos(c), {"replicates": 1000, "confidence": 0.95, "seed": 0}
+    assert fit_context_law(c, y).intervals == fit_context_law(c, y, **more).intervals
+    curve = {"context": c, "loss": y}
+    assert scaling.fit_curve(curve).intervals == fit_context_law(c, y).intervals
+    counts = np.ones((3, 6))
+    sums = np.stack([y, y + 0.01 * np.sin(c), y - 0.01])
+    by_document = fit_context_law_by_document(c, sums, counts)
+    assert by_document.intervals == fit_context_law_by_document(c, sums, counts, **more).intervals
+    assert by_document.replicates == 1000
+    fitted = scaling.fit_many(c, np.stack([paper_curve("7B", c), c]))
+    assert fitted[0] == pytest.approx(PAPER["7B"], rel=1e-4)
+    assert np.isnan(fitted[1]).all()
+
+
+def test_lines_of_a_document_are_weighed_by_their_tokens_and_added_up(tmp_path):
+    c, rng, rows = 2.0 ** np.arange(8, 13), np.random.default_rng(2), []
+    sums, counts = np.zeros((4, 5)), np.zeros((4, 5))
+    for turn in range(2):
+        for d in range(4):
+            for n in range(5):
+                loss, tokens = paper_curve("7B", c[n]) + rng.normal(0, 0.01), int(rng.integers(1, 9))
+                rows.append((f"doc {d}", c[n], loss, tokens, turn))
+                sums[d, n] += loss * tokens
+                counts[d, n] += tokens
+    write(tmp_path / "t.csv", ["Document", " context ", "LOSS", "tokens", "other"], rows)
+    law = scaling.fit_curve(read_curves(tmp_path / "t.csv")["t"], replicates=5)
+    assert law.samples == pytest.approx(fit_context_law_by_document(c, sums, counts, replicates=5).samples, rel=1e-6)
+    write(tmp_path / "u.csv", ["Document", "context", "loss"], [row[:3] for row in rows])
+    curve = read_curves(tmp_path / "u.csv")["u"]
+    ones = {**curve, "tokens": np.ones(len(rows))}
+    assert scaling.fit_curve(curve, replicates=5).intervals == scaling.fit_curve(ones, replicates=5).intervals
+
+
+def test_a_bin_s_context_is_that_of_its_middle_and_columns_may_be_named_otherwise(tmp_path):
+    write(tmp_path / "t.csv", ["start", "end", "loss", "se"], [(0, 1, 3, 0.1), (1, 4, 2, ""), (4, 10, 1, 0.3)])
+    found = read_curves(tmp_path / "t.csv")["t"]
+    assert found["context"].tolist() == [1.0, 3.0, 7.5]
+    assert found["standard error"][[0, 2]].tolist() == [0.1, 0.3]
+    assert np.isnan(found["standard error"][1])
+    write(tmp_path / "m.csv", ["model", "length", "position", "loss", "standard_error"], [("b", 8, 1, 3, 1), ("a", 9, 2, 2, 1)])
+    found = read_curves(tmp_path / "m.csv")
+    assert [(name, curve["context"].tolist()) for name, curve in found.items()] == [("b", [8.0]), ("a", [9.0])]
+    for header, has in ((["end", "loss"], "it has end, loss"), ([f"{n}" * 50 for n in range(7)], f"{'5' * 40}, ...")):
+        write(tmp_path / "t.csv", header, [range(len(header))])
+        with pytest.raises(ValueError, match=f"needs a column 'loss' and one 'context' .*{has}$"):
+            read_curves(tmp_path / "t.csv")
+
+
+def test_arguments_that_cannot_be_fitted_are_refused_each_by_its_sentence():
+    y = paper_curve("7B")
+    for c, loss, error, said in (
+        (CONTEXTS, y[:-1], None, "must be lists of one length"),
+        (CONTEXTS, y, y[:-1], "must be lists of one length"),
+        (CONTEXTS[None], y[None], None, "must be lists of one length"),
+        (np.repeat([1.0, 2.0], 4), y[:8], None, "at 3 or more context lengths, got 2"),
+        (CONTEXTS, y, np.where(CONTEXTS > 300, 0.1, -1), "every standard error must be a positive number, got -1"),
+        (CONTEXTS, y * np.inf, None, "every loss must be a positive number, got inf"),
+        (CONTEXTS, 3 - 1e-3 * np.log(CONTEXTS), None, "best beta is at the limit, 0.01"),
+        (CONTEXTS[:4], y[:4], None, "4 points leave no residuals"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fit_context_law(c, loss, standard_error=error, replicates=1)
+    assert fit_context_law(CONTEXTS[:5], y[:5], replicates=1).bootstrap == "residuals"
+    assert fit_context_law(CONTEXTS[:4], y[:4], replicates=0).bootstrap == "none"
+    for confidence in (0.0, 1.0):
+        with pytest.raises(ConfigError, match="give a share between 0 and 1"):
+            fit_context_law(CONTEXTS, y, replicates=1, confidence=confidence)
 
 
 def write(path, header, lines):

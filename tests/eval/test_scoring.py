@@ -11,7 +11,8 @@ from tiny_models import tiny_llama
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.hf import HFCausalModel
 from nemo_longctx.eval.requests import Continuation, Generation, cost, plan_reading, share_work
-from nemo_longctx.eval.scoring import Chunks, Scorer, choose, token_losses
+from nemo_longctx.eval.scoring import Chunks, Scorer, Speed, choose, token_losses
+from nemo_longctx.eval.sharing import cost_told, duration, new_tokens
 
 VOCAB = 101
 SMALL = Chunks(read=5, logits=3 * 4 * VOCAB)  # 5 tokens a pass, 3 rows of logits: every seam is crossed
@@ -214,7 +215,7 @@ def test_a_head_that_does_more_than_a_product_is_found_out():
 
 
 def test_the_cost_is_told_before_it_starts(llama, capsys):
-    from nemo_longctx.eval.sharing import duration, run_shared
+    from nemo_longctx.eval.sharing import run_shared
 
     document = list(range(2, 60))
     jobs = [Continuation(context=document, continuation=[n]) for n in (3, 4)]
@@ -248,3 +249,113 @@ def test_a_draw_is_within_the_fewest_tokens_that_hold_top_p(top_p, top_k):
     assert ((drawn > 0) == (share > 0)).all()
     assert (drawn - share).abs().max() < 0.1
     assert choose(probs.log(), request, None) == 3
+
+
+class Spy:
+    """A model that counts: the next token is one more than the last, and every call is on record."""
+
+    vocab_size, max_length, reads_whole = 50, 12, False
+
+    def __init__(self, **more):
+        self.cache, self.extended, self.scored = [], [], []
+        self.__dict__.update(more)
+
+    def extend(self, tokens_S):
+        self.cache += tokens_S.tolist()
+        self.extended.append(tokens_S.tolist())
+        return tokens_S[:, None].float()
+
+    def truncate(self, length):
+        del self.cache[length:]
+
+    def log_probs(self, states_KH, targets_K):
+        self.scored.append(len(states_KH))
+        return -targets_K.float(), targets_K == states_KH[:, 0].long() + 1
+
+    def next_logits(self, state_H):
+        return torch.nn.functional.one_hot(state_H[0].long() + 1, self.vocab_size).float()
+
+
+def asked(context, continuation):
+    return Continuation(context=context, continuation=continuation)
+
+
+def made(context, new, stop=never):
+    return Generation(context=context, max_new_tokens=new, stop=stop)
+
+
+def test_a_request_may_be_as_long_as_the_model_reads_and_its_tokens_all_of_the_vocabulary():
+    scorer = Scorer(Spy())
+    scorer.check([asked([0] * 12, [49]), asked([0] * 3, [49] * 10), made([49] * 8, 4)])
+    for request, said in (
+        (asked([0] * 13, [1]), "request 1 needs 13 tokens of context, the model reads 12"),
+        (asked([0] * 3, [1] * 11), "request 1 needs 13 tokens"),
+        (made([0] * 8, 5), "request 1 needs 13 tokens"),
+        (asked([1], [50]), "request 1 has token ids outside 0..49"),
+        (asked([-1], [1]), "outside 0..49"),
+        (made([1, 50], 1), "outside 0..49"),
+        (made([-1], 1), "outside 0..49"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            scorer.check([asked([1], [1]), request])
+
+
+def test_no_more_is_held_at_once_than_asked_and_the_cache_is_left_empty():
+    spy, told = Spy(cache=[7, 7, 7]), []
+    requests = [asked([1, 2, 3, 4], [5, 6, 7, 8, 9]), asked([1, 2, 3, 4], [5, 9]), made([1, 2, 3, 4, 5, 6], 3)]
+    scorer = Scorer(spy, chunks=Chunks(read=3, logits=2 * 4 * 50 + 3))
+    first, second = scorer.score(requests[:2], progress=told.append)
+    assert (max(map(len, spy.extended)), max(spy.scored)) == (3, 2)
+    assert (first.is_greedy, second.is_greedy) == (True, False)
+    assert first.log_likelihood == -35
+    assert spy.cache == []
+    assert sum(told) == 8 == new_tokens(scorer, requests)  # [1 .. 8] holds what all three read
+    assert scorer.generate(requests[2:]) == [[7, 8, 9]]
+    assert spy.cache == []
+    assert Chunks() == Chunks(read=1024, logits=67_108_864)
+    spy = Spy(max_length=20)
+    losses = token_losses(spy, list(range(10)), chunks=Chunks(read=4))
+    assert losses.tolist() == [float(token) for token in range(1, 10)]
+    assert [len(part) for part in spy.extended] == [4, 4, 1]
+
+
+def test_a_model_that_reads_whole_is_given_all_tokens_each_time():
+    spy = Spy(reads_whole=True)
+    scorer = Scorer(spy, chunks=Chunks(read=2))
+    assert scorer.generate([made([3, 4, 5], 3)]) == [[6, 7, 8]]
+    assert spy.extended == [[3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6, 7]]
+    assert [step.shared for step in scorer.plan([made([3, 4, 5], 1), asked([3, 4], [5])])] == [0, 0]
+    assert [step.shared for step in Scorer(Spy()).plan([made([3, 4, 5], 1), asked([3, 4], [5])])] == [0, 2]
+    assert scorer.generate([made([3], 9, stop=lambda tokens: tokens[-1] == 6)]) == [[4, 5, 6]]
+
+
+def test_a_speed_tells_seconds_and_is_corrected_by_what_was_seen():
+    speed = Speed(read=100.0, made=10.0)
+    assert speed.seconds(50, 2) == pytest.approx(0.7)
+    slower = speed.corrected(50, 2, 1.4)
+    assert (slower.read, slower.made) == (pytest.approx(50.0), pytest.approx(5.0))
+    faster = speed.corrected(50, 2, 0.35)
+    assert (faster.read, faster.made) == (pytest.approx(200.0), pytest.approx(20.0))
+    assert speed.corrected(0, 0, 3.0) == speed
+    assert [duration(s) for s in (89.6, 90, 5399, 5400, 0)] == ["90 s", "2 min", "90 min", "1.5 h", "1 s"]
+    jobs = [asked([1] * 900, [1, 1]), made([1] * 600, 300), made([1] * 2, 1700)]
+    assert cost_told(jobs, 1503, speed) == "1,503 tokens to read, at most 2,000 to make, about 4 min"
+    assert cost_told(jobs[:1], 700, speed) == "700 tokens to read (901 without what prompts share), about 7 s"
+
+
+def test_a_share_of_work_is_cut_where_prompts_share_least():
+    """By hand: documents of 100 and of 60 tokens with four questions each stay whole, and the dearest goes first."""
+    documents = [[1] * 100, [2] * 60]
+    requests = [asked([*document, 3, n], [4]) for n in range(4) for document in documents]
+    assert share_work(requests, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert share_work(requests, 1) == [[0, 2, 4, 6, 1, 3, 5, 7]]
+    assert cost(plan_reading(requests)) == 102**2 + 3 * (102**2 - 101**2) + 62**2 + 3 * (62**2 - 61**2)
+    assert cost(plan_reading(requests, share=False)) == 4 * 102**2 + 4 * 62**2
+    single = [asked([n] * (10 + n), [1]) for n in range(8)]  # nothing shared: each goes to the rank with least work so far
+    loads = [0, 0, 0]
+    expected = [[], [], []]
+    for n in range(7, -1, -1):
+        rank = loads.index(min(loads))
+        loads[rank] += (10 + n) ** 2
+        expected[rank].append(n)
+    assert share_work(single, 3) == expected
