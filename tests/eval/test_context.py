@@ -253,8 +253,8 @@ def test_documents_are_drawn_evenly_from_the_long_ones():
 
 
 LAW = ContextLaw(
-    alpha=20.0, beta=0.5, gamma=1.0, intervals={"beta": (0.4, 0.6), "gamma": (0.5, 1.5)}, confidence=0.95, bootstrap="documents",
-    replicates=400, samples=np.zeros((0, 3)),
+    alpha=20.0, beta=0.5, gamma=1.0, intervals={"beta": (0.4, 0.6), "gamma": (0.5, 1.5)}, confidence=0.95,
+    bootstrap="documents", replicates=400, samples=np.zeros((0, 3)),
 )  # fmt: skip
 
 
