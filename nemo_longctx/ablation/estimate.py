@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nemo_longctx.ablation.study import BASE
 from nemo_longctx.planning.recipe import plan_of
 from nemo_longctx.planning.report import PlanSettings, make_plan
 from nemo_longctx.recipe import RunConfig
@@ -14,7 +13,7 @@ def planned_hours(recipes: Mapping[str, RunConfig], gpu: str = "h100") -> dict[s
     """Arm -> hours of training one seed of it on one GPU.
 
     Args:
-        recipes: of each arm, the base first where there is one: arms that begin from it have its sizes.
+        recipes: of each run of one seed in order: what begins from another has the sizes of the last that did not.
 
     Raises:
         ConfigError: a model that the planner does not know, or one that does not fit the GPU.
@@ -22,7 +21,7 @@ def planned_hours(recipes: Mapping[str, RunConfig], gpu: str = "h100") -> dict[s
     hours, base = {}, None
     for arm, recipe in recipes.items():
         plan = plan_of(recipe, gpu=gpu, named=base if recipe.restore_from else None)
-        if arm == BASE:
+        if not recipe.restore_from:
             base = plan.model_name, plan.model
         settings = PlanSettings(
             model_name=plan.model_name,

@@ -51,13 +51,14 @@ def of_result(path: str, result: SuiteResult, name: str) -> Array:
         scores = result.context[rest]
         losses = np.array(scores.losses)
         return losses[:, scores.contexts.index(scores.short)] - losses[:, -1]
-    if root == "probes":
+    if root in ("probes", "answers"):
         kind, _, length = rest.rpartition("/")
-        found = [row.score for row in result.probes if row.kind == kind and str(row.length) == length]
+        rows = [row for row in result.probes if row.kind == kind and str(row.length) == length]
+        found = [row.score if root == "probes" else row.answer_loss for row in rows]
         if found:
             return np.array([np.mean(found)])
     has = [*(f"watched/{n}" for n in result.watched), *(f"context/{n}" for n in result.context)]
-    has += sorted({f"probes/{row.kind}/{row.length}" for row in result.probes})
+    has += sorted({f"{root}/{row.kind}/{row.length}" for row in result.probes for root in ("answers", "probes")})
     failed = f"; failed: {result.errors}" if result.errors else ""
     raise ValueError(f"{name} did not measure {path}; it has {', '.join(has) or 'nothing'}{failed}")
 

@@ -213,7 +213,7 @@ class Runner:
         values, asked = self.scale.values, self.study.figures
         arms: dict[str, list[Run]] = {}
         for run in self.runs:
-            if run.arm != BASE:
+            if run.arm in self.study.arms:
                 arms.setdefault(run.arm, []).append(run)
         whole = {arm: runs for arm, runs in arms.items() if all(self._is_done(r.name, r.command(self.executor)) for r in runs)}
         sections: list[Section | None] = []

@@ -30,7 +30,8 @@ class Measure:
         text: what it is, for tables.
         path: where it lies in the last evaluation of a run: `context/TASK/READ`, each document's loss after a read of so many
             tokens; `gain/TASK`, what the longest context takes off it; `watched/NAME`, each document's loss;
-            `probes/KIND/LENGTH`, the score, depths averaged; `training/loss`, the mean of the last tenth of the run;
+            `probes/KIND/LENGTH`, the score, depths averaged; `answers/KIND/LENGTH`, the loss of the answer's own tokens, which
+            tells of a small model what the score does not; `training/loss`, the mean of the last tenth of the run;
             `training/hours` and `training/processor_hours`, its time on the clock and on the processor, which are never
             twice the same; `training/flops`, its operations as the plan counts them.
         paper: arm -> the paper's number, printed beside ours. paper_text: what that number is.
@@ -61,7 +62,7 @@ class Measure:
 TIMES = ("training/hours", "training/processor_hours")
 FIGURES = ("training_curve", "context_curve", "retrieval", "score_decay", "context_law")
 GATE_ENDS = ("study", "scores", "nothing")
-ROOTS = ("context", "gain", "watched", "probes", "training")
+ROOTS = ("context", "gain", "watched", "probes", "answers", "training")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,9 @@ class Scale:
 
     Args:
         seeds: of weights and stream.
-        base, arm: overrides of the base run (none: arms begin from random weights) and of every arm.
+        before: name -> overrides of runs ahead of the base, each beginning from the one before it, the first from random
+            weights; studies that name such a run alike and share a folder share it.
+        base, arm: overrides of the base run (none: arms begin from random weights) and of every arm; {base} is its folder.
         arms: which arms this scale has; none: all.
         prepare: arguments of `nemo-longctx` that make the data, once; {out} is the study's folder, {text} the user's text.
         values: what {names} in overrides stand for at this scale, besides {out}.
@@ -82,6 +85,7 @@ class Scale:
 
     seeds: tuple[int, ...]
     arm: tuple[str, ...]
+    before: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     base: tuple[str, ...] | None = None
     arms: tuple[str, ...] = ()
     prepare: tuple[str, ...] = ()
@@ -93,6 +97,9 @@ class Scale:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError("scales.seeds", self.seeds, "give different whole numbers of at least 1")
+        if self.before and (self.base is None or BASE in self.before):
+            mend = f"these runs lead to a base: give `base` beside them, and call none of them {BASE}"
+            raise ConfigError("scales.before", ", ".join(self.before), mend)
         if self.gate_ends not in GATE_ENDS:
             raise ConfigError("scales.gate_ends", self.gate_ends, did_you_mean(str(self.gate_ends), GATE_ENDS))
 
@@ -163,21 +170,27 @@ class Study:
         return self.scales[name]
 
     def runs(self, scale: str, out: Path) -> list[Run]:
-        """All runs of a scale in order: for each seed the base, then its arms, each beginning from it."""
+        """All runs of a scale in order: for each seed what comes before the base, the base, then its arms from it."""
         size = self.scale(scale)
         arms = size.arms or tuple(self.arms)
         made = []
         for seed in size.seeds:
             common = (f"output_dir={out}", f"seed={seed}")
             after: tuple[str, ...] = ()
-            if size.base is not None:
-                # Studies of one scale that begin from the same base share it: position and mix do, instruct has its own.
-                name = f"{self.name}_{BASE}-{seed}" if self.tuned else f"{BASE}-{seed}"
-                made.append(Run(arm=BASE, seed=seed, folder=out / name, overrides=(*size.base, *common, f"name={name}")))
-                after = (f"restore_from={out / name}",)
+            base: Path | None = None
+            # Studies of one scale that begin from the same base share it: position and mix do, instruct has its own.
+            own = f"{self.name}_{BASE}" if self.tuned else BASE
+            for ahead, overrides in (*size.before.items(), *([(BASE, size.base)] if size.base is not None else [])):
+                name = f"{own if ahead == BASE else ahead}-{seed}"
+                base = out / name
+                line = tuple(filled(o, size, base=base) for o in (*overrides, *common, *after, f"name={name}"))
+                made.append(Run(arm=ahead, seed=seed, folder=base, overrides=line))
+                after = (f"restore_from={base}",)
             for arm in arms:
                 name = f"{arm}-{seed}"
-                overrides = (*size.arm, *self.arms[arm], *common, *after, f"name={name}")
+                overrides = tuple(
+                    filled(o, size, base=base) for o in (*size.arm, *self.arms[arm], *common, *after, f"name={name}")
+                )
                 made.append(Run(arm=arm, seed=seed, folder=out / name, overrides=overrides, tuned=self.tuned))
         return [dataclasses.replace(run, overrides=tuple(filled(o, size, out=out) for o in run.overrides)) for run in made]
 
