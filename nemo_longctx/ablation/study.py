@@ -151,6 +151,8 @@ class Study:
         for name, scale in scales.items():
             if scale.gate_ends != "study" and not self.gate:
                 raise ConfigError(f"{where}.scales.{name}.gate_ends", scale.gate_ends, "the study has no gate; leave it out")
+            for run in set(scale.before) & set(self.arms):
+                raise ConfigError(f"{where}.scales.{name}.before", run, "is the name of an arm too; give it another")
             for arm in scale.arms:
                 if arm not in self.arms:
                     raise ConfigError(f"{where}.scales.{name}.arms", arm, did_you_mean(arm, self.arms))

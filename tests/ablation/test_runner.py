@@ -29,9 +29,9 @@ def measured(folder, seed, arm, *, probes=1.0, scale):
     blocks = rng.normal(3, 0.1, (6, 1, 3, 64))
     result.context[values["task"]] = context.scores(blocks, documents=range(6), contexts=contexts, short=contexts[0])
     result.watched[f"loss_position_{values['watched']}"] = rng.normal(3, 0.1, 6).tolist()
-    for kind in ("passkey", "first_sentence"):
+    for kind in ("passkey", "first_sentence", "code"):
         for length in (values["short"], values["long"]):
-            cell = {"depth": 0.5, "score": probes, "answer_loss": 1.0, "samples": 1, "skipped": 0}
+            cell = {"depth": 0.5, "score": probes, "answer_loss": probes + 1, "samples": 1, "skipped": 0}
             result.probes.append(ProbeRow(model="step 9", kind=kind, length=length, **cell))
     write_json(folder / "results" / "eval" / RECORD, {"results": [as_record(result)]})
     (folder / "results" / "training.csv").write_text(f"step,tokens,loss,tokens_per_second\n1,2048,{rng.normal(3)},1000\n")
@@ -51,7 +51,7 @@ class Machine:
             return 137
         for run in self.runner.runs:
             if command == run.command():
-                probes = self.probes if run.arm in ("base", "abf") else 0.0
+                probes = self.probes if run.arm not in self.runner.study.arms or run.arm == "abf" else 0.0
                 measured(run.folder, run.seed, run.arm, probes=probes, scale=self.runner.scale)
         return 0
 
@@ -95,11 +95,12 @@ def test_what_a_base_that_cannot_look_up_ends(tmp_path, scale):
     weak.executor = ""
     machine = Machine(weak, probes=0.3)
     page = weak().read_text(encoding="utf-8")
-    arms = [command for command in machine.ran if "restore_from" in " ".join(command)]
+    arms = [run for run in weak.runs if run.arm in weak.study.arms and run.command() in machine.ran]
     length = weak.scale.values["short"]
     assert f"The base (base, seed 1) scores 0.30 on first_sentence at its own {length} tokens, and needs 0.9" in page
     with (tmp_path / "page/position/claims.csv").open(newline="", encoding="utf-8") as file:
-        said = {row["claim"]: row for row in csv.DictReader(file)}["PI trails ABF on first-sentence retrieval"]
+        claims = {row["claim"]: row for row in csv.DictReader(file)}
+    said = claims["PI trails ABF on first-sentence retrieval"]
     assert said["verdict"] == "cannot be told here"  # whatever was measured: 0.3 against 0, in every seed
     assert said["difference (95 % interval)"].startswith("not measured" if scale == "gpu" else "+0.3000")
     assert (
@@ -166,6 +167,22 @@ def test_arms_of_a_seed_share_seed_base_and_data(tmp_path):
                 assert "{" not in " ".join(o for o in run.overrides if "[" not in o)
 
 
+def test_each_run_begins_from_the_one_before_it(tmp_path):
+    """Position and mix share all runs up to their base; instruct shares the first and has a base of its own."""
+    made = {name: load_study(name).runs("laptop", tmp_path) for name in ("position", "mix", "instruct")}
+    for name, runs in made.items():
+        first, base = runs[:2]
+        assert (first.arm, first.folder, base.arm) == ("repeats", tmp_path / "repeats-1", "base")
+        assert f"restore_from={first.folder}" in base.overrides
+        assert not [o for o in first.overrides if o.startswith("restore_from")]
+        arms = [run for run in runs if run.seed == 1 and run.arm in load_study(name).arms]
+        assert all(f"restore_from={base.folder}" in run.overrides for run in arms)
+        assert all((f"data.after={base.folder}" in run.overrides) == (name != "instruct") for run in arms)
+    assert made["position"][:2] == made["mix"][:2]
+    assert made["instruct"][0] == made["mix"][0]
+    assert made["instruct"][1].folder != made["mix"][1].folder
+
+
 @pytest.mark.parametrize("name", studies())
 def test_every_scale_composes(name, tmp_path):
     study = load_study(name)
@@ -200,6 +217,14 @@ def test_mistakes_in_a_study_are_named(capsys):
         Study(**values | {"measures": {"m": {"text": "m", "path": "trainin/loss"}}, "claims": ()})
     with pytest.raises(ConfigError, match="did you mean 'laptop'"):
         Study(**values | {"claims": (), "scales": {"laptp": {"seeds": [1], "arm": []}}})
+    for before, base, said in (
+        ({"base": []}, [], "call none of them base"),
+        ({"a": []}, [], "is the name of an arm"),
+        ({"c": []}, None, "lead to a base"),
+    ):
+        scale = {"seeds": [1], "arm": [], "before": before, "base": base}
+        with pytest.raises(ConfigError, match=said):
+            Study(**values | {"claims": (), "scales": {"gpu": scale}})
     for gate, ends, said in (({"passkey": 0.9}, "scors", "did you mean 'scores'"), ({}, "scores", "the study has no gate")):
         with pytest.raises(ConfigError, match=said):
             Study(**values | {"claims": (), "gate": gate, "scales": {"gpu": {"seeds": [1], "arm": [], "gate_ends": ends}}})
