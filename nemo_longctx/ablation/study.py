@@ -71,9 +71,10 @@ class Scale:
 
     Args:
         seeds: of weights and stream.
-        before: name -> overrides of runs ahead of the base, each beginning from the one before it, the first from random
-            weights; studies that name such a run alike and share a folder share it.
-        base, arm: overrides of the base run (none: arms begin from random weights) and of every arm; {base} is its folder.
+        before: name -> overrides of runs ahead of the base, or of the arms where there is none, each beginning from the one
+            before it, the first from random weights; studies that name such a run alike and share a folder share it.
+        base, arm: overrides of the base run (none: arms begin from the last of `before`, or from random weights) and of every
+            arm; {base} is the folder that an arm begins from.
         arms: which arms this scale has; none: all.
         prepare: arguments of `nemo-longctx` that make the data, once; {out} is the study's folder, {text} the user's text.
         values: what {names} in overrides stand for at this scale, besides {out}.
@@ -97,9 +98,8 @@ class Scale:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 1 or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError("scales.seeds", self.seeds, "give different whole numbers of at least 1")
-        if self.before and (self.base is None or BASE in self.before):
-            mend = f"these runs lead to a base: give `base` beside them, and call none of them {BASE}"
-            raise ConfigError("scales.before", ", ".join(self.before), mend)
+        if BASE in self.before:
+            raise ConfigError("scales.before", BASE, f"call no run ahead of the base {BASE}; give that one as `base`")
         if self.gate_ends not in GATE_ENDS:
             raise ConfigError("scales.gate_ends", self.gate_ends, did_you_mean(str(self.gate_ends), GATE_ENDS))
 

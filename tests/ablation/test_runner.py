@@ -181,6 +181,9 @@ def test_each_run_begins_from_the_one_before_it(tmp_path):
     assert made["position"][:2] == made["mix"][:2]
     assert made["instruct"][0] == made["mix"][0]
     assert made["instruct"][1].folder != made["mix"][1].folder
+    first, *arms = load_study("curriculum").runs("laptop", tmp_path)[:5]  # which has no base: its arms begin from the strings
+    assert first == made["mix"][0]
+    assert all(f"restore_from={first.folder}" in run.overrides for run in arms)
 
 
 @pytest.mark.parametrize("name", studies())
@@ -217,14 +220,9 @@ def test_mistakes_in_a_study_are_named(capsys):
         Study(**values | {"measures": {"m": {"text": "m", "path": "trainin/loss"}}, "claims": ()})
     with pytest.raises(ConfigError, match="did you mean 'laptop'"):
         Study(**values | {"claims": (), "scales": {"laptp": {"seeds": [1], "arm": []}}})
-    for before, base, said in (
-        ({"base": []}, [], "call none of them base"),
-        ({"a": []}, [], "is the name of an arm"),
-        ({"c": []}, None, "lead to a base"),
-    ):
-        scale = {"seeds": [1], "arm": [], "before": before, "base": base}
+    for name, said in (("base", "give that one as `base`"), ("a", "is the name of an arm")):
         with pytest.raises(ConfigError, match=said):
-            Study(**values | {"claims": (), "scales": {"gpu": scale}})
+            Study(**values | {"claims": (), "scales": {"gpu": {"seeds": [1], "arm": [], "before": {name: []}}}})
     for gate, ends, said in (({"passkey": 0.9}, "scors", "did you mean 'scores'"), ({}, "scores", "the study has no gate")):
         with pytest.raises(ConfigError, match=said):
             Study(**values | {"claims": (), "gate": gate, "scales": {"gpu": {"seeds": [1], "arm": [], "gate_ends": ends}}})
