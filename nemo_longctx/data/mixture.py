@@ -267,6 +267,9 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
                 "data.mix.long_length=null data.mix.long_share=null"
             )
             raise ConfigError("data.mix.long_length", long_length, mend)
+        for side in (is_long, ~is_long):
+            if not natural[side].any():  # all of it was read, and its share is asked for nevertheless: it comes as it is
+                natural = np.where(side, _as_they_are(mix, strata), natural)
         factor_long, factor_short = long_share / natural[is_long].sum(), (1 - long_share) / natural[~is_long].sum()
         return natural * np.where(is_long, factor_long, factor_short)
     for number, source in enumerate(mix.sources):
@@ -277,6 +280,16 @@ def _up_weigh(mix: MixConfig, strata: Sequence[Stratum], natural: np.ndarray, we
             raise ConfigError("data.mix.balance", mix.balance, mend)
     by_source = weights[[stratum.source for stratum in strata]]
     return by_source * np.where(is_long, long_share, 1 - long_share)
+
+
+def _as_they_are(mix: MixConfig, strata: Sequence[Stratum]) -> np.ndarray:
+    """Shares of the strata before anything was read, up to a factor."""
+    tokens = np.array([float(stratum.tokens) for stratum in strata])
+    source = np.array([stratum.source for stratum in strata])
+    if mix.sources[0].weight is None:
+        return tokens
+    weights = np.array([mix.sources[number].weight for number in source.tolist()])
+    return weights * tokens / np.bincount(source, weights=tokens)[source]
 
 
 def _cap(

@@ -1,16 +1,22 @@
 """What a mix asks is what it delivers, by source and by length; what cannot be delivered is said."""
 
 import dataclasses
+import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import open_windows
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.data.documents import Pieces
 from nemo_longctx.data.mixture import Documents, MixConfig, SourceConfig, mix_dict, plan_mix
 from nemo_longctx.data.order import open_order, order_key
+from nemo_longctx.data.seen import Remaining
 from nemo_longctx.data.writer import CorpusWriter
 
 RNG = np.random.default_rng(0)
@@ -223,3 +229,141 @@ def test_the_mend_for_a_corpus_of_books_alone_works(tmp_path, lengths):
     named = int(re.search(r"their mean, (\d+)", str(error.value)).group(1))
     for mended in (dataclasses.replace(mix, long_length=named), dataclasses.replace(mix, long_length=None, long_share=None)):
         assert sum(stratum.share for stratum in plan_mix(mended, Documents.open(mended), 10_000)) == pytest.approx(1)
+
+
+def plain_shares(mix, sources, total, read):
+    """As `plan_mix`, a stratum at a time: {name: (its documents, tokens, share)}, or the numbers of what it refuses.
+
+    `read` are the tokens read of each document.
+    """
+    groups, first = [], 0
+    for source, lengths in zip(mix.sources, sources, strict=True):
+        low = source.drop_shorter or mix.drop_shorter or 1
+        high = source.drop_longer or mix.drop_longer or math.inf
+        kept = {first + d: n for d, n in enumerate(lengths) if low <= n <= high}
+        sides = {source.label: kept}
+        if mix.long_length:
+            sides = {
+                f"{source.label} < {mix.long_length}": {d: n for d, n in kept.items() if n < mix.long_length},
+                f"{source.label} >= {mix.long_length}": {d: n for d, n in kept.items() if n >= mix.long_length},
+            }
+        groups += [(source, name, documents) for name, documents in sides.items() if documents]
+        first += len(lengths)
+    tokens = {name: sum(documents.values()) for _, name, documents in groups}
+    given = {name: sum(read[d] for d in documents) for _, name, documents in groups}
+    level = min(given[name] // tokens[name] for name in tokens)  # so often all was read
+    nature = {name: max(0, tokens[name] * (level + 1) - given[name]) for name in tokens}
+    more = max(0, total - sum(nature.values())) if any(read) else 0
+    nature = {name: nature[name] + more * tokens[name] / sum(tokens.values()) for name in tokens}
+    shares = {}
+    for source in mix.sources:
+        own = [name for of, name, _ in groups if of is source]
+        weight = sum(nature[name] for name in own) / sum(nature.values()) if source.weight is None else source.weight
+        parts = nature if any(nature[name] for name in own) else tokens
+        shares |= {name: weight * parts[name] / sum(parts[each] for each in own) for name in own}
+        if mix.long_share and mix.balance == "source":
+            shares |= {name: weight * (mix.long_share if ">=" in name else 1 - mix.long_share) for name in own}
+    if mix.long_share and mix.balance == "all":
+        whole = {name: sum(tokens[each] for other, each, _ in groups if other is of) for of, name, _ in groups}
+        for side in (True, False):
+            if not sum(share for name, share in shares.items() if (">=" in name) == side):  # all of it was read
+                own = {name: of for of, name, _ in groups if (">=" in name) == side}
+                shares |= {name: (of.weight or whole[name]) * tokens[name] / whole[name] for name, of in own.items()}
+        long = sum(share for name, share in shares.items() if ">=" in name)
+        short = sum(share for name, share in shares.items() if ">=" not in name)
+        factors = {True: mix.long_share / long, False: (1 - mix.long_share) / short}
+        shares = {name: share * factors[">=" in name] for name, share in shares.items()}
+    if mix.max_repeats:
+        caps = {name: max(0, mix.max_repeats * tokens[name] - given[name]) / total for name in tokens}
+        over = [name for name in shares if shares[name] > caps[name] * (1 + 1e-12)]
+        if over and mix.on_cap == "error":
+            times = {name: (given[name] + shares[name] * total) / tokens[name] for name in over}
+            return {name: (times[name], 100 * shares[name]) for name in over if times[name] > max(times.values()) - 1e-9}
+        if over and sum(caps.values()) < 1:
+            return {"all documents": (100 * sum(caps.values()),)}
+        if over:  # all grow alike until they are at their cap
+            low, high = 0.0, 1e6
+            for _ in range(200):
+                factor = (low + high) / 2
+                full = sum(min(caps[name], factor * shares[name]) for name in shares) < 1
+                low, high = (factor, high) if full else (low, factor)
+            shares = {name: min(caps[name], high * share) for name, share in shares.items()}
+    return {name: (list(documents), tokens[name], shares[name]) for _, name, documents in groups if shares[name] > 0}
+
+
+@st.composite
+def mixes(draw):
+    """A mix of one to three sources, their lengths, what was read of them, and tokens of a run."""
+    sources = draw(st.lists(st.lists(st.integers(1, 60), min_size=2, max_size=12), min_size=1, max_size=3))
+    weighed = draw(st.booleans())
+    some = st.none() | st.integers(1, 30)
+    configs = [
+        {"path": f"s{number}", "weight": draw(st.integers(1, 5)) if weighed else None, "drop_shorter": draw(some)}
+        | {"drop_longer": draw(st.none() | st.integers(25, 70))}
+        for number in range(len(sources))
+    ]
+    rules = {"sources": configs, "drop_shorter": draw(some), "drop_longer": draw(st.none() | st.integers(25, 70))}
+    if draw(st.booleans()):
+        rules |= {"long_length": draw(st.integers(2, 40)), "long_share": draw(st.sampled_from([0.25, 0.8]))}
+        rules |= {"balance": draw(st.sampled_from(["source", "all"]))}
+    if draw(st.booleans()):
+        rules |= {
+            "max_repeats": draw(st.sampled_from([0.5, 1, 2, 4.5])),
+            "on_cap": draw(st.sampled_from(["error", "renormalize"])),
+        }
+    lengths = [n for source in sources for n in source]
+    times = [draw(st.integers(0, 2)) for _ in sources]  # some sources are used up, others hardly begun
+    times = [max(0, came - draw(st.integers(0, 3)) // 3) for came, source in zip(times, sources, strict=True) for _ in source]
+    times = times if draw(st.booleans()) else None
+    parts = [(d, n // 3, n - n // 3) for d, n in enumerate(lengths) if times and times[d] and n > 3 and draw(st.booleans())]
+    past = times and Remaining(np.array(times, np.int32), Pieces(*np.array(parts, np.int64).reshape(-1, 3).T))
+    return build(MixConfig, rules), sources, times or [0] * len(lengths), parts, past, draw(st.integers(20, 2000))
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=mixes())
+def test_a_plan_is_that_of_a_stratum_at_a_time(case):
+    """`plan_mix` with `_strata_of`, `_up_weigh`, `_cap`, `_unread_first`, `_tokens_read`; `Stratum.members`."""
+    mix, sources, times, parts, past, total = case
+    lengths, reasons = [n for source in sources for n in source], ("is left after", "has no documents", "no source has")
+    shards = [SimpleNamespace(n_documents=len(each), lengths=np.array(each, np.int32), shards=None) for each in sources]
+    documents = Documents([source.label for source in mix.sources], shards)
+    documents.check = lambda: None
+    read = [n * times[d] for d, n in enumerate(lengths)]
+    for document, start, stop in parts:
+        read[document] -= stop - start
+    try:
+        planned = plan_mix(mix, documents, total, past)
+    except ConfigError as error:
+        planned = error.mend
+    if isinstance(planned, str):
+        if not any(reason in planned for reason in reasons):
+            told = re.match(r"(.*?) (?:would have to come|together give) ([\d.]+)(?: times for ([\d.]+))?", planned).groups()
+            numbers = [float(number) for number in told[1:] if number]
+            assert numbers == pytest.approx(plain_shares(mix, sources, total, read)[told[0]], abs=0.051)
+        return
+    expected = plain_shares(mix, sources, total, read)
+    assert [stratum.name for stratum in planned] == list(expected)
+    assert sum(stratum.share for stratum in planned) == pytest.approx(1)
+    for stratum, (members, tokens, share) in zip(planned, expected.values(), strict=True):
+        assert (stratum.documents, stratum.tokens) == (len(members), tokens)
+        assert stratum.share == pytest.approx(share, rel=1e-9, abs=1e-12)
+        assert stratum.members(documents).tolist() == members
+        assert stratum.members(documents).dtype == np.uint32
+        assert stratum.repeats(total) == pytest.approx(share * total / tokens)
+        assert stratum.most_repeats(total) in (math.ceil(share * total / tokens), round(share * total / tokens))
+
+
+@pytest.mark.parametrize(("weights", "within"), [((None, None), 0.5), ((0.8, 0.2), 0.8)])
+def test_a_side_that_was_read_through_keeps_its_share(weights, within):
+    """Over all sources: of the unread alone it has none, which divided by zero, and the other side was all of the mix."""
+    sources = [{"path": path, "weight": weight} for path, weight in zip("ab", weights, strict=True)]
+    mix = build(MixConfig, {"sources": sources, "long_length": 50, "long_share": 0.75, "balance": "all"})
+    lengths = [np.array([4] * 10 + [100] * 10, np.int32)] * 2
+    documents = Documents("ab", [SimpleNamespace(n_documents=20, lengths=each) for each in lengths])
+    documents.check = lambda: None
+    past = Remaining(np.array(([1] * 10 + [0] * 10) * 2, np.int32), Pieces.none())
+    planned = {stratum.name: stratum.share for stratum in plan_mix(mix, documents, 500, past)}
+    assert planned == pytest.approx(
+        {"a < 50": 0.25 * within, "a >= 50": 0.75 * within, "b < 50": 0.25 * (1 - within), "b >= 50": 0.75 * (1 - within)}
+    )

@@ -16,7 +16,10 @@ BINARY = {
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 # Calls whose first two arguments may change places.
-EITHER_WAY = {"max", "min", "gcd", "isinstance", "getattr", "hasattr", "array_equal", "allclose", "cast"}
+EITHER_WAY = {
+    "max", "min", "maximum", "minimum", "gcd", "isinstance", "getattr", "hasattr", "array_equal", "allclose", "isclose", "cast",
+}  # fmt: skip
+SUMS = {"sum", "cumsum", "accumulate"}  # NumPy adds up smaller integers as int64 by itself
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _arguments(node: ast.AST) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Call):
         for index, keyword in enumerate(node.keywords):
             if keyword.arg in ("default", "help", "description", "encoding", "capture_output", "flush", "metavar"):
+                continue
+            if keyword.arg == "dtype" and _name(node.func) in SUMS and ast.unparse(keyword.value) == "np.int64":
                 continue
             if keyword.arg is not None and isinstance(keyword.value, ast.Name | ast.Attribute):
                 new = copy.deepcopy(node)
