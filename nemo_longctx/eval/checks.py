@@ -68,12 +68,12 @@ def check_there(key: str, path: str, *, suffix: str = "", what: str = "") -> Non
     if Path(path + suffix).exists():
         return
     parent = Path(path).parent
-    there = [str(parent / one.name) for one in sorted(parent.iterdir())] if parent.is_dir() else []
+    there = [one.name for one in sorted(parent.iterdir())] if parent.is_dir() else []
     names = [name.removesuffix(suffix) for name in there if name.endswith(suffix)]
-    near = difflib.get_close_matches(path, names, n=1)
+    near = difflib.get_close_matches(Path(path).name, names, n=1)  # the folder, which all share, would make any two alike
     what = what or (f"{path}{suffix} is missing" if suffix else "no such file or directory")
     where = f"{parent} holds {len(names)} others, none like it" if parent.is_dir() else f"{parent} is not there either"
-    raise ConfigError(key, path, f"{what}, " + (f"did you mean {near[0]!r}?" if near else where))
+    raise ConfigError(key, path, f"{what}, " + (f"did you mean {str(parent / near[0])!r}?" if near else where))
 
 
 def check_name(key: str, name: str) -> None:

@@ -120,6 +120,7 @@ class Item:
     """One chunk to ask about. `offset` finds its document again."""
 
     id: str
+    document_id: str
     document_sha256: str
     offset: int
     chunk: Chunk
@@ -239,6 +240,7 @@ class Generation:
             own = random.Random(f"{config.seed}/{document.sha256}/{chunk.index}")
             yield Item(
                 id=f"{document.sha256[:16]}-{chunk.index}",
+                document_id=document.id,
                 document_sha256=document.sha256,
                 offset=document.offset,
                 chunk=chunk,
@@ -363,7 +365,7 @@ class Generation:
             ],
             "tokens": tokens,
             "provenance": {
-                "document_id": document.id,
+                "document_id": one.item.document_id,
                 "document_sha256": document.sha256,
                 "document_characters": [0, end],
                 "chunk_index": chunk.index,

@@ -6,6 +6,7 @@ import pytest
 
 from nemo_longctx import dry_run
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval import checks
 from nemo_longctx.eval.checks import check_eval
 from nemo_longctx.eval.config import EvalConfig
 
@@ -91,3 +92,60 @@ def test_a_bare_name_with_a_slip_is_no_hub_error(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError, match=r"checkpoint='tokk'.*did you mean 'tok' here\?"):
         check_name("checkpoint", "tokk")
+
+
+def test_what_is_neither_a_path_nor_a_name_is_not_asked_of_the_hub(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    asked = []
+    monkeypatch.setattr(checks, "check_hub_name", lambda key, name: asked.append(name))
+    for name in ("tok", "./tok", "essays.txt", "some/model", "model"):
+        checks.check_name("k", name)
+    assert asked == ["some/model", "model"]
+    for name, said in (
+        ("./nothing", "no such file or directory, . holds 5 others"), ("~/tok", "~ is not there either"),
+        ("/no/tok", "/no is not there either"), ("a/b/c", "a/b is not there either"),
+        ("tok/model", "tok holds 0 others, none like it"), ("./tk", "did you mean 'tok'"),
+        ("qa/squad", "did you mean 'qa/squad.json'"), ("~/x/y/z", "~/x/y is not there either"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^k='{name}': .*{said}"):
+            checks.check_name("k", name)
+    assert len(asked) == 2
+
+
+def test_a_name_that_the_hub_has_not_is_told_what_is_here(folder, monkeypatch):
+    def unknown(key, name):
+        raise ConfigError(key, name, "is not on the hub")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(checks, "check_hub_name", unknown)
+    with pytest.raises(ConfigError, match=r"k='tokk': is not on the hub; did you mean 'tok' here\?$"):
+        checks.check_name("k", "tokk")
+    with pytest.raises(ConfigError, match=r"k='llama': is not on the hub$"):
+        checks.check_name("k", "llama")
+
+
+def test_a_suffix_is_left_out_of_the_advice(folder):
+    with pytest.raises(ConfigError, match=r"held\.idx is missing, did you mean '.*/held_out'\?"):
+        checks.check_there("k", str(folder / "held"), suffix=".idx")
+    with pytest.raises(ConfigError, match=r"zzz\.idx is missing, .* holds 1 others, none like it"):
+        checks.check_there("k", str(folder / "zzz"), suffix=".idx")
+    with pytest.raises(ConfigError, match=r"k='.*zzz': no such text, .* holds 5 others, none like it"):
+        checks.check_there("k", str(folder / "zzz"), what="no such text")
+    checks.check_there("k", str(folder / "held_out"), suffix=".idx")
+
+
+def test_each_file_that_a_task_reads_is_looked_up(folder):
+    names = []
+    harness = {"kind": "lm_eval", "tasks": ["leval"], "metadata": {"data": None}, "include_path": str(folder)}
+    check_eval(EvalConfig(tasks=(harness,)), check_names=lambda task: names.append(task.name))
+    assert names == ["leval"]
+    for kinds in (["ruler_qa_1"], ["passkey"]):  # squad.json is there, hotpotqa.json is not
+        probes = {"kinds": kinds, "data": str(folder / "qa")}
+        check_eval(EvalConfig(tasks=({"kind": "probes", "text": str(folder / "essays.txt"), "probes": probes},)))
+    with pytest.raises(ConfigError, match=r"tasks\[1\]\.conversations=.*no such file"):
+        check_eval(EvalConfig(tasks=(harness, {"kind": "answers", "conversations": str(folder / "none")})))
+    (folder / "qa" / "icl.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ConfigError, match="row 1 is no"):
+        check_eval(EvalConfig(tasks=({"kind": "probes", "text": str(folder / "essays.txt"), "probes": probes},)))
+    (folder / "tok" / "tokenizer.json").write_text("{}")
+    check_eval(EvalConfig(tokenizer=str(folder / "tok")))

@@ -115,3 +115,81 @@ def test_an_answer_ends_with_the_text_s_end_or_its_tokens():
         assert found["completion_tokens"] == len(tokens)
         assert json.loads(found["prompt"]) == row["messages"]
         assert "Où" in found["prompt"]
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def encode(self, text, add_special_tokens=True):
+        return [1] * add_special_tokens + [ord(letter) for letter in text]
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join(map(chr, tokens))
+
+    def apply_chat_template(self, turns, *, chat_template, tokenize, add_generation_prompt):
+        assert (tokenize, add_generation_prompt) == (False, True)
+        return chat_template + "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
+
+
+def asked(prompts, max_length=20, **sampling):
+    names = [f"p{n}" for n in range(len(prompts))]
+    return generation.requests(prompts, Letters(), generation.Sampling(**sampling), names, max_length)
+
+
+def test_an_answer_is_asked_with_all_its_settings_and_within_what_the_model_reads():
+    one, two = asked([[1] * 3, [1] * 19])
+    assert (one.context, one.max_new_tokens, two.max_new_tokens) == ([1] * 3, 17, 1)
+    assert [request.max_new_tokens for request in asked([[1], [1] * 300], 700)] == [512, 400]
+    (full,) = asked([[1] * 3], max_new_tokens=17, temperature=0.5, top_p=0.75, top_k=9, seed=4, stop=("ab",))
+    assert (full.max_new_tokens, full.temperature, full.top_p, full.top_k, full.seed) == (17, 0.5, 0.75, 9, 4)
+    assert [full.stop([97, 98, *range(65, 65 + n)]) for n in (0, 1, 2, 3)] == [True, True, True, False]  # near the end only
+    assert full.stop([97, 0])
+    assert not full.stop([97])
+    with pytest.raises(ConfigError, match="'p1': has 20 tokens, and the model reads 20; shorten it"):
+        asked([[1], [1] * 20])
+    with pytest.raises(
+        ConfigError, match="'p0': has 3 tokens and is given 18 more, but the model reads 20; shorten it, or lower"
+    ):
+        asked([[1] * 3], max_new_tokens=18)
+
+
+def test_prompts_of_a_file_have_ids_and_their_words(tmp_path):
+    (tmp_path / "p.txt").write_text("\ufeffone  \r\n\n two\n", encoding="utf-8")
+    assert generation.read_prompts(tmp_path / "p.txt") == [{"id": "1", "prompt": "one  "}, {"id": "2", "prompt": " two"}]
+    turns = [{"role": "user", "content": "Hi"}]
+    rows = [{"messages": turns, "id": 7, "more": 1}, {"prompt": "x"}, {"prompt": "y", "id": "b"}, {"messages": turns}]
+    (tmp_path / "p.json").write_text("\n".join(json.dumps(row) for row in rows))
+    assert generation.read_prompts(tmp_path / "p.json") == [
+        {"id": "7", "messages": turns}, {"id": "2", "prompt": "x"}, {"id": "b", "prompt": "y"}, {"id": "4", "messages": turns}
+    ]  # fmt: skip
+    wrong = [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": [{"content": "a"}]}, {"messages": ["a"]}, ["a"]]
+    for row in [*wrong, {"prompt": ""}, {"prompt": 3}, {"messages": [{"role": "user", "content": None}]}]:
+        (tmp_path / "p.json").write_text(json.dumps(row))
+        with pytest.raises(ConfigError, match=r"p\.json:1.*is no row"):
+            generation.read_prompts(tmp_path / "p.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        generation.read_prompts(tmp_path / "none.txt")
+
+
+def test_a_prompt_stands_as_it_is_or_as_a_turn():
+    user = {"role": "user", "content": "Hi"}
+    system = {"role": "system", "content": "Own"}
+
+    def said(row, template, **more):
+        return "".join(map(chr, generation.prompt_tokens({"id": "1", **row}, Letters(), template=template, **more)))
+
+    assert said({"prompt": "Hi"}, None) == said({"prompt": "Hi"}, None, system="S") == "\x01Hi"
+    assert said({"prompt": "Hi"}, "T") == said({"messages": [user]}, "T") == "T[user]Hi"
+    assert said({"messages": [user, user]}, "T", system="S") == "T[system]S[user]Hi[user]Hi"
+    assert said({"messages": [system, user]}, "T", system="S") == "T[system]Own[user]Hi"
+
+
+def test_an_answer_ends_at_the_first_of_its_stops():
+    made = [ord(letter) for letter in " ab. cd. ef "]
+    found = generation.answer({"id": "1", "prompt": "?"}, [1], made, Letters(), generation.Sampling(stop=("zz", "ef", "cd")))
+    assert (found["response"], found["finish_reason"], found["completion_tokens"]) == ("ab.", "stop", 12)
+    found = generation.answer({"id": "1", "prompt": "?"}, [1], [], Letters(), generation.Sampling())
+    assert (found["response"], found["finish_reason"]) == ("", "length")

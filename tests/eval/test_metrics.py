@@ -178,3 +178,20 @@ def test_each_kind_of_probe_has_the_rule_of_its_suite(kind, answers, reply, scor
     ranked = dataclasses.replace(probe, kind="helmet_rerank", answers=["3", "1", "2"], grades=[2, 1, 0])
     assert score_reply(ranked, "3 > 1 > 2") == pytest.approx(1.0)
     assert 0 < score_reply(ranked, "2 > 1 > 3") < 1
+
+
+def test_what_has_no_answer_is_refused_and_what_was_not_scored_is_no_number():
+    for metric in (metrics.f1, metrics.exact_match, metrics.rouge, metrics.contained):
+        with pytest.raises(ValueError, match="no reference answer"):
+            metric("x", [])
+    with pytest.raises(ValueError, match="no answer to look for"):
+        metrics.found_any("x", [])
+    for reference in ("", " "):
+        with pytest.raises(ValueError, match="no reference answer"):
+            metrics.leval_choice("A", reference, several=False)
+    assert math.isnan(metrics.mean_scored([]))
+    assert math.isnan(metrics.geometric_mean([(math.nan, 0.5, 0.5)]))
+    assert metrics.geometric_mean([(0.5, 0.25, 1.0), (0.5, 0.75, 0.0)]) == pytest.approx((0.5 * 0.5 * 0.5) ** (1 / 3))
+    assert metrics.ndcg(["a"], {"a": 0}) == 0.0
+    assert metrics.ndcg(["a", "b", "c"], {"a": 1, "b": 1, "c": 1}, count=2) == 1.0
+    assert metrics.mrcr("", "wordOnce", "word") == 0.0

@@ -116,9 +116,10 @@ def test_positions_outside_the_edges_are_left_out_and_empty_bins_have_no_row():
             empty.add_sums(sums, counts)
 
 
-def test_the_error_of_documents_of_unlike_length_is_the_ratio_estimator_s():
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_error_of_documents_of_unlike_length_is_the_ratio_estimator_s(count):
     rng = np.random.default_rng(3)
-    losses, mask = rng.normal(3, 1, (5, 8)), rng.random((5, 8)) < 0.6
+    losses, mask = rng.normal(3, 1, (count, 8)), rng.random((count, 8)) < 0.6
     totals = PositionLosses([0, 8])
     totals.add(losses, mask_BS=mask)
     sums, counts = [row[keep].sum() for row, keep in zip(losses, mask, strict=True)], mask.sum(1).tolist()
@@ -126,7 +127,7 @@ def test_the_error_of_documents_of_unlike_length_is_the_ratio_estimator_s():
     squares = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
     (row,) = totals.rows("m")
     assert (row.loss, row.tokens) == (pytest.approx(mean), sum(counts))
-    assert row.standard_error == pytest.approx(math.sqrt(5 / 4 * squares) / sum(counts))
+    assert row.standard_error == pytest.approx(math.sqrt(count / (count - 1) * squares) / sum(counts))
 
 
 def test_csv_goes_round(tmp_path):

@@ -1,5 +1,6 @@
 """Results on disk: what is put is found again, of however many keys; any part of a request makes another key."""
 
+import pytest
 import torch
 
 from nemo_longctx.eval.results_cache import ResultsCache, request_key, weights_digest
@@ -46,3 +47,35 @@ def test_every_part_of_the_weights_is_in_their_digest():
     ]  # fmt: skip
     digests = [digest, weights_digest([("a", a), ("b", b)], "base=5e5"), *map(weights_digest, others)]
     assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "digest"),
+    [
+        (
+            [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(4, dtype=torch.float64))],
+            "",
+            "9e156969b5399fe7ec231abf188d4c82",
+        ),
+        ([("a", torch.arange(6.0).reshape(2, 3))], "base=5e5", "e2e09ebfde567b32337cd365415f080d"),
+        (
+            [("c", torch.arange(5, dtype=torch.uint8)), ("d", torch.tensor([True, False]))],
+            "",
+            "b41c159e20de4e10fb8ced4985b4b7ed",
+        ),
+        (
+            [("e", torch.arange((1 << 22) + 3, dtype=torch.int16))],
+            "",
+            "45457031e18d53c865fd3ebaed3a2eb3",
+        ),  # more than is summed at once
+    ],
+    ids=["floats", "settings", "bytes", "large"],
+)
+def test_a_cache_of_an_earlier_release_is_found_again(tensors, settings, digest):
+    """Else all that was paid for is measured once more: a change of these needs a line in the change log."""
+    assert weights_digest(tensors, settings) == digest
+
+
+def test_a_key_of_an_earlier_release_is_found_again():
+    key = request_key({"weights": "a", "step": 3}, "generate", [5, 6, 7], 2, {"until": ["x"], "max": 3})
+    assert key == "43d17478ec5f6cca5d788f251e21091583225958"

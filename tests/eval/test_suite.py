@@ -1,4 +1,5 @@
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,24 @@ from tiny_models import byte_tokenizer, tiny_llama
 
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.eval import suite as suite_module
+from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.eval.guard import GuardConfig
 from nemo_longctx.eval.hf import HFCausalModel
+from nemo_longctx.eval.requests import Score
 from nemo_longctx.eval.results import as_record, from_record
 from nemo_longctx.eval.scoring import token_losses
-from nemo_longctx.eval.suite import HarnessResult, Suite, choose_documents, corpus_texts, longest_input, parse_tasks, read_texts
+from nemo_longctx.eval.suite import (
+    HarnessResult,
+    InterruptedEvaluationError,
+    Suite,
+    choose_documents,
+    corpus_texts,
+    longest_input,
+    parse_tasks,
+    read_texts,
+)
+from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.report.html import Section, write_page
 
@@ -218,3 +232,108 @@ def test_pages_escape_what_they_show(tmp_path):
     assert "&lt;b&gt;" in text
     assert "<i>" not in text
     assert "1.235" in text
+
+
+POSITION = {"kind": "position", "corpus": "c", "seq_length": 40, "documents": 3}
+CONTEXT = {"kind": "context", "corpus": "c", "contexts": [10, 30], "targets": 5, "documents": 2, "blocks": 3}
+PROBES = {"kind": "probes", "text": "t", "probes": {"kinds": ["needle", "first_sentence"], "lengths": [100, 50],
+          "depths": [0.0, 0.5, 1.0], "samples": 2, "max_new_tokens": 200}}  # fmt: skip
+
+
+def test_the_longest_input_and_the_tokens_of_each_kind_of_task():
+    short = PROBES | {"probes": {"lengths": [100, 50], "max_new_tokens": 3}}
+    for blocks, longest in (
+        ([POSITION], 41), ([CONTEXT], 35), ([PROBES], 300), ([short], 228), ([POSITION, CONTEXT], 41), ([], 0),
+        ([{"kind": "lm_eval", "tasks": ["a"]}], 0), ([POSITION, PROBES], 300),
+    ):  # fmt: skip
+        assert longest_input(parse_tasks(blocks)) == longest
+    tasks = parse_tasks([POSITION, CONTEXT, PROBES, {"kind": "answers", "conversations": "x"}])
+    suite = Suite(tasks, tokenizer="none")
+    assert [suite.expected_seconds(task) for task in tasks] == [0, 0, 0, 0]
+    suite.rate = 10.0
+    assert [suite.expected_seconds(task) for task in tasks] == [12.0, 2 * 3 * (15 + 35) / 10, (3 + 1) * 2 * 150 / 10, 0.0]
+    suite.took["probes"] = 4.5
+    assert suite.expected_seconds(tasks[2]) == 4.5
+
+
+def test_names_hold_what_tells_tasks_apart():
+    answers = {"kind": "answers", "conversations": "x"}
+    blocks = [POSITION, POSITION | {"label": "b"}, CONTEXT, CONTEXT | {"label": "b"}, PROBES, answers, answers | {"label": "b"}]
+    names = [task.name for task in parse_tasks([*blocks, {"kind": "lm_eval", "tasks": ["a", "c"], "label": "b"}])]
+    assert names == [
+        "position_40", "position_b_40", "context_30", "context_b_30", "probes", "answers", "answers_b", "a+c@b",
+    ]  # fmt: skip
+    assert parse_tasks([CONTEXT])[0].short == 10
+
+
+def test_a_guard_needs_a_task_to_watch():
+    watched = EvalConfig(tasks=(POSITION | {"guard": True}, CONTEXT), guard=GuardConfig())
+    assert [task.name for task in watched.tasks] == ["position_40", "context_30"]
+    with pytest.raises(ConfigError, match=r"no task is watched: set guard: true in at least one"):
+        EvalConfig(tasks=(POSITION, CONTEXT), guard=GuardConfig())
+    assert EvalConfig(guard=GuardConfig()).guard
+    for blocks in ("position", {"kind": "position"}, 5):
+        with pytest.raises(ConfigError, match=r"eval\.tasks=.*must be a list of blocks"):
+            parse_tasks(blocks)
+
+
+def test_an_evaluation_that_is_asked_to_leave_keeps_nothing_and_each_task_has_its_seconds(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(suite_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    suite = Suite(parse_tasks([{"kind": "lm_eval", "tasks": ["a", "b"]}]), tokenizer="none")
+    began = []
+
+    def harness(task):
+        began.append(task.name)
+        cut = TruncationRecord(task=task.name, doc_id=1, policy="left", tokens=9, removed=1, lost=())
+        return HarnessResult(tasks={task.name: {"f1": 1.0}}, truncations=[cut], watched={f"{task.name}/f1": [1.0]})
+
+    result = suite.run(None, name="m", harness=harness, interrupted=lambda: False)
+    assert (result.seconds, suite.took) == ({"a": 10, "b": 10}, {"a": 10, "b": 10})
+    assert [cut.task for cut in result.truncations] == ["a", "b"]
+    assert result.watched == {}  # without guard: true
+    with pytest.raises(InterruptedEvaluationError):
+        suite.run(None, name="m", harness=harness, interrupted=lambda: len(began) > 2)
+    assert began == ["a", "b", "a"]
+    assert suite.run(None, name="m", harness=harness, time_budget=20).skipped == ["b"]  # 10 gone, and 10 expected: on time
+    without = suite.run(None, name="m")
+    assert "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]" in without.errors["a"]
+    labelled = parse_tasks([{"kind": "lm_eval", "tasks": ["a"], "label": "4k", "guard": True}])
+    found = Suite(labelled, tokenizer="none").run(None, name="m", harness=lambda task: harness(parse_tasks([task])[0]))
+    assert [*found.tasks, *found.watched, found.truncations[0].task] == ["a@4k@4k", "a@4k/f1@4k", "a@4k@4k"]
+
+
+def test_answers_are_means_of_their_tokens_and_right_where_all_are(tmp_path, monkeypatch):
+    """Five talks, one too long; three of the four are asked, evenly spaced; each has two answers."""
+    sizes = [6, 7, 30, 8, 9]
+    monkeypatch.setattr(suite_module, "chat_template", lambda *_: "t")
+    monkeypatch.setattr(suite_module, "read_conversations", lambda _: range(5))
+    roles = {n: np.full(size, suite_module.PROMPT) for n, size in enumerate(sizes)}
+    for role in roles.values():
+        role[[2, 4, 5]] = suite_module.PROMPT + 1  # an answer of one token, and one of two
+    monkeypatch.setattr(suite_module, "encode_conversation", lambda *a: (np.arange(sizes[a[2]]) + 10 * a[2], roles[a[2]]))
+    asked = []
+
+    def run(self, requests, *_):
+        asked.extend(requests)
+        logs = [[-1.0], [-2.0, -3.0], [-4.0], [-1.0, -1.0], [-3.0], [-3.0, -3.0]]
+        greedy = [True, True, True, False, False, True]
+        return [Score(token_log_probs=np.array(log, np.float32), is_greedy=g) for log, g in zip(logs, greedy, strict=True)]
+
+    monkeypatch.setattr(Suite, "_run", run)
+    block = {"kind": "answers", "conversations": "x", "samples": 3, "guard": True}
+    result = Suite(parse_tasks([block]), tokenizer="none").run(types.SimpleNamespace(max_length=9), name="m", quiet=True)
+    assert [(list(one.context), list(one.continuation)) for one in asked[:2]] == [([0, 1], [2]), ([0, 1, 2, 3], [4, 5])]
+    assert [one.context[0] for one in asked[::2]] == [0, 30, 40]
+    losses = [2.0, 2.0, 3.0]
+    assert result.watched == {"loss_answers": losses, "answers/right": [1.0, 0.0, 0.0]}
+    values = {"loss": np.mean(losses), "loss_stderr": np.std(losses, ddof=1) / 3**0.5, "right": 1 / 3, "samples": 3}
+    assert result.tasks["answers"] == pytest.approx(values)
+    none = Suite(parse_tasks([block]), tokenizer="none").run(types.SimpleNamespace(max_length=5), name="m", quiet=True)
+    assert none.errors["answers"] == "ValueError: no conversation fits 5 tokens; the shortest has 6"
+
+
+def test_a_corpus_of_just_enough_long_documents_is_drawn_from_them_alone():
+    assert choose_documents(np.array([9, 5, 9, 9]), 9, 3).tolist() == [0, 2, 3]
+    assert choose_documents(np.array([9, 5, 9, 2, 1]), 9, 4).tolist() == [0, 1, 2, 3]
+    assert choose_documents(np.array([3, 3, 3]), 9, 2).tolist() == [0, 1]  # of equals the first

@@ -62,3 +62,45 @@ def test_token_span_covers_the_characters():
     assert token_span(offsets, 3, 9) == (2, 4)
     assert token_span(offsets, 5, 6) == (3, 4)
     assert token_span(offsets, 0, 12) == (1, 5)
+
+
+def plainly(length, budget, policy, spans, frame):
+    """Numbers of the tokens that are left, taken out one after the other in the order that the policy's words say."""
+    left = list(range(length))
+    if length <= budget:
+        return left
+    if policy == "middle":
+        head = max(-(-budget // 2), frame)
+        return left[: min(head, budget)] + left[length - max(0, budget - head) :]
+    body, top = [t for t in left if t >= frame], [t for t in left if t < frame]
+    question = spans.get("question", (length, length))[0]
+    held = {t for start, end in spans.values() for t in range(start, end)}
+    order = {
+        "left": body,
+        "keep_question": [t for t in body if t not in held] + [t for t in body if t in held],
+        "keep_start": [t for t in reversed(body) if t < question] + [t for t in body if t >= question],
+    }[policy]
+    gone = set((order + top)[: length - budget])
+    return [t for t in left if t not in gone]
+
+
+@given(
+    st.integers(0, 30), st.integers(1, 32), st.sampled_from(POLICIES), st.integers(0, 6),
+    st.dictionaries(st.sampled_from(["question", "instruction"]), st.tuples(st.integers(0, 28), st.integers(1, 8))),
+)  # fmt: skip
+def test_what_is_cut_is_what_the_plain_way_cuts(length, budget, policy, frame, spans):
+    spans = {name: (min(start, length), min(start + size, length)) for name, (start, size) in spans.items()}
+    cut = truncate(range(length), budget, policy, spans, frame=frame)
+    left = plainly(length, budget, policy, spans, frame)
+    assert cut.tokens == left
+    assert cut.removed == length - len(left)
+    lost = [name for name, span in spans.items() if not set(range(*span)) <= set(left)]
+    assert cut.lost == (*lost, *(["chat header"] if not set(range(min(frame, length))) <= set(left) else []))
+
+
+def test_a_prompt_has_what_the_generation_leaves_down_to_one_token():
+    assert prompt_budget(100, 99) == 1
+    assert prompt_budget(100, 40, 60) == prompt_budget(100, 40, 61) == 60
+    with pytest.raises(ConfigError, match="max_gen_toks=100: leaves no prompt within 100 tokens"):
+        prompt_budget(100, 100, 5)
+    assert truncate([1, 2], 1, "left").tokens == [2]

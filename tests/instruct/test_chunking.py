@@ -94,3 +94,40 @@ def test_lone_surrogates_become_writable(tmp_path):
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path / "none.json" / "no such name"))
+
+
+def cuts(text, size):
+    """Chunks of `text` where each character is a token."""
+    chunks = chunk_document(text, np.arange(1, len(text) + 1), chunk_tokens=size)
+    assert [chunk.tokens for chunk in chunks] == [chunk.end - chunk.start for chunk in chunks]
+    return [text[chunk.start : chunk.end] for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "pieces"),
+    [
+        ("Aa. Bb. Cc.", 8, ["Aa. Bb. ", "Cc."]),  # the space behind a sentence goes with it
+        ("Aa. Bb. Cc.", 7, ["Aa. ", "Bb. Cc."]),
+        ("Aa. Bb. Cc.", 11, ["Aa. Bb. Cc."]),
+        ("Aa. Bb. Cc.", 10, ["Aa. Bb. ", "Cc."]),
+        ("abc def ghi", 8, ["abc def ", "ghi"]),  # no sentence ends: after the last space that fits
+        ("abc def ghi", 7, ["abc ", "def ghi"]),
+        ("abcdefghij", 4, ["abcd", "efgh", "ij"]),
+        (" abcdefg", 4, [" abc", "defg"]),  # a piece of white space alone is no chunk
+        ("a    bcdef", 3, ["a  ", "  b", "cde", "f"]),
+    ],
+)
+def test_where_a_text_is_cut(text, size, pieces):
+    assert cuts(text, size) == pieces
+
+
+def test_a_document_without_an_id_is_named_by_its_line_and_found_at_its_place(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes('\n{"text": "é"}\n  \n{"text": "b", "id": 5}\n{"words": "c", "text": "d"}\n'.encode())
+    read = list(read_documents(path, text_key="text", id_key="id"))
+    assert [(one.id, one.text, one.offset) for one in read] == [("2", "é", 1), ("5", "b", 19), ("5", "d", 42)]
+    (tmp_path / "w.jsonl").write_text('{"words": "c", "name": "n"}')
+    (one,) = read_documents(tmp_path / "w.jsonl", text_key="words", id_key="name")
+    assert (one.id, one.text, one.sha256[:8]) == ("n", "c", "2e7d2c03")
+    with pytest.raises(ConfigError, match="has no string under 'text'; name the right field with --text-key"):
+        list(read_documents(tmp_path / "w.jsonl", text_key="text", id_key="id"))

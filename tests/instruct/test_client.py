@@ -279,3 +279,41 @@ def test_what_is_added_and_left_out_by_option():
     assert (sent["think"], sent["max_completion_tokens"]) == (False, 9)
     assert not {"max_tokens", "temperature"} & set(sent)
     assert len({call().key, asked.key, dataclasses.replace(asked, extra="").key, dataclasses.replace(asked, omit=()).key}) == 4
+
+
+def test_the_journal_of_an_earlier_release_answers_the_same_calls():
+    """A key that changed would have every reply paid for again."""
+    assert call().key == "120ca2e42d0591c23fd9c43a8a654887a601bf2e4a953cf743bb811d1aa3b4f4"
+    asked = dataclasses.replace(call(), extra='{"think": false}', omit=("temperature", "max_tokens"))
+    assert (
+        asked.key
+        == dataclasses.replace(asked, omit=("max_tokens", "temperature")).key
+        == "eea4eca793be95608613277b1202453948a99db08fca88555877ceeab91fe2aa"
+    )
+    changes = [
+        {"model": "large"}, {"prompt": "x"}, {"max_tokens": 10}, {"temperature": 0.6}, {"seed": 8}, {"attempt": 1},
+        {"extra": "{}"}, {"omit": ("seed",)},
+    ]  # fmt: skip
+    assert len({call().key, *(dataclasses.replace(call(), **change).key for change in changes)}) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "counted"), [(7, 7), (7.9, 7), (0, 0), (-1, 0), (None, 0), ("7", 0), (float("inf"), 0), (float("nan"), 0)]
+)
+def test_counts_are_whole_numbers_or_none(given, counted):
+    assert client_module._count(given) == counted
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("3", 3.0), ("0.5", 0.5), ("", 0.0), ("1.2.3", 0.0), ("-1", 0.0), ("soon", 0.0)]
+)
+def test_the_wait_that_a_server_asks_for(header, seconds):
+    error = types.SimpleNamespace(response=types.SimpleNamespace(headers={"retry-after": header}))
+    assert client_module._retry_after(error) == seconds
+
+
+def test_an_error_s_words_are_one_line_of_bounded_length():
+    client = types.SimpleNamespace(_key="sk-1")
+    assert ChatClient._said(client, ValueError(" a\n b  sk-1 ")) == "a b [key]"
+    assert ChatClient._said(client, ValueError()) == "ValueError"
+    assert ChatClient._said(types.SimpleNamespace(_key=None), ValueError("x" * 400)) == "x" * 300

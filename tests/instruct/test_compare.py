@@ -10,6 +10,7 @@ from browser import BINARY, browser
 
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
+from nemo_longctx.instruct import compare
 from nemo_longctx.instruct.compare import OUTCOMES, compare_files, page_html, read_votes, tabulate
 from nemo_longctx.report.html import Section, write_page
 
@@ -230,3 +231,98 @@ def test_both_pages_on_a_phone(tmp_path):
         tab.command("Page.navigate", url=(tmp_path / "report.html").as_uri())
         tab.reload()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_votes_of_an_earlier_release_find_their_page_and_sides(tmp_path):
+    """Page, order and sides are a function of the files and the seed, in every release."""
+    for name in "ab":
+        lines = [json.dumps({"id": i, "prompt": f"q{i}", "response": f"{name}{i}"}) + "\n" for i in range(5)]
+        (tmp_path / name).write_text("\n".join(lines))
+    found = compare_files(tmp_path / "a", tmp_path / "b", seed=7)
+    assert found.page == "ca6a0eadc8f6035f"
+    assert [(pair.id, pair.prompt, pair.a, pair.b, pair.swapped) for pair in found.pairs] == [
+        ("0", "q0", "a0", "b0", False),
+        ("3", "q3", "a3", "b3", True),
+        ("2", "q2", "a2", "b2", False),
+        ("1", "q1", "a1", "b1", False),
+        ("4", "q4", "a4", "b4", True),
+    ]
+
+
+def plain_share(hits, counts):
+    """The ratio estimator for clusters and the Wilson interval, from the page of a book."""
+    n, total = len(counts), sum(counts)
+    p = sum(hits) / total
+    variance = n / (n - 1) * sum((h - p * c) ** 2 for h, c in zip(hits, counts, strict=True)) / total**2
+    effective = min(max(p * (1 - p) / variance, 1), total) if variance else total
+    z = 1.959963984540054
+    centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * (p * (1 - p) / effective + z * z / (4 * effective**2)) ** 0.5
+    return p, centre - half, centre + half
+
+
+@pytest.mark.parametrize(
+    "votes", [["wl", "w", "t", "lll", "wwt"], ["wwww", "llll"], ["wl", "wl", "wl"], ["w", "l", "t", "w"], ["wwwwwww", "l"]]
+)
+def test_shares_and_intervals_are_those_of_the_formula(votes):
+    said = {"w": "win", "t": "tie", "l": "loss"}
+    made = {str(n): {str(rater): said[one] for rater, one in enumerate(row)} for n, row in enumerate(votes)}
+    table = tabulate(made)
+    for letter, outcome in said.items():
+        hits, counts = [row.count(letter) for row in votes], [len(row) for row in votes]
+        if 0 < sum(hits) < sum(counts):
+            found = table.shares[outcome]
+            assert (found.share, found.low, found.high) == pytest.approx(plain_share(hits, counts))
+    assert (table.votes, table.examples, table.raters) == (sum(map(len, votes)), len(votes), max(map(len, votes)))
+    pairs = [[a == b for i, a in enumerate(row) for b in row[:i]] for row in votes if len(row) > 1]
+    expected = np.mean([np.mean(row) for row in pairs]) if pairs else None
+    assert table.agreement == (expected if expected is None else pytest.approx(expected))
+
+
+def test_one_example_and_votes_all_alike_have_wilson_s_interval_of_the_examples():
+    alone = tabulate({"0": {"Ada": "win", "Bob": "loss"}}).shares["win"]
+    z = 1.959963984540054  # of one example with two votes nothing tells how alike they are: one vote's worth
+    half = z / (1 + z * z) * (0.25 + z * z / 4) ** 0.5
+    assert (alone.low, alone.high) == pytest.approx(
+        ((0.5 + z * z / 2) / (1 + z * z) - half, (0.5 + z * z / 2) / (1 + z * z) + half)
+    )
+    whole = tabulate({str(n): {"Ada": "win", "Bob": "win", "Cy": "win"} for n in range(4)})
+    assert whole.shares["win"].low == pytest.approx(4 / (4 + z * z))
+    assert (whole.shares["win"].high, whole.shares["tie"].low) == (1.0, 0.0)
+    assert whole.shares["tie"].high == pytest.approx(z * z / (4 + z * z))
+    assert compare.table_text(whole, a="one", b="other model").split("\n") == [
+        "                    share   95 % interval",
+        "one better          100.0%  [51.0%, 100.0%]",
+        "tie                   0.0%  [0.0%, 49.0%]",
+        "other model better    0.0%  [0.0%, 49.0%]",
+        "12 votes on 4 examples by 3 raters, raters agree on 100.0%",
+    ]
+    assert compare.table_text(tabulate({"0": {"Ada": "tie"}}), a="a", b="b").endswith("\n1 votes on 1 examples by 1 raters")
+
+
+def test_rows_and_votes_that_are_none_are_named_by_their_line(files, tmp_path):
+    comparison, (ours, theirs) = compare_files(*files, seed=1), files
+    bad = tmp_path / "bad"
+    good = theirs.read_text()
+    for text, said in (
+        ("", "holds no row"), ("\n{x\n", "bad:2'.*is not JSON"), (good + good.split("\n")[1], "bad:7'.*a second answer to 1"),
+        ('["id"]', "is no row"), ('{"id": 1.5, "prompt": "a", "response": "b"}', "is no row"),
+        ('{"id": 1, "prompt": 2, "response": "b"}', "is no row"), ('{"id": 1, "response": "b"}', "is no row"),
+        (good + '{"id": "six", "prompt": "a", "response": "b"}', "tuned.*lacks 1 of .*'six' first"),
+    ):  # fmt: skip
+        bad.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            compare_files(ours, bad, seed=1)
+    row = {"page": comparison.page, "rater": "Ada", "id": "0", "vote": "left"}
+    for change, said in (
+        ({"vote": "up"}, "names no example"),
+        ({"id": "9"}, "names no example"),
+        ({"page": "x"}, "another page"),
+    ):
+        bad.write_text(json.dumps(row) + "\n" + json.dumps(row | change))
+        with pytest.raises(ConfigError, match=f"bad:2.*{said}"):
+            read_votes(comparison, [bad])
+    for line in ("[]", json.dumps({key: row[key] for key in ("page", "id", "vote")})):
+        bad.write_text(line)
+        with pytest.raises(ConfigError, match=r"bad:1.*is no saved vote"):
+            read_votes(comparison, [bad])

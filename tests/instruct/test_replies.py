@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_longctx.instruct.client import Call
+from nemo_longctx.instruct.client import Call, CallError
 from nemo_longctx.instruct.journal import Journal, Reply
 from nemo_longctx.instruct.prompts import FormError
 from nemo_longctx.instruct.replies import Asker, NeverInFormError, Prices
@@ -84,3 +84,80 @@ def test_prices_are_for_a_million_tokens_each_of_its_kind():
     for name in ("input", "output"):
         with pytest.raises(ValueError, match=f"price_{name}=-1"):
             Prices(**{name: -1})
+
+
+class Told(Script):
+    """Answers each prompt's replies one after the other: (text, how it ended), or an error to raise."""
+
+    def __init__(self, replies):
+        super().__init__()
+        self.replies = {name: list(some) for name, some in replies.items()}
+
+    async def complete(self, call: Call) -> Reply:
+        reply = self.replies[call.prompt].pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return Reply(text=reply[0], finish_reason=reply[1], prompt_tokens=1000, completion_tokens=10)
+
+
+def ask(tmp_path, replies, *, prices=None, faults=(), **limits):
+    limits = {"form_attempts": 2, "stop_after_malformed": 99} | limits
+    completer = Told(replies)
+    completer.faults.update(faults)
+
+    async def run():
+        with Journal(tmp_path / "journal.jsonl") as journal:
+            asker = Asker(completer, journal, prices=prices or Prices(), show_progress=False, **limits)
+            outcomes = await asker.ask_all("s", [Item(name) for name in replies], a_call, parse)
+            return outcomes, asker
+
+    return asyncio.run(run())
+
+
+def a_call(item, attempt):
+    return Call(model="m", prompt=item.id, max_tokens=1, temperature=0.0, seed=0, attempt=attempt)
+
+
+REPLIES = {
+    "first": [("good", "stop")],
+    "second": [("bad", "stop"), ("good", "stop")],
+    "never": [("bad", "stop"), ("good", "length")],
+    "filtered": [("half", "content_filter")],
+    "refusing": [("x" * 400, "refusal")],
+    "refused": [CallError("HTTP 400: too long", refused=True)],
+    "lost": [CallError("no answer", refused=False)],
+}
+
+
+def test_each_item_has_its_outcome_and_all_is_counted(tmp_path):
+    outcomes, asker = ask(tmp_path, REPLIES, prices=Prices(input=2, output=100), faults={"hung": 2, "http_500": 1})
+    assert {name: (one.value, one.reason, one.said) for name, one in outcomes.items()} == {
+        "first": ("good", None, None), "second": ("good", None, None), "never": (None, "malformed", "cut_off"),
+        "filtered": (None, "refused", "content_filter: half"), "refusing": (None, "refused", "refusal: " + "x" * 291),
+        "refused": (None, "refused", "HTTP 400: too long"), "lost": (None, "unanswered", "no answer"),
+    }  # fmt: skip
+    assert asker.summary() == {
+        "made": 7, "replayed": 0, "prompt_tokens": 7000, "completion_tokens": 70, "cost": pytest.approx(7 * 0.003),
+        "faults_retried": {"http_500": 1, "hung": 2},
+        "out_of_form": {"bad": 2, "content_filter": 1, "cut_off": 1, "refusal": 1, "refused": 1},
+        "failures": {"HTTP 400: too long": 1, "no answer": 1},
+    }  # fmt: skip
+    assert asker._purse() == "cost 0.0210, 7,000 + 70 tokens, 3 retries"
+    again = {name: [one for one in some if isinstance(one, Exception)] for name, some in REPLIES.items()}
+    outcomes, asker = ask(tmp_path, again)
+    assert (asker.made, asker.replayed, asker._purse()) == (0, 7, "7,000 + 70 tokens")
+    assert outcomes["second"].value == "good"
+
+
+def test_what_ends_a_run_is_told_with_its_counts(tmp_path):
+    replies = {str(n): [("bad", "stop")] for n in range(3)}
+    replies |= {"3": [CallError("HTTP 400: too long", refused=True)], "4": [("x", "refusal")], "5": [("good", "stop")]}
+    with pytest.raises(NeverInFormError) as error:
+        ask(tmp_path, replies, form_attempts=1, stop_after_malformed=5)
+    assert str(error.value).startswith(
+        "the last 5 calls gave nothing in form (3 bad, 1 refused, 1 refusal); the server said: HTTP 400: too long; "
+        "stopped after 4 new replies (4,000 + 40 tokens). Try other prompts"
+    )
+    for bad in (-0.01, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="price_output="):
+            Prices(output=bad)

@@ -58,3 +58,29 @@ def test_the_generator_takes_rules_and_no_words_that_they_cannot_read(tmp_path, 
         assert answer.startswith("The number for") or answer in " ".join(prompt.split())
     assert main([*command, "--prompts", str(tmp_path)]) == 2
     assert "rules read the shipped prompts alone" in capsys.readouterr().err
+
+
+def test_words_follow_words_where_no_record_is_told():
+    ask_normal = PromptSet.load().fill("question_normal", chunk="{part}")
+    nine = "one two three four five six seven eight nine"
+    assert ask(ask_normal.replace("{part}", nine)).startswith(
+        "<question>Which words follow “one two three four five”?</question>"
+    )
+    assert "<answer>six seven eight nine</answer>" in ask(ask_normal.replace("{part}", nine))
+    assert "<question></question>" in ask(ask_normal.replace("{part}", nine.removesuffix(" nine")))
+    ten = {ask(ask_normal.replace("{part}", f"{nine} ten"), seed) for seed in range(20)}
+    assert len(ten) == 2  # begun at the first or the second
+    record = "The number for bade is 12345."
+    assert "<answer>The number for bade is 12345.</answer>" in ask(ask_normal.replace("{part}", record))
+    short = PromptSet.load().fill("question_short", chunk=record)
+    assert ask(short) == "<question>What is the number for bade?</question>\n<answer>12345</answer>"
+
+
+def test_documents_without_an_id_are_named_by_their_line(tmp_path, tokenizer_folder):
+    lines = ["", *(json.dumps({"text": story(seed, 12) + RECORDS}) for seed in range(2))]
+    (tmp_path / "documents.jsonl").write_text("\n".join(lines) + "\n")
+    command = ["instruct", "generate", str(tmp_path / "documents.jsonl"), "--rules", "--output", str(tmp_path / "out")]
+    command += ["--target-length", "2048", "--tokenizer", str(tokenizer_folder), "--chunk-tokens", "128"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "instances.jsonl").read_text().splitlines()]
+    assert {row["provenance"]["document_id"] for row in rows} == {"2", "3"}
