@@ -4,11 +4,21 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 
 import pytest
 from saved_checkpoints import make, truncate
 
-from nemo_longctx.checkpoints import checkpoint_to_resume, checkpoints, fault_of
+from nemo_longctx import checkpoints as checkpoint_files
+from nemo_longctx.checkpoints import (
+    best_in,
+    checkpoint_to_resume,
+    checkpoints,
+    failed_checkpoint,
+    fault_of,
+    is_checkpoint,
+    set_aside,
+)
 from nemo_longctx.config import ConfigError
 
 DAMAGES = {
@@ -114,3 +124,132 @@ def test_a_manifest_counts_every_file(tmp_path):
     assert (record["step"], record["tokens"]) == (8, 8000)
     written = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {"manifest.json"}
     assert set(record["files"]) == written
+
+
+def test_each_damage_is_told_by_its_file_and_its_kind(tmp_path):
+    """With a manifest by size and checksum; without one by what torch's metadata names, to the byte."""
+    path = make(tmp_path, 8)
+    (path / "context" / "io.json").write_text("{ }")
+    assert fault_of(path) == "context/io.json has 3 bytes and had 2 when it was written"
+    (path / "context" / "io.json").unlink()
+    assert fault_of(path) == "context/io.json is missing"
+    (path / "manifest.json").unlink()
+    assert fault_of(path) is None
+    data = path / "weights" / "__0_1.distcp"
+    with data.open("ab") as file:
+        file.write(b"more")
+    assert fault_of(path) is None
+    os.truncate(data, 99_999)
+    assert fault_of(path) == "weights/__0_1.distcp has 99,999 bytes of at least 100,000"
+    data.unlink()
+    assert fault_of(path) == "weights/__0_1.distcp is missing"
+    for name, kind in (("common.pt", "is cut short"), (".metadata", "is cut short (UnpicklingError)")):
+        file = make(tmp_path, 9, name=f"torn{name}", manifest=False) / "weights" / name
+        file.write_bytes(file.read_bytes()[:-1])
+        assert fault_of(file.parents[1]) == f"weights/{name} {kind}"
+        file.write_bytes(b"")
+        assert fault_of(file.parents[1]) == f"weights/{name} is empty"
+    shutil.rmtree(path / "context")
+    assert fault_of(path) == "it has no context/"
+    shutil.rmtree(path / "weights")
+    (path / "weights").mkdir()
+    assert fault_of(path) == "it has no weights/"
+
+
+@pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16, 2**16 + 1, 100_000, 2**17, 2**17 + 1, 200_000])
+def test_a_checksum_covers_both_ends_of_a_file(tmp_path, size):
+    """64 KiB of each: all bytes of a file of twice that, and no more than the ends of a longer one."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    noted = checkpoint_files._look(file)
+    assert noted[0] == size
+    for at in {0, min(2**16 - 1, size - 1), size - 1, max(0, size - 2**16)}:
+        content = bytearray(size)
+        content[at] = 1
+        file.write_bytes(content)
+        assert checkpoint_files._look(file)[1] != noted[1], at
+    whole = bytes(range(256)) * 800
+    file.write_bytes(whole[:size])
+    ends = whole[:size] if size <= 2**17 else whole[: 2**16] + whole[:size][-(2**16) :]
+    assert checkpoint_files._look(file) == [size, zlib.crc32(ends)]
+
+
+def test_steps_are_the_manifest_s_or_else_the_name_s(tmp_path):
+    named = make(tmp_path, 4, name="model-step=12-last")  # its manifest says 4
+    bare = make(tmp_path, 3, name="step=30-val_loss=1.5", manifest=False)
+    other = make(tmp_path, 2, name="imported", manifest=False)
+    assert [(each.path, each.step) for each in checkpoints(tmp_path)] == [(bare, 30), (named, 4), (other, -1)]
+    (named / "manifest.json").write_text('{"step": "4", "files": {}}')
+    assert checkpoints(tmp_path)[1].step == 12
+    (named / "manifest.json").write_text("[]")
+    assert checkpoints(tmp_path)[1].step == 12
+    (tmp_path / "checkpoints" / "a file").touch()
+    assert len(checkpoints(tmp_path)) == 3
+
+
+def test_of_one_step_the_one_for_going_on_comes_first_and_then_the_later(tmp_path):
+    names = ("step=5-val_loss=1.0", "step=5-val_loss=2.0", "step=5-last")
+    for number, name in enumerate(names):
+        os.utime(make(tmp_path, 5, name=name), (9 - number, 9 - number))
+    assert [each.path.name for each in checkpoints(tmp_path)] == [names[2], names[0], names[1]]
+
+
+def test_the_best_are_by_the_loss_of_their_names_after_a_step(tmp_path):
+    folder = tmp_path / "checkpoints"
+    losses = {"a-step=4-val_loss=2.50": 2.5, "b-step=8-val_loss=-0.125.": -0.125, "c-step=0-val_loss=nan": float("inf")}
+    for name in (*losses, "d-step=9-val_loss=0.5-last", "e-step=9"):
+        make(tmp_path, 0, name=name, manifest=False)
+    ranked = sorted(losses, key=losses.get)
+    assert best_in(folder) == [(folder / name, losses[name]) for name in ranked]
+    assert [path.name[0] for path, _ in best_in(folder, after=0)] == ["b", "a"]
+    assert [path.name[0] for path, _ in best_in(folder, after=4)] == ["b"]
+    assert best_in(tmp_path / "nowhere") == []
+
+
+def test_parts_of_a_checkpoint_are_both_of_them(tmp_path):
+    path = make(tmp_path, 1)
+    assert is_checkpoint(path)
+    for part in ("weights", "context"):
+        path = make(tmp_path, 2, name=f"without {part}")
+        shutil.rmtree(path / part)
+        assert not is_checkpoint(path)
+
+
+def test_what_ranks_say_of_a_failed_checkpoint_is_told_once():
+    failing = type("CheckpointException", (BaseException,), {})
+    error = failing("write")
+    assert failed_checkpoint(error) == "a checkpoint failed (write) on rank : "
+    error.failures = {0: (OSError("no\n  space"), None), 3: (OSError("no space"), None), 4: (OSError("x" * 600), None)}
+    assert failed_checkpoint(error) == f"a checkpoint failed (write) on rank 0, 3, 4: {('no space; ' + 'x' * 600)[:500]}"
+    assert failed_checkpoint(OSError("write")) is None
+
+
+def test_a_checkpoint_put_aside_takes_the_place_of_an_older_one_there(tmp_path, capsys):
+    (tmp_path / "unreadable" / "step=8-last" / "old").mkdir(parents=True)
+    path = make(tmp_path, 8)
+    set_aside(path, tmp_path, "it is torn")
+    assert not path.exists()
+    assert sorted(each.name for each in (tmp_path / "unreadable" / path.name).iterdir()) == [
+        "context",
+        "manifest.json",
+        "weights",
+    ]
+    place = tmp_path / "unreadable"
+    assert capsys.readouterr().out == f"the checkpoint {path} cannot be read (it is torn); it was put aside, into {place}\n"
+    set_aside(path, tmp_path, "it is gone")
+    assert not capsys.readouterr().out
+
+
+def test_without_fallback_the_one_named_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
+    oldest, whole = make(tmp_path, 2), make(tmp_path, 4)
+    for step in (8, 12):
+        truncate(make(tmp_path, step) / "weights" / ".metadata")
+    with pytest.raises(ConfigError, match=f"the one before it, {whole.name}$"):
+        checkpoint_to_resume(tmp_path, fallback=False)
+    for path in (oldest, whole):
+        truncate(path / "weights" / ".metadata")
+    with pytest.raises(ConfigError) as error:
+        checkpoint_to_resume(tmp_path, fallback=True)
+    assert "the newest (" in str(error.value)
+    assert "step=12-last) not" in str(error.value)
+    assert not (tmp_path / "unreadable").exists()

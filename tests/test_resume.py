@@ -9,12 +9,28 @@ from pathlib import Path
 import pytest
 
 from nemo_longctx import cli, launch, launch_sft
-from nemo_longctx.checkpoints import write_manifest
+from nemo_longctx.checkpoints import Checkpoint, write_manifest
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import StageConfig
 from nemo_longctx.recipe import RecipeConfig, load_instruct_recipe, load_recipe
-from nemo_longctx.resume import applied, changes, check_live, check_resumed, plain, refuse, rule_of, table_markdown
+from nemo_longctx.resume import (
+    TABLE,
+    applied,
+    changes,
+    check_length,
+    check_live,
+    check_resumed,
+    check_resumed_live,
+    flat,
+    live_settings,
+    plain,
+    refuse,
+    rule_of,
+    run_record,
+    table_markdown,
+    without_effect,
+)
 
 DOCS = Path(__file__).parent.parent / "docs" / "resume.md"
 RUN = ["recipe=tiny_cpu_base", "name=run", "rope.variant=rope", "rope.base=10000"]
@@ -241,3 +257,98 @@ def test_a_dry_run_tells_a_run_shorter_than_its_checkpoint(run_directory, capsys
     assert cli.main(["train", *RUN, f"output_dir={run_directory}", "--dry-run"]) == 2
     said = capsys.readouterr().out
     assert f"curriculum.total_tokens={total}: the run in {run_directory / 'run'} has {2 * total} tokens behind it" in said
+
+
+def test_each_row_of_the_table_rules_its_keys_and_the_closest_one_wins():
+    """A key made of a row's own pattern falls under that row, or under one that says more of it."""
+    for row in TABLE:
+        key = row.pattern.replace("[]", "[7]").replace("*", "x")
+        found = rule_of(key)
+        assert len(found.pattern.replace("*", "")) >= len(row.pattern.replace("*", "")), key
+        assert found is row or "*" in row.pattern, key
+    assert {row.pattern for row in TABLE if row.opened} == {"data.*", "data.after"}
+    assert rule_of("curriculum.stages[12].seq_length").pattern == "curriculum.stages*"
+    assert rule_of("curriculum.stages[12].micro_batch_size").rule == "free"
+    assert rule_of("unheard.of") is None
+
+
+def test_nested_settings_are_dotted_and_none_is_left_out():
+    values = {"a": {"b": [1, 2], "c": None}, "d": [{"e": 1}, {"e": None, "f": {"g": 2}}, 3], "h": [], "i": {}, "j": False}
+    assert flat(values) == {"a.b": [1, 2], "d[0].e": 1, "d[1].f.g": 2, "d[2]": 3, "h": [], "j": False}
+    assert plain({"run": {"seed": 1, "name": "a"}, "lora": None, "name": "b"}) == {"seed": 1, "name": "b", "lora": None}
+    assert plain({"run": "a word", "place": Path("x")}) == {"run": "a word", "place": "x"}
+
+
+def test_what_only_one_of_two_recipes_sets_is_a_change_where_it_is_applied():
+    for before, run in (({}, {"optimizer": {"lr": 1.0}}), ({"optimizer": {"lr": 1.0}}, {})):
+        (change,) = changes(before, run)
+        assert (change.key, change.before is None, change.run is None) == ("optimizer.lr", not before, not run)
+    assert changes({"rope": {"base": 1.0}}, {}) == changes({}, {"rope": {"base": 1.0}}) == []
+    assert [each.key for each in changes({}, {"restore_from": "x"})] == ["restore_from"]
+    assert changes({"trainer": {"devices": 1}}, {"trainer": {"devices": 2}}) == []
+    assert changes({"unheard": 1}, {"unheard": 2}) == []
+
+
+@pytest.mark.parametrize("key", ["curriculum.stages", "data.mix.sources", "data.validation", "data.test", "eval.tasks"])
+def test_lists_of_one_length_are_compared_place_by_place_and_others_as_a_whole(key):
+    def of(*lengths):
+        inner = [{"seq_length": length, "weight": length, "corpus": length} for length in lengths]
+        for name in reversed(key.split(".")):
+            inner = {name: inner}
+        return inner
+
+    assert {each.key.rpartition(".")[0] for each in changes(of(1, 2), of(1, 3))} == {f"{key}[1]"}
+    whole = changes(of(1, 2), of(1))
+    assert [(each.key, len(each.before), len(each.run)) for each in whole] == [(key, 2, 1)]
+
+
+def test_a_refusal_says_what_may_be_done(tmp_path):
+    (change,) = changes({"data": {"packing": "a"}}, {"data": {"packing": "b"}})
+    kept = "data.packing='b': the run has 'a', and a resumed run keeps it; set that again, or another `name` for another run"
+    with pytest.raises(ConfigError) as error:
+        refuse([change], where="the run", allow_change=False)
+    assert str(error.value) == f"{kept}, or data.allow_change=true to go on with the new value"
+    seed = changes({"seed": 1}, {"seed": 2})
+    with pytest.raises(ConfigError) as error:
+        refuse([change, *seed], where="the run", allow_change=True)
+    assert str(error.value) == kept.replace("data.packing='b'", "seed=2").replace("'a'", "1")
+    with pytest.raises(ConfigError, match=r"^rope\.base=2: the run was trained with 1; set that again"):
+        check_live({"hidden_size": 1, "rope.base": 1}, {"hidden_size": 2, "rope.base": 2}, where="the run")
+    check_live({"hidden_dropout": 0.1, "hidden_size": 1}, {"hidden_dropout": 0.2}, where="the run")
+
+
+def test_what_a_live_model_had_is_read_from_the_record():
+    record = {"settings": {"rope.variant": {"before": 1, "run": "yarn"}, "seq_length": {"run": 9}}, "model": {"num_layers": 2}}
+    assert live_settings(record) == {"rope.variant": "yarn", "rope.layers": "all", "num_layers": 2}
+    record["settings"]["rope.layers"] = {"run": "full_attention"}
+    record["model"] |= {"max_position_embeddings": 1, "recompute": "full", "attention_backend": "x"}
+    assert live_settings(record) == {"rope.variant": "yarn", "rope.layers": "full_attention", "num_layers": 2}
+    assert live_settings({}) == {}
+
+
+def test_a_run_may_end_where_its_checkpoint_stands_and_not_before(tmp_path):
+    curriculum = recipe().curriculum
+    steps = curriculum.total_steps
+    check_length(curriculum, None)
+    check_length(curriculum, Checkpoint(tmp_path / "run" / "checkpoints" / "a", steps))
+    with pytest.raises(ConfigError) as error:
+        check_length(curriculum, Checkpoint(tmp_path / "run" / "checkpoints" / "a", steps + 1))
+    behind = (steps + 1) * curriculum.tokens_per_step
+    assert str(error.value) == (
+        f"curriculum.total_tokens={curriculum.total_tokens}: the run in {tmp_path / 'run'} has {behind} tokens behind it "
+        "already; set at least that, or another name"
+    )
+
+
+def test_a_finished_run_is_told_what_of_a_recipe_it_does_not_heed(run_directory):
+    asked = recipe("optimizer.lr=1e-2", "rope.variant=abf", "trainer.num_nodes=2", "trainer.tensor_model_parallel_size=2")
+    assert without_effect(asked, run_directory / "run") == []
+    (run_directory / "run" / "checkpoints" / "step=3-last").mkdir(parents=True)
+    assert without_effect(asked, run_directory / "run") == ["optimizer.lr: 0.004 -> 0.01"]
+    check_resumed_live({"rope.base": 500000.0}, run_directory / "run")
+    with pytest.raises(ConfigError, match=r"trained with 500000\.0"):
+        check_resumed_live({"rope.base": 1.0}, run_directory / "run")
+    check_resumed_live({"rope.base": 1.0}, run_directory / "nowhere")
+    for text in ("[]", '{"recipe": 1}', "{}"):
+        (run_directory / "run" / "results" / "settings.json").write_text(text)
+        assert run_record(run_directory / "run") is None
