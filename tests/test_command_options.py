@@ -1,4 +1,4 @@
-"""What the options of the commands take: one list of all that is no text, beside the parsers' own."""
+"""What the options of the commands take, which have to be given, and their defaults: lists beside the parsers' own."""
 
 import argparse
 import importlib
@@ -69,6 +69,87 @@ prepare --keys
 synth --keys
 curate --keys --split-lengths --gzip-band --languages
 """
+TEXTS = """
+init --data --gpu --name
+train overrides
+sft overrides
+prepare inputs --output --tokenizer --glob --eod-token --engine
+inspect prefixes --mix --curriculum --figure --source --tokenizer --chat-template
+curate inputs --output --glob --group --order --parent --tokenizer --engine
+synth inputs --output --tokenizer --kinds --glob
+rope.show --variant --base --local_base --factor --original_max_position_embeddings --beta_slow --beta_fast --mscale
+rope.show --mscale_all_dim --truncate --attention_factor --low_freq_factor --high_freq_factor --short_factor --long_factor
+rope.show --scale_base --gamma
+rope.plot --variants
+plan --model --recipe overrides --curriculum --documents --flops --gpu --mfu-from --recompute --offload --precision
+plan --sharding --loss --apply
+doctor --model --checkpoint overrides
+eval checkpoints --corpus --contexts --probes --tasks --data --max-prompt --lengths --tokenizer
+generate checkpoint --template --system --tokenizer --stop
+chat checkpoint --template --system --tokenizer
+instruct.generate --endpoint --model --template --api-key-env --tokenizer --text-key --id-key --extra-body --omit
+ablate study --text --executor
+"""
+# Those that take no value; of `--x --no-x` the last is named.
+SWITCHES = """
+init --force
+train --print-config
+sft --print-config
+prepare --bos --no-append-eod --replace-invalid --keep-shards --force --json
+inspect --no-figure --document-masking --json
+curate --force --json
+synth --no-append-eod --force
+export --no-verify
+import --no-verify
+rope.show --json
+rope.advise --json
+plan --no-vocabulary --no-sp --longest --json
+doctor --json
+eval --keep-samples --chat --allow-code-execution
+instruct.generate --rules
+ablate --dry-run
+"""
+CHOICES = """
+train --dry-run --cfg
+sft --dry-run --cfg
+prepare --format --on-error
+inspect --packing
+curate --format --assemble
+rope.plot --figures
+ablate --scale
+completion shell
+"""
+REQUIRED = """
+prepare inputs --output --tokenizer
+curate inputs --output
+synth inputs --output --tokenizer --length --tokens
+export source target
+import source target
+rope.show --variant
+rope.advise --from --to
+eval checkpoints
+fit-context csv
+generate --prompts checkpoint
+chat checkpoint
+instruct.generate documents --output --tokenizer
+ablate study --scale
+compare a b
+completion shell
+"""
+DEFAULTS = {
+    "synth": {"--facts": 3, "--filler": 0.5, "--no-append-eod": True, "--seed": 1234},
+    "rope.show": {"--spread": 2.0, "--head-dim": 128, "--rotary-percent": 1.0},
+    "rope.plot": {"--variants": ("rope", "pi:factor=4", "abf:base=500000", "xpos:base=500000"), "--figures": ["decay"],
+                  "--out": Path("rope-figures"), "--head-dim": 128, "--rotary-percent": 1.0},
+    "rope.advise": {"--base": 1e4, "--bases": (1e4, 1e5, 5e5, 1e6, 1e7), "--head-dim": 128},
+    "plan": {"--flops": "causal"},
+    "eval": {"--tensor-parallel": 1, "--pipeline-parallel": 1, "--out": Path("evaluation")},
+    "fit-context": {"--min-context": 0, "--bootstrap": 1000, "--confidence": 0.95, "--seed": 0},
+    "generate": {"--temperature": 0.0, "--top-p": 1.0, "--top-k": 0, "--seed": 0, "--template": "auto"},
+    "chat": {"--temperature": 0.0, "--top-p": 1.0, "--top-k": 0, "--seed": 0, "--template": "auto"},
+    "instruct.generate": {"--template": "tokenizer", "--price-input": 0.0, "--price-output": 0.0},
+    "compare": {"--seed": 1234},
+}  # fmt: skip
 
 
 def named(text):
@@ -92,13 +173,17 @@ def taken(action, text):
         return None
 
 
-def options():
+def every_option():
     for command in COMMANDS:
         parser = argparse.ArgumentParser(prog=command)
         importlib.import_module(f"nemo_longctx.commands.{command.replace('-', '_')}").configure(parser)
         for name, action in actions(parser, command):
-            if action.nargs != 0 and not action.choices:
+            if not isinstance(action, argparse._HelpAction):
                 yield (name, (action.option_strings or [action.dest])[-1]), action
+
+
+def options():
+    return ((key, action) for key, action in every_option() if action.nargs != 0 and not action.choices)
 
 
 def test_every_option_says_what_it_is_for():
@@ -111,7 +196,7 @@ def test_every_option_says_what_it_is_for():
 
 
 def test_every_option_takes_what_it_is_for():
-    found = {"whole": set(), "size": set(), "fraction": set(), "path": set(), "list": set(), "json": set()}
+    found = {kind: set() for kind in ("whole", "size", "fraction", "path", "list", "json", "text")}
     for key, action in options():
         if isinstance(taken(action, "12"), Path):
             found["path"].add(key)
@@ -125,9 +210,11 @@ def test_every_option_takes_what_it_is_for():
             found["size"].add(key)
         elif taken(action, "word") is None and taken(action, "1.5") is None and taken(action, "12") == 12:
             found["whole"].add(key)
+        elif taken(action, "any text") == "any text":
+            found["text"].add(key)
     assert found == {
         "whole": named(WHOLE), "size": named(SIZES), "fraction": named(FRACTIONS), "path": named(PATHS), "list": named(LISTS),
-        "json": {("eval", "--metadata")},
+        "json": {("eval", "--metadata")}, "text": named(TEXTS),
     }  # fmt: skip
 
 
@@ -137,3 +224,24 @@ def test_a_default_is_what_its_option_would_take():
         for default in defaults:
             if action.type is not None and default not in (None, argparse.SUPPRESS):
                 assert taken(action, str(default)) == default, key
+
+
+def test_every_switch_every_choice_and_what_has_to_be_given():
+    found = {"switch": set(), "choice": set(), "required": set()}
+    for key, action in every_option():
+        if action.choices:
+            found["choice"].add(key)
+        elif action.nargs == 0:
+            found["switch"].add(key)
+            assert action.default in (None, False) or key == ("synth", "--no-append-eod")
+        if action.required and action.nargs != "*":
+            found["required"].add(key)
+    assert found == {"switch": named(SWITCHES), "choice": named(CHOICES), "required": named(REQUIRED)}
+
+
+def test_every_default_that_is_a_value():
+    found = {}
+    for (command, option), action in every_option():
+        if action.default not in (None, False, "", argparse.SUPPRESS, [], {}) or action.default == 0 != action.nargs:
+            found.setdefault(command, {})[option] = action.default
+    assert found == DEFAULTS
