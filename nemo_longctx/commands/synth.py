@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -98,16 +99,21 @@ def run(args: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, int] = {}
     bar = ProgressBar(total=config.documents, desc="retrieval text", unit="doc")
+    before, digest = _contents(output), hashlib.sha256()
     with written_atomically(output) as file, bar:
         for number, kind in enumerate(config.kinds()):
             document = maker.make(number, kind)
             line = {"text": document.text, "kind": document.kind, "facts": document.facts}
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            written = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+            file.write(written)
+            digest.update(written)
             made[document.kind] = made.get(document.kind, 0) + 1
             bar.update()
         found: dict[str, Any] = report(config, made)
         output.unlink(missing_ok=True)  # a kill from here on leaves no text beside another's note
         write_text(_note(output), json.dumps(found | settings, indent=1) + "\n")
+    if before is not None and before[0] == digest.digest():  # the file that a corpus was prepared from, to the second
+        os.utime(output, ns=before[1])
     print(f"{args.output}: {found['documents']:,} documents of {config.length:,} tokens, {found['tokens']:,} in all")
     for kind, values in found["kinds"].items():
         print(f"  {kind:<15}{values['documents']:>9,} documents{values['tokens']:>15,} tokens{values['share']:>8.1%}")
@@ -132,6 +138,15 @@ def _pieces(engine: Any, encode: Callable[[str], list[int]]) -> list[str]:
 
 def _printable(text: str) -> bool:
     return bool(text) and text.isprintable() and "\ufffd" not in text
+
+
+def _contents(path: Path) -> tuple[bytes, tuple[int, int]] | None:
+    """Digest and times of a file; None where none is."""
+    if not path.exists():
+        return None
+    times = path.stat()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest(), (times.st_atime_ns, times.st_mtime_ns)
 
 
 def _note(output: Path) -> Path:

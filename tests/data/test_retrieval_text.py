@@ -124,6 +124,10 @@ def test_what_the_command_writes_is_what_prepare_takes(tmp_path, tokenizer, caps
     assert output.read_bytes() == first
     assert main(["prepare", str(output), "--output", str(tmp_path / "corpus"), "--tokenizer", tokenizer, "--workers", "1"]) == 0
     assert open_corpus(str(tmp_path / "corpus")).lengths.tolist() == [256] * 20
+    # Made again, it is the file that the corpus is of: a study beside another makes its data by the same lines.
+    assert main([*command, "--tokens", "5120", "--kinds", "passkey=0.75,records=0.25"]) == 0
+    assert main(["prepare", str(output), "--output", str(tmp_path / "corpus"), "--tokenizer", tokenizer, "--workers", "1"]) == 0
+    capsys.readouterr()
     assert main([*command, "--tokens", "5120", "--kinds", "passky"]) == 2
     assert "did you mean 'passkey'" in capsys.readouterr().err
 
