@@ -138,6 +138,8 @@ def _local_base(config: Mapping[str, Any], base: float) -> float | None:
     if isinstance(nested.get(SLIDING), Mapping):
         return _number(f"rope_parameters.{SLIDING}.rope_theta", nested[SLIDING]["rope_theta"])
     family = config.get("model_type")
+    if family is not None and not isinstance(family, str):
+        return None
     if family == "olmo3":
         return base
     if family in _LOCAL_BASES or (family is None and config.get("rope_local_base_freq") is not None):

@@ -212,3 +212,18 @@ def test_a_restart_with_other_layers_is_refused():
     old = live_settings({"settings": settings})  # of a run before layers could differ
     with pytest.raises(ConfigError, match=r"rope.layers='full_attention': it was trained with 'all'"):
         check_live(old, {"rope.layers": "full_attention"}, where="it")
+
+
+def test_a_request_knows_its_base_its_layers_and_whether_it_trains():
+    for values, base, by_layer, evaluation_only in (
+        ({"variant": "abf"}, 5e5, False, False),
+        ({"variant": "abf", "base": 7e5, "layers": "all"}, 7e5, False, False),
+        ({"variant": "pi", "layers": "full_attention"}, None, True, False),
+        ({"variant": "pi", "local_base": 1e4}, None, True, False),
+        ({"base": 3e4}, 3e4, False, False),
+        ({"layers": "full_attention"}, None, True, False),
+        ({"variant": "dynamic_ntk"}, None, False, True),
+    ):
+        asked = parse_request(values)
+        assert (asked.base, asked.by_layer, asked.evaluation_only) == (base, by_layer, evaluation_only)
+        assert asked.variant == values.get("variant")
