@@ -1,20 +1,35 @@
 """Retrieval text: exact in length, seeded, in its shares, and of nothing that a probe asks for."""
 
+import hashlib
 import json
 import random
 import re
 import string
+from pathlib import Path
 
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.retrieval_text import KINDS, SYLLABLES, Maker, RetrievalConfig, draw_code, is_held_out
+from nemo_longctx.data.retrieval_text import (
+    KINDS,
+    SYLLABLES,
+    USUAL,
+    Maker,
+    RetrievalConfig,
+    draw_code,
+    draw_number,
+    is_held_out,
+    report,
+)
 
 PROSE = (
     "The smith opened his door to the street before six. Nobody in the town had ever seen such a machine at work! What would "
     "the council say about it when they met? The river had risen during the night and taken the bridge. "
 ) * 8
 TEXTS = [PROSE, PROSE[300:] + "\nThey waited for the ferry until noon.\n" * 9]
+
+
+MADE = Path(__file__).parents[1] / "fixtures" / "retrieval_text.json"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +110,107 @@ def test_other_seeds_make_other_documents(encode):
 def test_settings_are_checked(more, message):
     with pytest.raises(ConfigError, match=message):
         RetrievalConfig(**{"length": 256, "tokens": 4096, **more})
+
+
+def test_settings_at_their_bounds_and_by_default():
+    plain = RetrievalConfig(length=64, tokens=64)
+    assert (plain.documents, plain.facts, plain.filler, plain.seed) == (1, 3, 0.5, 1234)
+    assert plain.shares == dict.fromkeys(USUAL, 0.2)
+    assert RetrievalConfig(length=64, tokens=64, facts=1, filler=0).documents == 1
+    assert RetrievalConfig(length=100, tokens=299, shares={"copy": 0.5 + 4e-7, "codes": 0.5}).documents == 2
+    for more, told in [
+        ({"length": 63, "tokens": 64}, "length=63: give at least 64 tokens a document"),
+        ({"tokens": 63}, "tokens=63: give at least the 64 tokens of one document"),
+        ({"facts": 0}, "facts=0: give at least 1"),
+        ({"filler": 1}, "filler=1: give a share from 0 to below 1"),
+        ({"filler": -0.1}, "filler=-0.1: give a share"),
+        ({"shares": {"copy": 0.5, "codes": 0.5 + 4e-6}}, "shares add up to 1, these to 1"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            RetrievalConfig(**{"length": 64, "tokens": 64, **more})
+
+
+def test_the_kind_furthest_behind_comes_next_and_of_equals_the_one_of_the_larger_share():
+    config = RetrievalConfig(length=64, tokens=64 * 8, shares={"copy": 0.25, "codes": 0.25, "records": 0.5})
+    assert list(config.kinds()) == ["records", "copy", "codes", "records"] * 2
+    uneven = RetrievalConfig(length=64, tokens=64 * 5, shares={"copy": 0.4, "records": 0.6})
+    assert list(uneven.kinds()) == ["records", "copy", "records", "copy", "records"]
+
+
+def test_a_text_to_hide_things_in_has_twenty_words_and_random_strings_fifteen_pieces():
+    config = RetrievalConfig(length=64, tokens=64, shares={"rounds": 0.5, "repeats": 0.25, "copy": 0.25})
+    letters = list(string.ascii_letters)
+    Maker(config, ["word " * 20], list, pieces=letters[:15])
+    with pytest.raises(ConfigError, match="inputs=2: no text of 20 words among them to hide things in"):
+        Maker(config, ["word " * 19, "x"], list, pieces=letters)
+    with pytest.raises(ConfigError, match=r"kinds='repeats': the tokenizer has 14 printable tokens; leave this kind out"):
+        Maker(config, ["word " * 20], list, pieces=letters[:14])
+    Maker(RetrievalConfig(length=64, tokens=64, shares={"codes": 1}), ["word " * 20], list)
+    for ends, target in ((0, 64), (1, 63), (None, 63)):
+        more = {} if ends is None else {"ends": ends}
+        assert Maker(config, ["word " * 20], list, pieces=letters, **more).target == target
+
+
+def test_what_is_kept_for_probes_is_a_sum_of_signs_and_the_draws_are_of_the_rest():
+    assert [is_held_out(secret) for secret in ("4", "13", "AE", "Z1", "0")] == [True] * 5
+    assert [is_held_out(secret) for secret in ("1", "12", "AB", "ZZ", "5", "2", "3")] == [False] * 7
+    rng = random.Random(0)
+    for held_out in (True, False):
+        for digits in (1, 2):
+            drawn = {draw_number(rng, digits, held_out=held_out) for _ in range(1500)}
+            every = map(str, range(10 ** (digits - 1), 10**digits))
+            assert drawn == {number for number in every if is_held_out(number) == held_out}
+        codes = {draw_code(rng, held_out=held_out) for _ in range(50)}
+        assert {(len(code), len(set(code)), is_held_out(code)) for code in codes} == {(8, 8, held_out)}
+        assert set("".join(codes)) == set(string.ascii_uppercase)
+
+
+def test_what_lies_between_head_and_tail_is_cut_to_the_token():
+    """`_exact` over tokens of one sign each: every length that there is filler for, none of it included."""
+    maker = Maker(RetrievalConfig(length=64, tokens=64), ["word " * 20], list)
+    for head, filler, tail in [
+        (63, 5, 0),
+        (0, 63, 0),
+        (0, 0, 63),
+        (20, 500, 30),
+        (0, 62, 0),
+        (64, 9, 0),
+        (40, 9, 24),
+        (60, 3, 0),
+    ]:
+        made, between = maker._exact("h" * head, "f" * filler, "t" * tail), 63 - head - tail
+        assert made == ("h" * head + "f" * between + "t" * tail if 0 <= between <= filler else None)
+
+
+def test_a_report_counts_documents_tokens_and_shares():
+    told = report(RetrievalConfig(length=100, tokens=800), {"copy": 6, "records": 2})
+    kinds = {"copy": {"documents": 6, "tokens": 600, "share": 0.75}, "records": {"documents": 2, "tokens": 200, "share": 0.25}}
+    assert told == {"documents": 8, "tokens": 800, "length": 100, "kinds": kinds}
+
+
+def made_now():
+    """Hashes of documents of every kind, whose tokens depend on their neighbours: three letters at most, or one sign."""
+    encode, found = re.compile(r"\w{1,3}|\W").findall, {}
+    texts = [PROSE, PROSE[300:] + "\nThey waited for the ferry until noon.\n" * 9, "no sentence here " * 40]
+    for length, facts, filler, ends in ((64, 3, 0.5, 1), (200, 1, 0.0, 0), (700, 5, 0.8, 1), (3000, 3, 0.3, 1)):
+        shares = dict.fromkeys(KINDS, 1 / len(KINDS))
+        config = RetrievalConfig(length=length, tokens=length, shares=shares, facts=facts, filler=filler, seed=length)
+        maker = Maker(config, texts, encode, ends=ends, pieces=string.ascii_letters + string.digits)
+        for kind in KINDS:
+            for number in range(6 if length < 1000 else 2):
+                try:
+                    made = maker.make(number, kind)
+                    assert len(encode(made.text)) == length - ends
+                    digest = hashlib.sha256(json.dumps([made.kind, made.text, made.facts]).encode()).hexdigest()[:12]
+                except ConfigError as error:
+                    digest = error.mend
+                found[f"{kind} {number} of {length}"] = digest
+    return found
+
+
+def test_a_seed_makes_the_documents_that_it_always_made():
+    """Else a file half made, or one to be made again elsewhere, would be another: MADE is what this file's `main` wrote."""
+    assert made_now() == json.loads(MADE.read_text(encoding="utf-8"))
 
 
 def test_what_the_command_writes_is_what_prepare_takes(tmp_path, tokenizer, capsys):
@@ -202,3 +318,7 @@ def test_the_command_says_what_it_reads_and_what_not(tmp_path, tokenizer, capsys
     monkeypatch.setattr("nemo_longctx.commands.synth.TEXT", 10)
     assert main([*command, "f.jsonl"]) == 0
     assert "characters of the input are enough, up to linked/a.jsonl" in capsys.readouterr().err
+
+
+if __name__ == "__main__":  # after a change that is meant to make other documents, told in the changelog
+    MADE.write_text(json.dumps(made_now(), indent=0) + "\n", encoding="utf-8")
