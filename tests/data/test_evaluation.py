@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.evaluation import EvaluationBatchSampler, EvaluationConfig, EvaluationSet, EvaluationWindows
+from nemo_longctx.data.evaluation import (
+    EvaluationBatchSampler,
+    EvaluationConfig,
+    EvaluationSet,
+    EvaluationWindows,
+    blank,
+    spread,
+)
 from nemo_longctx.data.index_file import HEADER
 
 
@@ -79,3 +86,71 @@ def test_an_index_that_lies_is_refused(telling_corpora):
         file.write(np.array([37, 53, 60], np.int32).tobytes())
     with pytest.raises(ConfigError, match="the pointer of sequence 1 is not the sum"):
         EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=7), document_masking=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "places"), [(1, 9, [4]), (2, 9, [2, 6]), (3, 4, [0, 2, 3]), (4, 4, range(4)), (9, 4, range(4))]
+)
+def test_places_are_the_middles_of_their_shares(count, of, places):
+    assert list(spread(count, of)) == list(places)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 50])
+def test_batches_are_dealt_rank_by_rank_and_filled_up_with_the_last_window(limit):
+    sets = [
+        EvaluationSet(name="a", seq_length=16, micro_batch_size=3, first_sample=0, samples=20),
+        EvaluationSet(name="b", seq_length=16, micro_batch_size=2, first_sample=20, samples=5),
+    ]
+    for world_size, multiple in ((1, 1), (2, 1), (3, 2)):
+        expected = {rank: [] for rank in range(world_size)}
+        for each in sets:
+            places = spread(each.samples if limit is None else limit * each.micro_batch_size, each.samples)
+            windows = [each.first_sample + place for place in places]
+            while len(windows) % (each.micro_batch_size * world_size * multiple):
+                windows.append(~(each.first_sample + places[-1]))
+            while windows:
+                for rank in range(world_size):
+                    expected[rank].append(windows[: each.micro_batch_size])
+                    del windows[: each.micro_batch_size]
+        for rank in range(world_size):
+            sampler = EvaluationBatchSampler(sets, multiple=multiple, limit=limit, rank=rank, world_size=world_size)
+            assert list(sampler) == expected[rank]
+            assert len(sampler) == len(expected[rank])
+        in_a = sum(len(batch) == 3 for batch in expected[0]) // multiple
+        steps = len(expected[0]) // multiple
+        assert [sampler.set_of_step(step).name for step in range(steps + 2)] == ["a"] * in_a + ["b"] * (steps + 2 - in_a)
+
+
+def test_settings_of_a_set_at_their_bounds(telling_corpora):
+    def held_out(**changes):
+        return EvaluationConfig(**{"name": "a-b_1", "path": "p", "seq_length": 1, **changes})
+
+    assert (held_out().micro_batch_size, held_out().samples) == (1, None)
+    assert held_out(name=256).name == "256"
+    held_out(name="a" * 100, micro_batch_size=2**16, samples=1, path=("p", "q"))
+    for changes, told in [
+        ({"name": "a" * 101}, "name='a+': at most 100 letters"),
+        ({"name": "a.b"}, r"name='a\.b': letters, digits"),
+        ({"name": "-_"}, "name='-_': letters, digits"),
+        ({"path": ""}, "path='': name a prefix"),
+        ({"path": ("p", "")}, r"path=\('p', ''\): name a prefix"),
+        ({"micro_batch_size": 2**16 + 1}, "micro_batch_size=65537: at most 65,536 windows"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0: at least 1"),
+        ({"seq_length": 0}, "seq_length=0: at least 1"),
+        ({"samples": 0}, "samples=0: at least 1"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            held_out(**changes)
+    (path,) = telling_corpora([[8]])
+    assert len(EvaluationWindows(held_out(path=path, seq_length=7), document_masking=False)) == 1
+    for outside in (-1, 1):
+        with pytest.raises(IndexError):
+            EvaluationWindows(held_out(path=path, seq_length=7), document_masking=False)[outside]
+
+
+def test_a_blank_window_counts_for_nothing(telling_corpora):
+    (path,) = telling_corpora([[30]])
+    whole = EvaluationWindows(EvaluationConfig(name="a", path=path, seq_length=7), document_masking=True)[1]
+    empty = blank(whole)
+    assert (whole["loss_mask"].sum(), empty["loss_mask"].sum(), empty["loss_mask"].dtype) == (7, 0, np.float32)
+    assert all(empty[key] is whole[key] for key in whole if key != "loss_mask")

@@ -129,7 +129,7 @@ def test_a_writer_takes_documents_one_by_one_in_pieces_and_many_at_once(tmp_path
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES])
 def test_a_full_disk_is_told_and_other_errors_pass(number):
-    with pytest.raises(OSError) as error, explain_full_disk("here"):  # noqa: PT011 (its text is looked at below)
+    with pytest.raises(OSError) as error, explain_full_disk("here"):
         raise OSError(number, "as it is")
     assert error.value.errno == number
     assert ("while writing here; what was there before is unharmed" in str(error.value)) == (number != errno.EACCES)
@@ -208,3 +208,16 @@ def test_files_that_may_be_open_are_raised_as_far_as_needed(monkeypatch, limits,
     else:
         corpora._allow_open_files(20)
     assert changed == ([told] if isinstance(told, tuple) else [])
+
+
+def test_what_a_corpus_is_known_by_is_what_checkpoints_hold(tmp_path):
+    """Another value would have every run that goes on told that its data changed."""
+    tokens = (np.arange(1_500_000, dtype=np.int64) * 7919 % 65521).astype(np.uint16)
+    with CorpusWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_documents(tokens, [150_000] * 10)
+    corpus = IndexedCorpus(tmp_path / "a")
+    known = [corpus.fingerprint(), corpus.fingerprint(2_450_000), corpus.fingerprint(100_000), corpus.fingerprint(3_000_000)]
+    assert [each[:12] for each in known] == ["7786d5cdfe87", "5076e14941a5", "03db3bb38e4c", "7786d5cdfe87"]
+    assert corpus.identity() == "79d68487239a1b91dee8885a5dc58625"
+    assert (corpora.WHOLE_BELOW, len(corpus.identity())) == (2**30, 32)
+    assert corpus.fingerprint(3_000_000) == corpus.fingerprint() != corpus.fingerprint(2_999_999)

@@ -224,3 +224,14 @@ def test_a_damaged_order_file_is_refused(telling_corpora, tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ConfigError, match="damaged"):
         open_windows(prefixes, curriculum, tmp_path)
+
+
+@pytest.mark.parametrize(("packing", "known"), [("concatenate", "cf2ce6eb2fbfe824"), ("best_fit", "24e7356c1d9c720d")])
+def test_a_seed_reads_the_stream_that_it_always_read(telling_corpora, tmp_path, packing, known):
+    """Another one would go on from a checkpoint of an earlier version with other documents."""
+    prefixes = telling_corpora([[10 + 37 * n % 91 for n in range(60)], [3 + 53 * n % 200 for n in range(40)]])
+    stages = [StageConfig(until=0.5, seq_length=16), StageConfig(until=1.0, seq_length=128)]
+    curriculum = Curriculum(stages=stages, tokens_per_step=128, total_tokens=128 * 160)
+    windows = open_windows(prefixes, curriculum, tmp_path, seed=3, packing=packing, weights=[0.7, 0.3])
+    tokens = np.concatenate([windows[number]["tokens"] for number in range(len(windows))])
+    assert hashlib.sha256(tokens.tobytes()).hexdigest()[:16] == known
