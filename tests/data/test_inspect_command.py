@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nemo_longctx.cli import main
+from nemo_longctx.commands import inspect as command
 from nemo_longctx.data.writer import CorpusWriter, write_index
 
 
@@ -225,3 +226,104 @@ def test_a_lying_index_is_refused_before_any_figure(prefixes, capsys):
         file.write((7).to_bytes(4, "little"))
     assert main(["inspect", *prefixes]) == 2
     assert "pointer of sequence 1 is not the sum" in capsys.readouterr().err
+
+
+REPORT = {
+    "sources": [
+        {
+            "name": "books", "documents": 1200, "tokens": 34567, "dtype": "uint16", "length": {"mean": 28.8, "max": 1999.0},
+            "share_of_tokens_at_least": {"1024": 0.25, "4096": 0.0},
+            "cut": {"seq_length": 2048, "concatenate_and_chunk": {"documents": 0.5, "tokens": 0.75},
+                    "best_fit": {"documents": 0.125, "tokens": 0.0625}},
+        },
+        {"name": "web", "documents": 1, "tokens": 2, "dtype": "int32", "length": {"mean": 2.0},
+         "share_of_tokens_at_least": {"8": 1.0}},
+    ],
+    "plan": {
+        "total_tokens": 8192, "total_tokens_given": 9000, "packing": "best_fit", "padding": 1024,
+        "strata": [
+            {"name": "books >= 128", "documents": 12, "tokens": 3456, "asked_share": 0.25, "delivered_share": 0.251,
+             "repeats_per_document": 1.5, "most_repeats": 2},
+            {"name": "web", "documents": 1, "tokens": 2, "asked_share": 0.75, "delivered_share": 0.749,
+             "repeats_per_document": 0.5, "most_repeats": 1},
+        ],
+        "stages": [{"seq_length": 1024, "tokens": 4096, "delivered": [1024, 3072]}],
+    },
+    "figure": "f.png",
+}  # fmt: skip
+
+
+def test_what_people_read_of_a_report(capsys):
+    command._print(REPORT)
+    assert capsys.readouterr().out.splitlines() == [
+        "books: 1,200 documents, 34,567 tokens (uint16)",
+        "  length: mean 29, max 1,999",
+        "  tokens in documents >= 1,024: 25.0%, >= 4,096: 0.0%",
+        "  cut by windows of 2,048:",
+        "    concatenate and chunk: 50.0% of documents, with 75.0% of the tokens",
+        "    best fit: 12.5% of documents, with 6.2% of the tokens",
+        "web: 1 documents, 2 tokens (int32)",
+        "  length: mean 2",
+        "  tokens in documents >= 8: 100.0%",
+        "plan: 8,192 tokens (whole windows of the 9,000 given), packing best_fit, 12.5000% padding",
+        "                    documents            tokens     asked  delivered   repeats  at most",
+        "  books >= 128             12             3,456   25.000%    25.100%     1.500        2",
+        "  web                       1                 2   75.000%    74.900%     0.500        1",
+        "  stage 0 (4,096 tokens in windows of 1,024): 25.000%, 75.000%",
+        "figure: f.png, its data beside it as .csv",
+    ]
+    plan = {key: value for key, value in REPORT["plan"].items() if key != "total_tokens_given"} | {"packing": "concatenate"}
+    command._print({"sources": [], "plan": plan})
+    assert capsys.readouterr().out.splitlines()[0] == "plan: 8,192 tokens, packing concatenate"
+
+
+def test_a_plan_without_words_is_one_pass_in_windows_of_4096_of_seed_1234(prefixes, capsys):
+    plain = inspect(capsys, *prefixes, "--mix", "{}", "--no-figure")
+    told = ["--seq-length", "4096", "--seed", "1234", "--packing", "concatenate"]
+    assert inspect(capsys, *prefixes, *told, "--no-figure")["plan"] == plain["plan"]
+    tokens = sum(source["tokens"] for source in plain["sources"])
+    assert plain["plan"]["total_tokens"] == tokens // 4096 * 4096
+    assert "plan" not in inspect(capsys, *prefixes, "--no-figure")
+    other = inspect(capsys, *prefixes, "--seq-length", "4096", "--seed", "0", "--no-figure")["plan"]
+    assert other["strata"] != plain["plan"]["strata"]
+    assert inspect(capsys, *prefixes, "--seq-length", "1", "--total-tokens", "1", "--no-figure")["plan"]["total_tokens"] == 1
+
+
+WITHOUT_EFFECT = [
+    (["books", "--show", "0"], "show=0: how many windows to print, at least 1"),
+    (["books", "--at", "5"], "at=5: it has no effect without --show"),
+    (["books", "--source", "books"], "source='books': it has no effect without --show"),
+    (["books", "--tokenizer", "t"], "tokenizer='t': it has no effect without --show"),
+    (["books", "--document-masking"], "document_masking=True: it has no effect without --show"),
+    (["books", "--chat-template", "llama2"], "chat_template='llama2': only conversations have it"),
+    (["books", "--prompt-loss-weight", "0"], "prompt_loss_weight=0.0: only conversations have it"),
+    (["books", "--figure", "x.png", "--no-figure"], "figure='x.png': it has no effect with --no-figure"),
+    (["books", "--show", "1", "--seq-length", "64", "--source", "book"], "did you mean 'books'"),
+    (["books", "--show", "1", "--seq-length", "64", "--total-tokens", "640", "--at", "640"], "at=640: the run has 640 tokens"),
+    (["a.jsonl", "b.jsonl", "--show", "1", "--tokenizer", "t"], "a file of conversations; show some by --show N"),
+    (["a.jsonl", "--tokenizer", "t"], "a file of conversations; show some by --show N"),
+    (["a.jsonl", "--show", "1"], "a file of conversations; show some by --show N"),
+    (["a.jsonl", "--show", "0", "--tokenizer", "t"], "show=0: how many conversations to print, at least 1"),
+]
+OF_TEXT = {"seq-length": 8, "mix": "m", "curriculum": "c", "total-tokens": 8, "packing": "best_fit", "seed": 8, "source": "s"}
+
+
+def test_options_that_do_not_go_together_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "books", [100, 200, 3000])
+    cases = list(WITHOUT_EFFECT)
+    for name, value in OF_TEXT.items():
+        argv = ["a.jsonl", "--show", "1", "--tokenizer", "t", f"--{name}", str(value)]
+        cases.append((argv, f"{name.replace('-', '_')}={value!r}: it has no effect on conversations"))
+    for arguments, message in cases:
+        assert main(["inspect", *arguments]) == 2
+        assert message in capsys.readouterr().err, arguments
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_mix_is_found_below_the_keys_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {mix: {drop_longer: 5}}\n")
+    roots = ("mix",), ("data", "mix")
+    assert command._yaml(str(tmp_path / "recipe.yaml"), "mix", *roots) == {"drop_longer": 5}
+    assert command._yaml("{mix: {drop_longer: 6}}", "mix", *roots) == {"drop_longer": 6}
+    assert command._yaml("{drop_longer: 7, data: 8}", "mix", *roots) == {"drop_longer": 7, "data": 8}

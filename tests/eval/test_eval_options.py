@@ -2,12 +2,17 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import yaml
 
 from nemo_longctx.cli import main
+from nemo_longctx.commands import eval as command
 from nemo_longctx.commands.eval import OPEN, configure, task_blocks
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.eval.probes import PAPER_LENGTHS
+from nemo_longctx.eval.results import blank_result
 
 
 def blocks(tmp_path, *options):
@@ -35,3 +40,84 @@ def test_a_corpus_that_is_not_there_is_told_before_the_model_is_loaded(tmp_path,
     assert main(["eval", "model", "--corpus", "none"]) == 2
     assert "corpus='none': none.idx is missing" in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
+
+
+def blocks_of(*options, max_length=1000):
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    return task_blocks(parser.parse_args(["model", *options]), max_length)
+
+
+def test_a_corpus_is_read_to_the_model_s_length_and_in_halves(tmp_path):
+    with CorpusWriter(tmp_path / "held_out", np.uint16) as writer:
+        for length in (700, 600, *[520] * 6, 90):
+            writer.add_document(np.zeros(length))
+    corpus = str(tmp_path / "held_out")
+    position, context = blocks_of("--corpus", corpus)
+    assert position == {"kind": "position", "corpus": corpus, "seq_length": 999, "bins": 0}
+    # Eight documents have 520 tokens, which are halved down to twice the 64 targets.
+    assert context == {"kind": "context", "corpus": corpus, "contexts": [130 - 64, 260 - 64, 520 - 64], "targets": 64}
+    assert blocks_of("--corpus", corpus, max_length=300)[1]["contexts"] == [150 - 64, 300 - 64]
+    assert len(blocks_of("--corpus", corpus, max_length=255)) == 1  # one length is no comparison
+    assert blocks_of("--corpus", corpus, "--contexts", "10, 20")[1]["contexts"] == [10, 20]
+    assert len(blocks_of("--corpus", str(tmp_path / "none"))) == 1
+
+
+def test_probes_are_asked_at_the_paper_s_lengths_that_fit():
+    (probes,) = blocks_of("--probes", "t", max_length=4096 + 64)
+    kinds = ["first_sentence", "passkey", "needle"]
+    assert probes == {"kind": "probes", "text": "t", "probes": {"kinds": kinds, "lengths": [256, 1024, 2048]}}
+    assert blocks_of("--probes", "t", max_length=4096 + 65)[0]["probes"]["lengths"] == [256, 1024, 2048, 4096]
+    assert blocks_of("--probes", "t", max_length=1 << 20)[0]["probes"]["lengths"] == list(PAPER_LENGTHS)
+    assert blocks_of("--probes", "t", "--lengths", "7,8")[0]["probes"]["lengths"] == [7, 8]
+
+
+def test_tasks_of_ours_and_of_others_carry_the_options():
+    (ours,) = blocks_of("--tasks", " longctx_qasper ,leval", "--limit", "3", "--chat", "--metadata", '{"a": 1}', "--data", "d")
+    assert ours == {
+        "kind": "lm_eval", "limit": 3, "apply_chat_template": True, "allow_code_execution": False,
+        "tasks": ["longctx_qasper", "leval"], "metadata": {"a": 1, "data": "d"}, "include_defaults": False,
+    }  # fmt: skip
+    safety, short = blocks_of("--tasks", "longctx_safety,longctx_short", "--allow-code-execution", "--metadata", '{"a": 1}')
+    assert (safety["tasks"], safety["include_defaults"], safety["allow_code_execution"]) == (["longctx_safety"], True, True)
+    assert (short["tasks"], short["include_defaults"], short["metadata"], short["limit"]) == (
+        ["longctx_short"],
+        True,
+        {"a": 1},
+        None,
+    )
+    four, eight = blocks_of("--tasks", "leval", "--max-prompt", "4,8")
+    assert [(one["label"], one["metadata"]) for one in (four, eight)] == [("4", {"max_prompt": 4}), ("8", {"max_prompt": 8})]
+    with pytest.raises(ConfigError, match=r"--metadata=\[1\]: give a JSON object"):
+        blocks_of("--tasks", "leval", "--metadata", "[1]")
+    for text in ("0", "4,x", "-1", "٤", "4.5"):
+        with pytest.raises(ConfigError, match="is no whole number of tokens"):
+            blocks_of("--tasks", "leval", "--max-prompt", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--max-length", "1"], "--max-length=1: give at least 2 tokens"),
+     (["--tensor-parallel", "0"], "--tensor-parallel=0: give 1 or more processes"),
+     (["--pipeline-parallel", "0"], "give 1 or more processes"),
+     (["--contexts", "5"], "--contexts='5': has no effect without --corpus"),
+     (["--keep-samples"], "--keep-samples=True: has no effect without --tasks"),
+     (["--metadata", '{"a": 1}'], "has no effect without --tasks")],
+)  # fmt: skip
+def test_options_are_refused_before_anything_is_read(options, said, capsys):
+    assert main(["eval", "no model", "--probes", "t", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_labels_are_the_shortest_that_tell_models_apart():
+    assert command.labels(["x/a/c", "y/a/c", "y/b/c"]) == ["x/a/c", "y/a/c", "y/b/c"]
+    assert command.labels(["c", "a/c"]) == ["c", "a/c"]
+    assert command.labels(["only/one"]) == ["one"]
+
+
+def test_scalars_and_failures_are_printed(capsys):
+    result = blank_result("m")
+    result.tasks["leval"] = {"f1": 0.25, "alias": "x", "on": True}
+    result.errors["other"] = "ValueError: no"
+    command._print(result)
+    assert capsys.readouterr().out == f"m  {'leval/f1':<40}{0.25:>12.4f}\nm  other failed: ValueError: no\n"

@@ -335,3 +335,28 @@ def test_each_model_is_fitted_for_itself(tmp_path, capsys):
     assert record["falls"]["beta"] > 0
     assert "does not fall" in record["rises"]["no_fit"]
     assert "rises: no fit: the loss does not fall" in capsys.readouterr().out
+
+
+def test_the_command_s_options_reach_the_fit_and_its_record(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = [(c, y * (1 + 0.001 * rng.standard_normal())) for c, y in zip(CONTEXTS, paper_curve("7B"), strict=True)]
+    write(tmp_path / "t.csv", ["c", "loss"], [*rows, (100, 9.0)])
+    least = float(CONTEXTS[4])
+    words = ["--min-context", str(least), "--bootstrap", "40", "--confidence", "0.8", "--seed", "3", "--out"]
+    assert main(["fit-context", str(tmp_path / "t.csv"), *words, str(tmp_path / "new" / "o.json")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    law = fit_context_law(*map(np.array, zip(*rows[4:], strict=True)), replicates=40, confidence=0.8, seed=3)
+    assert json.loads((tmp_path / "new" / "o.json").read_text()) == {
+        "t": {
+            **{name: getattr(law, name) for name in NAMES}, "intervals": {k: list(v) for k, v in law.intervals.items()},
+            "confidence": 0.8, "bootstrap": "residuals", "replicates": law.replicates, "seed": 3,
+        }
+    }  # fmt: skip
+    low, high = law.intervals["beta"]
+    assert said[0] == f"t: L(c) = (alpha/c)^beta + gamma, {len(rows) - 4} points, bootstrap over residuals"
+    assert said[2] == f"  beta  {law.beta:>10.4g}   80% interval {low:.4g} to {high:.4g}"
+    assert said[4] == f"wrote {tmp_path / 'new' / 'o.json'} and {tmp_path / 'new' / 'o.png'}"
+    assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "-1"]) == 2
+    assert "--bootstrap=-1: give 0 or more replicates" in capsys.readouterr().err
+    assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "1", "--confidence", "1"]) == 2
+    assert "confidence=1.0" in capsys.readouterr().err

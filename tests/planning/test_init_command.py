@@ -186,3 +186,28 @@ def test_the_step_s_windows_go_into_the_gpus(folder, gpus, windows):
     argv = ["init", "--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", str(gpus)]
     assert main(argv) == 0
     assert recipe_of("seven_hf_32768.yaml").curriculum.tokens_per_step == windows * 32768
+
+
+def test_what_was_decided_is_printed_and_what_was_not_given_is_asked_for(folder, capsys, monkeypatch):
+    answers = {"checkpoint to extend (NeMo or Hugging Face directory): ": " tiny_hf ", "context to reach, tokens: ": "1024"}
+    answers["text (files or folder), or the prefix of a prepared corpus: "] = "books"
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", answers.__getitem__)
+    assert main(["init", "--name", "mine", "--tokens", "512Ki", "--output", "out.yml"]) == 0
+    recipe = recipe_of("out.yml")
+    said = capsys.readouterr().out.splitlines()
+    steps, per_step = recipe.curriculum.total_steps, recipe.curriculum.tokens_per_step
+    assert said[:2] == ["wrote out.yml", said[1]]
+    assert said[1].startswith("  model       0.1 M parameters, trained at 256 tokens")
+    assert said[2] == "  RoPE        base 10000 -> 500000"
+    assert said[3] == f"  curriculum  {steps:,} steps of {per_step:,} tokens at 1,024"
+    assert (recipe.name, recipe.curriculum.total_tokens) == ("mine", 512 * 1024)
+    assert said[4:6] == ["next:", said[5]]
+    assert recipe.data.mix.sources[0].path == "data/books"
+    answers["context to reach, tokens: "] = "many"
+    assert main(["init", "--checkpoint", "tiny_hf", "--data", "books"]) == 2
+    assert "--target='many': must be a whole number of tokens" in capsys.readouterr().err
+    argv = ["init", "--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpus", "1", "--name", "g"]
+    assert main([*argv, "--gpu", "h200"]) == 0
+    assert recipe_of("g.yaml").trainer.accelerator == "gpu"
+    assert "  layout      " in capsys.readouterr().out

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from nemo_longctx.cli import main
+from nemo_longctx.commands import rope
+from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.request import parse_request
 from nemo_longctx.rope.variants import VARIANTS, AbfRope, LongRope, Rope
 
@@ -195,3 +197,94 @@ def test_every_shipped_setting_parses(path):
 
 def test_every_variant_ships_a_setting():
     assert {yaml.safe_load(p.read_text())["variant"] for p in CONF} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("variant", ["xpos", "pi"])
+def test_the_text_of_show_is_the_json_s_numbers(variant, capsys):
+    argv = [
+        "rope",
+        "show",
+        "--variant",
+        variant,
+        "--head-dim",
+        "8",
+        "--seq-length",
+        "2Ki",
+        "--spread",
+        "3",
+        "--rotary-percent",
+        "0.5",
+    ]
+    argv += ["--factor", "4", "--local-base", "1000"] if variant == "pi" else []
+    assert main([*argv, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["head_dim"], facts["seq_length"], len(facts["inv_freq"]), facts["variant"]) == (8, 2048, 2, variant)
+    assert main(argv) == 0
+    first, *said = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"variant={variant}  base=")
+    paper = facts["paper"]
+    limit = "none" if facts["granularity_limit"] is None else f"{facts['granularity_limit']:.4f}"
+    beside = {
+        key: f"   (Xiong et al. 2023: {paper[key]})" if key in paper else "" for key in ("granularity_limit", "raw_score_at_0")
+    }
+    low, high = facts["granularity_bounds"]
+    head = "pair      inv_freq   tokens a turn" + "turns in 2048".rjust(18)
+    expected = ["layers with a window: plain rope, base 1000, attention factor 1"] if variant == "pi" else []
+    expected += [
+        f"attention factor   {facts['attention_factor']:.6g}",
+        f"raw score at 0     {facts['raw_score_at_0']:.2f}{beside['raw_score_at_0']}",
+        f"granularity C_d    {facts['granularity']:.4f}, for any x of spread 3: {low:.4f} to {high:.4f}",
+        f"  as d grows       {limit}{beside['granularity_limit'] if limit != 'none' else ''}",
+        f" {head}" + ("    xPos scale" if variant == "xpos" else "   with a window"),
+    ]
+    for j in range(2):
+        line = f"{j:>5}{facts['inv_freq'][j]:>14.6g}{facts['wavelengths'][j]:>16.1f}{facts['turns'][j]:>18.3f}"
+        more = f"{facts['xpos_scale'][j]:>14.6f}" if variant == "xpos" else f"{facts['local_inv_freq'][j]:>16.6g}"
+        expected.append(line + more)
+    assert said == expected
+
+
+def test_the_text_of_advise_is_the_json_s_numbers(capsys):
+    argv = ["rope", "advise", "--from", "16", "--to", "256", "--base", "1000", "--new-base", "30000", "--head-dim", "16"]
+    argv += ["--bases", "500000", "200"]
+    assert main([*argv, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["from"], facts["to"], facts["head_dim"]) == (16, 256, 16)
+    assert [entry["base"] for entry in facts["bases"]] == [200, 1000, 30_000, 500_000]
+    assert {row["variant"]["base"] for row in facts["variants"] if row["variant"]["variant"] in ("abf", "xpos")} == {30_000}
+    assert main(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    for row in facts["variants"]:
+        name, reaches = row["variant"]["variant"], ">256" if row["reaches"] is None else str(row["reaches"])
+        assert (
+            f"{name:<14}{row['variant']['base']:>12.6g}{row['granularity']:>13.4f}{row['attention_factor']:>13.4f}{reaches:>11}"
+            f"{row['unseen_pairs']:>14}{row['score_at_target']:>17.2f}"
+        ) in said
+    for entry in facts["bases"]:
+        verdict = "within the bound" if entry["within_bound"] else f"outside the bound from {entry['reaches']} on"
+        line = next(line for line in said if line.startswith(f"  {entry['base']:>12g}  "))
+        assert line[16:50].rstrip() == verdict
+        assert line[50:] == "; ".join(entry["trained_by"])
+    practised = [line for line in said if line.startswith(("  500000: ", "  no published base"))]
+    assert len(practised) == 1
+    assert any("Llama 2 Long" in name and "at 32,768" in name for entry in facts["bases"] for name in entry["trained_by"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("3.5", 3.5), ("1e3", 1000.0), ("True", True), ("false", False), ("1,2.5,x", (1, 2.5, "x")), ("word", "word")],
+)
+def test_what_a_value_s_text_means(text, value):
+    found = rope._value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_variant_in_one_word():
+    made = rope._named("longrope:short_factor=1.0/1.0,long_factor=1.0/4.0,factor=2,original_max_position_embeddings=64")
+    assert made == LongRope(factor=2.0, short_factor=(1, 1), long_factor=(1, 4), original_max_position_embeddings=64)
+    assert rope._named("rope") == rope._named("rope:") == Rope()
+    assert [rope._whole("--x", value, 7) for value in (None, 1, 9)] == [7, 1, 9]
+    assert rope._whole("--x", 0, 7, least=0) == 0
+    with pytest.raises(ConfigError, match="--x=1: must be 2 or more"):
+        rope._whole("--x", 1, 7, least=2)
+    assert main(["rope", "advise", "--from", "2", "--to", "3", "--head-dim", "4", "--json"]) == 0
