@@ -176,3 +176,158 @@ def test_layers_without_rope_are_listed():
     for said, message in [(3, "must divide the 4 layers"), ([0, 1], "one number for each of the 4 layers")]:
         with pytest.raises(ConfigError, match=message):
             no_rope_layers(said, 4)
+
+
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
+OPTIONAL = ("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size", "num_moe_experts", "old_context_len")
+POSITIVE = ("layernorm_epsilon", "init_method_std", "scale_factor", "low_freq_factor", "high_freq_factor")
+
+
+def refusal(call, *args):
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    return str(error.value)
+
+
+def test_each_kind_of_field_is_taken_to_its_bounds_and_refused_beyond():
+    most = 2**31 - 1
+    for name in (*SIZES, *OPTIONAL):
+        for value in (1, most):
+            check_model({name: value})
+        for value in (0, -1, most + 1):
+            said = f"model.{name}={value}: set a whole number of at least 1, at most 2,147,483,647"
+            assert refusal(check_model, {name: value}) == said
+    for name in OPTIONAL:
+        check_model({name: None})
+    for name in ("hidden_dropout", "attention_dropout"):
+        check_model({name: 0.0})
+        check_model({name: 0.999})
+        assert refusal(check_model, {name: -0.001}) == f"model.{name}=-0.001: set a share in [0, 1)"
+        assert refusal(check_model, {name: 1.0}) == f"model.{name}=1.0: set a share in [0, 1)"
+    for name in (*POSITIVE, "rotary_percent", "rotary_base"):
+        largest = {"rotary_percent": 1.0, "rotary_base": 1e15}.get(name, 3.4e38)
+        least, bounds = {"rotary_percent": (1e-9, "a share in (0, 1]"), "rotary_base": (1.0001, "a number above 1")}.get(
+            name, (1e-9, "a number above 0")
+        )
+        check_model({name: largest})
+        check_model({name: least})
+        for value in (0.0, -1.0):
+            assert refusal(check_model, {name: value}) == f"model.{name}={value}: set {bounds}"
+        beyond = "set a share in (0, 1]" if name == "rotary_percent" else "is too large a number for it"
+        assert refusal(check_model, {name: largest * 1.01}) == f"model.{name}={largest * 1.01!r}: {beyond}"
+        assert refusal(check_model, {name: -1e39}) == f"model.{name}=-1e+39: is too large a number for it"
+    assert refusal(check_model, {"rotary_base": 1.0}) == "model.rotary_base=1.0: set a number above 1"
+    for name in ("softmax_scale", "moe_z_loss_coeff"):
+        for value in (None, -5.0, 0):
+            check_model({name: value})
+        assert "not a number" in refusal(check_model, {name: "x"})
+    for name in ("add_qkv_bias", "moe_grouped_gemm"):
+        check_model({name: False})
+        assert "must be true or false" in refusal(check_model, {name: None})
+    for name in ("normalization", "fp8"):
+        check_model({name: None})
+        assert "must be text" in refusal(check_model, {name: 1.5})
+
+
+@pytest.mark.parametrize("name", ["recompute_method", "recompute_num_layers", "cpu_offloading", "cpu_offloading_num_layers"])
+def test_what_is_kept_for_the_backward_pass_is_said_by_the_trainer(name):
+    assert refusal(check_model, {name: None}) == (
+        f"model.{name}=None: set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
+    )
+
+
+def test_windows_and_lists_of_layers_are_megatron_s():
+    for window in (None, [0, 0], (-1, -1), [5, -1], [2**40, 0]):
+        check_model({"window_size": window})
+    for window in ([0], [-2, 0], [0, -2], [1, 2, 3]):
+        assert "two whole numbers: tokens before a query and after it, -1 for all" in refusal(
+            check_model, {"window_size": window}
+        )
+    assert "looks ahead" in refusal(check_model, {"window_size": [0, 1]})
+    for name, words in (
+        ("window_attn_skip_freq", ("all tokens", "the window")),
+        ("no_rope_freq", ("no RoPE", "no RoPE")),
+    ):
+        for value in (None, 1, 7, [0, 1, 1], (1,)):
+            check_model({name: value})
+        said = f"N (each Nth layer has {words[0]}), a list with 1 for the layers with {words[1]}, or null"
+        for value in (0, -1, True, False, 1.5, [], [2], [0.5], "2", ["0"]):
+            assert refusal(check_model, {name: value}) == f"model.{name}={value!r}: {said}"
+    assert no_rope_layers(1, 3) == [1, 1, 1]
+    assert no_rope_layers(3, 6) == [0, 0, 1, 0, 0, 1]
+    assert no_rope_layers((1, 0), 2) == [1, 0]
+    assert refusal(no_rope_layers, 2, 3, "rope.x").startswith("rope.x=2: must divide the 3 layers; or name each layer")
+
+
+def test_sizes_that_are_named_go_into_each_other():
+    check_model({"num_attention_heads": 6, "num_query_groups": 3, "hidden_size": 12})
+    check_model({"num_attention_heads": 5, "hidden_size": 12, "kv_channels": 4})
+    check_model({"num_query_groups": 5, "hidden_size": 12})
+    assert refusal(check_model, {"num_attention_heads": 6, "num_query_groups": 4}) == (
+        "model.num_query_groups=4: must divide the 6 of model.num_attention_heads"
+    )
+    assert refusal(check_model, {"num_attention_heads": 5, "hidden_size": 12}) == (
+        "model.num_attention_heads=5: must divide the 12 of model.hidden_size, or set kv_channels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "said"),
+    [
+        ({"num_layers": 4}, (1, 2, 1), ""),
+        (
+            {"num_layers": 3},
+            (1, 2, 1),
+            "trainer.pipeline_model_parallel_size=2: the 3 layers must divide by pipeline stages = 2",
+        ),
+        ({"num_layers": 3, "account_for_loss_in_pipeline_split": True}, (1, 2, 1), ""),
+        ({"num_layers": 3, "account_for_loss_in_pipeline_split": False}, (1, 2, 1), "the 3 layers must divide"),
+        (
+            {"num_attention_heads": 3},
+            (2, 1, 1),
+            "trainer.tensor_model_parallel_size=2: the 3 attention heads must divide by it",
+        ),
+        ({"num_query_groups": 2}, (4, 1, 1), ""),  # each group on two ranks
+        ({"num_query_groups": 3}, (2, 1, 1), "trainer.tensor_model_parallel_size=2: the 3 query groups must divide by it"),
+        ({"num_query_groups": 3}, (4, 1, 1), "the 3 query groups must divide by it"),
+        ({"num_attention_heads": 2}, (4, 1, 1), "the 2 attention heads must divide by it"),
+        ({"num_layers": 2, "window_attn_skip_freq": [1]}, (1, 1, 1), "model.window_attn_skip_freq=[1]: must be one number"),
+        ({"num_layers": 2, "no_rope_freq": [1]}, (1, 1, 1), "model.no_rope_freq=[1]: must be one number"),
+        ({"window_attn_skip_freq": [1], "no_rope_freq": [1]}, (1, 1, 1), ""),  # of how many is not known yet
+    ],
+)
+def test_what_the_parallel_sizes_divide_is_whole(shape, sizes, said):
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    trainer = TrainerConfig(accelerator="cpu", devices=8, **dict(zip(names, sizes, strict=True)))
+    if said:
+        assert said in refusal(check_layout, shape, trainer, run(ONE))
+        own = {name: size for name, size in zip(names, sizes, strict=True) if size > 1}
+        if own:  # the same of a stage that has them for itself
+            staged = refusal(check_layout, shape, TrainerConfig(accelerator="cpu"), run({**ONE, **own}))
+            assert staged == refusal(check_layout, shape, trainer, run(ONE)).replace("trainer.", "curriculum.stages[0].")
+    else:
+        check_layout(shape, trainer, run(ONE))
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "tensor", "sequence", "said"),
+    [
+        (24, 3, 1, False, ""),
+        (21, 3, 1, False, "2 x context_parallel_size = 6"),
+        (21, 1, 2, False, ""),
+        (21, 1, 2, True, "tensor_model_parallel_size = 2"),
+        (24, 3, 4, True, "" ),
+        (36, 3, 4, True, "2 x context_parallel_size x tensor_model_parallel_size = 24"),
+    ],
+)  # fmt: skip
+def test_a_window_has_a_part_for_each_rank(length, context, tensor, sequence, said):
+    trainer = TrainerConfig(
+        accelerator="cpu", devices=12, context_parallel_size=context, tensor_model_parallel_size=tensor,
+        sequence_parallel=sequence,
+    )  # fmt: skip
+    curriculum = run({"until": 1.0, "seq_length": length}, tokens=length * 4)
+    if not said:
+        check_layout({}, trainer, curriculum)
+        return
+    mend = f"must be a multiple of {said}, so that each rank has its part of a window"
+    assert refusal(check_layout, {}, trainer, curriculum) == f"curriculum.stages[0].seq_length={length}: {mend}"
