@@ -205,16 +205,17 @@ def _transformer_engine() -> Capability:
 
 # Before its version 2.1 flash-attn aligned the first query with the first key.
 FLASH_ATTN_ALIGNED = (2, 1)
+FLASH_ATTN_3_GPU = (9, 0)  # for no other does Transformer Engine take it either
 
 
 @functools.cache
 def flash_attention() -> str | None:
-    """The module with FlashAttention's varlen kernel: `flash_attn_interface` (3), else `flash_attn` (from 2.1 on), or None.
+    """The module with FlashAttention's varlen kernel: `flash_attn_interface` (3, on Hopper), else `flash_attn` (from 2.1 on).
 
     flash-attn 4 puts its own kernels into the same name without a package around them (`flash_attn/cute`): a `flash_attn` that
     is only such a folder has no varlen kernel of this signature, and neither has one without a release of its own.
     """
-    if _is_module("flash_attn_interface"):
+    if _is_module("flash_attn_interface") and all(capability == FLASH_ATTN_3_GPU for _, capability in cuda_devices()):
         return "flash_attn_interface"
     if not _is_module("flash_attn"):
         return None

@@ -110,12 +110,22 @@ def padded_by_host(checkpoint: Path) -> bool:
 
 def embedding_rows(checkpoint: Path) -> int | None:
     """Rows of the embedding in `weights/`, the host's padding included; None where they cannot be told."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    if not (checkpoint / "weights" / ".metadata").is_file():
-        return None
-    tensors = FileSystemReader(checkpoint / "weights").read_metadata().state_dict_metadata
-    for name, entry in tensors.items():
+    for name, entry in saved_in(checkpoint / "weights").items():
         if name.endswith("embedding.word_embeddings.weight") and hasattr(entry, "size"):
             return int(entry.size[0])
     return None
+
+
+def saved_in(weights: Path) -> dict[str, Any]:
+    """What a folder of weights holds: its name -> torch's description; {} where that cannot be told."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (weights / ".metadata").is_file():
+        return {}
+    return FileSystemReader(weights).read_metadata().state_dict_metadata
+
+
+def knows_no_engine_norms(checkpoint: Path) -> bool:
+    """Whether the weights come from norms that are not Transformer Engine 2's, which save a state of their own beside them."""
+    names = saved_in(checkpoint / "weights")
+    return bool(names) and not any("layernorm._extra_state" in name for name in names)

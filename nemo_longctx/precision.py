@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +30,10 @@ FP8_TOKENS = 16
 class Precision:
     """Attributes:
     host: what NeMo's `MegatronMixedPrecision` calls it.
-    dtype: torch's name of what passes between layers and stages.
+    dtype: torch's name of that of weights, and of what passes between layers and stages.
     planned: a key of `planning.layout.PRECISIONS`.
     grad_reduce_in_fp32: whether gradients are kept and reduced in float32.
-    plugin: more arguments of the plugin; dtypes by torch's name.
+    plugin: more arguments of the plugin.
     checkpoint_bytes: of a parameter: weights in half precision are kept beside the main ones.
     """
 
@@ -57,9 +57,7 @@ _CURRENT = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16
 PRECISIONS = {
     "32": Precision(host="32", dtype="float32", planned="fp32", checkpoint_bytes=12),
     "bf16-mixed": Precision(host="bf16-mixed", dtype="bfloat16", planned="bf16"),
-    "bf16-true": Precision(
-        host="bf16-mixed", dtype="bfloat16", planned="bf16", grad_reduce_in_fp32=False, plugin={"params_dtype": "bfloat16"}
-    ),
+    "bf16-true": Precision(host="bf16-mixed", dtype="bfloat16", planned="bf16", grad_reduce_in_fp32=False),
     "16-mixed": Precision(host="16-mixed", dtype="float16", planned="bf16"),
     "fp8": Precision(host="bf16-mixed", dtype="bfloat16", planned="fp8", plugin=_DELAYED),
     "fp8-delayed": Precision(host="bf16-mixed", dtype="bfloat16", planned="fp8", plugin=_DELAYED),
@@ -85,17 +83,35 @@ def check_trainer(trainer: Any) -> None:
         raise ConfigError("trainer.fsdp", trainer.fsdp, "needs trainer.pipeline_model_parallel_size=1")
 
 
-def check_speed(trainer: Any, curriculum: Any, *, sharded_optimizer: bool) -> None:
-    """Refuse settings of a `TrainerConfig` that the stages or the optimizer contradict."""
+def check_speed(
+    trainer: Any, curriculum: Any, *, sharded_optimizer: bool, validation: Sequence[Any] = (), evaluates: bool = False
+) -> None:
+    """Refuse settings of a `TrainerConfig` that the stages, the optimizer or what is measured in between contradict.
+
+    Args:
+        validation: the sets, with `seq_length` and `micro_batch_size`.
+        evaluates: whether there are tasks of `eval`.
+    """
     sizes = {stage.seq_length * stage.micro_batch_size for stage in curriculum.plan}
     if trainer.tp_comm_overlap and len(sizes) > 1:
         mend = "its buffers hold one size of micro batch, and the stages have several; set it false, or one stage"
         raise ConfigError("trainer.tp_comm_overlap", True, mend)
+    validated = {each.seq_length * each.micro_batch_size for each in validation}
+    if trainer.tp_comm_overlap and validated - sizes:
+        mend = (
+            f"its buffers hold {sizes.pop():,} tokens, and data.validation has micro batches of others; set it false, or those"
+        )
+        raise ConfigError("trainer.tp_comm_overlap", True, mend)
     shares = trainer.context_parallel_size * (trainer.tensor_model_parallel_size if trainer.sequence_parallel else 1)
-    if PRECISIONS[trainer.precision].fp8 and any(size % (FP8_TOKENS * shares) for size in sizes):
-        mend = f"needs micro batches of a multiple of {FP8_TOKENS * shares} tokens in every stage, or set bf16-mixed"
+    if PRECISIONS[trainer.precision].fp8 and any(size % (FP8_TOKENS * shares) for size in sizes | validated):
+        mend = (
+            f"needs micro batches of a multiple of {FP8_TOKENS * shares} tokens in all stages and validation, or set bf16-mixed"
+        )
         raise ConfigError("trainer.precision", trainer.precision, mend)
     if trainer.fsdp != "none" and not sharded_optimizer:
         raise ConfigError(
             "trainer.fsdp", trainer.fsdp, "needs optimizer.distributed=true: what it shards, the optimizer shards too"
         )
+    if trainer.fsdp != "none" and evaluates:  # a rank that has read its own would leave the others waiting
+        why = "gathers each layer's weights on all ranks at once, where eval.tasks lets each read documents of its own"
+        raise ConfigError("trainer.fsdp", trainer.fsdp, f"{why}; set none, or leave eval out and measure the checkpoints")

@@ -280,7 +280,8 @@ class RunConfig:
         self._check_rope_layers()
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
-        check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed)
+        measured = {"validation": self.data.validation, "evaluates": bool(self.eval and self.eval.tasks)}
+        check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed, **measured)
         activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
         for stage in self.curriculum.plan:

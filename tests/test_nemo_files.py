@@ -7,7 +7,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.nemo_files import check_context, check_whole, embedding_rows, io_config, padded_by_host
+from nemo_longctx.nemo_files import (
+    check_context,
+    check_whole,
+    embedding_rows,
+    io_config,
+    knows_no_engine_norms,
+    padded_by_host,
+    saved_in,
+)
 from nemo_longctx.planning.models import parse_model
 
 CONFIG = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "seq_length": 256,
@@ -81,3 +89,20 @@ def test_adapters_alone_are_no_weights_to_begin_from(checkpoint, rope, said):
     with pytest.raises(ConfigError, match="a run begins from whole weights") as error:
         check_whole(folder)
     assert said.format(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [
+        (["module.decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"], True),  # Megatron-Core's own layers save one too
+        (["module.decoder.final_layernorm._extra_state/shard_0_1"], False),
+        ([], True),
+    ],
+)
+def test_weights_of_other_norms_than_transformer_engine_s_are_told(tmp_path, names, lacks):
+    saved = {name: torch.zeros(1) for name in ["module.decoder.final_layernorm.weight", *names]}
+    dcp.save(saved, checkpoint_id=tmp_path / "weights", no_dist=True)
+    assert set(saved_in(tmp_path / "weights")) == set(saved)
+    assert knows_no_engine_norms(tmp_path) == lacks
+    assert saved_in(tmp_path) == {}
+    assert not knows_no_engine_norms(tmp_path / "weights")  # nothing can be told

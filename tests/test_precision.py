@@ -1,5 +1,8 @@
 """Precision and speed switches: what the schema takes, what it refuses by name, and what the planner makes of them."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 
 from nemo_longctx.compose import compose
@@ -7,8 +10,8 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.layout import PRECISIONS as PLANNED
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.recipe import recipe_plan
-from nemo_longctx.precision import PRECISIONS
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.precision import PRECISIONS, check_speed
+from nemo_longctx.recipe import TrainerConfig, load_recipe
 
 GPU = ["recipe=llama2_7b"]
 
@@ -35,6 +38,7 @@ def test_every_precision_is_taken_and_planned(name):
         (["trainer.tp_comm_overlap=true", "trainer.tensor_model_parallel_size=2", "trainer.sequence_parallel=true",
           "trainer.context_parallel_size=1", "curriculum=paper_4k_to_32k", "curriculum.stages.1.micro_batch_size=2"],
          "trainer.tp_comm_overlap", "one size"),
+        (["trainer.fsdp=megatron", "eval={tasks: [{kind: position, corpus: c, seq_length: 64}]}"], "trainer.fsdp", "eval out"),
     ],
 )  # fmt: skip
 def test_what_contradicts_is_refused_by_name(overrides, key, said):
@@ -56,6 +60,36 @@ def test_fp8_wants_whole_tiles():
         recipe("trainer.precision=fp8", "trainer.context_parallel_size=1", stages, "curriculum.tokens_per_step=4198400",
                "curriculum.total_tokens=4198400000", "trainer.val_every_tokens=0", "checkpoint.every_tokens=0",
                "optimizer.warmup_tokens=0")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "length", "batch", "refused"),
+    [
+        (["precision=fp8"], 4096, 1, False),
+        (["precision=fp8"], 4088, 2, False),
+        (["precision=fp8"], 4088, 1, True),
+        (["precision=bf16-mixed"], 4088, 1, False),
+        (["tp_comm_overlap=true"], 8192, 1, False),
+        (["tp_comm_overlap=true"], 4096, 2, False),
+        (["tp_comm_overlap=true"], 4096, 1, True),
+        ([], 4096, 1, False),
+    ],
+)
+def test_validation_has_sizes_that_the_kernels_take_too(asked, length, batch, refused):
+    """Else the run ends at its first validation, hours later."""
+    sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True} if "tp_comm_overlap=true" in asked else {}
+    named = {**sizes, **dict(each.split("=") for each in asked)}
+    trainer = TrainerConfig(**{key: value == "true" if value in ("true", "false") else value for key, value in named.items()},
+                            devices=2)  # fmt: skip
+    curriculum = SimpleNamespace(plan=[SimpleNamespace(seq_length=8192, micro_batch_size=1)])
+    validation = [
+        SimpleNamespace(seq_length=8192, micro_batch_size=1),
+        SimpleNamespace(seq_length=length, micro_batch_size=batch),
+    ]
+    with pytest.raises(ConfigError, match="validation") if refused else contextlib.nullcontext() as error:
+        check_speed(trainer, curriculum, sharded_optimizer=True, validation=validation)
+    if refused:
+        assert error.value.key == f"trainer.{asked[0].partition('=')[0]}"
 
 
 def test_the_plan_knows_them():

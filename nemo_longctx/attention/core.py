@@ -220,10 +220,16 @@ def _varlen(
 def device_boundaries(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Running ends of `lengths` with a leading 0, int32 on `device`.
 
-    Kept for a few micro batches: every layer, forward and computed again, asks for the same ones, and each copy to the device
-    would make the host wait.
+    Kept for a few micro batches: every layer, forward and computed again, asks for the same ones.
     """
-    return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
+    return on_device([*itertools.accumulate(lengths, initial=0)], device)
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`numbers` as int32 on `device`, without a wait for what it does: from memory that is not pinned the host would wait for
+    all work that was handed to a GPU before."""
+    host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """The CPU adapter: it takes effect without CUDA, leaves no trace when removed, and touches nothing where CUDA is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -117,11 +119,36 @@ def test_a_config_from_a_cpu_gets_its_fusions_back_with_cuda(installed, monkeypa
     assert changes["apply_rope_fusion"] is False  # still no Transformer Engine here
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    "packages", [(), ("transformer_engine",), ("transformer_engine", "fused_weight_gradient_mlp_cuda", "amp_C")]
+)
+def test_with_cuda_no_fusion_stays_that_is_missing_or_turns_other_pairs(monkeypatch, packages, told, interleaved):
+    """The fused rotation of documents before Megatron-Core 0.17 passes over `rotary_interleaved`, which that of whole windows,
+    and so the live check, hears."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def without(t, cu_seqlens, freqs, cp_size=1, cp_rank=0):  # Megatron-Core 0.13 to 0.16
+        pass
+
+    def fused(t, cu_seqlens, freqs, cp_size=1, cp_rank=0, interleaved=False):  # from 0.17
+        pass
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "has_module", lambda name: name in packages)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", (fused if told else without) if packages else None)
+    config = SimpleNamespace(
+        rotary_interleaved=interleaved, apply_rope_fusion=True, persist_layer_norm=True, gradient_accumulation_fusion=True
+    )
+    cpu.adapt_model_config(config)
+    assert config.apply_rope_fusion == (bool(packages) and (told or not interleaved))
+    assert config.persist_layer_norm == config.gradient_accumulation_fusion == (len(packages) == 3)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_norms_by_torch_know_sequence_parallelism(installed, shared):
     """By the mark that the host adds up gradients by; the config stays what it is."""
-    from types import SimpleNamespace
-
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     config = SimpleNamespace(

@@ -93,6 +93,20 @@ def test_layers_share_the_boundaries_on_the_device(monkeypatch):
     assert len(copies) <= 2
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_no_boundaries_make_the_host_wait_for_the_device(monkeypatch, kind):
+    """From memory that is not pinned, or with a copy that blocks, it would wait for all that the device has to do."""
+    told, device = [], torch.device(kind)
+
+    class Host:
+        def to(self, where, non_blocking=False):
+            return told.append((where, non_blocking))
+
+    monkeypatch.setattr(torch, "tensor", lambda numbers, dtype, pin_memory: told.append((numbers, dtype, pin_memory)) or Host())
+    core.on_device([0, 3], device)
+    assert told == [([0, 3], torch.int32, kind == "cuda"), (device, True)]
+
+
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """A function that puts (file -> text) on the path, as an installation would."""
@@ -133,3 +147,18 @@ def release(version):
 )
 def test_the_flash_attention_that_is_installed(packages, files, found):
     assert packages(files) == found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "found"),
+    [
+        ([], "flash_attn_interface"),
+        ([(9, 0)], "flash_attn_interface"),
+        ([(9, 0), (8, 9)], "flash_attn"),
+        ([(8, 0)], "flash_attn"),
+        ([(10, 0)], "flash_attn"),
+    ],
+)
+def test_flash_attention_3_is_for_hopper_alone(packages, monkeypatch, gpus, found):
+    monkeypatch.setattr(capability, "cuda_devices", lambda: [("a GPU", each) for each in gpus])
+    assert packages({"flash_attn_interface.py": "", "flash_attn/__init__.py": "", **release("2.8.3")}) == found

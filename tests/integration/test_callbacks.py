@@ -8,6 +8,7 @@ pytest.importorskip("nemo.lightning")
 
 from nemo.utils import AppState
 
+from nemo_longctx.adapters.nemo.evaluation import callback as evaluation
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
 from nemo_longctx.adapters.nemo.launch.lifecycle import keep_lock_in_place
@@ -114,3 +115,27 @@ def test_a_save_looks_at_the_disk_on_the_first_rank(tmp_path):
     other = trainer_at(1)
     other.is_global_zero = False
     callback.on_save_checkpoint(other, None, {})
+
+
+@pytest.mark.parametrize(("distributed", "overlaps"), [(True, True), (True, False), (False, True), ("megatron", None)])
+def test_an_evaluation_begins_with_all_weights_on_every_rank(monkeypatch, tmp_path, distributed, overlaps):
+    """A rank without a document to read would not come for them, and the others wait in its place for good."""
+    did, modules = [], [object()]
+    ddp = "megatron" if distributed == "megatron" else SimpleNamespace(
+        use_distributed_optimizer=distributed, overlap_param_gather=overlaps
+    )  # fmt: skip
+    megatron = SimpleNamespace(force_param_sync=lambda: did.append("sync"))
+    strategy = SimpleNamespace(ddp_config=ddp, megatron_parallel=megatron)
+    monkeypatch.setattr(evaluation, "mcore_modules", lambda _: modules)
+
+    def evaluating(module):
+        did.append("evaluate")
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluation, "evaluating", evaluating)
+    callback = LongContextEvalCallback(tasks=[WATCHED], directory=str(tmp_path))
+    callback._suite = object()
+    trainer, module = trainer_at(3, strategy=strategy), SimpleNamespace(config=SimpleNamespace(seq_length=64))
+    with pytest.raises(InterruptedError):
+        callback.evaluate(trainer, module)
+    assert did == (["sync"] if (distributed, overlaps) == (True, True) else []) + ["evaluate"]

@@ -153,10 +153,14 @@ def test_weights_are_not_moved(model, forced):
 def test_what_offload_cannot_stand_beside(model):
     block = model.decoder.to("meta")  # any device but the CPU
     activations._check_offload(block, "full")
-    graphs = ("cuda_graph_impl", "local") if hasattr(block.config, "cuda_graph_impl") else ("enable_cuda_graph", True)
+    graphs = [
+        ("enable_cuda_graph", True, "false"),
+        ("external_cuda_graph", True, "false"),
+        ("cuda_graph_impl", "local", "none"),
+    ]
     for field, value, said in (
         ("cpu_offloading", True, "host's own"),
-        (*graphs, "CUDA graph"),
+        *((name, on, f"CUDA graph; set model.{name}={off} or") for name, on, off in graphs if hasattr(block.config, name)),
         ("gradient_accumulation_fusion", True, "gradient_accumulation_fusion=false"),
     ):
         before = getattr(block.config, field)

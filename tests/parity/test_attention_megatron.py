@@ -83,7 +83,7 @@ class StockAttention(MegatronModule):
         super().__init__(config=config)
         self.kept = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None,
+    def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None,
                 num_splits=None):  # fmt: skip
         assert packed_seq_params is None
         return "its own ring"
@@ -97,10 +97,33 @@ def test_under_context_parallelism_only_documents_leave_transformer_engine(pair)
     q, k, v = (torch.randn(24, h, size) for h in (heads, config.num_query_groups, config.num_query_groups))
     packed = packed_documents((0, 5, 24))
     whole = [x.unsqueeze(1) for x in (q, k, v)]
-    assert core(*whole, None) == "its own ring"
+    assert core(*whole, None, attn_mask_type=None) == "its own ring"
     close(core(q, k, v, None, packed_seq_params=packed), ours(q, k, v, None, packed_seq_params=packed))
     assert list(core.state_dict()) == ["kept"]
     assert type(core).__name__ == "StockAttention"
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer", "theirs"),
+    [
+        ({}, 1, False),
+        ({"cp_comm_type": "p2p"}, 1, False),
+        ({"cp_comm_type": "a2a+p2p"}, 1, False),
+        ({"cp_comm_type": "a2a"}, 1, True),
+        ({"cp_comm_type": "all_gather"}, 1, True),
+        ({}, 2, True),  # a layer that sees all tokens
+    ],
+)
+def test_sliding_windows_leave_a_ring_that_has_none(settings, layer, theirs):
+    """Transformer Engine asserts that its ring meets none, in each layer's first step."""
+    config = small_gpt.config(window_size=(7, 0), window_attn_skip_freq=2)
+    core = _documents_to_ours(StockAttention)(config, layer, None, "self", **settings).train()
+    q, k, v = (torch.randn(24, 1, h, config.kv_channels) for h in (4, 2, 2))
+    out = core(q, k, v, None, attn_mask_type=None)
+    if theirs:
+        assert out == "its own ring"
+    else:
+        close(out, LongContextAttention(config, layer, None, "self")(q, k, v, None))
 
 
 def test_a_cache_filled_in_steps_equals_the_full_pass(pair):

@@ -28,7 +28,7 @@ from nemo_longctx.eval.requests import Continuation, Generation, share_work
 from nemo_longctx.eval.scoring import Chunks, Scorer
 from nemo_longctx.eval.sharing import everywhere, run_shared
 from nemo_longctx.eval.suite import HarnessResult, Suite, parse_tasks
-from nemo_longctx.rope.variants import DynamicNtkRope
+from nemo_longctx.rope.variants import DynamicNtkRope, parse
 
 VOCAB = 90  # the head has 96 rows: six are padding
 CHUNKS = Chunks(read=7, logits=3 * 4 * VOCAB)
@@ -183,6 +183,56 @@ def test_training_state_is_as_before():
         assert random.getstate() == state[0]
         np.testing.assert_array_equal(np.random.get_state()[1], state[1][1])
         assert torch.equal(torch.get_rng_state(), state[2])
+
+
+def test_training_goes_on_from_what_layers_keep_of_an_evaluation():
+    """Angles, and scales of q and k, are kept by their length: autograd, and the fused rotation, save them in the next step."""
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        transform_rope(module, parse({"variant": "xpos", "base": 1e4}))
+        tokens, positions, labels = small_gpt.tokens(1, 256)
+        with evaluating(module), torch.inference_mode():
+            model = MCoreCausalModel(module, vocab_size=VOCAB, max_length=256)
+            states = model.extend(tokens[0])
+        assert not states.requires_grad
+        assert not module.rotary_pos_emb(256, packed_seq=False).is_inference()
+        module.train()(tokens, positions, None, labels=labels).mean().backward()
+
+
+def test_what_only_training_can_do_is_off_in_an_evaluation(monkeypatch):
+    """Products in fp8 take no single token, captured graphs and buffers of overlapped communication no other shape, and the
+    rotation of the whole projection no cache."""
+    fields = {"fp8": "hybrid", "enable_cuda_graph": True, "cuda_graph_impl": "local", "fused_single_qkv_rope": True}
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config())
+        want = run_one()
+        widen(module)
+        known = {name: value for name, value in fields.items() if hasattr(module.config, name)}
+        for name, value in known.items():
+            monkeypatch.setattr(module.config, name, value)
+        layer = module.decoder.layers[0].self_attention.linear_proj
+        layer.ub_overlap_rs_fprop = layer.ub_overlap_ag_fprop = True
+        with evaluating(module):
+            assert_equal(results(MCoreCausalModel(module, vocab_size=VOCAB, max_length=256), requests()), want, 2e-5)
+            off = {"fp8": None, "cuda_graph_impl": "none"}
+            assert {name: getattr(module.config, name) for name in known} == {name: off.get(name, False) for name in known}
+            assert not layer.ub_overlap_rs_fprop
+            assert not layer.ub_overlap_ag_fprop
+        assert {name: getattr(module.config, name) for name in known} == known
+        assert layer.ub_overlap_rs_fprop
+        assert layer.ub_overlap_ag_fprop
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_stages_hand_on_what_their_weights_are_of(whole):
+    """NeMo's precision leaves float32 in the config of a model in bf16: the next stage then waited for twice the bytes."""
+    with small_gpt.parallel():
+        module = small_gpt.build(small_gpt.config(fp32_residual_connection=whole)).bfloat16()
+        assert module.config.params_dtype == torch.float32
+        model = MCoreCausalModel(module, vocab_size=VOCAB, max_length=256)
+        assert (
+            model.dtype == module.embedding(*small_gpt.tokens(1, 8)[:2]).dtype == (torch.float32 if whole else torch.bfloat16)
+        )
 
 
 def on_rank(rank, size, kind, weights):

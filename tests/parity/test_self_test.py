@@ -36,6 +36,19 @@ def test_the_real_path_passes(model):
     assert "FAILED" not in self_test.findings_text(findings)
 
 
+def test_the_host_s_own_attention_is_asked_as_the_host_asks_it(model, monkeypatch):
+    """Transformer Engine's must be told the kind of mask."""
+    original, told = attention.LongContextAttention.forward, []
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None):
+        told.append(attn_mask_type.name)
+        return original(self, query, key, value, attention_mask, packed_seq_params=packed_seq_params)
+
+    monkeypatch.setattr(attention.LongContextAttention, "forward", forward)
+    assert self_test.attention_finding(model).passed
+    assert set(told) == {"causal"}
+
+
 def test_a_run_without_document_masks_is_told_that_its_documents_are_not_kept_apart(model):
     finding = self_test.leak_finding(model, small_gpt.VOCABULARY, document_masking=False)
     assert finding.passed

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from nemo_longctx.activations import megatron_fields, offloaded_layers, recompute_name, recomputed_layers
-from nemo_longctx.adapters.megatron.host import captures_graphs
+from nemo_longctx.adapters.megatron.host import graphs_off
 from nemo_longctx.attention.saved import saved_tensors_hooks
 from nemo_longctx.config import ConfigError
 
@@ -77,8 +77,8 @@ def _check_offload(block: TransformerBlock, offload: str) -> None:
         raise ConfigError("offload", offload, mend)
     if config.cpu_offloading:
         raise ConfigError("offload", offload, "beside the host's own cpu_offloading=True; set one of the two")
-    if captures_graphs(config):
-        raise ConfigError("offload", offload, "cannot be captured in a CUDA graph; set cuda_graph_impl=none or offload=none")
+    if mend := graphs_off(config):
+        raise ConfigError("offload", offload, f"cannot be captured in a CUDA graph; set model.{mend} or offload=none")
     again = recomputed_layers(recompute_name(vars(config)).partition(" ")[0], layers)
     if config.gradient_accumulation_fusion and offloaded_layers(offload, layers) > again:
         # The fused kernels hang gradient buffers on the weight that they saved; what a hook gives back is another tensor.

@@ -26,7 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from nemo_longctx.attention.context_parallel import context_parallel_attention
-from nemo_longctx.attention.core import backend_name, causal_attention
+from nemo_longctx.attention.core import backend_name, causal_attention, on_device
 from nemo_longctx.attention.documents import Segment, check_cu_seqlens, context_parallel_segments, document_segments
 from nemo_longctx.config import ConfigError
 
@@ -64,7 +64,7 @@ def packed_documents(
     if not set(range(0, ends[-1], window)) <= set(ends):
         raise ConfigError("cu_seqlens", ends[:6], f"must have a boundary at each window of {window} tokens")
     cp_size = parallel_state.get_context_parallel_world_size()
-    boundaries = torch.tensor(ends, dtype=torch.int32, device=device)
+    boundaries = on_device(ends, torch.device(device))
     params = PackedDocuments(
         qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, boundaries=ends, window=window,
         max_seqlen_q=max(b - a for a, b in itertools.pairwise(ends)),
@@ -234,34 +234,43 @@ def with_long_context_attention(spec: ModuleSpec | TransformerBlockSubmodules) -
 
 
 def with_long_context_documents(spec: ModuleSpec) -> ModuleSpec:
-    """A copy of a layer spec whose own attention stays for whole windows, and gives packed documents to ours."""
+    """A copy of a layer spec whose own attention stays for whole windows, and gives packed documents to ours; and all windows
+    in layers that look back on some tokens only, unless `cp_comm_type` is one that the stock one can do that with."""
     spec = copy.deepcopy(spec)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = _documents_to_ours(attention.core_attention)
     return spec
 
 
+# Transformer Engine's ways between context-parallel ranks that know a sliding window; its ring, the default, does not.
+SLIDING_COMM_TYPES = ("a2a", "all_gather")
+
+
 @functools.cache
 def _documents_to_ours(stock: type) -> type:
-    """`stock` (Transformer Engine's attention) with documents on `LongContextAttention`; its state and its name stay."""
+    """`stock` (Transformer Engine's attention) with documents on `LongContextAttention`, and sliding windows where its way
+    between the ranks has none; its state and its name stay."""
 
     class Attention(stock):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **settings: Any):
             super().__init__(config, layer_number, attn_mask_type, attention_type, **settings)
             names = ("softmax_scale", "pg_collection", "model_comm_pgs")
             ours = {name: settings[name] for name in names if settings.get(name) is not None}
-            # Made when documents come: what it refuses (dropout, a sliding window), the stock one may do for whole windows.
+            self._slides_alone = (
+                layer_window(config, layer_number) is None or settings.get("cp_comm_type") in SLIDING_COMM_TYPES
+            )
+            # Made when it is needed: what it refuses (dropout), the stock one may do for whole windows.
             # Not a submodule, so that checkpoints hold the stock one's alone.
             self._ours = functools.cache(
                 lambda: LongContextAttention(config, layer_number, attn_mask_type, attention_type, **ours)
             )
 
         def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **settings: Any) -> torch.Tensor:
-            if settings.get("packed_seq_params") is None:
+            if settings.get("packed_seq_params") is None and self._slides_alone:
                 return super().forward(query, key, value, attention_mask, *args, **settings)
             ours = self._ours()
             ours.train(self.training)
-            return ours(query, key, value, None, packed_seq_params=settings["packed_seq_params"])
+            return ours(query, key, value, None, packed_seq_params=settings.get("packed_seq_params"))
 
     Attention.__name__ = Attention.__qualname__ = stock.__name__
     return Attention
@@ -272,7 +281,8 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
 
     With Transformer Engine its own attention stays, given `packed_seq_params`; but under context parallelism it splits every
     document over the ranks, which our windows do not, so that there ours takes the windows that come as documents, and its own
-    ring, which hides the exchange behind the work, all others. Without it, the local spec with ours.
+    ring, which hides the exchange behind the work, all others (but for layers with a sliding window, which the ring cannot do).
+    Without it, the local spec with ours.
 
     Raises:
         ConfigError: ours would be used and cannot do what the config asks for (with documents under context parallelism: at
@@ -291,7 +301,10 @@ def long_context_layer_spec(config: Any) -> ModuleSpec:
         stock = gpt_layer_specs.get_gpt_layer_local_spec(**common, normalization=config.normalization)
         return with_long_context_attention(stock)
     stock = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
-    return stock if config.context_parallel_size == 1 else with_long_context_documents(stock)
+    if config.context_parallel_size == 1:
+        return stock
+    layer_window(config, 1)  # refuses here a form that layers would ask for in vain
+    return with_long_context_documents(stock)
 
 
 def attention_summary(model: torch.nn.Module) -> str:

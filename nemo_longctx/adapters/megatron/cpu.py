@@ -84,8 +84,15 @@ def machine_fields(config: Any) -> dict[str, Any]:
             wanted = {name: defaults[name] for name in CPU_MODEL_FIELDS if name in defaults}
         if not has_module("transformer_engine"):
             wanted["apply_rope_fusion"] = False
+        if getattr(config, "rotary_interleaved", False):
+            from nemo_longctx.adapters.megatron.host import rotates_documents_interleaved
+
+            if not rotates_documents_interleaved():
+                wanted["apply_rope_fusion"] = False
         if not has_module("amp_C"):
             wanted["persist_layer_norm"] = False
+        if not has_module("fused_weight_gradient_mlp_cuda"):  # apex's, which the host's head asks for
+            wanted["gradient_accumulation_fusion"] = False
     return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -37,9 +38,24 @@ def fuses_qkv_rope(config: Any) -> bool:
     return bool(getattr(config, "fused_single_qkv_rope", False))
 
 
-def captures_graphs(config: Any) -> bool:
-    """Whether layers run as CUDA graphs: `enable_cuda_graph`, from 0.15 `cuda_graph_impl` too."""
-    return bool(getattr(config, "enable_cuda_graph", False)) or getattr(config, "cuda_graph_impl", "none") != "none"
+def graphs_off(config: Any) -> str:
+    """What to set so that no layer runs as a CUDA graph, by the name of what was set; nothing where none does.
+
+    `enable_cuda_graph` and `external_cuda_graph`, which from 0.15 on set `cuda_graph_impl` in their turn.
+    """
+    for name in ("enable_cuda_graph", "external_cuda_graph"):
+        if getattr(config, name, False):
+            return f"{name}=false"
+    return "" if getattr(config, "cuda_graph_impl", "none") == "none" else "cuda_graph_impl=none"
+
+
+def rotates_documents_interleaved() -> bool:
+    """Whether the fused rotation of packed documents is told that pairs are interleaved (from 0.17 on).
+
+    Before, it turns the first half of the dimensions with the second one, without a word; whole windows are turned rightly.
+    """
+    fused = rope_utils.fused_apply_rotary_pos_emb_thd
+    return fused is not None and "interleaved" in inspect.signature(fused).parameters
 
 
 def yarn_rounds_always() -> bool:

@@ -33,7 +33,12 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.eval.sharing import everywhere
 
-SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+# Of the config and of layers. Buffers of overlapped communication hold the shapes of training, and so do captured graphs; the
+# fused rotation of the whole projection knows no cache.
+TRAINING_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings", "ub_overlap_ag_fprop",
+                     "ub_overlap_rs_fprop", "fused_single_qkv_rope", "enable_cuda_graph")  # fmt: skip
+# Of the config. Products in fp8 want multiples of 8 tokens, where the cache reads one, and would move the scales of training.
+TRAINING_SETTINGS = {"fp8": None, "fp4": None, "cuda_graph_impl": "none"}
 
 
 @contextlib.contextmanager
@@ -55,9 +60,12 @@ def evaluating(module: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
         for owner in (module.config, *module.modules()):
-            for name in SEQUENCE_PARALLEL_SWITCHES:
+            for name in TRAINING_SWITCHES:
                 if getattr(owner, name, False) is True:
                     put(owner, name, False)
+        for name, value in TRAINING_SETTINGS.items():
+            if hasattr(module.config, name):
+                put(module.config, name, value)
         if module.config.context_parallel_size > 1:
             _leave_context_parallel(module, put, back, solo)
         for layer in module.modules():
@@ -147,7 +155,9 @@ class MCoreCausalModel:
             raise ConfigError("virtual_pipeline_model_parallel_size", chunks, "evaluation inside a run needs it unset")
         self.module, self.vocab_size, self.max_length = module, vocab_size, max_length
         self.device = next(module.parameters()).device
-        self.dtype = module.config.params_dtype
+        # What stages hand on. A config may name another type than a run's precision made of the weights.
+        whole = getattr(module.config, "fp32_residual_connection", False)
+        self.dtype = torch.float32 if whole else next(module.parameters()).dtype
         variant = getattr(getattr(module, "rotary_pos_emb", None), "variant", None)
         self.reads_whole = variant is not None and variant.depends_on_length
         self.held: contextlib.ExitStack | None = None
@@ -175,7 +185,9 @@ class MCoreCausalModel:
             grown.key_value_memory_dict[layer] = tuple(_longer(memory, self.length, room) for memory in pair)
         self._context = grown
 
-    @torch.inference_mode()
+    # What layers keep for the next call (angles, scales, boundaries) training gets too, and autograd saves none of that mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def extend(self, tokens_S: Tensor) -> Tensor:
         S = len(tokens_S)
         self._reserve(self.length + S)

@@ -40,6 +40,7 @@ class ScoreScale:
         self.factor = variant.attention_scaling**2
         zeta = variant.xpos_zeta(rotary_dim)
         self.log_zeta = None if zeta is None else torch.from_numpy(per_dimension(np.log(zeta), interleaved=interleaved))
+        self.steepest = 0.0 if self.log_zeta is None else float(-self.log_zeta.min())
         self._last: tuple[tuple, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __call__(self, core_attention: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -63,10 +64,11 @@ class ScoreScale:
             length = int(max(packed.max_seqlen_q, packed.max_seqlen_kv))
         self._check_range(length, query.dtype)
         middle, heads = length / 2, (1,) * (query.dim() - 2)
+        self.log_zeta = self.log_zeta.to(query.device)  # type: ignore[union-attr]  # once: a copy makes the host wait for a GPU
 
         def scale(positions: torch.Tensor, sign: float) -> torch.Tensor:
             power = (positions.double() - middle) * sign
-            table = torch.exp(torch.outer(power, self.log_zeta.to(positions.device)))  # type: ignore[union-attr]
+            table = torch.exp(torch.outer(power, self.log_zeta))  # type: ignore[arg-type]
             return table.float().view(len(positions), *heads, self.rotary_dim)
 
         tables = (scale(q_positions, 1.0) * self.factor, scale(k_positions, -1.0))
@@ -78,7 +80,7 @@ class ScoreScale:
         if size == 1:  # a KV cache shows as more keys than queries; the last query is at the last key
             k_positions = torch.arange(keys, device=device)
             return k_positions[keys - queries :], k_positions, keys
-        ends = torch.tensor([0, keys * size], device=device)
+        ends = torch.arange(2, device=device) * (keys * size)  # made there: a copy makes the host wait for a GPU
         positions = packed_positions(ends, keys, rank, size)
         return positions, positions, keys * size
 
@@ -87,10 +89,9 @@ class ScoreScale:
 
     def _check_range(self, length: int, dtype: torch.dtype) -> None:
         room = SHARE_OF_RANGE * math.log(torch.finfo(dtype).max)
-        steepest = float(-self.log_zeta.min())  # type: ignore[union-attr]
-        if length / 2 * steepest > room:
+        if length / 2 * self.steepest > room:
             scale_base = getattr(self.variant, "scale_base", 1.0)
-            least = math.ceil(scale_base * length / 2 * steepest / room)
+            least = math.ceil(scale_base * length / 2 * self.steepest / room)
             mend = (
                 f"{length} tokens leave the range of {dtype}; set it to at least {least}, or use bf16 or fp32 in place of fp16"
             )

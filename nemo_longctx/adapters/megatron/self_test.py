@@ -16,6 +16,7 @@ import itertools
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
 from nemo_longctx.adapters.megatron.attention import LongContextAttention, layer_window, packed_documents
 from nemo_longctx.adapters.megatron.loss import forward_with_chunked_loss
@@ -146,9 +147,9 @@ def _attention_error(core: Any, window: int | None, dtype: torch.dtype, device: 
         expected = _explicit_attention(q, k, v, boundaries, window)
         if packed:
             params = packed_documents(boundaries, device=device)
-            out = core.forward(q.squeeze(1), k.squeeze(1), v.squeeze(1), None, packed_seq_params=params)
+            out = core.forward(q.squeeze(1), k.squeeze(1), v.squeeze(1), None, AttnMaskType.causal, packed_seq_params=params)
         else:
-            out = core.forward(q, k, v, None)
+            out = core.forward(q, k, v, None, AttnMaskType.causal)
         grad = torch.randn(expected.shape, generator=generator).to(device, dtype)
         ours = (out.view(expected.shape), *torch.autograd.grad(out, (q, k, v), grad.view(out.shape)))
         theirs = (expected, *torch.autograd.grad(expected, (q, k, v), grad.to(expected.dtype)))

@@ -21,6 +21,7 @@ from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkp
 from nemo_longctx.adapters.nemo.model.lora import adapter_base, as_long_context, load_adapters, merge_adapters
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
+from nemo_longctx.nemo_files import saved_in
 from nemo_longctx.planning.models import MODELS
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RecipeConfig
@@ -152,6 +153,7 @@ def build_for_test(recipe: RecipeConfig, *, load_weights: bool) -> tuple[torch.n
     completed = complete_rope(nemo_model, recipe.rope, seq_length=recipe.seq_length, source=type(nemo_model.config).__name__)
     prepare_model(nemo_model, seq_length=recipe.seq_length, variant=completed.variant if completed else None)
     _take_parallel_sizes(nemo_model.config)
+    nemo_model.config.gradient_accumulation_fusion = False  # its kernels add to buffers that only data parallelism makes
     module = within_memory(lambda: _build(nemo_model))
     if module is None:
         mend = "its weights do not fit in this machine's memory; cut layers (model.num_layers=2) or use a larger machine"
@@ -191,7 +193,7 @@ def _model_for_test(recipe: RecipeConfig, *, load_weights: bool) -> Any:
 
 
 def _take_parallel_sizes(config: Any) -> None:
-    """Set on `config` the sizes that this process group has."""
+    """Set on `config` the sizes that this process group has, and none of what only serves the speed of training."""
     from megatron.core import parallel_state
 
     config.tensor_model_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -199,6 +201,9 @@ def _take_parallel_sizes(config: Any) -> None:
     config.context_parallel_size = parallel_state.get_context_parallel_world_size()
     config.sequence_parallel = False
     config.pipeline_dtype = config.params_dtype
+    for name in ("fp8", "fp4"):  # products that want multiples of 8 tokens, and a GPU that has them
+        if hasattr(config, name):
+            setattr(config, name, None)
 
 
 def _build(nemo_model: Any) -> torch.nn.Module:
@@ -214,6 +219,12 @@ def _build(nemo_model: Any) -> torch.nn.Module:
 def _load_weights(module: Any, weights: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    sharded = {"state_dict": module.sharded_state_dict(prefix="module.")}
-    loaded = dist_checkpointing.load(sharded, str(weights))
-    module.load_state_dict({key.removeprefix("module."): value for key, value in loaded["state_dict"].items()}, strict=True)
+    sharded, known = module.sharded_state_dict(prefix="module."), saved_in(weights)
+    # What Transformer Engine's layers keep beside their weights is not in a checkpoint that was made without them.
+    lacking = [key for key, each in sharded.items() if key.endswith("_extra_state") and known and each.unique_key not in known]
+    wanted = {key: each for key, each in sharded.items() if key not in lacking}
+    loaded = dist_checkpointing.load({"state_dict": wanted}, str(weights))["state_dict"]
+    state = {key.removeprefix("module."): value for key, value in loaded.items()}
+    own = module.state_dict() if lacking else {}
+    names = [key.removeprefix("module.") for key in lacking]
+    module.load_state_dict(state | {name: own[name] for name in names}, strict=True)

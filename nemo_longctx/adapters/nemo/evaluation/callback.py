@@ -114,6 +114,7 @@ class LongContextEvalCallback(Callback):
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         if len(modules) != 1:
             raise ConfigError("virtual_pipeline_model_parallel_size", len(modules), "evaluation inside a run needs it unset")
+        _have_all_weights(trainer.strategy)
         suite = self._suite = self._suite or self._build(pl_module)  # asked for outside a training run
         if rope is not None:
             suite = Suite([task for task in self.tasks if getattr(task, "guard", False)], tokenizer=suite.tokenizer)
@@ -196,6 +197,17 @@ class LongContextEvalCallback(Callback):
         # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
         if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True
+
+
+def _have_all_weights(strategy: Any) -> None:
+    """Let every rank have the whole of the last update, as the host does before it saves.
+
+    Under `overlap_param_gather` the parts of the other ranks come with the next forward, layer by layer, and all ranks must
+    come for them. In an evaluation some may have nothing to read.
+    """
+    ddp = getattr(strategy, "ddp_config", None)
+    if getattr(ddp, "use_distributed_optimizer", False) and getattr(ddp, "overlap_param_gather", False):
+        strategy.megatron_parallel.force_param_sync()
 
 
 def _step_of(result: SuiteResult) -> int:

@@ -11,12 +11,15 @@ from typing import Any
 import nemo.lightning as nl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.utils import AppState
 
+from nemo_longctx.adapters.megatron.attention import transformer_engine_installed
 from nemo_longctx.checkpoints import best_in, checkpoint_to_resume, finished_in, write_manifest
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.files import first_process
+from nemo_longctx.nemo_files import knows_no_engine_norms
 from nemo_longctx.start import signals_not_inherited
 
 LAST = "-last"
@@ -152,6 +155,17 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         return with_manifest
 
 
+def begin_without_engine_state(strategy: Any, model: Any, checkpoint: Path) -> None:
+    """Let a run with Transformer Engine begin from weights that were saved without it.
+
+    Its norms want a state of theirs beside the weights, and the host ends where a checkpoint has none. What else is missing
+    would be passed over too: names of dense layers are the same on both sides, those of experts are not.
+    """
+    if transformer_engine_installed() and not model.config.num_moe_experts and knows_no_engine_norms(checkpoint):
+        rank_zero_info(f"{checkpoint} was saved without Transformer Engine: its weights are taken, and no state of its layers")
+        strategy.ckpt_load_strictness = False
+
+
 @dataclasses.dataclass(kw_only=True)
 class LongContextResume(nl.AutoResume):
     """NeMo's resume from the run's newest checkpoint, by its step and not by its directory's time, and only if it is whole.
@@ -161,6 +175,11 @@ class LongContextResume(nl.AutoResume):
     """
 
     fallback: bool = False
+
+    def setup(self, trainer: Any, model: Any = None) -> None:
+        super().setup(trainer, model)
+        if not trainer.ckpt_path and self.restore_config is not None:
+            begin_without_engine_state(trainer.strategy, model, Path(self.restore_config.path))
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         log_dir = AppState().log_dir

@@ -113,10 +113,21 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
 
 
 def precision_plugin(precision: Precision) -> run.Config:
-    """NeMo's plugin for one of `nemo_longctx.precision`."""
-    dtypes = {name: getattr(torch, value) if name.endswith("_dtype") else value for name, value in precision.plugin.items()}
+    """NeMo's plugin for one of `nemo_longctx.precision`.
+
+    The types of weights and between stages are named, as NeMo's own recipes do: else it takes float32 for the first, and for
+    the second in float16, so that a pipeline would wait for twice the bytes, and evaluations and exports come in float32.
+    """
+    dtype = getattr(torch, precision.dtype)
     more = {} if precision.grad_reduce_in_fp32 else {"grad_reduce_in_fp32": False}
-    return run.Config(nl.MegatronMixedPrecision, precision=precision.host, **dtypes, **more)
+    return run.Config(
+        nl.MegatronMixedPrecision,
+        precision=precision.host,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        **precision.plugin,
+        **more,
+    )
 
 
 def shard_weights(strategy: run.Config) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import io
@@ -68,7 +69,7 @@ def fresh_model(model: Mapping[str, Any], *, tokenizer: Any = None) -> GPTModel:
     Raises:
         ConfigError: no such class, no such field, or values that the class itself refuses.
     """
-    fields = {key: value for key, value in model.items() if key != "config"}
+    fields = {key: _in_the_hosts_words(key, value) for key, value in model.items() if key != "config"}
     config_class = _config_class(model["config"])
     known = {field.name for field in dataclasses.fields(config_class) if field.init}
     for key, value in fields.items():
@@ -123,7 +124,7 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
             raise ConfigError(f"model.{key}", value, mend)
         if key == "no_rope_freq":  # the host expands it where a config is made
             value = no_rope_layers(value, model.config.num_layers)
-        set_config_field(model, key, value)
+        set_config_field(model, key, _in_the_hosts_words(key, value))
     return model
 
 
@@ -212,6 +213,7 @@ def prepare_model(
         set_config_field(model, name, value)
     for name, value in ({} if recompute is None else megatron_fields(recompute)).items():
         setattr(model.config, name, value)
+    _check_layers(model.config)
     model.config.transformer_layer_spec = long_context_layer_spec
     model.config.forward_step_fn = longctx_forward_step
     model.config.data_step_fn = longctx_data_step
@@ -289,6 +291,33 @@ def _check_config(config: GPTConfig) -> None:
     if groups and heads % groups:
         mend = f"must divide the {heads} of model.num_attention_heads; a class's own value stays where only one of them is set"
         raise ConfigError("model.num_query_groups", groups, mend)
+
+
+def _check_layers(config: GPTConfig) -> None:
+    """Refuse layers that the run's own would replace by others in silence, and a host that would replace the run's.
+
+    Gemma 2's, whose softcapping is refused where they are built, are told by that.
+    """
+    made_by = config.transformer_layer_spec
+    where = getattr(made_by, "__module__", "")
+    own = where.startswith("nemo.collections.") and where != GPTConfig.__module__
+    if own and getattr(config, "attn_logit_softcapping", None) is None:
+        mend = f"has layers of its own ({made_by.__name__}), which the run's would take the place of; not supported"
+        raise ConfigError("model.config", type(config).__name__, mend)
+    if getattr(config, "attention_backend", None) is AttnBackend.local:
+        mend = (
+            "puts the host's attention, with a score for each two tokens, in the place of the run's; set auto, or leave it out"
+        )
+        raise ConfigError("model.attention_backend", "local", mend)
+
+
+def _in_the_hosts_words(key: str, value: Any) -> Any:
+    """A field's value as a config takes it: the host compares `attention_backend` with its own names, and passes over texts."""
+    if key != "attention_backend" or not isinstance(value, str):
+        return value
+    if value not in AttnBackend.__members__:
+        raise ConfigError("model.attention_backend", value, did_you_mean(value, AttnBackend.__members__))
+    return AttnBackend[value]
 
 
 def _show(value: Any) -> str:
