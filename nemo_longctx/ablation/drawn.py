@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nemo_longctx.ablation.measured import last_result
 from nemo_longctx.ablation.page import write_table
-from nemo_longctx.ablation.study import Run
+from nemo_longctx.ablation.study import BASE, Run
 from nemo_longctx.eval import context
 from nemo_longctx.report.context import LAW_NOTE, with_interval
 from nemo_longctx.report.html import Section
@@ -19,6 +19,7 @@ from nemo_longctx.report.training_log import read_training_log
 from nemo_longctx.rope.figures import plot_decay
 from nemo_longctx.rope.variants import Rope
 
+GREY = "#777777"
 POINTS = 40  # of a training curve
 LOSS = "loss (nats per token)"
 HEAD_DIM = 128  # Llama 2's, as in Figure 4
@@ -131,6 +132,8 @@ def _curves(
     write_table(path.with_suffix(".csv"), table)
     figure, axes = new_figure()
     for (colour, dashes), (arm, points) in zip(line_styles(len(curves)), curves.items(), strict=True):
+        if arm == BASE:  # no arm: what they came from
+            colour, dashes = GREY, (0, (1, 2))
         axes.plot(*points.T, marker="o", color=colour, linestyle=dashes, markersize=3, linewidth=1.5, label=arm)
     if log:
         axes.set_xscale("log", base=2)

@@ -27,7 +27,7 @@ from nemo_longctx.report.html import Section
 from nemo_longctx.versions import versions_of
 
 PATIENCE = 50  # tenths of a second
-PROBES = ("passkey", "first_sentence")  # drawn by length
+PROBES = ("passkey", "first_sentence", "code")  # drawn by length, where they were asked
 Execute = Callable[[list[str], Path], int]
 Say = Callable[[str], None]
 
@@ -213,18 +213,20 @@ class Runner:
         values, asked = self.scale.values, self.study.figures
         arms: dict[str, list[Run]] = {}
         for run in self.runs:
-            if run.arm in self.study.arms:
-                arms.setdefault(run.arm, []).append(run)
+            arms.setdefault(run.arm, []).append(run)
         whole = {arm: runs for arm, runs in arms.items() if all(self._is_done(r.name, r.command(self.executor)) for r in runs)}
+        came_from = {BASE: whole[BASE]} if BASE in whole else {}  # drawn too, last, where it was measured
+        whole = {arm: runs for arm, runs in whole.items() if arm in self.study.arms}
+        with_base = whole | came_from
         sections: list[Section | None] = []
         if "training_curve" in asked:
             sections.append(training_section(whole, directory))
         if "context_curve" in asked:
-            sections.append(context_section(whole, values["task"], directory))
+            sections.append(context_section(with_base, values["task"], directory))
         if "retrieval" in asked:
-            sections += [retrieval_section(whole, kind, directory) for kind in PROBES]
+            sections += [retrieval_section(with_base, kind, directory) for kind in PROBES]
         if "score_decay" in asked:
-            first = [runs[0] for runs in arms.values()]
+            first = [runs[0] for arm, runs in arms.items() if arm in self.study.arms]
             sections.append(decay_section(first, directory, short=values["short"], distances=values["twice"]))
         if "context_law" in asked:
             sections.append(law_section(whole, values["task"], directory))

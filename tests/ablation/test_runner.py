@@ -106,7 +106,11 @@ def test_what_a_base_that_cannot_look_up_ends(tmp_path, scale):
     assert (
         "The study ends here: The base" in page if scale == "gpu" else "No claim is judged by passkey or first_sentence" in page
     )
-    assert len(arms) == (0 if scale == "gpu" else 18)
+    assert len(arms) == (0 if scale == "gpu" else len(weak.scale.seeds) * 6)
+    if scale == "laptop":  # what the arms came from is drawn beside them, last
+        for name in ("context_curve", "code_curve"):
+            with (tmp_path / f"page/position/{name}.csv").open(newline="", encoding="utf-8") as file:
+                assert [row["arm"] for row in csv.DictReader(file)] == [*weak.study.arms, "base"]
 
 
 def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
@@ -120,7 +124,8 @@ def test_an_evaluation_that_failed_costs_its_measure_and_not_the_page(tmp_path):
     values["results"][0]["probes"] = []
     write_json(record, values)
     found = broken.found()
-    assert [line for line in said if "yarn is left out, yarn, seed 3 did not measure probes/passkey/2048" in line]
+    last = f"yarn, seed {broken.scale.seeds[-1]}"
+    assert [line for line in said if f"yarn is left out, {last} did not measure probes/passkey/2048" in line]
     assert set(found["passkey"]) == set(broken.study.arms) - {"yarn"}
     assert set(found["loss_long"]) == set(broken.study.arms)
 
