@@ -33,7 +33,7 @@ def falling(c):
 
 
 def probe(length, score, kind="passkey"):
-    return ProbeRow(model="m", kind=kind, length=length, depth=0.5, score=score, answer_loss=1.0, samples=1, skipped=0)
+    return ProbeRow(model="m", kind=kind, length=length, depth=0.5, score=score, answer_loss=score + 1, samples=1, skipped=0)
 
 
 def evaluated():
@@ -53,13 +53,15 @@ def test_a_measure_of_an_evaluation_is_one_number_a_document():
     np.testing.assert_array_equal(measured.of_result("context/books/968", result, "a"), each[:, 2])
     np.testing.assert_array_equal(measured.of_result("gain/books", result, "a"), each[:, 0] - each[:, 3])
     assert measured.of_result("probes/passkey/512", result, "a").tolist() == [0.75]
+    assert measured.of_result("answers/passkey/512", result, "a").tolist() == [1.75]
 
 
 @pytest.mark.parametrize(
     "path", ["context/books/192", "context/papers/200", "gain/papers", "probes/passkey/256", "watched/long", "unknown/short"]
 )
 def test_what_was_not_measured_is_named_with_what_was(path):
-    has = "watched/short, context/books, probes/passkey/1024, probes/passkey/512, probes/record/512"
+    cells = ("passkey/1024", "passkey/512", "record/512")
+    has = ", ".join(["watched/short", "context/books", *(f"{root}/{cell}" for root in ("answers", "probes") for cell in cells)])
     with pytest.raises(ValueError, match=rf"^arm a did not measure {path}; it has {has}$"):
         measured.of_result(path, evaluated(), "arm a")
 
