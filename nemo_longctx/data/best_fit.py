@@ -12,6 +12,7 @@ Cost: 4 bytes for each rest and window of rests, 20 for each document that is at
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import os
 import shutil
@@ -76,12 +77,8 @@ class BestFitWindows:
         return self._own_window(place) if own else self._shared_window(place)
 
     def documents(self, number: int) -> np.ndarray:
-        """The documents, int64 [D], of the stage's sample `number`."""
-        own, place = self._place(number)
-        if own:
-            which = int(self.long_ends.searchsorted(place, "right"))
-            return self.long_documents[which : which + 1]
-        return self.pieces[int(self.bin_ends[place - 1]) if place else 0 : int(self.bin_ends[place])]
+        """The documents, uint32 [D], of the stage's sample `number`."""
+        return self.parts(number)[0]
 
     def _place(self, number: int) -> tuple[bool, int]:
         """Whether the window has a document of its own, and its number among those that have, or that have not."""
@@ -122,21 +119,23 @@ class BestFitWindows:
 
     def parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
         """What sample `number` is made of: documents, the token of each it begins with, and tokens of each, in order."""
-        block = bisect.bisect_right(self._block_starts, number) - 1
-        before, length = self._block_starts[block], self.stage.seq_length
-        place = self._permutations[block][number - before]
-        if place < self._own[block]:
-            own = self._own_before[block] + place
-            which = int(self.long_ends.searchsorted(own, "right"))
-            inside = own - (int(self.long_ends[which - 1]) if which else 0)
-            documents = self.long_documents[which : which + 1]
-            start = int(self.long_starts[which]) + inside * length
-            return documents, [start], [min(length, int(self.order.documents.lengths(documents)[0]) - start)]
-        shared = before - self._own_before[block] + place - self._own[block]
-        low, high = int(self.bin_ends[shared - 1]) if shared else 0, int(self.bin_ends[shared])
+        own, place = self._place(number)
+        return self._own_part(place, self.stage.seq_length) if own else self._shared_parts(place)
+
+    def _own_part(self, number: int, most: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """The one part of a window out of one document, `most` tokens of it where it has them."""
+        which = int(self.long_ends.searchsorted(number, "right"))
+        inside = number - (int(self.long_ends[which - 1]) if which else 0)
+        start = int(self.long_starts[which]) + inside * self.stage.seq_length
+        document = self.long_documents[which : which + 1]
+        return document, [start], [min(most, int(self.order.documents.lengths(document)[0]) - start)]
+
+    def _shared_parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """The parts of a window of rests."""
+        low, high = int(self.bin_ends[number - 1]) if number else 0, int(self.bin_ends[number])
         documents = self.pieces[low:high]
         lengths = self.order.documents.lengths(documents)
-        starts = lengths - lengths % length
+        starts = lengths - lengths % self.stage.seq_length
         odd, odd_start = self.facts["odd"]
         if low <= odd < high:
             starts[odd - low] = odd_start
@@ -145,28 +144,16 @@ class BestFitWindows:
     def _own_window(self, number: int) -> Sample:
         """A window out of one document."""
         length = self.stage.seq_length
-        which = int(self.long_ends.searchsorted(number, "right"))
-        inside = number - (int(self.long_ends[which - 1]) if which else 0)
-        start = int(self.long_starts[which]) + inside * length
-        document = self.long_documents[which : which + 1]
-        total = int(self.order.documents.lengths(document)[0])
-        size = min(length + 1, total - start)  # one more for the last label, where the document has it
-        tokens = read_documents(self.order.documents, document, [size], [start])
+        document, starts, sizes = self._own_part(number, length + 1)  # the last label, where the document has it
+        tokens = read_documents(self.order.documents, document, sizes, starts)
         return finish_sample(tokens, [], length, document_masking=self.document_masking)
 
     def _shared_window(self, number: int) -> Sample:
         """A window of rests."""
-        length = self.stage.seq_length
-        low, high = int(self.bin_ends[number - 1]) if number else 0, int(self.bin_ends[number])
-        documents = self.pieces[low:high]
-        lengths = self.order.documents.lengths(documents)
-        starts = lengths - lengths % length
-        odd, odd_start = self.facts["odd"]
-        if low <= odd < high:
-            starts[odd - low] = odd_start
-        edges = np.cumsum(lengths - starts).tolist()
-        tokens = read_documents(self.order.documents, documents, edges, starts.tolist())
-        return finish_sample(tokens, edges, length, document_masking=self.document_masking)
+        documents, starts, sizes = self._shared_parts(number)
+        edges = list(itertools.accumulate(sizes))
+        tokens = read_documents(self.order.documents, documents, edges, starts)
+        return finish_sample(tokens, edges, self.stage.seq_length, document_masking=self.document_masking)
 
 
 def _reopen(order: Order, stage: Stage, start: tuple[int, int], seed: int, document_masking: bool) -> BestFitWindows:

@@ -85,7 +85,8 @@ class ConcatenatedWindows:
     def parts(self, number: int) -> tuple[np.ndarray, list[int], list[int]]:
         """What sample `number` is made of: documents, the token of each it begins with, and tokens of each, in order."""
         window = self.window(number)
-        first, last = window.address, window.address + window.seq_length
+        first = window.address - self.order.origin
+        last = first + window.seq_length
         documents, lengths, ends = self.order.span(first, last)
         begins = np.maximum(ends - lengths, first)
         return documents, (begins - (ends - lengths)).tolist(), (np.minimum(ends, last) - begins).tolist()
@@ -121,10 +122,8 @@ class ConcatenatedWindows:
         return Ranges(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def documents(self, number: int) -> np.ndarray:
-        """The documents, int64 [D], of the stage's sample `number`."""
-        window = self.window(number)
-        address = window.address - self.order.origin
-        return self.order.span(address, address + window.seq_length)[0]
+        """The documents, uint32 [D], of the stage's sample `number`."""
+        return self.parts(number)[0]
 
 
 class Stream(Protocol):
@@ -252,7 +251,7 @@ class StageWindows(Protocol):
         """The stage's sample `number`."""
 
     def documents(self, number: int) -> np.ndarray:
-        """The documents, int64 [D], of the stage's sample `number`."""
+        """The documents, uint32 [D], of the stage's sample `number`."""
 
     def read(self, samples: int) -> Ranges:
         """What the stage's first `samples` samples hold, padding left out."""
