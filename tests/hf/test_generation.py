@@ -76,6 +76,11 @@ def test_a_sampling_field_says_sampling_unless_the_file_says_none(key):
     assert read_generation_config({key: unset}, 100) == ({} if unset is None else {key: unset}, [])
 
 
+def test_unset_is_what_transformers_holds_unset():
+    numbers = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    assert numbers | {"min_p": None} == SAMPLING
+
+
 def test_a_temperature_of_nothing_is_greedy():
     kept, notes = read_generation_config({"temperature": 0, "top_p": 0.5, "do_sample": True, "max_new_tokens": 3}, 100)
     assert kept == {"do_sample": False, "max_new_tokens": 3}
