@@ -189,3 +189,67 @@ def test_loss_against_context_is_drawn_where_every_run_measured(tmp_path, monkey
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == [tokens_label(place) for place in read]
     assert drawn.context_section({"half": arms["half"]}, "books", tmp_path) is None
+
+
+def test_hours_and_losses_are_of_the_rows_that_have_them(tmp_path):
+    run = run_in(tmp_path)
+    lines = ["step,tokens,loss,tokens_per_second,processor_seconds", "1,7200,9.0,2,1800", "2,10800,,5,", "3,14400,3.0,,5400"]
+    (tmp_path / "results" / "training.csv").write_text("\n".join(lines) + "\n")
+    assert value("training/loss", run).tolist() == [3.0]
+    assert value("training/hours", run).tolist() == [1.0]  # 7200 tokens at two a second; the third has no rate
+    assert value("training/processor_hours", run).tolist() == [2.0]
+    rows = [f"{n},{n},{float(n)},1," for n in range(1, 31)]
+    (tmp_path / "results" / "training.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+    assert value("training/loss", run).tolist() == [29.0]  # of 28, 29 and 30
+
+
+def test_an_arm_whose_seeds_measured_unlike_documents_has_no_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "value", lambda _, run: np.zeros(run.seed))
+    runs = [run_in(tmp_path, "a", seed) for seed in (1, 2)]
+    assert measured.table(measure("watched/x"), runs, ["a"], [1, 2]) == {}
+
+
+def test_curves_of_arms_are_means_over_seeds_depths_and_fortieths(tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(drawn, "_curves", lambda curves, path, **more: made.update({path.name: (curves, more)}))
+    arms = {"a": [run_in(tmp_path / "a1", "a", 1), run_in(tmp_path / "a2", "a", 2)], "none": [run_in(tmp_path / "n", "none")]}
+    for number, run in enumerate(arms["a"]):
+        rows = [f"{n},{n * 10},{n + 100 * number}" for n in range(1, 83 + number)]
+        (run.folder / "results" / "training.csv").write_text("\n".join(["step,tokens,loss", *rows]) + "\n")
+    drawn.training_section(arms, tmp_path)
+    curve = made["training_curve"][0]["a"]
+    assert list(made["training_curve"][0]) == ["a"]
+    parts = np.array_split(np.arange(1, 83), 40)  # of the steps that all seeds have
+    assert curve[:, 0].tolist() == [part[-1] * 10 for part in parts]
+    assert curve[:, 1] == pytest.approx([part.mean() + 50 for part in parts])
+    results = {
+        "a1": [(256, 0.0, 1.0), (256, 0.5, 0.5), (512, 0.0, float("nan"))],
+        "a2": [(256, 0.0, 0.0), (512, 0.0, 0.25)],
+        "n": [],
+    }
+
+    def last(run):
+        if not results[run.folder.name]:
+            return None
+        result = blank_result("m")
+        result.probes.extend(probe(length, score) for length, _, score in results[run.folder.name])
+        result.probes.append(probe(256, 1.0, kind="code"))
+        return result
+
+    monkeypatch.setattr(drawn, "last_result", last)
+    drawn.retrieval_section(arms, "passkey", tmp_path)
+    curves, more = made["passkey_curve"]
+    assert {arm: points.tolist() for arm, points in curves.items()} == {"a": [[256, 0.5], [512, 0.25]]}
+    assert (more["heading"], more["log"], more["y"]) == ("Passkey by length", True, "score")
+
+
+def test_curves_have_a_table_of_all_their_places(tmp_path):
+    curves = {"a": np.array([[1024.0, 1.5], [256.0, 2.0]]), "b": np.array([[2048.0, 1.0]])}
+    section = drawn._curves(curves, tmp_path / "x_curve", heading="H", x="tokens", y="score", note="N", log=True)
+    table = [["arm", "256", "1,024", "2,048"], ["a", "2.0000", "1.5000", "–"], ["b", "–", "–", "1.0000"]]
+    assert section.table == table
+    assert list(csv.reader((tmp_path / "x_curve.csv").open())) == table
+    assert section.figures == [tmp_path / "x_curve.png"]
+    plain = drawn._curves(curves, tmp_path / "y", heading="H", x="t", y="score", note="N")
+    assert (list(plain.table), plain.heading, plain.note) == ([], "H", "N")
+    assert drawn._curves({}, tmp_path / "z", heading="H", x="t", y="s", note="N") is None

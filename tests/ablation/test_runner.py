@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -252,3 +253,93 @@ def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
     said = log.read_text()
     order = [said.index(each) for each in ("theirs", "complete -o default", "invalid choice: 'no-shell'", "transformers ")]
     assert order == sorted(order)
+
+
+def values_of(**more):
+    measure = {"text": "m", "path": "watched/{name}"}
+    claim = {"text": "c", "measure": "m", "first": "b", "second": "a"}
+    scale = {
+        "seeds": [3, 1],
+        "arm": ["x={name}"],
+        "base": ["y={out}"],
+        "values": {"name": "books", "short": 64},
+        "prepare": ["prepare {text} --out {out}"],
+    }
+    values = {"name": "s", "title": "t", "paper": "p", "arms": {"a": ["rope=abf"], "b": []}, "measures": {"m": measure}}
+    return values | {"claims": (claim,), "scales": {"gpu": scale | more.pop("scale", {})}} | more
+
+
+def test_runs_of_a_study_are_each_seed_s_base_and_then_its_arms(tmp_path):
+    made = Study(**values_of()).runs("gpu", tmp_path)
+    assert [(run.arm, run.seed, run.name, run.folder.name, run.tuned) for run in made] == [
+        (arm, seed, f"{arm}, seed {seed}", f"{arm}-{seed}", False) for seed in (3, 1) for arm in ("base", "a", "b")
+    ]
+    assert made[0].overrides == (f"y={tmp_path}", f"output_dir={tmp_path}", "seed=3", "name=base-3")
+    assert made[1].overrides == (
+        "x=books", "rope=abf", f"output_dir={tmp_path}", "seed=3", f"restore_from={tmp_path}/base-3", "name=a-3"
+    )  # fmt: skip
+    assert made[1].command() == ["nemo-longctx", "train", *made[1].overrides]
+    assert made[1].command("slurm") == ["nemo", "longctx", "train", *made[1].overrides, "run.executor=slurm"]
+    tuned = Study(**values_of(tuned=True)).runs("gpu", tmp_path)
+    assert [(run.folder.name, run.command()[1]) for run in tuned[:2]] == [("s_base-3", "train"), ("a-3", "sft")]
+    assert f"restore_from={tmp_path}/s_base-3" in tuned[1].overrides
+    alone = Study(**values_of(scale={"base": None, "arms": ["b"]})).runs("gpu", tmp_path)
+    assert [(run.arm, "restore_from" in " ".join(run.overrides)) for run in alone] == [("b", False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"scale": {"seeds": []}}, "give different whole numbers of at least 1"),
+        ({"scale": {"seeds": [0, 1]}}, "give different whole numbers of at least 1"),
+        ({"scale": {"seeds": [2, 2]}}, "give different whole numbers of at least 1"),
+        ({"scale": {"arms": ["c"]}}, r"scales\.gpu\.arms='c'"),
+        ({"figures": ("training_curv",)}, "did you mean 'training_curve'"),
+        ({"claims": ({"text": "c", "measure": "n", "first": "b", "second": "a"},)}, r"claims\[0\]\.measure='n'"),
+        ({"claims": ({"text": "c", "measure": "m", "first": "b", "second": "z"},)}, r"claims\[0\]\.second='z'"),
+    ],
+)
+def test_a_study_s_slips_are_named_by_their_key(more, said):
+    with pytest.raises(ConfigError, match=said):
+        Study(**values_of(**more))
+
+
+def test_a_study_is_run_one_command_after_the_other_and_each_is_on_record(tmp_path, monkeypatch):
+    said, ran, clock = [], [], iter(range(0, 10_000, 60))
+    monkeypatch.setattr("nemo_longctx.ablation.runner.time", types.SimpleNamespace(monotonic=lambda: next(clock), sleep=None))
+    monkeypatch.setattr("nemo_longctx.ablation.runner.commit", lambda: "c" * 40)
+    study = Study(**values_of(scale={"seeds": [1], "gate_ends": "study"}))
+    one = Runner(study, "gpu", tmp_path / "out", text="my text", say=said.append)
+    pages = []
+    monkeypatch.setattr(one, "write", lambda ended="": pages.append(ended) or tmp_path / "page")
+    statuses = {"base, seed 1": 0, "a, seed 1": 3}
+
+    def execute(command, log):
+        name = next(name for name, words in one.commands() if words == command)
+        ran.append((name, log.name))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("\n".join(f"line {n}" for n in range(20)))
+        return statuses.get(name, 0)
+
+    one.execute = execute
+    assert [name for name, _ in one.commands()] == ["data 1", "base, seed 1", "a, seed 1", "b, seed 1"]
+    assert one.commands()[0][1] == ["nemo-longctx", "prepare", "my", "text", "--out", str(tmp_path / "out")]
+    assert one() is None
+    assert ran == [("data 1", "s-data-1.log"), ("base, seed 1", "s-base-seed-1.log"), ("a, seed 1", "s-a-seed-1.log")]
+    assert said[0].startswith("[1/4] data 1: nemo-longctx prepare my text")
+    assert said[1].startswith("[2/4] base, seed 1, about 9 min left: ")  # three minutes for one of four
+    assert said[-1].splitlines() == [
+        *(f"line {n}" for n in range(5, 20)), "a, seed 1 ended with status 3; the same command goes on from here"
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "out" / "s.done.json").read_text())
+    assert {name: (each["seconds"], each["commit"]) for name, each in record.items()} == {
+        "data 1": (60.0, "c" * 40), "base, seed 1": (60.0, "c" * 40)
+    }  # fmt: skip
+    statuses.clear()
+    ran.clear()
+    assert one() == tmp_path / "page"
+    assert [name for name, _ in ran] == ["a, seed 1", "b, seed 1"]  # what is done is done
+    assert pages == [""]
+    other = Runner(study, "gpu", tmp_path / "out", text="other text", say=said.append)
+    assert not other._is_done(*other.commands()[0])  # another command than it had
+    assert other._is_done(*other.commands()[1])

@@ -161,3 +161,27 @@ def test_what_ends_a_run_is_told_with_its_counts(tmp_path):
     for bad in (-0.01, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="price_output="):
             Prices(output=bad)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_run_that_is_stopped_begins_no_call_more(tmp_path, concurrency):
+    completer = Told({str(n): [("good", "stop")] for n in range(9)})
+    completer.concurrency = concurrency
+
+    async def run():
+        with Journal(tmp_path / "journal.jsonl") as journal:
+            asker = Asker(completer, journal, form_attempts=1, stop_after_malformed=9, prices=Prices(), show_progress=False)
+            complete = completer.complete
+
+            async def stopping(call):
+                asker.stop()
+                return await complete(call)
+
+            completer.complete = stopping
+            with pytest.raises(KeyboardInterrupt):
+                await asker.ask_all("s", [Item(str(n)) for n in range(9)], a_call, parse)
+            return asker.made, len(journal)
+
+    made, kept = asyncio.run(run())
+    assert made == kept <= concurrency
+    assert made >= 1

@@ -8,6 +8,7 @@ import pytest
 from nemo_longctx.eval import context
 from nemo_longctx.eval.probe_scores import ProbeRow
 from nemo_longctx.eval.results import blank_result
+from nemo_longctx.report import demo
 from nemo_longctx.report.demo import BASE, LONG, LONG_LENGTH, findings, markdown, write_pictures
 
 CONTEXTS = [32, 64, 128, 192, 448, 960, 1984]
@@ -71,3 +72,28 @@ def test_pictures_and_summary_hold_the_same_numbers(tmp_path):
     assert "extended to 2,048: 1,000 tokens (90% of corpus, 10% of retrieval), behind what the first had read" in text
     assert len(losses) == 14
     assert all(f"{float(loss):.3f}" in text for loss in losses.values())
+
+
+def test_sentences_turn_where_an_interval_touches_its_bound(monkeypatch):
+    """By hand: gains and harm with an end at the bound itself say nothing."""
+    planted_results = planted(lambda n: 0.5, lambda n: 0.4999)
+
+    def told(gain_low, base_high, harm):
+        ends = iter([(0.3, base_high), (gain_low, 1.0)])
+        monkeypatch.setattr(
+            demo.context, "gain", lambda scores: context.Gain(mean=0.2, low=(end := next(ends))[0], high=end[1], documents=3)
+        )
+        monkeypatch.setattr(demo.context, "paired", lambda d: context.Gain(mean=0.05, low=harm[0], high=harm[1], documents=3))
+        return findings(planted_results)["sentences"]
+
+    uses, base, harm, code, _ = told(0.001, -0.001, (0.0501, 0.1))
+    assert uses.endswith("off the loss of the extended model.")
+    assert base.endswith("more than it can read does harm.")
+    assert harm.endswith(": this is one.")
+    assert code == "code at 2,048 tokens: the extended model finds 50%, the base 50%."  # at the floor one can do it
+    uses, base, harm, *_ = told(0.0, 0.0, (0.05, 0.1))
+    assert uses.endswith(": it cannot be told from none.")
+    assert base.endswith("no harm seen.")
+    assert harm.endswith(": it cannot be told apart.")
+    assert told(0.0, 0.0, (0.0, 0.0499))[2].endswith("would be a loss of ability.")
+    assert told(0.0, 0.0, (0.0, 0.05))[2].endswith(": it cannot be told apart.")
