@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import csv
 import importlib.util
 import re
 import shlex
@@ -74,6 +75,19 @@ def test_yaml_of_the_docs_is_settings():
         for key, value in yaml.safe_load(block).items():
             assert key in compose(["recipe=tiny_cpu_base"]), (page, key)
             assert isinstance(value, dict)
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "docs/ablations").glob("*/claims.csv")))
+def test_numbers_of_a_study_are_those_of_its_tables(study):
+    """Each row of each CSV stands in the study's page, and each claim with its verdict in the list of all."""
+    folder = ROOT / "docs" / "ablations" / study
+    page, all_studies = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "../index.md"))
+    shown = [file for file in folder.glob("*.csv") if not file.stem.startswith("training_curve")]  # which is drawn alone
+    for file in shown:
+        for row in csv.reader(file.open(newline="", encoding="utf-8")):
+            assert f"| {' | '.join(row)} |" in page, file
+    for row in csv.DictReader((folder / "claims.csv").open(newline="", encoding="utf-8")):
+        assert f"| {row['claim']} | {row['verdict']} | {row['difference (95 % interval)']} |" in all_studies
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays its help out by the version of Python")
