@@ -134,16 +134,18 @@ def shard_weights(strategy: run.Config) -> None:
     """Megatron's FSDP, by the words of the host at hand.
 
     Raises:
-        ConfigError: a host without it.
+        ConfigError: a host without it, or one that keeps the weights of such runs in a form of their own (from Megatron-Core
+            0.14 on): not in `weights/`, and it then reads the checkpoint that a run begins with in that form too.
     """
     fields = {field.name for field in dataclasses.fields(DistributedDataParallelConfig)}
     takes = inspect.signature(nl.MegatronStrategy).parameters
     if "fsdp" not in takes or "data_parallel_sharding_strategy" not in fields:
         raise ConfigError("trainer.fsdp", "megatron", "this NeMo and Megatron-Core have none; set none")
+    if "use_megatron_fsdp" in fields:
+        why = "this NeMo keeps such a run's weights in a form that it can neither begin from nor, here, go on from or export"
+        raise ConfigError("trainer.fsdp", "megatron", f"{why}; set none, and optimizer.distributed=true")
     strategy.fsdp = "megatron"
     strategy.ddp.data_parallel_sharding_strategy = "optim_grads_params"
-    if "save_ckpt_format" in takes and "use_megatron_fsdp" in fields:
-        strategy.save_ckpt_format = "fsdp_dtensor"
 
 
 def callback_configs(
