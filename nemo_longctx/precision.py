@@ -83,6 +83,19 @@ def check_trainer(trainer: Any) -> None:
         raise ConfigError("trainer.fsdp", trainer.fsdp, "needs trainer.pipeline_model_parallel_size=1")
 
 
+CUDA_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+
+
+def check_graphs(model: Mapping[str, Any], stages: Sequence[Any], *, document_masking: bool) -> None:
+    """Refuse fields of a model that ask for CUDA graphs, which replay one shape, where a run has several."""
+    sizes = {stage.seq_length * stage.micro_batch_size for stage in stages}
+    for name in CUDA_GRAPHS:
+        value = model.get(name)
+        if value not in (None, False, "none") and (len(sizes) > 1 or document_masking):
+            mend = "a CUDA graph replays one shape, and this run has several (its stages, or documents in a window); set it off"
+            raise ConfigError(f"model.{name}", value, mend)
+
+
 def check_speed(
     trainer: Any, curriculum: Any, *, sharded_optimizer: bool, validation: Sequence[Any] = (), evaluates: bool = False
 ) -> None:

@@ -19,7 +19,7 @@ from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.loggers import logger_names
 from nemo_longctx.model_fields import LARGEST_BASE, check_layout, check_model
 from nemo_longctx.planning.models import class_sizes, sizes_of
-from nemo_longctx.precision import ALIASES, PRECISIONS, check_speed, check_trainer
+from nemo_longctx.precision import ALIASES, PRECISIONS, check_graphs, check_speed, check_trainer
 from nemo_longctx.rope.request import RopeRequest, check_layers_differ, parse_request
 
 SCHEDULES = ("cosine", "constant")
@@ -282,6 +282,8 @@ class RunConfig:
         self._check_activations()
         measured = {"validation": self.data.validation, "evaluates": bool(self.eval and self.eval.tasks)}
         check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed, **measured)
+        # Instances of instruction data are kept apart always.
+        check_graphs(self.model, self.curriculum.plan, document_masking=getattr(self.data, "document_masking", True))
         activations = {"recompute": self.trainer.recompute, "offload": self.trainer.offload}
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
         for stage in self.curriculum.plan:

@@ -10,7 +10,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.planning.layout import PRECISIONS as PLANNED
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.recipe import recipe_plan
-from nemo_longctx.precision import PRECISIONS, check_speed
+from nemo_longctx.precision import CUDA_GRAPHS, PRECISIONS, check_graphs, check_speed
 from nemo_longctx.recipe import TrainerConfig, load_recipe
 
 GPU = ["recipe=llama2_7b"]
@@ -45,6 +45,28 @@ def test_what_contradicts_is_refused_by_name(overrides, key, said):
     with pytest.raises(ConfigError, match=said) as error:
         recipe(*overrides)
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("name", CUDA_GRAPHS)
+@pytest.mark.parametrize(
+    ("lengths", "masked", "refused"),
+    [((64,), False, False), ((64, 64), False, False), ((64, 128), False, True), ((64,), True, True)],
+)
+def test_graphs_of_one_shape_are_refused_where_a_run_has_several(name, lengths, masked, refused):
+    stages = [SimpleNamespace(seq_length=length, micro_batch_size=1) for length in lengths]
+    check_graphs({name: "none"} if name == "cuda_graph_impl" else {name: False}, stages, document_masking=masked)
+    asked = {name: "local" if name == "cuda_graph_impl" else True}
+    with pytest.raises(ConfigError, match="replays one shape") if refused else contextlib.nullcontext() as error:
+        check_graphs(asked, stages, document_masking=masked)
+    if refused:
+        assert error.value.key == f"model.{name}"
+
+
+@pytest.mark.parametrize("curriculum", ["paper_4k_to_32k", None])
+def test_a_recipe_s_own_graphs_are_looked_at_too(curriculum):
+    asked = ["model.enable_cuda_graph=true", *([f"curriculum={curriculum}"] if curriculum else [])]
+    with pytest.raises(ConfigError, match="replays one shape") if curriculum else contextlib.nullcontext():
+        recipe(*asked)
 
 
 @pytest.mark.parametrize("asked", ["precision=fp8", "precision=fp8-current", "tp_comm_overlap=true", "fsdp=megatron"])

@@ -188,6 +188,9 @@ def test_speed_settings_of_nemos_recipes_are_adapted_or_refused():
     one = {"stages": stages[1:], "tokens_per_step": 2**22, "total_tokens": 1000 * 2**22}
     ours = extend_recipe(stock, **(asked | {"curriculum": one})).trainer.callbacks[0]
     assert (ours.tp_comm_overlap, ours.defer_embedding_wgrad_compute) == (True, False)
+    for length, kept in ((32768, True), (4096, False)):  # a validation set goes through the same buffers
+        data = asked["data"] | {"validation": [{"name": "a", "path": "data/a", "seq_length": length}]}
+        assert extend_recipe(stock, data=data, curriculum=one).trainer.callbacks[0].tp_comm_overlap == kept
     stock.model.config.enable_cuda_graph = True
     with pytest.raises(ConfigError, match=r"model\.enable_cuda_graph=True"):
         extend_recipe(stock, **asked)

@@ -37,7 +37,8 @@ from nemo_longctx.adapters.nemo.model.config import (
     model_class,
 )
 from nemo_longctx.compose import CONF_DIR, compose
-from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.data.evaluation import EvaluationConfig
 from nemo_longctx.planning.models import MODELS
 from nemo_longctx.recipe import RecipeConfig, load_recipe
 from nemo_longctx.rope.request import parse_request
@@ -162,7 +163,10 @@ def extend_recipe(
     restore = parts.restore_config(restore_from)
     recipe = copy.deepcopy(stock)
     config = recipe.model.config
-    fit_performance_settings(recipe, config, stages, document_masking=bool(data.get("document_masking")))
+    reads = parts.data_config(data, stages)
+    validation = [build(EvaluationConfig, dict(each), where="data.validation") for each in getattr(reads, "validation", ())]
+    masked = bool(data.get("document_masking"))
+    fit_performance_settings(recipe, config, stages, document_masking=masked, validation=validation)
     fit_warmup(recipe, stages)
     recipe.model = run.Config(
         extended_model,
@@ -173,7 +177,7 @@ def extend_recipe(
         tokenizer=data.get("tokenizer"),
         restore=restore,
     )
-    recipe.data = parts.data_config(data, stages)
+    recipe.data = reads
     recipe.resume.restore_config = restore
     recipe.trainer = trainer = run.Config(trainer_here, **_arguments(recipe.trainer))
     trainer.max_steps, trainer.num_sanity_val_steps, trainer.use_distributed_sampler = stages.total_steps, 0, False

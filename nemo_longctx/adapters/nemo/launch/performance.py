@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import nemo_run as run
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum
-
-CUDA_GRAPHS = ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+from nemo_longctx.data.evaluation import EvaluationConfig
+from nemo_longctx.precision import CUDA_GRAPHS, check_graphs
 
 
 def fit_performance_settings(
-    recipe: run.Partial, config: run.Config, curriculum: Curriculum, *, document_masking: bool
+    recipe: run.Partial,
+    config: run.Config,
+    curriculum: Curriculum,
+    *,
+    document_masking: bool,
+    validation: Sequence[EvaluationConfig] = (),
 ) -> None:
     """Change a recipe of the host's (a copy) so that its speed settings serve windows of several lengths and our loss.
 
@@ -28,16 +33,14 @@ def fit_performance_settings(
         config: of its model, changed.
         curriculum: of the run.
         document_masking: whether windows come as packed documents, whose boundaries differ.
+        validation: sets whose micro batches go through the same layers.
 
     Raises:
         ConfigError: CUDA graphs, which replay one shape, where there are several.
     """
-    sizes = {stage.seq_length * stage.micro_batch_size for stage in curriculum.stages}
-    for name in CUDA_GRAPHS:
-        value = getattr(config, name, None)
-        if value not in (None, False, "none") and (len(sizes) > 1 or document_masking):
-            mend = "a CUDA graph replays one shape, and this run has several (its stages, or documents in a window); set it off"
-            raise ConfigError(f"model.{name}", value, mend)
+    graphs = {name: getattr(config, name, None) for name in CUDA_GRAPHS}
+    check_graphs(graphs, curriculum.stages, document_masking=document_masking)
+    sizes = {each.seq_length * each.micro_batch_size for each in (*curriculum.stages, *validation)}
     if getattr(config, "defer_embedding_wgrad_compute", False):
         config.defer_embedding_wgrad_compute = False
         rank_zero_info("defer_embedding_wgrad_compute is off: the loss in chunks makes the head's gradient in its forward")
@@ -46,7 +49,7 @@ def fit_performance_settings(
             callback.defer_embedding_wgrad_compute = False
             if callback.tp_comm_overlap and len(sizes) > 1:
                 callback.tp_comm_overlap, callback.tp_comm_overlap_cfg = False, None
-                rank_zero_info("tp_comm_overlap is off: its buffers hold one size of micro batch, and the stages have several")
+                rank_zero_info("tp_comm_overlap is off: its buffers hold one size of micro batch, and the run has several")
 
 
 def fit_warmup(recipe: run.Partial, curriculum: Curriculum) -> None:
