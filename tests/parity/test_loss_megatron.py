@@ -91,6 +91,7 @@ def test_a_stage_without_a_head_is_left_alone():
         ("add_bias_output=True", lambda model: setattr(model.output_layer, "bias", torch.nn.Parameter(torch.zeros(4)))),
         ("mtp_num_layers=", lambda model: setattr(model, "mtp_process", True)),
         ("defer_embedding_wgrad_compute=True", lambda model: setattr(model.config, "defer_embedding_wgrad_compute", True)),
+        ("use_mup=True", lambda model: setattr(model.config, "use_mup", True)),
     ],
 )
 def test_what_the_chunked_loss_cannot_do_is_refused(said, change):

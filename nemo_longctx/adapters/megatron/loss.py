@@ -94,7 +94,7 @@ def use_chunked_loss(model: torch.nn.Module) -> int:
         how many models on this rank have a head and so were changed: 0 on the earlier stages of a pipeline.
 
     Raises:
-        ConfigError: a head with a bias, a deferred weight gradient or multi-token prediction: the chunks serve none.
+        ConfigError: a head with a bias or factor, a deferred weight gradient or multi-token prediction: the chunks serve none.
     """
     if isinstance(model, _ChunkedLossModel):
         return 1
@@ -111,6 +111,8 @@ def use_chunked_loss(model: torch.nn.Module) -> int:
             raise ConfigError("mtp_num_layers", module.config.mtp_num_layers, "must be 0 or None with the chunked loss")
         if module.config.defer_embedding_wgrad_compute:
             raise ConfigError("defer_embedding_wgrad_compute", True, "must be False with the chunked loss")
+        if getattr(module.config, "use_mup", False):  # from Megatron-Core 0.17 on: a factor of the logits
+            raise ConfigError("use_mup", True, "must be False with the chunked loss, which has no scaled logits")
         # Only the behaviour changes, so the instances keep their parameters, names, hooks and places in a checkpoint.
         _mix_into(module, _ChunkedLossModel)
         _mix_into(module.output_layer, _DeferredOutputLayer)
