@@ -5,12 +5,12 @@ import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 import nemo_longctx
-from nemo_longctx.config import ConfigError, build, did_you_mean, to_values
+from nemo_longctx.config import ConfigError, build, did_you_mean, is_finite, plain, refuse_missing, to_values
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.eval.config import EvalConfig
 
@@ -138,3 +138,74 @@ def test_text_has_no_nul():
     assert build(Named, {"name": "a"}, where="x").name == "a"
     with pytest.raises(ConfigError, match=r"must be text without a NUL character"):
         build(Named, {"name": "a\0b"}, where="x")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kinds:
+    whole: int = 0
+    number: float = 0.0
+    text: str = ""
+    either: int | str | None = None
+    many: Sequence[int] = ()
+    listed: list[float] = dataclasses.field(default_factory=list)
+    choice: Literal[1, "two"] = 1
+    plain: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inner: Inner | Sequence[Inner] | None = None
+    hidden: int = dataclasses.field(default=7, init=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("whole", 2**63 - 1, None), ("whole", -(2**63), None), ("whole", 2**63, "must be a whole number of 64 bits"),
+        ("whole", -(2**63) - 1, "must be a whole number of 64 bits"), ("whole", "4Ki", "must be a whole number; write 4096"),
+        ("whole", "4.5", "must be a whole number"), ("whole", 4.5, "must be a whole number"),
+        ("whole", True, "must be a whole number"),
+        ("number", 10**400, "must be a finite number"), ("number", 3, None),
+        ("number", "3", "not a number; write digits, with a point before an exponent (5.0e+5)"),
+        ("either", 3, None), ("either", "x", None), ("either", 1.5, "must be a whole number"),
+        ("many", [1, 2], None), ("many", range(2), None), ("many", {"a": 1}, "must be a list of numbers"),
+        ("many", "12", "must be a list of numbers"), ("many", 3, "must be a list of numbers"), ("many", b"1", "must be a list"),
+        ("listed", [1], None), ("choice", 1, None), ("choice", "two", None), ("choice", 2, "no such choice, known: 1, two"),
+        ("choice", True, "no such choice"), ("choice", 1.0, "no such choice"), ("plain", {"a": object}, None),
+        ("plain", [], "must be a mapping, such as {key: value}"), ("inner", {"length": 2}, None), ("inner", Inner(), None),
+        ("inner", [{"length": 3}], None), ("inner", {"lenth": 2}, "unknown key, did you mean 'length'?"),
+        ("inner", [{"length": 0}], "set at least 1"), ("hidden", 1, "unknown key"),
+    ],
+)  # fmt: skip
+def test_a_value_is_of_its_kind_or_named_with_the_mend(key, value, said):
+    if said is None:
+        build(Kinds, {key: value})
+        return
+    with pytest.raises(ConfigError) as error:
+        build(Kinds, {key: value}, where="part")
+    assert said in str(error.value)
+    assert error.value.key.startswith((f"part.{key}", "inner.length"))
+
+
+def test_kinds_are_made_what_the_field_holds():
+    made = build(Kinds, {"many": [1, 2], "listed": (1, 2), "either": "3", "text": 12, "inner": [{}]})
+    assert (made.many, made.listed, made.either, made.text, made.inner) == ((1, 2), [1, 2], "3", "12", (Inner(),))
+    assert build(Kinds, None) == build(Kinds, {}) == Kinds()
+    with pytest.raises(
+        ConfigError, match=r"part=3: takes keys of its own: whole, number, text, either, many, listed, choice, pl"
+    ):
+        build(Kinds, 3, where="part")
+
+
+def test_what_must_still_be_set_is_named_where_it_stands():
+    refuse_missing({"a": ["x", {"b": "??"}], "c": None, "d": 3, "e": "????"})
+    for values, where in (({"a": ["x", {"b": "???"}]}, "a[1].b"), ({"a": {"b": ("???",)}}, "a.b[0]"), (["???"], "[0]")):
+        with pytest.raises(ConfigError) as error:
+            refuse_missing(values)
+        assert str(error.value) == f"{where}='???': missing; set it"
+
+
+def test_an_error_made_anew_from_its_text_is_the_same():
+    """A data loader's worker: torch knows the traceback alone."""
+    error = ConfigError("a.b", 3, "set 4: or 5")
+    again = ConfigError(f"Traceback (most recent call last):\n  File x\nnemo_longctx.config.ConfigError: {error}\n")
+    assert (str(again), again.key, again.mend) == (str(error), "a.b=3", "set 4: or 5")
+    assert plain({1: ({"a": (1, [2])},)}) == {"1": [{"a": [1, [2]]}]}
+    assert [is_finite(each) for each in (1, 1e308, 10**400, float("inf"), float("nan"))] == [True, True, False, False, False]
+    assert did_you_mean("abff", iter(["pi", "abf"])) == "did you mean 'abf'?"

@@ -214,3 +214,49 @@ def test_a_builder_that_ends_while_it_is_waited_for_keeps_its_lock_until_then(ex
         ends.start()
         start.remove_stale_locks()
     assert f"removed {lock}" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "words"),
+    [
+        (1, 1, "nemo-longctx"),
+        (1, 4, "torchrun --nproc-per-node 4 -m nemo_longctx"),
+        (2, 1, "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 --nproc-per-node 1 -m nemo_longctx"),
+        (3, 8, "torchrun --nnodes 3 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 --nproc-per-node 8 -m nemo_longctx"),
+    ],
+)
+def test_the_line_that_starts_a_run_is_of_its_nodes_and_processes(nodes, devices, words):
+    assert " ".join(start.torchrun(nodes, devices)) == words
+    said = f"   # on each of the {nodes} nodes; FIRST_NODE is the name of one"
+    assert start.on_each_node(nodes) == (said if nodes > 1 else "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "started"),
+    [
+        ({}, None), ({"RANK": "0"}, None), ({"WORLD_SIZE": "4"}, None), ({"RANK": "0", "WORLD_SIZE": "4"}, 4),
+        ({"SLURM_NTASKS": "8"}, 8), ({"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "interactive"}, None), ({"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "mine"}, 8),
+        ({"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "8"}, 4),
+    ],
+)  # fmt: skip
+def test_processes_are_counted_by_torchrun_and_else_by_slurm(monkeypatch, environment, started):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert start.started_processes() == started
+
+
+def test_a_disk_of_this_machine_is_the_deepest_mount_s_kind(monkeypatch, tmp_path):
+    lines = ["1 0 8:1 / / rw - ext4 /dev/a rw", f"2 1 0:1 / {tmp_path} rw shared:1 - nfs4 server:/x rw",
+             f"3 2 0:2 / {tmp_path}/here rw - tmpfs none rw", "4 1 broken line without a dash"]  # fmt: skip
+    read = start.Path.read_text
+    mounts = "/proc/self/mountinfo"
+    monkeypatch.setattr(start.Path, "read_text", lambda self, *a: "\n".join(lines) if str(self) == mounts else read(self, *a))
+    (tmp_path / "here").mkdir()
+    assert not start._on_own_disk(tmp_path / "file")
+    assert start._on_own_disk(tmp_path / "here" / "file")
+    assert start._on_own_disk(start.Path("/elsewhere"))
+    lines[0] = "1 0 8:1 / /other rw - ext4 /dev/a rw"
+    assert not start._on_own_disk(start.Path("/elsewhere"))
+    monkeypatch.setattr(start.Path, "read_text", lambda self, *a: (_ for _ in ()).throw(OSError("no /proc")))
+    assert not start._on_own_disk(tmp_path / "here" / "file")

@@ -218,3 +218,59 @@ def test_a_debug_switch_reads(monkeypatch):
     assert not module.may_read(cuda)
     monkeypatch.setenv("NEMO_LONGCTX_DEBUG", "1")
     assert module.may_read(cuda)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "vocabulary", "length"),
+    [
+        ("cuda", 10**6, 100, 4096), ("cuda", 10**6, 131_072, 4096), ("cuda", 10**6, 131_073, 4032), ("cuda", 10**6, 2**26, 64),
+        ("cpu", 10**6, 100, 512), ("cpu", 10**6, 32_768, 512), ("cpu", 10**6, 32_769, 448), ("cpu", 10**6, 128_256, 128),
+        ("cpu", 130, 100, 130), ("cpu", 1, 100, 1), ("cpu", 0, 100, 1), ("meta", 10**6, 100, 4096),
+    ],
+)  # fmt: skip
+def test_a_chunk_is_a_multiple_of_64_tokens_within_its_bytes(monkeypatch, device, tokens, vocabulary, length):
+    monkeypatch.setitem(module.CHUNK_LIMITS, "cpu", (512, 64 * 2**20))
+    assert module.chunk_length(tokens, vocabulary, device) == length
+
+
+@pytest.mark.parametrize(
+    ("grad", "weights", "factor"),
+    [
+        ([2.0, 4.0], [1.0, 2.0], 2.0),
+        ([-2.0, -4.0], [1.0, 2.0], -2.0),
+        ([2.0, 4.000003], [1.0, 2.0], 2.0000015),
+        ([2.0, 4.00001], [1.0, 2.0], None),
+        ([2.0, 5.0], [1.0, 2.0], None),
+        ([9.0, 4.0], [0.0, 2.0], 2.0),  # where the weight is 0 nothing is asked
+        ([0.0, 0.0], [1.0, 2.0], 0.0),
+        ([3.0, 4.0], [0.0, 0.0], 0.0),
+        ([1.0, -1.0], [1.0, -1.0], 1.0),
+        ([], [], 1.0),
+    ],
+)
+def test_a_gradient_that_is_the_weights_times_a_number_gives_it(grad, weights, factor):
+    found = module._common_factor(torch.tensor(grad, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+    assert found.shape == (1,)
+    assert bool(found.isnan()) == (factor is None)
+    assert factor is None or found.item() == pytest.approx(factor)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    hidden, weight, labels, mask = problem()
+    for bad in (hidden[:, :-1], hidden[None], hidden[0]):
+        with pytest.raises(ConfigError, match=rf"^hidden=.*must be \[N, C\] for a weight of \({V}, {C}\)"):
+            chunked_cross_entropy(bad, weight, labels)
+    with pytest.raises(ConfigError, match=r"^hidden="):
+        chunked_cross_entropy(hidden, weight[0], labels)
+    for other in ({"labels_N": labels[1:]}, {"weights_N": mask[1:]}, {"labels_N": labels[:, None]}):
+        with pytest.raises(ConfigError, match=rf"^labels=.*labels and weights must be \[N\] = \[{N}\]"):
+            chunked_cross_entropy(hidden, weight, **{"labels_N": labels, **other})
+    with pytest.raises(ConfigError, match=rf"^labels=\(-1, .*must lie in \[0, {V}\)"):
+        chunked_cross_entropy(hidden, weight, labels.index_fill(0, torch.tensor([3]), -1))
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_no_word_is_no_debug_switch(monkeypatch, value):
+    monkeypatch.setenv("NEMO_LONGCTX_DEBUG", value)
+    assert not module.may_read(torch.device("cuda"))
+    assert module.may_read(torch.device("cpu"))
