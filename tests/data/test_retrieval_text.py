@@ -322,3 +322,68 @@ def test_the_command_says_what_it_reads_and_what_not(tmp_path, tokenizer, capsys
 
 if __name__ == "__main__":  # after a change that is meant to make other documents, told in the changelog
     MADE.write_text(json.dumps(made_now(), indent=0) + "\n", encoding="utf-8")
+
+
+def test_shares_of_kinds_as_they_are_written():
+    from nemo_longctx.commands.synth import _shares
+
+    assert _shares("") == {}
+    assert _shares("passkey=0.5, records=0.25,,copy=0.25") == {"passkey": 0.5, "records": 0.25, "copy": 0.25}
+    assert _shares("passkey,records,copy,codes") == dict.fromkeys(("passkey", "records", "copy", "codes"), 0.25)
+    with pytest.raises(ConfigError, match="--kinds='passkey=half': 'half' is no share; write kind=share"):
+        _shares("passkey=half")
+
+
+def test_what_another_hand_wrote_is_not_written_over(tmp_path):
+    from nemo_longctx.commands import synth
+
+    output, note = tmp_path / "a.jsonl", tmp_path / "a.jsonl.made"
+    settings = {"seed": 1, "asked": {"length": 64, "keys": "text"}}
+    synth._keep_others(["b.jsonl"], output)
+    synth._keep_made(output, settings)
+    with pytest.raises(ConfigError, match="is one of the inputs and would be replaced"):
+        synth._keep_others(["b.jsonl", str(output)], output)
+    output.write_text("x")
+    with pytest.raises(ConfigError, match="something else is there; name another file, or remove it"):
+        synth._keep_others(["b.jsonl"], output)
+    note.write_text("{")
+    synth._keep_others(["b.jsonl"], output)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.made is no note of what made it"):
+        synth._keep_made(output, settings)
+    note.write_text(json.dumps({"seed": 1, "asked": {"length": 64, "keys": "text"}, "documents": 9}))
+    synth._keep_made(output, settings)
+    for change, said in (
+        ({"seed": 2}, "another seed;"),
+        ({"asked": {"length": 65, "keys": "t"}}, "another length and another keys;"),
+    ):
+        with pytest.raises(ConfigError, match=f"was made with {said} name another file, or replace it with --force"):
+            synth._keep_made(output, settings | change)
+    assert [synth._printable(text) for text in ("a", " a", "", "a\n", "\ufffd")] == [True, True, False, False, False]
+
+
+def test_the_note_says_all_that_made_the_text(tmp_path, tokenizer, capsys):
+    from nemo_longctx.cli import main
+    from nemo_longctx.data.tokenization import load_tokenizer
+
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    output, source = tmp_path / "new" / "o.jsonl", str(tmp_path / "text.jsonl")
+    command = ["synth", source, "--output", str(output), "--tokenizer", tokenizer, "--length", "64", "--tokens", "640"]
+    command += ["--kinds", "copy", "--keys", "body", "--facts", "2", "--filler", "0.25", "--seed", "7"]
+    for more, ends in (([], 1), (["--no-append-eod", "--force", "--glob", "*.jsonl"], 0)):
+        assert main([*command, *more]) == 0
+        note = json.loads((tmp_path / "new" / "o.jsonl.made").read_text())
+        asked = {"length": 64, "tokens": 640, "kinds": {"copy": 1.0}, "keys": "body", "glob": ["*.jsonl"] if more else []}
+        expected = {"inputs": [source], "tokenizer": tokenizer, "tokenizer_sha256": load_tokenizer(tokenizer).sha256, "seed": 7,
+                    "facts": 2, "filler": 0.25, "appended_end_tokens": ends, "asked": asked}  # fmt: skip
+        assert {key: note[key] for key in expected} == expected
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == f"{output}: 10 documents of 64 tokens, 640 in all"
+        assert said[1] == f"  copy           {10:>9,} documents{640:>15,} tokens{1:>8.1%}"
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [["facts", "kind", "text"]] * 10
+    for words, said in (
+        (["--output", str(tmp_path / "o.txt")], "name a file that ends in .jsonl, which prepare reads"),
+        (["--keys", "none", "--force"], "no text was read from them; are the files and --keys right?"),
+    ):
+        assert main([*command, *words]) == 2
+        assert said in capsys.readouterr().err
