@@ -1,5 +1,6 @@
 """`scale=tiny`: every recipe made small in its sizes, and in nothing else."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.explain import sources_of
 from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 from nemo_longctx.resume import flat
+from nemo_longctx.scale import ScaleConfig, scaled
 
 SIZES = ("seq_length", "samples", "documents", "targets", "_tokens", "tokens_per_step", "length", "lengths", "contexts",
          "short", "drop_longer", "drop_shorter", "every", "_parallel_size", "devices", "num_nodes", "sequence_parallel",
@@ -114,3 +116,82 @@ def test_print_config_says_what_the_scale_made():
     assert sources["curriculum.tokens_per_step"] == sources["trainer.num_nodes"] == "conf/scale/tiny.yaml"
     assert sources["checkpoint.every_tokens"] == "command line"
     assert sources["optimizer.lr"] == "conf/recipe/llama2_7b.yaml"
+
+
+def test_a_scale_of_nothing_is_a_laptop_s():
+    assert dataclasses.asdict(ScaleConfig()) == {
+        "longest": 256, "lengths": None, "windows": 8, "steps": 12, "num_layers": 2, "hidden_size": 128,
+        "num_attention_heads": 8, "vocab_size": 512, "processes": 2,
+    }  # fmt: skip
+    for field in dataclasses.fields(ScaleConfig):
+        smallest = {"hidden_size": 8} if field.name == "hidden_size" else {field.name: 1}
+        ScaleConfig(**smallest)
+        with pytest.raises(ConfigError, match=rf"^scale\.{field.name}=0: set a whole number of at least 1"):
+            ScaleConfig(**{field.name: 0})
+    with pytest.raises(ConfigError, match=r"^scale\.num_attention_heads=3: must divide scale\.hidden_size"):
+        ScaleConfig(num_attention_heads=3)
+
+
+def a_run():
+    """A recipe as composed, of plain numbers."""
+    return {
+        "model": {"config": "Own", "num_layers": 8, "hidden_size": 1024, "num_attention_heads": 16, "num_query_groups": 4,
+                  "ffn_hidden_size": 2816, "vocab_size": 400},
+        "trainer": {"devices": 4, "num_nodes": 4, "tensor_model_parallel_size": 4, "context_parallel_size": 2,
+                    "pipeline_model_parallel_size": 2, "sequence_parallel": True, "virtual_pipeline_model_parallel_size": 2,
+                    "val_every_tokens": 0, "precision": "32"},
+        "curriculum": {"stages": [{"until": 0.5, "seq_length": 1024, "tensor_model_parallel_size": 4},
+                                  {"until": 1.0, "seq_length": 4096, "micro_batch_size": 2}],
+                       "tokens_per_step": 2**20, "total_tokens": 2**20 * 1000},
+        "data": {"validation": [{"seq_length": 4096, "samples": 64}, {"seq_length": 1024, "samples": 3}],
+                 "mix": {"drop_shorter": 2048, "long_length": 8, "sources": [{"path": "a", "drop_longer": 64_000}]}},
+        "eval": {"every": 500, "max_length": 4096,
+                 "tasks": [{"contexts": [512, 1024, 1030], "targets": 64, "documents": 100}, {"probes": {"lengths": [4096]}},
+                           {"metadata": {"max_prompt": 2048}, "limit": 4}]},
+        "optimizer": {"warmup_tokens": 2**20 * 20, "lr": 0.1},
+        "checkpoint": {"every_tokens": 2**20 * 100},
+        "rope": {"variant": "yarn", "original_max_position_embeddings": 1024},
+        "scale": {},
+    }  # fmt: skip
+
+
+def test_every_number_of_a_run_is_scaled_by_its_rule():
+    """Lengths by 16 = 4,096 / 256, counts of tokens to 12 steps, sizes and processes to what the scale gives."""
+    small = scaled(a_run(), recipe=a_run())
+    assert small["trainer"] == {
+        "devices": 2, "num_nodes": 1, "tensor_model_parallel_size": 2, "context_parallel_size": 1,
+        "pipeline_model_parallel_size": 1, "sequence_parallel": True, "virtual_pipeline_model_parallel_size": None,
+        "val_every_tokens": 0, "precision": "32",
+    }  # fmt: skip
+    assert small["model"] == {
+        "config": "Own", "num_layers": 2, "hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 2,
+        "kv_channels": 16,
+        "ffn_hidden_size": 352, "vocab_size": 400,
+    }  # fmt: skip
+    first, second = small["curriculum"]["stages"]
+    assert first == {"until": 0.5, "seq_length": 64, "tensor_model_parallel_size": 2}
+    assert second == {"until": 1.0, "seq_length": 256, "micro_batch_size": 2}
+    step = 2048  # 8 windows of 256, whole for 64 and for 2 x 256
+    assert (small["curriculum"]["tokens_per_step"], small["curriculum"]["total_tokens"]) == (step, step * 12)
+    assert small["data"]["validation"] == [{"seq_length": 256, "samples": 8}, {"seq_length": 64, "samples": 3}]
+    assert small["data"]["mix"] == {"drop_shorter": 128, "long_length": 1, "sources": [{"path": "a", "drop_longer": 4000}]}
+    assert small["eval"] == {
+        "every": 6, "max_length": 256,
+        "tasks": [{"contexts": [32, 64], "targets": 4, "documents": 8}, {"probes": {"lengths": [256]}},
+                  {"metadata": {"max_prompt": 128}, "limit": 4}],
+    }  # fmt: skip
+    assert small["optimizer"] == {"warmup_tokens": step, "lr": 0.1}
+    assert small["checkpoint"] == {"every_tokens": 3 * step}
+    assert small["rope"] == {"variant": "yarn", "original_max_position_embeddings": 64}
+    assert "scale" not in small
+    said = ("trainer.devices", "curriculum.stages", "data.validation[1]", "eval.tasks[0].contexts", "model.hidden_size")
+    kept = scaled(a_run(), recipe=a_run(), said=said)
+    assert (kept["trainer"]["devices"], kept["curriculum"]["stages"]) == (4, a_run()["curriculum"]["stages"])
+    assert kept["data"]["validation"] == [{"seq_length": 256, "samples": 8}, {"seq_length": 1024, "samples": 3}]
+    assert kept["eval"]["tasks"][0] == {"contexts": [512, 1024, 1030], "targets": 4, "documents": 8}
+    assert kept["model"]["hidden_size"] == 1024
+    fewer = a_run() | {"scale": {"lengths": 4, "steps": 3, "windows": 1, "processes": 16}}
+    made = scaled(fewer, recipe=a_run())
+    assert [stage["seq_length"] for stage in made["curriculum"]["stages"]] == [256, 1024]
+    assert made["curriculum"]["total_tokens"] == 3 * made["curriculum"]["tokens_per_step"]
+    assert (made["trainer"]["devices"], made["trainer"]["pipeline_model_parallel_size"]) == (16, 2)
