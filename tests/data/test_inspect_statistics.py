@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_longctx.data.statistics import LengthCounts, describe
+from nemo_longctx.data.statistics import LengthCounts, describe, thresholds
 
 lengths_of_documents = st.lists(st.integers(1, 300) | st.integers(1 << 20, 1 << 22), min_size=1, max_size=60)
 
@@ -49,3 +49,21 @@ def test_thresholds_double_from_4k_to_the_longest_and_include_the_window():
     assert list(values["share_of_tokens_at_least"]) == ["2048", "4096", "8192", "16384", "32768", "65536"]
     assert values["share_of_tokens_at_least"]["65536"] == pytest.approx(70_000 / 70_010)
     assert "cut" not in describe(LengthCounts.of([np.array([10])]), None)
+
+
+def test_what_is_described_is_that_of_the_lengths():
+    lengths = [5, 5, 8, 100, 4096, 4097, 5000, 8192, 9000, 1 << 20]
+    told = describe(LengthCounts.of([np.array(lengths[:3]), np.array([0, *lengths[3:]])]), 8192)
+    mean = sum(lengths) / 10
+    assert told["length"] == {"shortest": 5, "median": 4096, "mean": mean, "p90": 9000, "p99": 1 << 20, "longest": 1 << 20}
+    assert (told["documents"], told["tokens"]) == (10, sum(lengths))
+    assert list(map(int, told["share_of_tokens_at_least"])) == [4096 << n for n in range(9)]
+    for length, share in told["share_of_tokens_at_least"].items():
+        assert share == pytest.approx(sum(n for n in lengths if n >= int(length)) / sum(lengths))
+    chance = [min(1, (n - 1) / 8192) for n in lengths]
+    tokens = sum(p * n for p, n in zip(chance, lengths, strict=True)) / sum(lengths)
+    cut = {"documents": pytest.approx(sum(chance) / 10), "tokens": pytest.approx(tokens)}
+    longer = {"documents": 0.2, "tokens": pytest.approx((9000 + (1 << 20)) / sum(lengths))}
+    assert told["cut"] == {"seq_length": 8192, "concatenate_and_chunk": cut, "best_fit": longer}
+    assert (thresholds(4095, None), thresholds(4096, 4096), thresholds(8192, 7)) == ([4096], [4096], [7, 4096, 8192])
+    assert thresholds(1 << 40, None)[-1] == 4096 << 19

@@ -180,3 +180,19 @@ def test_bad_settings(values, said):
 def test_a_source_without_data_is_named():
     with pytest.raises(ConfigError, match=r"data\.long.*50%"):
         InstructionWindows(InstructionConfig(blend={"short": 0.5, "long": 0.5}), n_samples=1, pad_id=0, short=[Listed([5])])
+
+
+def test_settings_by_default_and_at_their_bounds():
+    plain = InstructionConfig()
+    assert (plain.seq_length, dict(plain.blend), plain.prompt_loss_weight) == (16_384, {"short": 1.0}, 1.0)
+    assert (plain.on_too_long, plain.seed) == ("error", 1234)
+    InstructionConfig(seq_length=2, blend={"short": 0.5 + 4e-7, "long": 0.5}, prompt_loss_weight=0, on_too_long="drop")
+    for bad in (0.5 - 2e-6, 0.5 + 2e-6):
+        with pytest.raises(ConfigError, match="shares of tokens add up to 1"):
+            InstructionConfig(blend={"short": 0.5, "long": bad})
+    for weight in (-0.01, 1.01):
+        with pytest.raises(ConfigError, match=r"prompt_loss_weight=.*: must be in \[0, 1\]"):
+            loss_units(weight)
+    assert (loss_units(0.99), loss_units(1 / 100 + 5e-10)) == ((99, 100), (1, 100))
+    with pytest.raises(ConfigError, match=r"at most 100 parts, for exact counts; the nearest is 0\.01 \(1/100\)"):
+        loss_units(1 / 101 + 5e-5)

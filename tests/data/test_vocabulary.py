@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data import vocabulary
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.tokenization import load_tokenizer, train_bpe
@@ -102,3 +104,43 @@ def test_a_held_out_set_that_is_missing_is_named_by_its_setting_with_a_mend(tmp_
     assert "`prepare --holdout 0.02` writes PREFIX_holdout" in str(error.value)
     assert "data.validation=[] does without" in str(error.value)
     check_corpora({key: path for key, path in paths.items() if "mix" in key})
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(5, 100), (100, 100), (100, 99), (1000, 40), (1000, 9), (1000, 25), (11, 10)])
+def test_looks_are_spread_evenly_or_take_all(monkeypatch, n, tokens):
+    monkeypatch.setattr(vocabulary, "RUN", 10)
+    looks = -(-n // 10) if tokens >= n else max(1, tokens // 10)
+    starts = [number * max(0, n - 10) // max(1, looks - 1) for number in range(looks)]
+    found = list(vocabulary._looks(SimpleNamespace(n_tokens=n), tokens))
+    assert found == [(start, min(start + 10, n)) for start in starts]
+    if tokens >= n:
+        assert set().union(*(range(*look) for look in found)) == set(range(n))
+
+
+@pytest.mark.parametrize(("dtype", "size", "read"), [
+    (np.uint8, 256, False), (np.uint8, 255, True), (np.uint16, 65536, False), (np.uint16, 65535, True), (np.int16, 40000, True),
+])  # fmt: skip
+def test_a_type_that_holds_no_other_id_is_not_looked_at(tmp_path, monkeypatch, dtype, size, read):
+    there, looks = open_corpus(corpus(tmp_path / "c", [[1, 2]], dtype)), []
+    monkeypatch.setattr(vocabulary, "_looks", lambda shard, tokens: looks.append(tokens) or [])
+    check_sample(there, size)
+    assert looks == ([vocabulary.SAMPLED] if read else [])
+
+
+def test_the_first_and_last_id_of_a_vocabulary_are_in_it(tmp_path):
+    there = open_corpus(corpus(tmp_path / "c", [[0, 7]], np.int32))
+    check_sample(there, 8)
+    with pytest.raises(ConfigError, match=r"it holds the token id 7, the model's vocabulary has 7 \(model\.vocab_size\)"):
+        check_sample(there, 7)
+    with pytest.raises(ConfigError, match="it holds the token id -3"):
+        check_sample(open_corpus(corpus(tmp_path / "d", [[4, -3]], np.int32)), 8)
+
+
+def test_the_document_of_a_bad_token_is_found_by_its_edges(tmp_path):
+    paths = [corpus(tmp_path / name, [[1]] * 3, tokenizer="x" if name == "b" else None) for name in "ab"]
+    shards = [open_corpus(path) for path in paths]
+    for tokens, document, prefix in (([9, 1, 1, 1], 2, paths[0]), ([0, 7, 8, 9], 1, paths[1]), ([5, 5, 5, -1], 1, paths[1])):
+        error = vocabulary.bad_token(shards, np.array([0, 3, 6]), np.array([2, 4]), [2, 4], np.array(tokens), 8)
+        bad = next(token for token in tokens if not 0 <= token < 8)
+        assert str(error).startswith(f"corpus='{prefix}': document {document} holds the token id {bad}, ")
+        assert ("no JSON beside it" in str(error)) == (prefix == paths[0])
