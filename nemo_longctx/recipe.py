@@ -280,7 +280,7 @@ class RunConfig:
         self._check_rope_layers()
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
-        measured = {"validation": self.data.validation, "evaluates": bool(self.eval and self.eval.tasks)}
+        measured: dict[str, Any] = {"validation": self.data.validation, "evaluates": bool(self.eval and self.eval.tasks)}
         check_speed(self.trainer, self.curriculum, sharded_optimizer=self.optimizer.distributed, **measured)
         # Instances of instruction data are kept apart always.
         check_graphs(self.model, self.curriculum.plan, document_masking=getattr(self.data, "document_masking", True))

@@ -40,7 +40,8 @@ def fit_performance_settings(
     """
     graphs = {name: getattr(config, name, None) for name in CUDA_GRAPHS}
     check_graphs(graphs, curriculum.stages, document_masking=document_masking)
-    sizes = {each.seq_length * each.micro_batch_size for each in (*curriculum.stages, *validation)}
+    shapes: list[Any] = [*curriculum.stages, *validation]
+    sizes = {each.seq_length * each.micro_batch_size for each in shapes}
     if getattr(config, "defer_embedding_wgrad_compute", False):
         config.defer_embedding_wgrad_compute = False
         rank_zero_info("defer_embedding_wgrad_compute is off: the loss in chunks makes the head's gradient in its forward")
