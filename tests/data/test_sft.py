@@ -196,3 +196,32 @@ def test_settings_by_default_and_at_their_bounds():
     assert (loss_units(0.99), loss_units(1 / 100 + 5e-10)) == ((99, 100), (1, 100))
     with pytest.raises(ConfigError, match=r"at most 100 parts, for exact counts; the nearest is 0\.01 \(1/100\)"):
         loss_units(1 / 101 + 5e-5)
+
+
+def test_the_order_of_a_seed_and_what_windows_hold_are_told():
+    lengths = {"short": [10, 20, 30, 9, 21], "long": [41, 30]}
+    config = InstructionConfig(seq_length=40, blend={"long": 0.5, "short": 0.5}, prompt_loss_weight=0.25, seed=5)
+    sources = {name: [Listed(counts[:1]), Listed(counts[1:], first=1)] for name, counts in lengths.items()}
+    windows = InstructionWindows(config, n_samples=9, pad_id=PAD, **sources)
+    fit = pack_best_fit(np.array(lengths["short"]) - 1, 40)
+    bins = {"short": fit, "long": [[0], [1]]}
+    sizes = {name: [sum(lengths[name][item] - 1 for item in members) for members in bins[name]] for name in bins}
+
+    def stream(place, n):
+        for epoch in itertools.count():
+            yield from np.random.default_rng([5, place, epoch]).permutation(n).tolist()
+
+    streams = {"short": stream(0, len(fit)), "long": stream(1, 2)}
+    given_tokens = {"long": 0, "short": 0}
+    for number in range(9):
+        name = "long" if given_tokens["long"] <= given_tokens["short"] else "short"
+        members = bins[name][next(streams[name])]
+        given_tokens[name] += sum(lengths[name][item] - 1 for item in members)
+        assert windows.source(number) == name
+        inside = [0 if item == 0 else item - 1 for item in members]  # numbered in their files
+        assert windows.documents_of([number]) == list(dict.fromkeys(f"{name}:{item}" for item in inside))
+        mask = windows[number]["loss_mask"]
+        assert set(mask.tolist()) <= ({0.0, 1.0, 4.0} if name == "long" else {0.0, 4.0})
+    assert sizes["long"] == [40, 29]
+    whole = windows.documents_of(range(9))
+    assert len(whole) == len(set(whole)) == 5  # one number is of two files
