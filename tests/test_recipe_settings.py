@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.data.config import DataConfig
+from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.mixture import MixConfig, SourceConfig
 from nemo_longctx.precision import check_speed
@@ -224,7 +224,7 @@ def test_rope_by_layer_type_needs_layers_of_two_types():
 
 
 def test_tuning_begins_with_a_checkpoint_and_keeps_one_length():
-    data = dataclasses.make_dataclass("Data", [])()
+    data = InstructDataConfig(tokenizer="t", short=("a",), long=("b",), blend={"short": 0.5, "long": 0.5})
     tuned = run(InstructRecipe, data=data, restore_from="base")
     assert tuned.lora is None
     assert refusal(run, InstructRecipe, data=data) == "restore_from=None: name the extended checkpoint to tune"
@@ -267,7 +267,7 @@ def test_fp8_takes_sixteen_tokens_of_each_rank_in_every_stage(lengths, sizes, se
         check_speed(trainer, curriculum, sharded_optimizer=False)
         return
     shares = sizes["context_parallel_size"] * (sizes["tensor_model_parallel_size"] if sequence else 1)
-    said = f"needs micro batches of a multiple of {16 * shares} tokens in every stage, or set bf16-mixed"
+    said = f"needs micro batches of a multiple of {16 * shares} tokens in all stages and validation, or set bf16-mixed"
     assert refusal(check_speed, trainer, curriculum, sharded_optimizer=False) == f"trainer.precision='fp8': {said}"
     check_speed(dataclasses.replace(trainer, precision="bf16-mixed"), curriculum, sharded_optimizer=False)
 
