@@ -107,7 +107,7 @@ def test_a_stage_that_cannot_run_has_its_reason_and_the_run_no_hours():
             faults = layout_faults(MODEL, replace(staged, virtual_pipeline_model_parallel_size=5), stage.seq_length, 16)
             assert row == {"seq_length": stage.seq_length, "verdict": "cannot run", "reason": "; ".join(faults)}
             assert len(faults) == 2
-            assert f"\n  {stage.seq_length:,} tokens: cannot run: {'; '.join(faults)}\n" in shown
+            assert f"\n  {stage.seq_length:,} tokens: cannot run: {'; '.join(faults)}\n" in f"{shown}\n"
         assert not {"hours", "gpu_hours", "cost"} & layout.keys()
     small = make_plan(settings(layout=LAYOUT, eval_length=2**26))["layout"]["stages"]
     assert not any(row["fits"] for row in small)
