@@ -121,3 +121,9 @@ def test_a_circle_is_found(tmp_path):
     (package / "two.py").write_text("def f():\n    from planted import three\n    return three\n")
     (package / "three.py").write_text("import planted.one\n")
     assert circle_in(imports_of(package)) == ["planted.one", "planted.two", "planted.three"]
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Folders of tests are no packages: of two files of one name pytest collects the first."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
