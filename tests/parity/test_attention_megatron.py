@@ -116,7 +116,10 @@ def test_under_context_parallelism_only_documents_leave_transformer_engine(pair)
 )
 def test_sliding_windows_leave_a_ring_that_has_none(settings, layer, theirs):
     """Transformer Engine asserts that its ring meets none, in each layer's first step."""
-    config = small_gpt.config(window_size=(7, 0), window_attn_skip_freq=2)
+    by_layer = {"window_attn_skip_freq": 2} if "window_attn_skip_freq" in TransformerConfig.__dataclass_fields__ else {}
+    if layer == 2 and not by_layer:
+        pytest.skip("this Megatron-Core has one window for all layers (window_attn_skip_freq is from 0.15 on)")
+    config = small_gpt.config(window_size=(7, 0), **by_layer)
     core = _documents_to_ours(StockAttention)(config, layer, None, "self", **settings).train()
     q, k, v = (torch.randn(24, 1, h, config.kv_channels) for h in (4, 2, 2))
     out = core(q, k, v, None, attn_mask_type=None)
