@@ -2,6 +2,7 @@
 of imports. And the proof that the tests of the rules can fail."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,12 @@ def test_no_two_files_of_tests_have_one_name():
     """Folders of tests are no packages: of two files of one name pytest collects the first."""
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_each_fault_that_was_unnoticed_once_can_be_planted_again():
+    """What `tests/mutation/run.py --named` plants stands once in its file, and its test is there."""
+    root = Path(__file__).parent
+    for fault in json.loads((root / "mutation" / "named.json").read_text(encoding="utf-8")):
+        assert (root.parent / fault["path"]).read_text(encoding="utf-8").count(fault["was"]) == 1, fault["about"]
+        path, _, name = fault["test"].partition("::")
+        assert f"def {name.partition('[')[0]}(" in (root.parent / path).read_text(encoding="utf-8"), fault["about"]
