@@ -32,6 +32,22 @@ def test_numbers_and_words_stay_what_they_are():
     assert readable("optimizer.lr", "0,1") == "'0,1'"  # a decimal comma is no number, and no list either
 
 
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [
+        ("a b", "a b"),
+        ("50%", "50%"),
+        ("${x}", "${x}"),
+        ("a(b)", "'a(b)'"),
+        ("a#b", "'a#b'"),
+        ("a=b", "'a=b'"),
+        ("[1, 2]", "[1, 2]"),
+    ],
+)
+def test_what_hydra_reads_is_left_as_it_is(value, given):
+    assert readable("data.tokenizer", value) == given
+
+
 def test_lists_are_read_as_yaml_where_hydra_cannot():
     (source,) = compose([BASE, "data.mix.sources=[{path: größe/x#1, weight: 5e-1}]"])["data"]["mix"]["sources"]
     assert source == {"path": "größe/x#1", "weight": 0.5}

@@ -50,10 +50,13 @@ def test_what_contradicts_is_refused_by_name(overrides, key, said):
 @pytest.mark.parametrize("name", CUDA_GRAPHS)
 @pytest.mark.parametrize(
     ("lengths", "masked", "refused"),
-    [((64,), False, False), ((64, 64), False, False), ((64, 128), False, True), ((64,), True, True)],
-)
+    [
+        ([(64, 1)], False, False), ([(64, 1), (64, 1)], False, False), ([(64, 2), (128, 1)], False, False),
+        ([(64, 1), (128, 1)], False, True), ([(2, 3), (1, 4)], False, True), ([(64, 1)], True, True),
+    ],
+)  # fmt: skip
 def test_graphs_of_one_shape_are_refused_where_a_run_has_several(name, lengths, masked, refused):
-    stages = [SimpleNamespace(seq_length=length, micro_batch_size=1) for length in lengths]
+    stages = [SimpleNamespace(seq_length=length, micro_batch_size=size) for length, size in lengths]
     check_graphs({name: "none"} if name == "cuda_graph_impl" else {name: False}, stages, document_masking=masked)
     asked = {name: "local" if name == "cuda_graph_impl" else True}
     with pytest.raises(ConfigError, match="replays one shape") if refused else contextlib.nullcontext() as error:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from nemo_longctx import start
+from nemo_longctx import dry_run, start
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
 from nemo_longctx.dry_run import refuse
@@ -260,3 +261,11 @@ def test_a_disk_of_this_machine_is_the_deepest_mount_s_kind(monkeypatch, tmp_pat
     assert not start._on_own_disk(start.Path("/elsewhere"))
     monkeypatch.setattr(start.Path, "read_text", lambda self, *a: (_ for _ in ()).throw(OSError("no /proc")))
     assert not start._on_own_disk(tmp_path / "here" / "file")
+
+
+def test_pretraining_text_of_a_tuning_is_looked_at_for_its_share_of_the_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dry_run, "_mix", lambda mix, total: asked.append((mix, total)) or "mixed")
+    data = SimpleNamespace(short=[], long=[], pretraining="mix", blend={"pretraining": 0.25, "short": 0.75})
+    said = dry_run._data(SimpleNamespace(data=data, curriculum=SimpleNamespace(total_tokens=1000)))
+    assert ([each() for each in said], asked) == (["mixed"], [("mix", 250)])

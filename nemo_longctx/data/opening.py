@@ -20,6 +20,7 @@ COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*(::|://)")
 
 _BLOCK = 1 << 20
+_LEAST_STEP = 64  # packed bytes that are unpacked at once, at first: 64 of zeros may be 2 MiB
 _LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` writes
 # The longer marks first: UTF-32's begins with UTF-16's.
 _MARKS = (
@@ -192,7 +193,7 @@ class _ZstdFile(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._frame = self._context.decompressobj()
         self._fresh, self._ready = True, b""
-        self._step = _BLOCK >> 4
+        self._step = _LEAST_STEP
 
     def readable(self) -> bool:
         return True
@@ -213,7 +214,9 @@ class _ZstdFile(io.RawIOBase):
             except self._error as error:
                 raise EOFError(str(error)) from error
             # What a step unpacks to is held at once: a few MiB, also where a text repeats itself ten thousand times.
-            self._step = max(64, self._step // 8) if len(self._ready) > 4 * _BLOCK else min(_BLOCK >> 4, 2 * self._step)
+            self._step = (
+                max(_LEAST_STEP, self._step // 8) if len(self._ready) > 4 * _BLOCK else min(_BLOCK >> 4, 2 * self._step)
+            )
         taken = self._ready[: len(buffer)]
         buffer[: len(taken)] = taken
         self._ready = self._ready[len(taken) :]

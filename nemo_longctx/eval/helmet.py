@@ -69,9 +69,7 @@ def _icl(rng: random.Random, length: int, tools: Tools) -> Made:
 
     def extras() -> Iterator[str]:
         while True:  # the classes in turn, in any order, as in HELMET's balanced sets
-            for label in rng.sample(list(texts), len(texts)):
-                if label != asked or len(texts[label]) > 1:
-                    yield shown(label)
+            yield from map(shown, rng.sample(list(texts), len(texts)))
 
     start = 'Use the provided mapping from the text to label to assign a label to the text. Only output "label: {label}" and '
     prompt = _built(

@@ -13,7 +13,7 @@ from nemo_longctx.ablation.verdict import effect
 from nemo_longctx.eval import context
 from nemo_longctx.eval.probe_scores import ProbeRow
 from nemo_longctx.eval.results import blank_result
-from nemo_longctx.report.plots import tokens_label
+from nemo_longctx.report.plots import LEAST_NATS, tokens_label
 
 CONTEXTS = [192, 448, 960, 1984]
 
@@ -152,6 +152,14 @@ def test_laws_of_arms_are_drawn_where_every_run_measured(tmp_path, monkeypatch):
     assert section.figures == [tmp_path / "law.png"]
     assert drawn.law_section({"half": arms["half"]}, "books", tmp_path) is None
     assert drawn.law_section(arms, "papers", tmp_path) is None
+
+
+@pytest.mark.parametrize(("y", "spans"), [(drawn.LOSS, LEAST_NATS), ("score", 0.0003)])
+def test_a_fall_of_next_to_nothing_fills_no_panel_of_losses(tmp_path, monkeypatch, y, spans):
+    limits = []
+    monkeypatch.setattr(drawn, "save", lambda figure, path: limits.append(figure.axes[0].get_ylim()) or path)
+    drawn._curves({"a": np.array([[64, 3.0], [128, 2.9997]])}, tmp_path / "c", heading="H", x="x", y=y, note="", log=True)
+    assert limits[0][1] - limits[0][0] == pytest.approx(spans, rel=0.2)
 
 
 def test_a_study_is_stamped_with_its_checkout_s_commit(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from saved_checkpoints import make, truncate
 
+from nemo_longctx import adapters
 from nemo_longctx.adapters import nemo
-from nemo_longctx.adapters.nemo.model.config import checkpoint_model
+from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform
+from nemo_longctx.config import ConfigError
 from nemo_longctx.rope import XposRope
 
 # The context of a checkpoint that 3a13c4d wrote: `recipe=tiny_cpu_base rope=xpos_abf`, 20 steps.
@@ -26,6 +29,21 @@ def test_an_old_checkpoint_has_its_rope(old_checkpoint):
     model = checkpoint_model(old_checkpoint, {})
     assert type(model.model_transform) is RopeTransform
     assert model.model_transform.variant == XposRope(base=500_000)
+
+
+def test_a_checkpoint_that_is_not_whole_is_none_to_restore_from(tmp_path):
+    path = make(tmp_path, 8)
+    assert checkpoint_directory(path) == path
+    truncate(path / "weights" / "__0_1.distcp")
+    with pytest.raises(ConfigError, match=r"restore_from='.*': this checkpoint cannot be read: .*__0_1.distcp.*; give"):
+        checkpoint_directory(path)
+
+
+def test_stale_locks_are_removed_before_a_host_is_imported(monkeypatch):
+    calls = []
+    monkeypatch.setattr("nemo_longctx.start.remove_stale_locks", lambda: calls.append(1))
+    importlib.reload(adapters)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("old", sorted(nemo.MOVED))

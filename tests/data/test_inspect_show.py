@@ -10,6 +10,7 @@ from tiny_models import byte_tokenizer
 
 from nemo_longctx.cli import main
 from nemo_longctx.config import build
+from nemo_longctx.data import show
 from nemo_longctx.data.best_fit import pack_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.mixture import Documents, MixConfig, plan_mix
@@ -41,6 +42,15 @@ def test_the_parts_of_a_window_are_the_tokens_that_it_holds(telling_corpora, tmp
         assert not sample["loss_mask"][len(whole) :].any()
         lines = list(show_windows(windows, None, first=number, count=1))
         assert sum(line.startswith("--- source") for line in lines) == len(documents)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "shown"),
+    [([7, 13], 20, [0, 1, 5, 6, 7, 8, 18, 19]), ([3], 10, [0, 1, 2, 3, 4, 8, 9]), ([30], 20, [0, 1, 18, 19])],
+)
+def test_tokens_are_listed_around_ends_and_seams(monkeypatch, lengths, size, shown):
+    monkeypatch.setattr(show, "_AROUND", 2)
+    assert show._listed([("s", "p", 0, 0, length) for length in lengths], size) == shown
 
 
 @pytest.fixture

@@ -258,6 +258,9 @@ def test_a_long_file_of_text_is_not_held(tmp_path, monkeypatch):
     [record] = read(tmp_path / "a.txt.gz")
     assert isinstance(record.text, LongText)
     assert "".join(record.text.pieces()) == "é\n" * 100
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("é".encode() * 100 + b"\xc3"))  # cut within a letter
+    [record] = read(tmp_path / "b.txt.gz")
+    assert record.error.startswith("not UTF-8")
     (tmp_path / "b.txt").write_bytes(b"a\n" * 100 + b"\xff")
     [record] = read(tmp_path / "b.txt")
     assert (record.line, record.error) == (101, "not UTF-8 (byte 0xff)")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data import inputs
 from nemo_longctx.data.inputs import find_files, format_of
+from nemo_longctx.data.opening import open_bytes
 from nemo_longctx.data.readers import Part, lines_before, read_part, split_file
 
 
@@ -47,6 +49,21 @@ def test_compressions_agree(tmp_path, suffix):
     assert format_of(path.name) == "jsonl"
     [part] = split_file(str(path), "jsonl", 1 << 30)
     assert [record.text for record in read_part(part, ["text"])] == [f"text {i} é" for i in range(5000)]
+
+
+def test_what_repeats_itself_is_unpacked_in_small_steps(tmp_path):
+    """64 MiB of zeros are 2 KiB packed: never more than a few MiB of them are held."""
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(bytes(64 << 20)))
+    tracemalloc.start()
+    try:
+        with open_bytes(str(path)) as file:
+            read = sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert read == 64 << 20
+    assert peak < 20 << 20
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])

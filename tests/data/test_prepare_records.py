@@ -19,6 +19,7 @@ from nemo_longctx.data.engines import ENGINES
 from nemo_longctx.data.mixture import Documents, MixConfig
 from nemo_longctx.data.prepare import PrepareConfig, prepare
 from nemo_longctx.data.readers import split_file
+from nemo_longctx.data.records import Key, row_record
 from nemo_longctx.data.shards import ShardJob, tokenize_shard
 from nemo_longctx.data.writer import work_directory
 
@@ -275,6 +276,20 @@ def test_one_run_at_a_time_writes_to_an_output(tmp_path, tok):
         run(tmp_path, path, tok)
     made, _ = run(tmp_path, path, tok)
     assert made["documents"]["train"] == 1
+
+
+def test_of_one_text_the_end_is_held_out(tmp_path, tok):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a word and another " * 200}) + "\n")
+    made, _ = run(tmp_path, tmp_path / "a.jsonl", tok, holdout=0.25)
+    kept, held = open_corpus(tmp_path / "c"), open_corpus(tmp_path / "c_holdout")
+    assert made["documents"] == {"train": 1, "holdout": 1}
+    assert 0.2 < held.n_tokens / (kept.n_tokens + held.n_tokens) < 0.3
+
+
+def test_a_field_is_given_beside_the_text_whatever_it_is():
+    keys = [Key("text"), Key("meta.page", field=True), Key("none?", field=True)]
+    record = row_record({"text": "a", "meta": {"page": 7}}, 3, keys, replace=False)
+    assert (record.text, record.line, record.error, record.fields) == ("a", 3, "", (7, None))
 
 
 def test_max_input_bytes_takes_whole_files_by_the_seed(tmp_path, tok):

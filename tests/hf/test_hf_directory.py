@@ -288,6 +288,10 @@ def test_tensors_that_would_be_dropped_are_looked_at(directory, tensors, dtypes,
     refused(directory(tensors=tensors, dtypes=dtypes, **changes), message)
 
 
+def test_a_tensor_without_elements_is_no_damage(directory):
+    check_directory(directory(tensors={"model.none": np.zeros((0, 4), np.float32)}))
+
+
 def test_what_lies_beside_a_tokenizer_is_told_from_its_files(tmp_path):
     assert other_things(tmp_path / "a name of the hub") == []
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nemo.lightning as nl
+import nemo_run as run
 import numpy as np
 import pytest
 import transformers
@@ -20,7 +21,7 @@ from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallba
 from nemo_longctx.adapters.nemo.launch import begin, executors, here, parts
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
 from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback, _MakesUp
-from nemo_longctx.adapters.nemo.launch.performance import fit_warmup
+from nemo_longctx.adapters.nemo.launch.performance import fit_performance_settings, fit_warmup
 from nemo_longctx.adapters.nemo.model.config import load_tokenizer
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
@@ -66,6 +67,17 @@ def test_weights_are_sharded_where_both_hosts_can_and_a_run_can_go_on(monkeypatc
     parts.shard_weights(strategy)
     assert strategy.fsdp == "megatron"
     assert strategy.ddp.data_parallel_sharding_strategy == "optim_grads_params"
+
+
+@pytest.mark.parametrize(("shapes", "kept"), [([(4, 2), (8, 1)], True), ([(2, 3), (1, 4)], False), ([(8, 1)], True)])
+def test_overlapped_tensor_parallelism_stays_where_every_micro_batch_has_one_size(shapes, kept):
+    overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=True, defer_embedding_wgrad_compute=True)
+    recipe = SimpleNamespace(trainer=SimpleNamespace(callbacks=[overlap]))
+    stages = [SimpleNamespace(seq_length=length, micro_batch_size=size) for length, size in shapes]
+    fit_performance_settings(
+        recipe, SimpleNamespace(), SimpleNamespace(stages=stages[:1]), document_masking=False, validation=stages[1:]
+    )
+    assert (overlap.tp_comm_overlap, overlap.defer_embedding_wgrad_compute) == (kept, False)
 
 
 @pytest.mark.parametrize("account", [None, "me"])

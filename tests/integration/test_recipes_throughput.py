@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback, shape_of
+from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback, shape_of, throughput_table
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.planning.flops import CONVENTIONS, token_flops
@@ -51,6 +51,16 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_what_could_not_be_planned_is_said_in_its_line():
+    stage = {"seq_length": 1024, "steps": 2, "tokens_per_second": 10.0, "tflops_per_gpu": 1.0}
+    known = stage | {"planned": {"memory_gib": 1.5}, "mfu": 0.25}
+    unknown = stage | {"planned": {"unknown": "it does not fit"}}
+    said = throughput_table({"convention": "c", "stages": [known, unknown], "peak_allocated_gib": None}).splitlines()
+    assert said[2].split() == ["1,024", "2", "10", "-", "1.00", "25.0%", "1.50"]
+    assert said[3].split() == ["1,024", "2", "10", "-", "1.00", "-", "-", "it", "does", "not", "fit"]
+    assert len(said) == 4
 
 
 def train(tmp_path, **kwargs):

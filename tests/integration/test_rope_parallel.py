@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tempfile
 import types
 
@@ -200,6 +201,14 @@ def test_a_temporary_rope_leaves_two_tables_as_they_were():
             assert not torch.equal(model(*worker.tokens(), None), before)
         assert torch.equal(model(*worker.tokens(), None), before)
     verify_live_rope(model, asked)
+
+
+def test_the_guard_says_of_which_layers_it_speaks():
+    names = ("yarn", "yarn by layer type")
+    plain, typed = (verify_live_rope(worker.named(name), parse(worker.VARIANTS[name])) for name in names)
+    assert "layers that see all tokens" not in plain
+    assert re.search(r", 2 layers, slowest pair [\d.e-]+ rad a token$", plain)
+    assert re.search(r", 1 layers that see all tokens, .*; plain rope \(base=[\d.]+\) in 1 layers with a window$", typed)
 
 
 @pytest.mark.parametrize("layers", [{}, {"window_size": (9, 0)}])

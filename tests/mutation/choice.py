@@ -13,7 +13,7 @@ from typing import Any
 from points import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS, SECONDS = 40, 20.0  # at most so many tests and so much of their own time for one mutant
+TESTS, SECONDS = 40, 20.0  # at most so many test functions and so much of their own time for one mutant
 # Train and evaluate in processes forked from one that has the host, whose lines no map holds: tests of what no other runs.
 END_TO_END = (
     "tests/integration/test_continual_run.py::test_the_extension_is_shown_verified_and_stored",
@@ -26,8 +26,8 @@ END_TO_END = (
 def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]]:
     """The tests that run the mutant's function, and their seconds; all of the file's for its top.
 
-    Those first that are quick, that stand in a file or have a name that speaks of the function's, and that run few of its file;
-    behind the first 30 the files of tests take turns.
+    Those first that are quick, that say the words of the mutated line, that stand in a file or have a name that speaks of the
+    function's, and that run few of its file; behind the first 30 functions the files of tests take turns.
     """
     runs = covering["functions"].get(mutant.path, {})
     breadth = Counter(test for tests in runs.values() for test in tests)
@@ -43,17 +43,19 @@ def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]
     file = {index: tests[index][0].split("::")[0] for index in found}
     shared = _shared(covering)
     slow = {index: max(tests[index][1], shared.get(file[index], 0)) > 2 for index in found}
-    order = sorted(found, key=lambda i: (slow[i], near[i], breadth[i], tests[i][1]))
+    said = _said(mutant, {tests[index][0].partition("[")[0] for index in found})
+    named = {index: tests[index][0].partition("[")[0] for index in found}
+    order = sorted(found, key=lambda i: (slow[i], -said[named[i]], near[i], breadth[i], tests[i][1]))
     turns: Counter[str] = Counter()
-    turn = {}
-    for place, index in enumerate(order):
-        turn[index] = 0 if place < 30 else turns[file[index]]
-        turns[file[index]] += 1
+    turn: dict[str, int] = {}  # of a test function, with all of its parameters
+    for index in order:
+        if named[index] not in turn:
+            turn[named[index]] = 0 if len(turn) < 30 else turns[file[index]]
+            turns[file[index]] += 1
     begun: set[str] = set()
-    for index in sorted(order, key=lambda i: (slow[i], turn[i])):
-        if len(chosen) == TESTS:
-            break
-        if not _is_there(tests[index][0]):
+    taken: set[str] = set()
+    for index in sorted(order, key=lambda i: (slow[i], turn[named[i]])):
+        if (named[index] not in taken and len(taken) == TESTS) or not _is_there(tests[index][0]):
             continue
         takes = tests[index][1] + (0 if file[index] in begun else shared.get(file[index], 0))
         if file[index].endswith(f"/test_{Path(mutant.path).stem}.py") and "/integration/" not in file[index]:
@@ -61,6 +63,7 @@ def tests_of(mutant: Mutant, covering: dict[str, Any]) -> list[tuple[str, float]
         if spent + takes <= SECONDS or not chosen:
             chosen.append((tests[index][0], takes))
             begun.add(file[index])
+            taken.add(named[index])
             spent += takes
     chosen = [(test, 1.0) for test in _newer(mutant, set(file.values()), covering)] + chosen
     if "/adapters/" in mutant.path and mutant.function and mutant.function not in runs:
@@ -94,6 +97,34 @@ def _newer(mutant: Mutant, files: set[str], covering: dict[str, Any]) -> list[st
     return [test for speaks, test in sorted(found, reverse=True) if speaks][:8]
 
 
+def _said(mutant: Mutant, found: set[str]) -> dict[str, float]:
+    """How much each test function speaks of what is mutated: the words of the place, the rarer the heavier."""
+    words = {word.strip("_") for word in re.findall(r"[A-Za-z_]{4,}", f"{mutant.was} {mutant.became}")} - _COMMON
+    texts = {test: _tests(path).get(names[-1], "") for test in found for path, *names in [test.split("::")]}
+    score = dict.fromkeys(found, 0.0)
+    for word in words - {""}:
+        speaking = [test for test, text in texts.items() if word in text]
+        for test in speaking:
+            score[test] += 1 / len(speaking)
+    return score
+
+
+_COMMON = {
+    "None",
+    "True",
+    "False",
+    "self",
+    "pass",
+    "else",
+    "raise",
+    "ConfigError",
+    "return",
+    "with",
+    "from",
+    "path",
+    "name",
+    "value",
+}
 _KNOWN: dict[int, set[str]] = {}
 
 

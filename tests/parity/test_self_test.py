@@ -205,6 +205,13 @@ def test_means_of_ranks_instead_of_one_mean_are_caught():
     assert torch.tensor(context_parallel_error(calculate_per_token_loss=False)) > 1e-2
 
 
+def test_a_peak_on_a_gpu_begins_anew(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begun.append)
+    memory_trial.begin_peak(torch.device("cuda", 1))
+    assert begun == [torch.device("cuda", 1)]
+
+
 def test_a_peak_counts_bytes_and_begins_anew():
     device, size = torch.device("cpu"), 64 << 20
     memory_trial.begin_peak(device)
