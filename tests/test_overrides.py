@@ -1,5 +1,6 @@
 """What is typed reaches the schema as it was meant: on either side of an option, beyond Hydra's grammar, with `~`."""
 
+import contextlib
 import io
 import sys
 
@@ -46,6 +47,12 @@ def test_numbers_and_words_stay_what_they_are():
 )
 def test_what_hydra_reads_is_left_as_it_is(value, given):
     assert readable("data.tokenizer", value) == given
+
+
+@pytest.mark.parametrize(("text", "refused"), [("$HOME", True), ("$HOME/x", True), ("$HOMEx y", False), ("a/$HOME", False)])
+def test_a_variable_that_no_shell_replaces_is_refused_at_the_front_alone(text, refused):
+    with pytest.raises(ConfigError, match=r"oc\.env:HOME") if refused else contextlib.nullcontext():
+        assert places({"a": text}) == {"a": text}
 
 
 def test_lists_are_read_as_yaml_where_hydra_cannot():

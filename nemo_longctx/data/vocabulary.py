@@ -104,7 +104,7 @@ def _looks(shard: IndexedCorpus, tokens: int) -> Iterator[tuple[int, int]]:
     n = shard.n_tokens
     looks = max(1, min(tokens, n) // RUN) if tokens < n else -(-n // RUN)
     for number in range(looks):
-        start = number * max(0, n - RUN) // max(1, looks - 1)
+        start = number * (n - RUN) // max(1, looks - 1)
         yield start, min(start + RUN, n)
 
 

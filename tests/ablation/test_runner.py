@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from nemo_longctx.ablation.runner import Runner
+from nemo_longctx.ablation.runner import Runner, execute
 from nemo_longctx.ablation.study import SCALES, Study, load_study, studies
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
@@ -43,7 +43,7 @@ class Machine:
 
     def __init__(self, runner, *, probes=1.0, dies=()):
         self.runner, self.probes, self.dies, self.ran = runner, probes, list(dies), []
-        self.runner.execute = self
+        self.execute = self
 
     def __call__(self, command, log):
         self.ran.append(command)
@@ -253,6 +253,12 @@ def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
     said = log.read_text()
     order = [said.index(each) for each in ("theirs", "complete -o default", "invalid choice: 'no-shell'", "transformers ")]
     assert order == sorted(order)
+
+
+def test_a_command_of_ours_runs_under_this_python(tmp_path):
+    assert execute(["nemo-longctx", "--version"], tmp_path / "deep" / "log") == 0
+    assert "transformers " in (tmp_path / "deep" / "log").read_text()
+    assert runner.execute([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == 3
 
 
 def values_of(**more):

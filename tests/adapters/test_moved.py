@@ -46,6 +46,19 @@ def test_stale_locks_are_removed_before_a_host_is_imported(monkeypatch):
     assert calls == [1]
 
 
+def test_a_context_that_would_call_what_no_checkpoint_needs_is_refused(old_checkpoint):
+    context = old_checkpoint / "context" / "io.json"
+    text = context.read_text()
+    context.write_text(
+        text.replace(
+            '"module": "nemo.collections.llm.gpt.model.llama", "name": "LlamaConfig"', '"module": "pty", "name": "spawn"'
+        )
+    )
+    assert context.read_text() != text
+    with pytest.raises(ConfigError, match=r"pty\.spawn"):
+        checkpoint_model(old_checkpoint, {})
+
+
 @pytest.mark.parametrize("old", sorted(nemo.MOVED))
 def test_an_old_name_is_the_same_module(old):
     assert importlib.import_module(old) is importlib.import_module(nemo.MOVED[old])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -242,3 +243,13 @@ def test_an_order_is_that_of_a_document_at_a_time(tmp_path_factory, case, seed, 
         touched = np.flatnonzero((ends > start) & (begins[:-1] < stop))
         found = [column.tolist() for column in written.span(start, stop)]
         assert found == [[visits[v] for v in touched], np.diff(begins)[touched].tolist(), ends[touched].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [(0, True), (3, False), (4, True), (5, False), (10, True), (14, False), (19, False), (20, True), (30, True)],
+)
+def test_epochs_end_behind_what_is_left_and_then_behind_each_whole_one(tokens, ends):
+    epochs = drawing._Epochs.__new__(drawing._Epochs)
+    epochs.level, epochs._most, epochs.tokens, epochs._known = 0, 2, 10, {0: 4, 1: 6}  # two epochs of what was left
+    assert epochs.ends_at(tokens) is ends

@@ -2,8 +2,10 @@
 
 import json
 import random
+from urllib.parse import urlsplit
 
 import pytest
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 
 from nemo_longctx.config import ConfigError
@@ -74,9 +76,16 @@ def test_a_name_that_is_nowhere_is_one_sentence(monkeypatch):
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr("socket.getaddrinfo", lambda *args: (_ for _ in ()).throw(OSError("no name service")))
+    asked = []
+
+    def nowhere(*arguments):
+        asked.append(arguments)
+        raise OSError("no name service")
+
+    monkeypatch.setattr("socket.getaddrinfo", nowhere)
     with pytest.raises(ConfigError, match=r"nobody/has-this.*cannot be reached"):
         load_tokenizer("nobody/has-this")
+    assert asked == [(urlsplit(constants.ENDPOINT).hostname, 443)]
     with pytest.raises(ConfigError, match="no such directory, and no name of the Hugging Face hub"):
         load_tokenizer("./nobody/has/this")
 

@@ -60,6 +60,7 @@ def test_files_of_an_earlier_evaluation_do_not_stay_beside_the_new(tmp_path):
     (tmp_path / "mine.csv").write_text("a user's own")
     made = {path.name for path in tmp_path.iterdir()}
     assert {"tasks.csv", "truncations.csv", "probes.csv", "probes_score.png", "loss_by_position_512.png"} <= made
+    assert "“cut” counts samples whose prompt was shortened" in (tmp_path / "index.html").read_text(encoding="utf-8")
     after = blank_result("b")
     after.tasks["longctx_qasper"] = {"f1": 0.5}
     write_results(tmp_path, [after], provenance={})

@@ -541,6 +541,14 @@ def test_a_directory_of_another_format_is_named(directory, name):
     refused(folder, "holds ")
 
 
+def test_a_directory_without_weights_is_named_by_its_key(directory):
+    folder = directory()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"has no weights: neither model\.safetensors nor model\.safetensors\.index") as error:
+        check_directory(folder)
+    assert (error.value.key, error.value.value) == ("HF_DIR", str(folder))
+
+
 def test_a_directory_of_transformers_5_is_loaded_by_4(directory, tmp_path):
     """Class, list of special tokens and chat template as 5.24 writes them."""
     from transformers import AutoConfig, AutoTokenizer

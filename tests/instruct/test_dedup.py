@@ -2,10 +2,24 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from nemo_longctx.instruct import dedup
 from nemo_longctx.instruct.dedup import NearDuplicates, _shingles
+
+
+def test_a_signature_s_hash_changes_half_of_its_bits_with_any_bit_of_a_shingle():
+    near = NearDuplicates(0.6)
+    draw = random.Random(1)
+    values = [draw.getrandbits(32) for _ in range(20)]
+
+    def bits(value):
+        return np.unpackbits(near._signature(frozenset([value])).view(np.uint8))
+
+    flips = [np.mean(bits(value) != bits(value ^ (1 << bit))) for value in values for bit in range(0, 32, 3)]
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.01)
+    assert min(flips) > 0.45
 
 
 def test_agrees_with_exhaustive_search():

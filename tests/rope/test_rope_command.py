@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,11 @@ def test_plot_writes_pictures_and_their_data(tmp_path, capsys):
     assert rows[0] == ["distance", "rope", "pi:factor=4"]
     assert len(rows) == 501
     assert [float(x) for x in rows[1]] == [0.0, 4.0, 4.0]
+    with (tmp_path / "wavelengths.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert float(first["rope_tokens_a_turn"]) == pytest.approx(2 * math.pi)
+    assert float(first["rope_turns_in_context"]) == pytest.approx(500 / (2 * math.pi))
+    assert float(first["pi:factor=4_turns_in_context"]) == pytest.approx(125 / (2 * math.pi))
 
 
 def test_advise_says_which_bases_keep_the_bound(tmp_path, capsys):
