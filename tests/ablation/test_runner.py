@@ -258,7 +258,7 @@ def test_commands_of_others_and_of_ours_leave_their_output_and_status(tmp_path):
 def test_a_command_of_ours_runs_under_this_python(tmp_path):
     assert execute(["nemo-longctx", "--version"], tmp_path / "deep" / "log") == 0
     assert "transformers " in (tmp_path / "deep" / "log").read_text()
-    assert runner.execute([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == 3
+    assert execute([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log") == 3
 
 
 def values_of(**more):
