@@ -162,3 +162,9 @@ def test_optimizers_over_torch_s_are_changed_once_and_others_never(monkeypatch):
     assert kept == [torch_s]
     alone = distributed(torch.optim.AdamW([torch.zeros(1)]))
     assert [optimizer.keep_torch_steps_apart(alone) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize(("schedule", "ends"), [(["min_lr=1e-4", "schedule=cosine"], 1e-4), (["schedule=constant"], 1e-3)])
+def test_a_cosine_comes_down_and_a_constant_rate_does_not(schedule, ends):
+    made = parts.optimizer_config(recipe("optimizer.lr=1e-3", *(f"optimizer.{each}" for each in schedule)))
+    assert (made.config.lr, made.lr_scheduler.min_lr, made.lr_scheduler.constant_steps) == (1e-3, ends, 0)
