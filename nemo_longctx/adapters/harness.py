@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -187,6 +189,27 @@ def _watched(name: str, one: Any, samples: Sequence[Mapping[str, Any]]) -> dict[
     return watched
 
 
+def _spread(scores: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How many samples stand behind a task's scores, and the standard error of each that is the mean of its samples' values
+    (NaN, not scored, left out), under lm-eval's own name for it, which it counts only beside a bootstrap of all others."""
+    found: dict[str, float] = {"samples": len({sample["doc_id"] for sample in samples})}
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        rule = sample.get("filter", "none")
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if isinstance(value, int | float) and math.isfinite(value) and not _unmeasured(metric, value):
+                values.setdefault(metric if rule == "none" else f"{metric},{rule}", []).append(float(value))
+    for key, each in values.items():
+        score = scores.get(key)
+        if key in NOT_METRICS or len(each) < 2 or not isinstance(score, int | float):
+            continue
+        if math.isclose(score, sum(each) / len(each), rel_tol=1e-9, abs_tol=1e-12):
+            metric, comma, rule = key.partition(",")
+            found[f"{metric}_stderr{comma}{rule}"] = statistics.stdev(each) / math.sqrt(len(each))
+    return found
+
+
 def sample_rows(name: str, samples: Sequence[Mapping[str, Any]], cuts: Sequence[TruncationRecord]) -> list[dict[str, Any]]:
     """What is kept of each sample: its prompt's digest and end, the reply, the scores, and what was cut. `compare` reads it."""
     cut = {record.doc_id: record for record in cuts if record.task == name}
@@ -230,8 +253,9 @@ def run_harness(task: HarnessTask, lm: LongContextLM, *, keep: Path | None = Non
 
     `evaluate` is called rather than `simple_evaluate`, which would reseed every generator of the training run.
 
-    Beside the metrics of a task stand how many of its prompts were cut, how many samples were not scored for it, and as
-    `prompt_limit` the model's own limit where a prompt of the task's length does not fit it.
+    Beside the metrics of a task stand their standard errors, how many samples it asked, how many of its prompts were cut, how
+    many samples were not scored for it, and as `prompt_limit` the model's own limit where a prompt of the task's length does
+    not fit it.
 
     Raises:
         ConfigError: as `load_tasks`; a `max_prompt` beyond what the model reads; a guard with nothing to watch.
@@ -264,6 +288,7 @@ def run_harness(task: HarnessTask, lm: LongContextLM, *, keep: Path | None = Non
         if name in loaded["tasks"]:
             cut = [record for record in lm.truncations if record.task == name]
             lost = {record.doc_id for record in cut if record.lost}
+            kept |= _spread(kept, output["samples"].get(name, []))
             kept |= {"cut": len({record.doc_id for record in cut}), "not_scored": len(lost)}
             kept |= _bound(loaded["tasks"][name], lm.max_length) | _left_out(loaded["tasks"][name])
         kept = {key: "no samples" if _unmeasured(key, value) else value for key, value in kept.items()}

@@ -23,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_longctx.adapters.pretrained import hf_tokenizer, load_checkpoint, tokenizer_digest
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.eval.generation import end_tokens
 from nemo_longctx.eval.requests import Continuation, Generation, Request, Score
 from nemo_longctx.eval.results_cache import ResultsCache, request_key
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
@@ -60,6 +61,8 @@ class LongContextLM(TemplateLM):
             and say {"step": n}.
         data_group: `torch.distributed` group of ranks that hold the same part of the model.
         seed: of sampled generations.
+        enable_thinking, think_end_token: as of lm-eval's own backend: whether a chat template lets the model think before it
+            answers (None: as the template has it), and the text behind which its answer stands.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class LongContextLM(TemplateLM):
         identity: Mapping[str, Any] | None = None,
         data_group: torch.distributed.ProcessGroup | None = None,
         seed: int = 0,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
     ):
         super().__init__()
         if str(batch_size).split(":")[0] not in ("1", "auto") or max_batch_size not in (None, 1):
@@ -98,6 +103,9 @@ class LongContextLM(TemplateLM):
         self.tokenizer = hf_tokenizer(tokenizer)
         self._max_length = max_length or pretrained.max_length
         self.max_gen_toks, self.add_bos_token, self.seed = max_gen_toks, add_bos_token, seed
+        self.template_args = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self.think_end_token = think_end_token
+        self.ends = end_tokens(pretrained, self.tokenizer)
         self.scorer = Scorer(pretrained, chunks=Chunks(read=read_chunk), share=share_prefixes)
         self.data_group = data_group
         if results_cache and not (identity or {}).get("weights"):
@@ -108,6 +116,7 @@ class LongContextLM(TemplateLM):
         self.identity = {**(identity or {}), "tokenizer": tokenizer_digest(self.tokenizer)} if results_cache else {}
         self.truncations: list[TruncationRecord] = []
         self.truncation: Mapping[str, Any] = {}  # policy and max_prompt of samples that name none
+        self._thinks = False  # told already
         self._headers: dict[str, int] = {}  # prompt in a chat template -> characters in front of what its first user says
 
     @property
@@ -120,6 +129,9 @@ class LongContextLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
+        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
+            mend = "names neither a beginning nor an end of a text, which lm-eval's tasks need; set eos_token in its"
+            raise ConfigError("tokenizer", self.tokenizer.name_or_path, f"{mend} tokenizer_config.json")
         return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
@@ -142,7 +154,12 @@ class LongContextLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self.template_args,
         )
+        if text.rstrip().endswith("<think>") and not self.think_end_token and not self._thinks:
+            self._thinks = True
+            mend = "replies of few tokens may end before their answer, and what is thought is scored with it"
+            logger.warning("the chat template lets the model think before it answers: %s", mend)
         asked = next((turn["content"].strip() for turn in chat_history if turn["role"] == "user"), "")
         self._headers[text] = max(0, text.find(asked)) if asked else 0
         return text
@@ -198,7 +215,8 @@ class LongContextLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         jobs, untils, lost = [], [], []
         asked_before: Counter[int] = Counter()  # lm-eval asks one instance again for each repeat: another draw
-        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        end = self.eot_token_id
+        eos = None if end is None else self.tokenizer.decode(end, skip_special_tokens=False)
         for instance in requests:
             text, asked = instance.args
             options: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
@@ -223,9 +241,13 @@ class LongContextLM(TemplateLM):
             asked_before[id(instance)] += 1
             untils.append(until)
             lost.append(cut.lost)
-        made = self._run(jobs, "generation", disable_tqdm, extra=[{"until": u} for u in untils])
+        # Not in the key where it is the tokenizer's own end, which is there already.
+        more = {} if self.ends <= {self.eot_token_id} else {"ends": sorted(self.ends)}
+        made = self._run(jobs, "generation", disable_tqdm, extra=[{"until": u, **more} for u in untils])
+        made = [tokens[:-1] if tokens and tokens[-1] in self.ends else tokens for tokens in made]
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
-        texts = [postprocess_generated_text(t, until, None) for t, until in zip(texts, untils, strict=True)]
+        thought = self.think_end_token
+        texts = [postprocess_generated_text(t, until, thought) for t, until in zip(texts, untils, strict=True)]
         return [UNSCORED + " and ".join(gone) if gone else text for text, gone in zip(texts, lost, strict=True)]
 
     def _stop(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
@@ -234,7 +256,7 @@ class LongContextLM(TemplateLM):
         tails = [(text, len(self.tokenizer.encode(text, add_special_tokens=False)) + 2) for text in until if text]
 
         def stop(made: list[int]) -> bool:
-            return made[-1] == self.eot_token_id or any(text in self.tokenizer.decode(made[-n:]) for text, n in tails)
+            return made[-1] in self.ends or any(text in self.tokenizer.decode(made[-n:]) for text, n in tails)
 
         return stop
 

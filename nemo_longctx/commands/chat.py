@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from nemo_longctx.commands.generate import add_options, open_model, sampling_of
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = sampling_of(args)
     scorer, tokenizer, template, _ = open_model(args)
+    sampling = dataclasses.replace(sampling, ends=tuple(generation.end_tokens(scorer.model, tokenizer)))
     turns: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:

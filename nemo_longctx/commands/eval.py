@@ -63,7 +63,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="keep each sample's reply, score and cuts: OUT/samples/MODEL/samples_TASK.jsonl",
     )
     parser.add_argument("--limit", type=int, help="samples of each lm-eval task")
-    parser.add_argument("--chat", action="store_true", help="ask lm-eval tasks in the tokenizer's chat template")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask lm-eval tasks in the tokenizer's chat template, without thought before the answer",
+    )
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval and MBPP run what the model wrote; in a sandbox only"
     )
@@ -106,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             check_names(task)
     first = os.environ.get("RANK", "0") == "0"
     from nemo_longctx.adapters.lm_eval import LongContextLM
+    from nemo_longctx.eval.checks import without_bos
+    from nemo_longctx.eval.hf import HFCausalModel
 
     results: list[SuiteResult] = []
     seen: dict[str, dict[str, Any]] = {}
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             tensor_parallel_size=args.tensor_parallel,
             pipeline_parallel_size=args.pipeline_parallel,
             results_cache=str(args.out / "cache.db"),
+            enable_thinking=False,  # tasks leave room for an answer, and none for thought before it
         )
         blocks = task_blocks(args, lm.max_length)
         suite = Suite(parse_tasks(blocks), tokenizer=lm.tokenizer)
@@ -130,9 +137,12 @@ def run(args: argparse.Namespace) -> int:
 
         result = suite.run(lm.causal, name=name, harness=harness, group=lm.data_group, quiet=not first)
         results.append(result)
-        seen[result.model] = {"path": checkpoint, **lm.identity, "tasks": blocks}
+        notes = without_bos(suite.tasks, lm.tokenizer) if isinstance(lm.causal, HFCausalModel) else []
+        seen[result.model] = {"path": checkpoint, **lm.identity, "tasks": blocks} | ({"notes": notes} if notes else {})
         if first:
             _print(result)
+            for note in notes:
+                print(f"{result.model}  {note}")
     if first:
         _write(args, results, seen)
     return 1 if any(result.errors for result in results) else 0
@@ -160,7 +170,13 @@ def _write(args: argparse.Namespace, results: list[SuiteResult], seen: dict[str,
     from nemo_longctx.report.evaluation import write_results
 
     versions = versions_of("torch", "transformers", "lm-eval")
-    page = write_results(args.out, results, provenance={"checkpoints": seen, "versions": versions})
+    notes = [f"{model}: {note}." for model, said in seen.items() for note in said.get("notes", ())]
+    if len({said["tokenizer"] for said in seen.values()}) > 1:
+        notes.append(
+            "These models have different tokenizers: a loss per token and a length in tokens are of other text in each, and "
+            "are not compared."
+        )
+    page = write_results(args.out, results, provenance={"checkpoints": seen, "versions": versions}, notes=notes)
     print(f"wrote {page}")
 
 

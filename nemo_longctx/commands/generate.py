@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     rows = generation.read_prompts(args.prompts)
     sampling = sampling_of(args, stop=tuple(args.stop))
     scorer, tokenizer, template, group = open_model(args)
+    sampling = dataclasses.replace(sampling, ends=tuple(generation.end_tokens(scorer.model, tokenizer)))
     prompts = [generation.prompt_tokens(row, tokenizer, template=template, system=args.system) for row in rows]
     names = [row["id"] for row in rows]
     asked = generation.requests(prompts, tokenizer, sampling, names, scorer.model.max_length)

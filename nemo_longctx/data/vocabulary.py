@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,51 @@ def _made(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
             yield shard.prefix, made
     if not told and (made := corpus.provenance.get("tokenizer")):
         yield corpus.prefix, made
+
+
+def check_ids(corpus: Corpus, tokenizer: Any) -> None:
+    """Refuse a corpus whose ids are other texts to a model's tokenizer, where the one that made it is still at hand.
+
+    Reserved tokens may have been named and others added since: a tenth of the ids may differ.
+
+    Args:
+        corpus: opened.
+        tokenizer: transformers', of the model that is to read it.
+
+    Raises:
+        ConfigError: with an id that both know by another token.
+    """
+    for shard, made in _made(corpus):
+        theirs = _tokens_of(str(made.get("name")), str(made.get("sha256")))
+        if not theirs:
+            continue
+        ours = {number: token for token, number in tokenizer.get_vocab().items()}
+        other = [number for number in theirs if ours.get(number) != theirs[number]]
+        if len(other) > len(theirs) // 10:
+            number = min(other)
+            mend = (
+                f"its tokens are of another tokenizer ({made['name']}): {len(other):,} of {len(theirs):,} ids are other tokens "
+                f"to the model's, {number} is {theirs[number]!r} there and {ours.get(number)!r} here; prepare the text with "
+                "the model's own tokenizer"
+            )
+            raise ConfigError("corpus", shard, mend)
+
+
+@lru_cache(maxsize=4)
+def _tokens_of(name: str, sha256: str) -> dict[int, str]:
+    """Number -> token of the tokenizer that `prepare` noted beside a corpus; empty where it is there no more."""
+    if not os.path.isdir(name):
+        return {}
+    from tokenizers import Tokenizer
+
+    from nemo_longctx.data.tokenization import load_tokenizer
+
+    try:
+        info = load_tokenizer(name)
+    except ConfigError:
+        return {}
+    same = info.sha256 == sha256
+    return {number: token for token, number in Tokenizer.from_str(info.definition).get_vocab().items()} if same else {}
 
 
 def check_sample(corpus: Corpus, vocab_size: int) -> None:

@@ -23,6 +23,7 @@ class Sampling:
         temperature: 0 for greedy. top_p, top_k: limits of sampling; 1 and 0 for none.
         seed: of the sampling; the draw of a prompt does not depend on the others.
         stop: texts that end an answer, left out of it.
+        ends: tokens that end one beside the tokenizer's own end (`end_tokens` of the model).
     """
 
     max_new_tokens: int | None = None
@@ -31,10 +32,23 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError("--max-new-tokens", self.max_new_tokens, "give at least 1 token for the answer")
+
+
+def ends_of(generation_config: Any) -> frozenset[int]:
+    """Tokens that end an answer by a generation config: none, one or several (Gemma's and Phi-3's turns end in another token
+    than their texts)."""
+    said = getattr(generation_config, "eos_token_id", None)
+    return frozenset() if said is None else frozenset(said if isinstance(said, (list, tuple)) else [said])
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer of a model (`CausalModel`): the tokenizer's end, and those of its generation config."""
+    return frozenset({tokenizer.eos_token_id, *getattr(model, "ends", ())} - {None})
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -118,7 +132,7 @@ def requests(
             Generation(
                 context=tokens,
                 max_new_tokens=longest,
-                stop=ending(tokenizer, sampling.stop),
+                stop=ending(tokenizer, sampling.stop, sampling.ends),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -128,12 +142,13 @@ def requests(
     return made
 
 
-def ending(tokenizer: Any, stops: Sequence[str]) -> Callable[[list[int]], bool]:
-    """True once the end-of-text token or one of the texts was made."""
+def ending(tokenizer: Any, stops: Sequence[str], ends: Sequence[int] = ()) -> Callable[[list[int]], bool]:
+    """True once the end-of-text token, another of `ends` or one of the texts was made."""
+    last = {tokenizer.eos_token_id, *ends}
     longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in stops), default=0) + 2
 
     def stop(made: list[int]) -> bool:
-        if made[-1] == tokenizer.eos_token_id:
+        if made[-1] in last:
             return True
         tail = tokenizer.decode(made[-longest:]) if stops else ""
         return any(text in tail for text in stops)
@@ -145,9 +160,10 @@ def answer(
     row: dict[str, Any], prompt: Sequence[int], made: Sequence[int], tokenizer: Any, sampling: Sampling
 ) -> dict[str, Any]:
     """A row of the output: id, prompt, response, how it ended, and tokens of both."""
-    text = tokenizer.decode(made, skip_special_tokens=True)
+    at_end = bool(made) and made[-1] in {tokenizer.eos_token_id, *sampling.ends}
+    text = tokenizer.decode(made[: len(made) - at_end], skip_special_tokens=True)
     cut = min((text.index(stop) for stop in sampling.stop if stop in text), default=None)
-    ended = cut is not None or (bool(made) and made[-1] == tokenizer.eos_token_id)
+    ended = cut is not None or at_end
     return {
         "id": row["id"],
         "prompt": row["prompt"] if "prompt" in row else json.dumps(row["messages"], ensure_ascii=False),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.generation import ends_of
 from nemo_longctx.eval.scoring import logits_to_log_probs
 
 if TYPE_CHECKING:
@@ -24,17 +26,25 @@ class HFCausalModel:
 
     Args:
         model: any `AutoModelForCausalLM`, on its device.
-        max_length: default, the model's `max_position_embeddings`.
+        max_length: default, the `max_position_embeddings` of the model, or of the language model in a multimodal one.
 
     Raises:
+        ConfigError: neither says a longest input.
         ValueError: the model's logits are not its head applied to its body's states.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_length: int | None = None):
         self.model = model.eval()
-        self.max_length = max_length or model.config.max_position_embeddings
+        # A multimodal model may be its own base, of other outputs; text is read by the language model in it alone.
+        self.body = model.base_model if model.base_model is not model else model.get_decoder()
+        text = model.config.get_text_config()
+        self.max_length = max_length or getattr(text, "max_position_embeddings", None)
+        if self.max_length is None:
+            mend = f"{type(model).__name__} says no longest input; say how many tokens it may read"
+            raise ConfigError("--max-length", None, mend)
+        self.ends = ends_of(model.generation_config)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
-        scaling = getattr(model.config, "rope_scaling", None) or {}
+        scaling = getattr(text, "rope_scaling", None) or {}
         self.reads_whole = scaling.get("rope_type", scaling.get("type")) in LENGTH_DEPENDENT_ROPE
         self.truncate(0)
         self._check_head()
@@ -65,7 +75,7 @@ class HFCausalModel:
     def extend(self, tokens_S: Tensor) -> Tensor:
         start = self._cache.get_seq_length()
         place_S = torch.arange(start, start + len(tokens_S), device=self.model.device)
-        out = self.model.base_model(
+        out = self.body(
             input_ids=tokens_S[None].to(self.model.device),
             past_key_values=self._cache,
             cache_position=place_S,

@@ -88,7 +88,8 @@ def _parted(rows: list[dict[str, str]], tools: Tools) -> tuple[list[int], list[i
     """Tokens of the talk before and behind the hole; without a chat template of its own behind the prefix."""
     template: Any = getattr(tools.tokenizer, "chat_template", None)
     if template:
-        text = tools.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        # Without thought before the answer, which there is no room for.
+        text = tools.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         prefix: list[int] = []
     else:
         text = "".join(f"{row['role'].capitalize()}: {row['content']}\n\n" for row in rows) + "Assistant:"

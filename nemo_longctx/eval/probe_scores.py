@@ -8,7 +8,7 @@ fit the model is never cut: it is counted and not scored.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -96,19 +96,27 @@ def run_probes(
 ) -> list[ProbeRow]:
     """Score every probe that fits the model; the others are counted."""
     asked = [probe for probe in probes if fits(probe, model.max_length)]
+    stop_tokens = list(stop_tokens)
     requests = probe_requests(asked, stop_tokens)
     results: dict[int, Score | list[int]] = {}
     for index, result, read in Scorer(model, chunks=chunks).run(requests):
         results[index] = result
         if progress is not None:
             progress(read)
-    return probe_rows(probes, [results[i] for i in range(len(requests))], tokenizer, name=name, max_length=model.max_length)
+    found = [results[i] for i in range(len(requests))]
+    return probe_rows(probes, found, tokenizer, name=name, max_length=model.max_length, stop_tokens=stop_tokens)
 
 
 def probe_rows(
-    probes: Sequence[Probe], results: Sequence[Score | list[int]], tokenizer: Tokenizer, *, name: str, max_length: int
+    probes: Sequence[Probe],
+    results: Sequence[Score | list[int]],
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    max_length: int,
+    stop_tokens: Collection[int] = (),
 ) -> list[ProbeRow]:
-    """Cells from the results of `probe_requests` over the probes that fit `max_length`."""
+    """Cells from the results of `probe_requests` over the probes that fit `max_length`; a stop token is no part of a reply."""
     cells: dict[tuple[str, int, float], list[tuple[float, float]]] = {}
     skipped: dict[tuple[str, int, float], int] = {}
     waiting = iter(results)
@@ -121,7 +129,8 @@ def probe_rows(
         made, score = next(waiting), next(waiting)
         if isinstance(made, Score) or not isinstance(score, Score):
             raise TypeError("results must come in the order of probe_requests: a reply, then a score, for each probe")
-        scored.append((score_reply(probe, tokenizer.decode(made)), -score.log_likelihood / len(probe.first)))
+        reply = made[:-1] if made and made[-1] in stop_tokens else made
+        scored.append((score_reply(probe, tokenizer.decode(reply)), -score.log_likelihood / len(probe.first)))
     rows = []
     for (kind, length, depth), pairs in cells.items():
         means = [metrics.mean_scored(column) for column in zip(*pairs, strict=True)] if pairs else [float("nan")] * 2

@@ -150,7 +150,7 @@ def make_probes(
         ConfigError: a length too short for what it must hold, or all of them.
         ValueError: no text, or none with a sentence of 5 to 40 words.
     """
-    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 3}
+    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 4}
     every_letter = "".join(chr(c) for c in range(32, 127)) + GRASS + " ".join(WORDS) + "".join(t[:2000] for t in texts[:8])
     made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
     made_from["template"] = str(getattr(tokenizer, "chat_template", None))

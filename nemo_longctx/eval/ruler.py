@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 import string
 import uuid
@@ -269,6 +270,17 @@ def averages(scores: Iterable[tuple[str, int, float]]) -> dict[int, float]:
             by_length.setdefault(length, {})[kind] = score
     means = {n: sum(some.values()) / len(some) for n, some in sorted(by_length.items()) if len(some) == len(kinds)}
     return {length: mean for length, mean in means.items() if mean == mean}
+
+
+def largest_error(cells: Iterable[tuple[float, int]]) -> float:
+    """What the standard error of an average over tasks is at most: that of samples that score 0 or 1, which have the largest
+    spread that their mean allows.
+
+    Args:
+        cells: (score, samples) of each task, the score a mean over samples between 0 and 1.
+    """
+    some = list(cells)
+    return sum(score * (1 - score) / samples for score, samples in some) ** 0.5 / len(some) if some else math.nan
 
 
 def tasks_scored(scores: Iterable[tuple[str, int, float]]) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import is_corpus, open_corpus
 from nemo_longctx.data.sft_instances import PROMPT, chat_template, encode_conversation, read_conversations
+from nemo_longctx.data.vocabulary import check_ids
 from nemo_longctx.eval import context, position, probe_scores, probes
 from nemo_longctx.eval.config import (
     AnswersTask,
@@ -30,6 +31,7 @@ from nemo_longctx.eval.config import (
     longest_input,
     parse_tasks,
 )
+from nemo_longctx.eval.generation import end_tokens
 from nemo_longctx.eval.requests import Continuation
 from nemo_longctx.eval.results import SuiteResult, blank_result
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer, Speed
@@ -182,8 +184,15 @@ class Suite:
             if task.guard:
                 result.watched.update({task.labelled(name): values for name, values in found.watched.items()})
 
+    def _corpus(self, path: Any) -> Any:
+        """The corpus at `path`, whose ids must be those of the tokenizer, if there is one."""
+        corpus = open_corpus(path)
+        if self.tokenizer is not None:
+            check_ids(corpus, self.tokenizer)
+        return corpus
+
     def _position(self, task: PositionTask, model: CausalModel, group: Any, quiet: bool) -> position.PositionLosses:
-        corpus = open_corpus(task.corpus)
+        corpus = self._corpus(task.corpus)
         chosen = choose_documents(np.asarray(corpus.lengths), task.seq_length + 1, task.documents)
         requests = []
         for document in chosen:
@@ -197,7 +206,7 @@ class Suite:
         return totals
 
     def _context(self, task: ContextTask, model: CausalModel, group: Any, quiet: bool) -> context.ContextScores:
-        corpus = open_corpus(task.corpus)
+        corpus = self._corpus(task.corpus)
         chosen = context.choose_blocks(corpus.lengths, needed=task.needed, documents=task.documents, blocks=task.blocks)
         requests = []
         for document, ends in chosen:
@@ -229,9 +238,9 @@ class Suite:
         for (kind, length), why in () if quiet else unmade.items():
             logger.warning("no %s probes of %d tokens: %s", kind, length, why)
         asked = [probe for probe in made if probe_scores.fits(probe, model.max_length)]
-        stops = {self.tokenizer.eos_token_id} - {None}
+        stops = end_tokens(model, self.tokenizer)
         results = self._run(probe_scores.probe_requests(asked, stops), model, group, "probes", quiet)
-        rows = probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length)
+        rows = probe_scores.probe_rows(made, results, self.tokenizer, name=name, max_length=model.max_length, stop_tokens=stops)
         return rows + probe_scores.empty_rows(task.probes, unmade, name=name)
 
     def _answers(self, task: AnswersTask, model: CausalModel, group: Any, quiet: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -297,6 +297,13 @@ def _passed_over(raw: Mapping[str, Any], family: str) -> list[str]:
     if "max_position_embeddings" not in raw:
         longest = DEFAULTS[family]["max_position_embeddings"]
         notes.append(f"max_position_embeddings is not said: {longest:,} tokens, as transformers takes it for {family}")
+    said = raw.get("max_sequence_length")  # LongChat's and Vicuna's word for what linear scaling reaches
+    longest = raw.get("max_position_embeddings")
+    if isinstance(said, int) and isinstance(longest, int) and said > longest:
+        notes.append(
+            f"max_sequence_length={said:,} is read by no class of transformers: lengths and rope.factor are counted from "
+            f"max_position_embeddings={longest:,}; write {said} there if the model was trained so far"
+        )
     windowed = ("sliding_window", "layer_types", "use_sliding_window") if family == "llama" else ()
     others = [key for key in (*_OTHERS, *windowed) if raw.get(key)]
     if family in ALL_SLIDE and raw.get("use_sliding_window") is False and raw.get("sliding_window"):

@@ -81,6 +81,14 @@ def reading_lines(config: Mapping[str, Any], variant: RopeVariant, model_max_len
         lines.append(
             f"differs: vLLM multiplies q and k by {served.attention_factor:.6g}, not {theirs.attention_factor:.6g}{more}"
         )
+    if isinstance(variant, YarnRope):
+        reach = round(variant.factor * variant.original_max_position_embeddings)
+        if reach != theirs.longest:
+            ratio = theirs.longest / variant.original_max_position_embeddings
+            lines.append(
+                "differs: older releases of transformers (4.51 and 4.53 do, 4.57 does not) take the ratio of the lengths, "
+                f"{ratio:g}, for the factor {variant.factor:g}; export with --max-position-embeddings {reach} for them"
+            )
     if isinstance(variant, DynamicNtkRope):
         lines.append("differs: vLLM stretches for its longest input at every length; transformers for each input's own")
     if isinstance(variant, LongRope):

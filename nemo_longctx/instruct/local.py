@@ -61,9 +61,10 @@ class LocalCheckpoint:
         return await asyncio.to_thread(self._answer, call)
 
     def _answer(self, call: Call) -> Reply:
+        from nemo_longctx.eval.generation import end_tokens
         from nemo_longctx.eval.scoring import Generation
 
-        tokenizer, end = self.tokenizer, self.tokenizer.eos_token_id
+        tokenizer, ends = self.tokenizer, end_tokens(self.scorer.model, self.tokenizer)
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": call.prompt}], chat_template=self.template, add_generation_prompt=True
         )
@@ -74,14 +75,14 @@ class LocalCheckpoint:
         request = Generation(
             context=asked,
             max_new_tokens=call.max_tokens,
-            stop=lambda made: made[-1] == end,
+            stop=lambda made: made[-1] in ends,
             temperature=call.temperature,
             seed=call.seed,
         )
         (made,) = self.scorer.generate([request])
         return Reply(
-            text=tokenizer.decode(made, skip_special_tokens=True),
-            finish_reason="stop" if made[-1] == end else "length",
+            text=tokenizer.decode(made[:-1] if made[-1] in ends else made, skip_special_tokens=True),
+            finish_reason="stop" if made[-1] in ends else "length",
             prompt_tokens=len(asked),
             completion_tokens=len(made),
         )

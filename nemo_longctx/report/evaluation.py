@@ -48,6 +48,7 @@ def write_results(
     marks: Sequence[tuple[float, str]] = (),
     title: str = "Long-context evaluation",
     guard: GuardConfig | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write everything that is known of some evaluations, of one model in time or of several; returns the page.
 
@@ -56,13 +57,14 @@ def write_results(
         provenance: what made them (config, versions, seed, data), kept in the JSON and at the foot of the page.
         marks: (position, name) verticals in the figures of loss by position.
         guard: what the run is watched by; None: its defaults.
+        notes: what has to be known to read the numbers, a sentence each.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     earlier = _files_of(directory)
     record = {"provenance": dict(provenance), "results": [as_record(result) for result in results]}
     write_json(directory / RECORD, finite(record | {"files": sorted(earlier)}))
-    sections = [_summary(results)]
+    sections = [_summary(results, notes)]
     files: set[str] = set()
     for name in dict.fromkeys(name for result in results for name in result.position):
         sections += _position_sections(directory, name, results, marks)
@@ -78,7 +80,10 @@ def write_results(
     if len(tasks) > 1:
         _write_table(directory / "tasks.csv", tasks)
         files.add("tasks.csv")
-        note = "“cut” counts samples whose prompt was shortened (truncations.csv), “not_scored” those that lost what is asked."
+        note = (
+            "“cut” counts samples whose prompt was shortened (truncations.csv), “not_scored” those that lost what is asked. A "
+            "score's 95 % interval is about twice its “_stderr” to both sides, were the samples independent of each other."
+        )
         sections.append(Section(heading="Tasks", note=note, table=tasks))
     cuts = [[r.model, *astuple(cut)[:-1], " ".join(cut.lost)] for r in results for cut in r.truncations]
     if cuts:
@@ -110,7 +115,7 @@ def _files_of(directory: Path) -> set[str]:
     return {name for name in map(str, files) if Path(name).name == name and Path(name).suffix in (".csv", ".png")}
 
 
-def _summary(results: Sequence[SuiteResult]) -> Section:
+def _summary(results: Sequence[SuiteResult], notes: Sequence[str] = ()) -> Section:
     """One line a model: what it can do in one glance, and what went wrong."""
     names = list(dict.fromkeys(name for result in results for name in result.position))
     cells = [row for result in results for row in result.probes]
@@ -134,7 +139,7 @@ def _summary(results: Sequence[SuiteResult]) -> Section:
         "Loss in nats per token. Effective length: the longest up to which each length keeps 90 % of the score at the shortest "
         f"one, and {probe_scores.FLOOR} at least; a model that scores less at the shortest is too weak to tell."
     )
-    return Section(heading="In one glance", note=note, table=rows)
+    return Section(heading="In one glance", note=" ".join([note, *notes]), table=rows)
 
 
 def _loss(rows: Sequence[position.PositionRow]) -> float:

@@ -107,12 +107,22 @@ def _ruler(cells: Rows) -> Section:
             scores = {row.length: row.score for row in mine if row.kind == kind}
             table.append([model, kind.removeprefix(ruler.PREFIX), *(_percent(scores.get(n, math.nan)) for n in lengths)])
         table.append([model, "average", *(_percent(means.get(n, math.nan)) for n in lengths)])
+        at = {n: [(row.score, row.samples) for row in mine if row.length == n and row.samples] for n in means}
+        errors = {n: ruler.largest_error(some) for n, some in at.items()}
+        table.append([model, "its standard error, at most", *(_percent(errors.get(n, math.nan)) for n in lengths)])
         table.append([model, "effective length", ruler_length(mine), *[""] * (len(lengths) - 1)])
     note = (
         f"RULER's {len(ruler.KINDS)} tasks, in percent, and their mean. A length at which a task was not scored has no mean. "
-        f"Effective length: the longest up to which every mean reaches {100 * ruler.THRESHOLD:.1f} % (Llama 2 7B's at 4K)."
+        f"Effective length: the longest up to which every mean reaches {100 * ruler.THRESHOLD:.1f} % (Llama 2 7B's at 4K). "
+        f"{_samples(ruled)} samples a task and length, of RULER's own 500: a mean nearer to that than two standard errors does "
+        "not tell on which side of it the model is."
     )
     return Section(heading="RULER", note=note, table=table)
+
+
+def _samples(cells: Rows) -> str:
+    counts = sorted({row.samples for row in cells if row.samples})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
 
 
 def _percent(score: float) -> str:

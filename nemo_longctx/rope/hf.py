@@ -58,6 +58,7 @@ def read(config: Mapping[str, Any]) -> Found:
     """Name and fields of the variant that `config` asks for (`RopeVariant.from_hf`)."""
     if not isinstance(config, Mapping):
         raise ConfigError("config", config, "must be a mapping, as a config.json holds or PretrainedConfig.to_dict() gives")
+    config = _language_model(config)
     params = _parameters(config)
     rope_type = _rope_type(params, config)
     params["base"] = _base(params, config)
@@ -79,6 +80,7 @@ def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
     if (name, wanted) in _ALSO:
         local = {"local_base": fields["local_base"]} if "local_base" in fields else {}
         return {ours: fields[theirs] for ours, theirs in _ALSO[name, wanted].items()} | local
+    config = _language_model(config)
     rope_type = _rope_type(_parameters(config), config)
     if wanted == "xpos":
         raise ConfigError("rope_type", rope_type, NO_XPOS)
@@ -88,7 +90,20 @@ def read_as(config: Mapping[str, Any], wanted: str) -> Keys:
 # The base of a config that names none, where it is another than RoPE's own 10,000: transformers' classes of these families.
 _BASES = {
     "mixtral": 1e6, "gemma3": 1e6, "gemma3_text": 1e6, "smollm3": 2e6, "llama4_text": 5e5, "gpt_oss": 1.5e5,
+    "gemma3n_text": 1e6, "phimoe": 1e6, "minimax": 1e6, "lfm2": 1e6, "qwen2_vl_text": 1e6, "qwen2_5_vl_text": 1e6,
+    "qwen3_vl_text": 5e6, "qwen3_vl_moe_text": 5e6, "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "flex_olmo": 5e5, "bitnet": 5e5,
+    "apertus": 1.2e7, "longcat_flash": 1e7, "helium": 1e5, "falcon_h1": 1e5, "persimmon": 25_000.0,
 }  # fmt: skip
+_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")  # a language model's settings, of a larger one
+_SAYS_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
+
+
+def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config`, or of a multimodal model, whose own says nothing of RoPE, what it says of the language model in it."""
+    inner = next((config[key] for key in _NESTED if isinstance(config.get(key), Mapping)), None)
+    if inner is None or any(config.get(key) is not None for key in _SAYS_ROPE):
+        return config
+    return _language_model(inner if inner.get("model_type") else {**inner, "model_type": config.get("model_type")})
 
 
 def _base(params: Keys, config: Mapping[str, Any]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError, build, did_you_mean
 from nemo_longctx.rope.base import RopeVariant
-from nemo_longctx.rope.variants import VARIANTS, Rope, to_dict
+from nemo_longctx.rope.variants import VARIANTS, Rope, YarnRope, to_dict
 
 FACTOR, TRAINED = "factor", "original_max_position_embeddings"
 _LISTS = ("short_factor", "long_factor")  # LongRoPE's, which only its own checkpoint has
@@ -114,9 +114,12 @@ class RopeRequest:
     def _factor(self, under: RopeVariant, seq_length: int, trained: int, source: str) -> tuple[float, str]:
         begin = self.values.get(TRAINED)
         if under.variant == self.variant and begin is None:
-            was = float(getattr(under, FACTOR))
+            was, told = float(getattr(under, FACTOR)), "trained tokens"
+            if isinstance(under, YarnRope) and was * under.original_max_position_embeddings > trained:
+                # Qwen's way: the model's own length stays in the config beside a YaRN that goes further.
+                trained, told = round(was * under.original_max_position_embeddings), "tokens that its YaRN reaches"
             factor = was * max(1.0, seq_length / trained)
-            return factor, f"rope.factor={factor:g}: {was:g} of {source} x {seq_length:,} / {trained:,} trained tokens"
+            return factor, f"rope.factor={factor:g}: {was:g} of {source} x {seq_length:,} / {trained:,} {told}"
         begin = begin or trained_length(under, trained)
         if seq_length <= begin:
             return 1.0, f"rope.factor=1: windows of {seq_length:,} tokens are within the trained {begin:,}: none is stretched"

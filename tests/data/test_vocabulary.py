@@ -13,8 +13,9 @@ from nemo_longctx.data import vocabulary
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.tokenization import load_tokenizer, train_bpe
-from nemo_longctx.data.vocabulary import RUN, check_corpora, check_sample
+from nemo_longctx.data.vocabulary import RUN, check_corpora, check_ids, check_sample
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.hf.tokenizer import open_tokenizer
 
 
 def corpus(prefix, documents, dtype=np.uint16, tokenizer=None):
@@ -50,6 +51,34 @@ def test_a_corpus_of_another_tokenizer_than_data_tokenizer_is_refused(tmp_path):
     check_corpora({"data.mix.sources[0].path": path}, tokenizer=str(tmp_path / "mine"))
     with pytest.raises(ConfigError, match=r"data\.mix\.sources\[0\]\.path=.*than data\.tokenizer="):
         check_corpora({"data.mix.sources[0].path": path}, tokenizer=str(tmp_path / "other"))
+
+
+def test_ids_that_are_other_tokens_to_the_model_are_refused_where_their_tokenizer_is_at_hand(tmp_path):
+    for name, text in (("mine", "abc abd abe"), ("other", "xyz xyw xyv")):
+        train_bpe([text] * 50, 262, str(tmp_path / name), {})
+    kept = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = kept["model"]["vocab"]
+    alphabet = sorted(vocabulary, key=vocabulary.get)[2:258]
+    kept["model"]["vocab"] |= {token: 2 + (number + 1) % 256 for number, token in enumerate(alphabet)}  # other bytes
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(kept))
+    mine, other = (open_tokenizer(tmp_path / name) for name in ("mine", "other"))
+    path = corpus(tmp_path / "corpus", [[1, 2, 3]])
+    made = {"name": str(tmp_path / "mine"), "sha256": load_tokenizer(str(tmp_path / "mine")).sha256, "vocab_size": 262}
+    Path(f"{path}.json").write_text(json.dumps({"tokenizer": made}))
+    check_ids(open_corpus(path), mine)
+    mine.add_tokens(["<more>", "<and more>"])
+    check_ids(open_corpus(path), mine)
+    with pytest.raises(ConfigError, match=r"another tokenizer \(.*mine\): 2\d\d of 262 ids are other tokens.*own tokenizer"):
+        check_ids(open_corpus(path), other)
+    for changed in ({"sha256": "another"}, {"name": str(tmp_path / "gone")}, {"name": None, "sha256": None}):
+        Path(f"{path}.json").write_text(json.dumps({"tokenizer": made | changed}))
+        check_ids(open_corpus(path), other)  # what is there now does not show by what it was made
+    renamed = {f"<{number}>" if number < 26 else token: number for token, number in mine.get_vocab().items()}
+    Path(f"{path}.json").write_text(json.dumps({"tokenizer": made}))
+    check_ids(open_corpus(path), SimpleNamespace(get_vocab=lambda: renamed))  # a tenth: reserved tokens, given names
+    renamed = {f"<{number}>" if number < 27 else token: number for token, number in mine.get_vocab().items()}
+    with pytest.raises(ConfigError, match=r"27 of 262 ids are other tokens to the model's, 0 is '<\|endoftext\|>' there"):
+        check_ids(open_corpus(path), SimpleNamespace(get_vocab=lambda: renamed))
 
 
 @pytest.mark.parametrize(("dtype", "bad"), [(np.uint16, 128), (np.int32, -1), (np.int32, 70_000), (np.int64, 2**40)])

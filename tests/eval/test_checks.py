@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+from tiny_models import byte_tokenizer
+from tokenizers import processors
 
 from nemo_longctx import dry_run
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval import checks
 from nemo_longctx.eval.checks import check_eval
-from nemo_longctx.eval.config import EvalConfig
+from nemo_longctx.eval.config import ContextTask, EvalConfig, PositionTask
 
 
 @pytest.fixture
@@ -122,6 +126,31 @@ def test_a_name_that_the_hub_has_not_is_told_what_is_here(folder, monkeypatch):
         checks.check_name("k", "tokk")
     with pytest.raises(ConfigError, match=r"k='llama': is not on the hub$"):
         checks.check_name("k", "llama")
+
+
+def written(prefix, documents):
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(np.asarray(document))
+    return str(prefix)
+
+
+def test_text_without_the_token_that_begins_each_text_is_told(tmp_path):
+    with_bos, without = byte_tokenizer(["a text"]), byte_tokenizer(["a text"])
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    with_bos.backend_tokenizer.post_processor = template
+    bare, begun, some = (
+        written(tmp_path / name, docs)
+        for name, docs in (("bare", [[5, 6], [7]]), ("begun", [[0, 6], [0]]), ("some", [[0, 6], [7, 8], [9, 0]]))
+    )
+    position = [PositionTask(corpus=path, seq_length=8, label=path) for path in (bare, begun, some)]
+    context = [ContextTask(corpus=begun, contexts=(4, 8), targets=2)]
+    told = checks.without_bos([*position, *position, *context], with_bos)
+    assert [line.partition(" documents")[0] for line in told[:2]] == [f"{bare}: 2 of 2", f"{some}: 2 of 3"]
+    assert "do not begin with <s>" in told[0]
+    assert told[2].startswith(f"{begun}: fixed targets are read after text from inside documents, without the <s>")
+    assert len(told) == 3
+    assert checks.without_bos([*position, *context], without) == []  # it has one, and begins no text with it
 
 
 def test_a_suffix_is_left_out_of_the_advice(folder):

@@ -5,13 +5,14 @@ import argparse
 import numpy as np
 import pytest
 import yaml
+from tiny_models import byte_tokenizer
 
 from nemo_longctx.cli import main
 from nemo_longctx.commands import eval as command
 from nemo_longctx.commands.eval import OPEN, configure, task_blocks
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
-from nemo_longctx.eval.probes import PAPER_LENGTHS
+from nemo_longctx.eval.probes import PAPER_LENGTHS, ProbeConfig, make_probes
 from nemo_longctx.eval.results import blank_result
 
 
@@ -121,3 +122,30 @@ def test_scalars_and_failures_are_printed(capsys):
     result.errors["other"] = "ValueError: no"
     command._print(result)
     assert capsys.readouterr().out == f"m  {'leval/f1':<40}{0.25:>12.4f}\nm  other failed: ValueError: no\n"
+
+
+def test_what_has_to_be_known_to_read_the_numbers_stands_on_the_page(tmp_path):
+    results = [blank_result(name) for name in ("a", "b")]
+    seen = {name: {"path": name, "tokenizer": "one"} for name in ("a", "b")}
+    args, said = argparse.Namespace(out=tmp_path), "These models have different tokenizers"
+    command._write(args, results, seen)
+    assert said not in (tmp_path / "index.html").read_text(encoding="utf-8")
+    seen["b"] |= {"tokenizer": "two", "notes": ["some corpus lacks its beginnings"]}
+    command._write(args, results, seen)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert said in page.partition("What made this")[0]
+    assert "b: some corpus lacks its beginnings." in page.partition("What made this")[0]
+
+
+def test_mrcr_leaves_no_room_for_thought():
+    """Qwen3's template would open one, and the reply is as long as the answer."""
+    asked = []
+    tokenizer = byte_tokenizer(["a text"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if enable_thinking is not false }}"
+    )
+    make = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda rows, **more: asked.append(make(rows, **more)) or asked[-1]
+    make_probes(ProbeConfig(kinds=("mrcr_2",), lengths=(2000,), samples=1), ["Some words of a text. " * 30], tokenizer)
+    assert asked
+    assert not any("<think>" in text for text in asked)

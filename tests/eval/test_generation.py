@@ -2,15 +2,20 @@
 
 import io
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from published import STORY
 from tiny_models import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_longctx.cli import main
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval import generation
 from nemo_longctx.instruct.compare import compare_files
+from nemo_longctx.instruct.local import LocalCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +198,44 @@ def test_an_answer_ends_at_the_first_of_its_stops():
     assert (found["response"], found["finish_reason"], found["completion_tokens"]) == ("ab.", "stop", 12)
     found = generation.answer({"id": "1", "prompt": "?"}, [1], [], Letters(), generation.Sampling())
     assert (found["response"], found["finish_reason"]) == ("", "length")
+
+
+@pytest.mark.parametrize(("said", "ends"), [(None, set()), (7, {7}), ([7, 9], {7, 9})])
+def test_a_generation_config_names_what_ends_an_answer(said, ends):
+    assert generation.ends_of(SimpleNamespace(eos_token_id=said)) == ends
+    model = SimpleNamespace(ends=generation.ends_of(SimpleNamespace(eos_token_id=said)))
+    assert generation.end_tokens(model, Letters()) == {0, *ends}
+    assert generation.end_tokens(object(), SimpleNamespace(eos_token_id=None)) == set()
+    assert generation.ends_of(None) == set()
+
+
+def test_an_answer_ends_with_any_of_the_model_s_ends_which_is_no_part_of_it():
+    """Phi-3's turns end in a token that is not the tokenizer's end."""
+    turn = ord("|")
+    (request,) = asked([[1]], ends=(turn,))
+    assert [request.stop([97, end]) for end in (0, turn, 98)] == [True, True, False]
+    for made, how, text in (([97, turn], "stop", "a"), ([97, 98], "length", "ab"), ([turn], "stop", "")):
+        found = generation.answer({"id": "1", "prompt": "?"}, [1], made, Letters(), generation.Sampling(ends=(turn,)))
+        assert (found["response"], found["finish_reason"], found["completion_tokens"]) == (text, how, len(made))
+
+
+def test_commands_and_the_local_model_end_where_the_generation_config_says(checkpoint, tmp_path, monkeypatch, capsys):
+    folder, question = tmp_path / "chat", "Where was the key?"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    first = int(model(torch.tensor([tokenizer(question)["input_ids"]])).logits[0, -1].argmax())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, first]}))
+    (tmp_path / "p.txt").write_text(question + "\n")
+    assert main(["generate", str(folder), "--prompts", str(tmp_path / "p.txt"), "--max-new-tokens", "5"]) == 0
+    row = json.loads((tmp_path / "p.answers.jsonl").read_text())
+    assert (row["finish_reason"], row["completion_tokens"], row["response"]) == ("stop", 1, "")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO(question + "\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip() == ""
+    (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }}")
+    local = LocalCheckpoint(folder, template=str(tmp_path / "t.jinja"))
+    call = SimpleNamespace(prompt=question, max_tokens=5, temperature=0.0, seed=0)
+    reply = local._answer(call)
+    assert (reply.text, reply.finish_reason, reply.completion_tokens) == ("", "stop", 1)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,7 +402,81 @@ def test_lengths_without_samples_are_no_scores(tmp_path):
     found = run_harness(HarnessTask(tasks=("my_ruler",), include_path=str(tmp_path), guard=True), tiny_lm([STORY], 4096))
     assert found.tasks["my_ruler"]["4096"] == 0.5
     assert found.tasks["my_ruler"]["8192"] == "no samples"
+    assert {"samples", "4096_stderr"} < set(found.tasks["my_ruler"])
     assert list(found.watched) == ["my_ruler/4096"]
+
+
+def scored(number, value, rule="none", **more):
+    return {"doc_id": number, "filter": rule, "metrics": list(more or {"acc": 0}), "acc": value, **more}
+
+
+def test_scores_stand_beside_their_samples_and_standard_error():
+    """Ten samples of a benchmark looked as sure as ten thousand."""
+    values = [1.0, 0.0, 1.0, 1.0]
+    found = harness._spread({"acc": 0.75}, [scored(n, value) for n, value in enumerate(values)])
+    assert found == {"samples": 4, "acc_stderr": pytest.approx(np.std(values, ddof=1) / 2)}
+    lost = [scored(n, value) for n, value in enumerate([*values, math.nan])]
+    assert harness._spread({"acc": 0.75}, lost) == {"samples": 5, "acc_stderr": found["acc_stderr"]}
+    assert harness._spread({"acc": 0.75}, lost[:1]) == {"samples": 1}  # one has no spread
+    assert harness._spread({"acc": 0.7}, lost) == {"samples": 5}  # no mean of the samples: it may be any aggregate
+    twice = [scored(n, value, rule) for n, value in enumerate(values) for rule in ("strict", "loose")]
+    two = harness._spread({"acc,strict": 0.75, "acc,loose": 0.75}, twice)
+    assert two == {"samples": 4, "acc_stderr,strict": found["acc_stderr"], "acc_stderr,loose": found["acc_stderr"]}
+    parts = [scored(n, value, **{"4096": value, "8192": -1, "f1": (1, 2), "not_scored": 0}) for n, value in enumerate(values)]
+    made = harness._spread({"4096": 0.75, "8192": -1, "f1": 0.5, "not_scored": 0}, parts)
+    assert made == {"samples": 4, "4096_stderr": found["acc_stderr"]}
+
+
+def test_a_tokenizer_that_names_no_end_is_told_where_one_is_needed():
+    lm = tiny_lm(["ab" * 50], 256, vocab=280)
+    assert lm.prefix_token_id == lm.tokenizer.bos_token_id
+    lm.tokenizer.bos_token = None
+    assert lm.prefix_token_id == lm.tokenizer.eos_token_id
+    lm.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="names neither a beginning nor an end of a text"):
+        lm.tok_encode("ab")
+
+
+def test_a_generation_ends_at_the_model_s_ends_and_is_kept_by_them(tmp_path):
+    """As lm-eval's own backend: transformers stops at every end of the generation config."""
+    tokenizer = byte_tokenizer(["ab" * 50], vocab=280)
+    llama, path = tiny_llama(vocab=len(tokenizer), length=256), str(tmp_path / "cache.db")
+
+    def made(ends):
+        llama.generation_config.eos_token_id = ends
+        more = {"results_cache": path, "identity": {"weights": "w"}}
+        lm = LongContextLM(HFCausalModel(llama), tokenizer=tokenizer, max_gen_toks=5, **more)
+        lm.scorer.share, kept = True, []
+        run, lm._run = lm._run, lambda jobs, *rest, **named: kept.extend(run(jobs, *rest, **named)) or kept
+        request = SimpleNamespace(args=("abab", {"until": []}), doc={}, task_name="t", doc_id=0)
+        return lm.generate_until([request], disable_tqdm=True)[0], kept[0]
+
+    text, tokens = made([tokenizer.eos_token_id])
+    assert len(tokens) == 5
+    assert made(None) == (text, tokens)
+    early, cut = made([tokenizer.eos_token_id, tokens[0]])
+    assert (early, cut) == ("", tokens[:1])
+    assert made([tokenizer.eos_token_id]) == (text, tokens)
+
+
+def test_a_template_that_lets_the_model_think_is_told_unless_it_is_told_not_to(caplog):
+    """Qwen3's begins each answer by <think>, and replies of 32 tokens hold nothing else."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[a]"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% else %}<think>\n{% endif %}"
+    )
+    turns, said = [{"role": "user", "content": "Hi"}], "the chat template lets the model think before it answers"
+    for more, end, warned in (({}, "<think>\n", 1), ({"enable_thinking": False}, "<think></think>", 0),
+                              ({"enable_thinking": True, "think_end_token": "</think>"}, "<think>\n", 0)):  # fmt: skip
+        caplog.clear()
+        lm = tiny_lm([STORY], 256, vocab=280)
+        lm = LongContextLM(lm.causal, tokenizer=lm.tokenizer, max_gen_toks=8, **more)
+        lm.tokenizer.chat_template = template
+        assert [lm.apply_chat_template(turns) for _ in range(2)] == [f"[user]Hi[a]{end}"] * 2
+        assert caplog.text.count(said) == warned
+    lm._run = lambda jobs, *_rest, **_more: [lm.tokenizer.encode("first this</think>\n then that")] * len(jobs)
+    request = SimpleNamespace(args=("Hi", {"until": ["this", "that"]}), doc={}, task_name="t", doc_id=0)
+    assert lm.generate_until([request]) == ["then "]
 
 
 def test_a_token_across_context_and_continuation_is_scored():

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_a_cell_is_the_mean_of_the_probes_that_were_asked():
     for wrong in (found[::-1], [found[0], found[0]] * 3, [found[1], found[1]] * 3):
         with pytest.raises(TypeError, match="a reply, then a score, for each probe"):
             probe_rows(probes, wrong, Letters, name="m", max_length=20)
+
+
+def test_a_stop_token_is_no_part_of_the_reply():
+    """A label is right as a whole, so the text of the token that ended a right reply made it wrong."""
+
+    class Letters:
+        decode = staticmethod(lambda tokens: "".join("</s>" if token == 0 else chr(token) for token in tokens))
+
+    probe = replace(asked(), kind="helmet_icl", answers=["3"])
+    score = Score(token_log_probs=torch.tensor([-1.0, -1.0]).numpy(), is_greedy=False)
+    for reply, stops, right in (("3\0", (0,), 1), ("3\0", (), 0), ("3", (0,), 1), ("3", (ord("3"),), 0), ("", (0,), 0)):
+        (row,) = probe_rows([probe], [[*map(ord, reply)], score], Letters, name="m", max_length=20, stop_tokens=stops)
+        assert row.score == right, (reply, stops)
 
 
 def cell(length, score, kind="needle", depth=0.0, model="m"):

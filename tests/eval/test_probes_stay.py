@@ -33,7 +33,7 @@ STAY = {
     "helmet_json_kv": "563fc094f62b7c09", "helmet_rag": "d87f836dca8d1010", "helmet_rerank": "a91e14dbd5331fa4",
     "mrcr_2": "4136bf0949db478f", "mrcr_4": "dc937bd65faaf2cc", "mrcr_8": "ffb7d7823630357a",
 }  # fmt: skip
-FILE = "probes-c9ad3f9e4cc532989db6d4b9.json"
+FILE = "probes-102d9a7bf23e1b2a0a5bd76f.json"
 
 
 @pytest.fixture(scope="module")

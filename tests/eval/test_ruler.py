@@ -241,3 +241,11 @@ def test_a_tokenizer_that_drops_newlines_is_exact_too(folder):
 def test_an_unknown_suite_is_named():
     with pytest.raises(ConfigError, match="did you mean 'ruler'"):
         ProbeConfig(suite="rular")
+
+
+def test_the_error_of_an_average_is_at_most_that_of_right_and_wrong_answers():
+    assert ruler.largest_error([(0.5, 100)]) == pytest.approx(0.05)
+    assert ruler.largest_error([(0.5, 100), (1.0, 7), (0.0, 1), (0.5, 25)]) == pytest.approx((0.0025 + 0.01) ** 0.5 / 4)
+    assert ruler.largest_error([]) != ruler.largest_error([])
+    shares = torch.arange(400) % 5 / 4  # of several answers, as vt's
+    assert shares.std() / 20 < ruler.largest_error([(float(shares.mean()), 400)])

@@ -359,3 +359,31 @@ def test_a_share_of_work_is_cut_where_prompts_share_least():
         loads[rank] += (10 + n) ** 2
         expected[rank].append(n)
     assert share_work(single, 3) == expected
+
+
+def test_the_length_and_the_ends_of_a_multimodal_model_are_those_of_its_language_model():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": VOCAB, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 77}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    theirs.generation_config.eos_token_id = [1, 100]
+    model = HFCausalModel(theirs)
+    assert (model.max_length, model.ends) == (77, {1, 100})
+    assert HFCausalModel(theirs, max_length=9).max_length == 9
+    request = Continuation(context=[5, 6, 7], continuation=[8, 9])
+    logits = theirs(torch.tensor([[5, 6, 7, 8]])).logits[0].float().log_softmax(-1)
+    (score,) = Scorer(model).score([request])
+    np.testing.assert_allclose(score.token_log_probs, logits[[2, 3], [8, 9]].detach().numpy(), atol=1e-4)
+
+
+def test_a_model_that_says_no_longest_input_is_told_one():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    theirs = BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2)).eval()
+    with pytest.raises(ConfigError, match="--max-length=None: BloomForCausalLM says no longest input"):
+        HFCausalModel(theirs)
+    assert HFCausalModel(theirs, max_length=30).max_length == 30

@@ -100,6 +100,15 @@ def test_settings_that_nothing_reads_are_said():
     assert second == "rope_scaling: attn_factor is read by no RoPE of transformers' llama; left out"
 
 
+def test_a_length_in_words_that_nothing_reads_is_said():
+    """Vicuna's and LongChat's max_position_embeddings is the length before linear scaling."""
+    linear = {"type": "linear", "factor": 4.0}
+    (note,) = read_config(config_of(rope_scaling=linear, max_position_embeddings=4096, max_sequence_length=16384)).notes
+    assert note.startswith("max_sequence_length=16,384 is read by no class")
+    assert "max_position_embeddings=4,096; write 16384 there" in note
+    assert not read_config(config_of(rope_scaling=linear, max_position_embeddings=4096, max_sequence_length=4096)).notes
+
+
 def test_rope_parameters_of_transformers_5_are_written_in_keys_that_4_reads():
     raw = {key: value for key, value in config_of().items() if key != "rope_theta"}
     found = read_config(raw | {"rope_parameters": YARN | {"rope_theta": 5e5}})

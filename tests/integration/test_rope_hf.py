@@ -465,6 +465,7 @@ def test_import_and_export_commands(tmp_path):
     with torch.no_grad():
         assert (again(ids).logits - source(ids).logits).abs().max() < 1e-4
     assert again.config.max_position_embeddings == FAR
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     assert again.config.eos_token_id == [1, 2]
     assert again.generation_config.temperature == 0.6
     from transformers import AutoTokenizer

@@ -23,6 +23,7 @@ from nemo_longctx.rope import (
     Rope,
     RopeVariant,
     YarnRope,
+    hf,
 )
 
 DIMS = st.sampled_from([4, 6, 10, 18, 34, 64, 80, 96, 128, 256])
@@ -196,3 +197,14 @@ def rotary_embeddings(config):
     local = copy.deepcopy(config)
     local.rope_theta, local.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
     return Gemma3RotaryEmbedding(config), Gemma3RotaryEmbedding(local)
+
+
+def test_a_config_that_names_no_base_has_that_of_its_family():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = [family for family in hf._BASES if family in CONFIG_MAPPING]
+    assert len(known) > 4
+    for family in known:
+        assert hf._BASES[family] == CONFIG_MAPPING[family]().get_text_config().rope_theta, family
+    plain = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2", "qwen3_moe")
+    assert {CONFIG_MAPPING[family]().rope_theta for family in plain} == {10_000.0}

@@ -151,10 +151,13 @@ def test_ruler_s_table_in_percent_and_its_length():
     section = probes._ruler([*cells, row(kind="needle")])
     assert section.table == [
         ["model", "task", "256", "512"], ["m", "vt", "90.0", "50.0"], ["m", "cwe", "85.0", "–"], ["m", "average", "87.5", "–"],
-        ["m", "effective length", "256 (2 of 13 tasks)", ""],
+        ["m", "its standard error, at most", "16.5", "–"], ["m", "effective length", "256 (2 of 13 tasks)", ""],
     ]  # fmt: skip
     assert "RULER's 13 tasks, in percent" in section.note
     assert "every mean reaches 85.6 % (Llama 2 7B's at 4K)" in section.note
+    assert "2 samples a task and length, of RULER's own 500" in section.note
+    more = probes._ruler([*cells, row(kind="ruler_fwe", samples=9)])
+    assert "2 to 9 samples a task and length" in more.note
     assert probes.ruler_length([row(kind="ruler_vt", length=4096, score=0.5)]) == "below 4,096 (1 of 13 tasks)"
     full = [row(kind=kind, score=0.9) for kind in probes.ruler.KINDS]
     assert probes.ruler_length(full) == "256"

@@ -13,6 +13,7 @@ TRAINED = {"original_max_position_embeddings": 64}
 DIVISORS = {"short_factor": (1.0, 1.5, 2.0, 2.5), "long_factor": (1.0, 2.0, 4.0, 8.0)}
 DIM = 8
 LOCAL = 1_000.0
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 WRITTEN = {
     "rope": {}, "abf": {}, "ntk": {},
     "pi": {"rope_type": "linear", "factor": 4.0},
@@ -72,6 +73,11 @@ def test_yarn_s_own_numbers_are_written_where_transformers_would_take_others(giv
         ({"model_type": "gpt_oss"}, Rope(base=1.5e5)),
         ({"model_type": ["mixtral"]}, Rope()),
         ({"model_type": "gemma3"}, Rope(base=1e6, local_base=1e4)),
+        ({"model_type": "gemma3", "text_config": {"rope_scaling": LINEAR}}, PiRope(base=1e6, local_base=1e4, factor=8.0)),
+        ({"model_type": "llava", "text_config": {"model_type": "mistral", "rope_theta": 1e9}}, Rope(base=1e9)),
+        ({"model_type": "x", "thinker_config": {"text_config": {"rope_theta": 1e5}}}, Rope(base=1e5)),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}, "rope_theta": None}, Rope(base=5e5)),
+        ({"model_type": "x", "rope_theta": 2e4, "text_config": {"rope_theta": 1e5}}, Rope(base=2e4)),  # its own word first
         ({"model_type": "gemma3_text", "rope_theta": 1e4}, Rope()),  # one RoPE, by two names
         ({"model_type": "olmo3", "rope_theta": 5e5}, Rope(base=5e5)),
         ({"model_type": "olmo3", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, PiRope(factor=2.0, local_base=1e4)),

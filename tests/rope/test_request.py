@@ -63,6 +63,19 @@ def test_the_same_variant_goes_on():
     assert same == yarn
 
 
+@pytest.mark.parametrize(("said", "seq_length", "factor"), [
+    (32_768, 131_072, 4.0), (40_960, 131_072, 4.0), (40_960, 65_536, 4.0), (32_768, 262_144, 8.0), (131_072, 262_144, 8.0),
+    (262_144, 524_288, 8.0),
+])  # fmt: skip
+def test_yarn_goes_on_from_where_it_reaches(said, seq_length, factor):
+    """Qwen's config.json says the length before YaRN (Qwen2.5: 32,768; Qwen3: 40,960), others the one after it."""
+    yarn = YarnRope(base=1e6, factor=4.0, original_max_position_embeddings=32_768)
+    made = completed({"variant": "yarn"}, under=yarn, trained=said, seq_length=seq_length)
+    assert made.variant == dataclasses.replace(yarn, factor=factor)
+    reaches = "131,072 tokens that its YaRN reaches" if said < 131_072 else f"{said:,} trained tokens"
+    assert f"rope.factor={factor:g}: 4 of the checkpoint x {seq_length:,} / {reaches}" in made.notes
+
+
 def test_pi_under_another_variant_was_trained_shorter():
     made = completed({"variant": "yarn"}, under=PiRope(factor=8.0), trained=32_768, seq_length=65_536).variant
     assert (made.factor, made.original_max_position_embeddings) == (16, 4096)

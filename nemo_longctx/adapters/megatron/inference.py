@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nemo_longctx.adapters.megatron.attention import LongContextAttention
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.generation import ends_of
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.eval.sharing import everywhere
 
@@ -144,16 +145,18 @@ class MCoreCausalModel:
         module: this rank's pipeline stage.
         vocab_size: tokens that exist; the rest of a padded head is never predicted.
         max_length: longest sequence, tokens.
+        generation_config: of its checkpoint, for the tokens that end an answer.
 
     Raises:
         ConfigError: several model chunks on a rank (interleaved pipeline).
     """
 
-    def __init__(self, module: Any, *, vocab_size: int, max_length: int):
+    def __init__(self, module: Any, *, vocab_size: int, max_length: int, generation_config: Any = None):
         chunks = module.config.virtual_pipeline_model_parallel_size or 1
         if chunks > 1:
             raise ConfigError("virtual_pipeline_model_parallel_size", chunks, "evaluation inside a run needs it unset")
         self.module, self.vocab_size, self.max_length = module, vocab_size, max_length
+        self.ends = ends_of(generation_config)
         self.device = next(module.parameters()).device
         # What stages hand on. A config may name another type than a run's precision made of the weights.
         whole = getattr(module.config, "fp32_residual_connection", False)

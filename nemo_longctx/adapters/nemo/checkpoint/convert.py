@@ -47,7 +47,7 @@ from nemo_longctx.adapters.nemo.model.rope import place_rope, variant_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.hf.config import check_one_rope, family_rope, token_numbers
 from nemo_longctx.hf.directory import HFDirectory, check_directory, write_copy
-from nemo_longctx.hf.dtypes import in_dtype
+from nemo_longctx.hf.dtypes import by_both_names, in_dtype
 from nemo_longctx.hf.files import check_target
 from nemo_longctx.hf.generation import read_generation_config
 from nemo_longctx.hf.serving import reading_lines, vllm_length
@@ -189,6 +189,7 @@ def export_hf(
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         exported.save_pretrained(beside)
+        by_both_names(beside / "config.json")
         if hf_tokenizer is not None:
             hf_tokenizer.save_pretrained(beside)
         if verify:

@@ -130,7 +130,12 @@ def load_nemo_checkpoint(
     digest = model_digest(module)
     held = contextlib.ExitStack()
     held.enter_context(evaluating(module))
-    model = MCoreCausalModel(module, vocab_size=config.vocab_size, max_length=max_length or config.seq_length)
+    model = MCoreCausalModel(
+        module,
+        vocab_size=config.vocab_size,
+        max_length=max_length or config.seq_length,
+        generation_config=getattr(config, "generation_config", None),
+    )
     model.held = held  # the process trains nothing, so the model stays as it is for as long as it lives
     return model, digest, tokenizer
 

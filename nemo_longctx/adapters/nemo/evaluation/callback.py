@@ -120,7 +120,9 @@ class LongContextEvalCallback(Callback):
             suite = Suite([task for task in self.tasks if getattr(task, "guard", False)], tokenizer=suite.tokenizer)
         length = self.max_length or max(longest_input(self.tasks), pl_module.config.seq_length)
         with contextlib.nullcontext() if rope is None else temporary_rope(modules[0], rope), evaluating(modules[0]):
-            model = MCoreCausalModel(modules[0], vocab_size=pl_module.config.vocab_size, max_length=length)
+            config = pl_module.config
+            said = getattr(config, "generation_config", None)
+            model = MCoreCausalModel(modules[0], vocab_size=config.vocab_size, max_length=length, generation_config=said)
             asked = self.results_cache and any(isinstance(task, HarnessTask) for task in self.tasks)
             identity = {"weights": model_digest(modules[0]), "step": trainer.global_step} if asked else {}
             try:
@@ -154,7 +156,12 @@ class LongContextEvalCallback(Callback):
         from nemo_longctx.adapters.lm_eval import LongContextLM
 
         lm = LongContextLM(
-            model, tokenizer=tokenizer, results_cache=self.results_cache, identity=identity, data_group=data_group()
+            model,
+            tokenizer=tokenizer,
+            results_cache=self.results_cache,
+            identity=identity,
+            data_group=data_group(),
+            enable_thinking=False,
         )
         return run_harness(task, lm)
 
