@@ -18,10 +18,15 @@ from nemo_longctx.adapters.nemo.checkpoint import convert, hf_verify, load
 from nemo_longctx.adapters.nemo.data import evaluation_loss
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumDataSampler
 from nemo_longctx.adapters.nemo.evaluation import callback
-from nemo_longctx.adapters.nemo.launch import parts
+from nemo_longctx.adapters.nemo.launch import executors, lifecycle, parts, throughput
 from nemo_longctx.adapters.nemo.launch.run import prepare_device
+from nemo_longctx.adapters.nemo.model import lora
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.curriculum import Curriculum, StageConfig
+from nemo_longctx.planning.layout import Layout
+from nemo_longctx.planning.memory import memory_plan
+from nemo_longctx.planning.models import MODELS
 from nemo_longctx.recipe import load_recipe
 from nemo_longctx.rope.variants import DynamicNtkRope, Rope
 
@@ -168,3 +173,66 @@ def test_optimizers_over_torch_s_are_changed_once_and_others_never(monkeypatch):
 def test_a_cosine_comes_down_and_a_constant_rate_does_not(schedule, ends):
     made = parts.optimizer_config(recipe("optimizer.lr=1e-3", *(f"optimizer.{each}" for each in schedule)))
     assert (made.config.lr, made.lr_scheduler.min_lr, made.lr_scheduler.constant_steps) == (1e-3, ends, 0)
+
+
+def test_a_job_on_kubernetes_has_a_process_a_gpu():
+    made = executors.longctx_kubernetes()
+    assert (made.nprocs_per_node, made.gpus_per_node, made.launcher) == (8, 8, "torchrun")
+
+
+def test_the_first_process_takes_the_run_s_lock_once(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(lifecycle, "take_lock", taken.append)
+    for name in ("keep_lock_in_place", "start_results_queue"):
+        monkeypatch.setattr(lifecycle, name, lambda: None)
+    for rank, stages, times in ((0, ["validate"], 0), (1, ["fit"], 0), (0, ["fit", "fit"], 1)):
+        taken.clear()
+        made = lifecycle.LifecycleCallback.__new__(lifecycle.LifecycleCallback)
+        made.directory, made._locked, made.request = tmp_path, False, SimpleNamespace(listen=lambda: None)
+        for stage in stages:
+            made.setup(SimpleNamespace(is_global_zero=rank == 0, fit_loop=type("Loop", (), {})()), None, stage)
+        assert taken == [tmp_path] * times
+
+
+def test_every_optimizer_of_the_host_is_asked_before_it_updates(monkeypatch):
+    apart, asked = [], []
+    monkeypatch.setattr(lifecycle, "keep_torch_steps_apart", apart.append)
+    monkeypatch.setattr(lifecycle, "ask_before_updates", lambda inner, permit: asked.append((inner, permit)))
+    made = SimpleNamespace(_permit=len)
+    optimizers = [SimpleNamespace(mcore_optimizer="a"), SimpleNamespace(), SimpleNamespace(mcore_optimizer="b")]
+    lifecycle.LifecycleCallback.on_fit_start(made, SimpleNamespace(optimizers=optimizers), None)
+    assert apart == ["a", "b"]
+    assert asked == [("a", len), ("b", len)]
+
+
+def test_a_run_is_told_what_the_plan_says_of_each_of_its_stages(monkeypatch):
+    layout, shape = Layout(gpus=8, precision="bf16"), MODELS["llama2_7b"]
+    monkeypatch.setattr(throughput, "run_layout", lambda trainer, module, stage: layout)
+    stages = (StageConfig(until=0.5, seq_length=1024), StageConfig(until=1.0, seq_length=4096))
+    curriculum = Curriculum(stages=stages, tokens_per_step=32_768, total_tokens=32_768 * 4)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(tensor_model_parallel_size=1))
+    found = throughput.planned_stages(trainer, None, shape, curriculum, None)
+    sizes = [(stage.seq_length, stage.global_batch_size) for stage in curriculum.plan]
+    plans = [
+        memory_plan(shape, layout, seq_length=length, global_batch_size=batch, device="cpu", framework_bytes=0)
+        for length, batch in sizes
+    ]
+    assert found == {number: {"memory_gib": plan.total / 2**30} for number, plan in enumerate(plans)}
+
+
+def test_adapters_are_added_to_the_model_and_filled_alone(monkeypatch, tmp_path):
+    walked, filled = [], []
+    monkeypatch.setattr(lora.fn, "walk", lambda module, function: walked.append((module, function)))
+
+    def load_checkpoint(asked, folder):
+        assert folder == str(tmp_path / "weights")
+        return {"state_dict": {key: f"{value} read" for key, value in asked["state_dict"].items()}}
+
+    monkeypatch.setattr(lora.dist_checkpointing, "load", load_checkpoint)
+    module = SimpleNamespace(
+        sharded_state_dict=lambda prefix: {f"{prefix}a.weight": "w", f"{prefix}a.adapter.weight": "x"},
+        load_state_dict=lambda values, strict: filled.append((values, strict)),
+    )
+    lora.load_adapters(module, SimpleNamespace(transform="added"), tmp_path)
+    assert walked == [(module, "added")]
+    assert filled == [({"a.adapter.weight": "x read"}, False)]
