@@ -132,6 +132,12 @@ def has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def module_folder(name: str) -> Path | None:
+    """Where top-level package `name` lies; None where it is not installed. It is not imported."""
+    found = importlib.util.find_spec(name)
+    return None if found is None or not found.origin else Path(found.origin).parent
+
+
 def cuda_devices() -> list[tuple[str, tuple[int, int]]]:
     """(name, compute capability) of each CUDA device that the driver shows; [] without a driver."""
     try:

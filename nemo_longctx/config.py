@@ -118,15 +118,29 @@ def _checked_fields(values: dict[str, Any], hints: Mapping[str, Any], fields: Ma
 
 
 def _meant(key: str, here: Place, whole: Place) -> str:
-    """Where the key would stand in a section below (`lr`: `optimizer.lr`), what is near it here, or its place elsewhere."""
+    """Where the key would stand: in a section below (`lr`: `optimizer.lr`), elsewhere (`trainer.lr`), or a near one here."""
     nearest = did_you_mean(key, here[1])
-    for hints, fields, prefix in (here, whole):
-        there = [f"{prefix}{each}" for each in sorted(_inside(key, hints, fields))]
-        if there:
-            return f"did you mean {' or '.join(map(repr, there[:3]))}?"
-        if nearest.startswith("did you mean"):
-            break
+    if there := _places(key, here):
+        return f"did you mean {_named(there)}?"
+    if there := _places(key, whole):
+        near_here = nearest.removeprefix("did you mean ") if nearest.startswith("did you mean") else "?"
+        return f"did you mean {_named(there)}{'?' if near_here == '?' else f', or {near_here}'}"
     return nearest
+
+
+def belongs_to(key: str) -> str:
+    """`'optimizer.lr'`: where a key stands in what is being built outermost; empty for nowhere, or where nothing is."""
+    whole = _whole.get()
+    return _named(_places(key, whole)) if whole is not None else ""
+
+
+def _named(places: Sequence[str]) -> str:
+    return " or ".join(map(repr, places[:3]))
+
+
+def _places(key: str, within: Place) -> list[str]:
+    hints, fields, prefix = within
+    return [f"{prefix}{each}" for each in ([key] if key in fields else sorted(_inside(key, hints, fields)))]
 
 
 def _inside(key: str, hints: Mapping[str, Any], fields: Iterable[str]) -> Iterator[str]:

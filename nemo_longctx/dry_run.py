@@ -290,6 +290,9 @@ def check_evaluation(config: EvalConfig | None) -> None:
 def _task_names(task: HarnessTask) -> None:
     if not has_module("lm_eval"):
         raise ConfigError("eval.tasks", ", ".join(task.tasks), "lm-eval tasks need lm-eval: pip install nemo-longctx[eval]")
+    from nemo_longctx.eval.task_names import check_spelling
+
+    check_spelling(task)
     from nemo_longctx.adapters.harness import check_names
 
     check_names(task)

@@ -7,11 +7,14 @@ import fcntl
 import gc
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_RANDOM = 8  # hexadecimal digits behind the name of a file that is being built
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -59,17 +62,42 @@ def locked(path: Path) -> Iterator[None]:
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is whole: a killed builder leaves nothing that another would open.
 
-    It is not forced to the disk, which can take as long as building it: cut short by a power failure, it is refused.
+    What a killed one left half written is removed by the next of the same name. It is not forced to the disk, which can take as
+    long as building it: cut short by a power failure, it is refused.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # who may read it: as of any file
+    temporary, descriptor, held = _begun(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _remove_abandoned(path, besides=temporary)
             yield file
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _begun(path: Path) -> tuple[Path, int, int]:
+    """A new hidden file beside `path`, open, and a second descriptor that holds its lock until it has its name."""
+    while True:
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(_RANDOM // 2)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # who may read it: as of any file
+        with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():  # else another's `_remove_abandoned` came before the lock
+            return temporary, descriptor, os.dup(descriptor)
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path, *, besides: Path) -> None:
+    """Remove hidden files of earlier builders of `path` whose lock is free, since the process that had it is dead."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{_RANDOM}}}")
+    for left in path.parent.iterdir():
+        if name.fullmatch(left.name) and left != besides:
+            with contextlib.suppress(OSError), open(left, "r+b") as file:  # network file systems lock what is written alone
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 class OpenFiles:

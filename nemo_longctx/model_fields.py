@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nemo_longctx.config import ConfigError, checked, did_you_mean, is_finite
+from nemo_longctx.config import ConfigError, belongs_to, checked, did_you_mean, is_finite
 
 # What a run sets on the model itself -> where to say it instead.
 SET_BY_THE_RUN: dict[str, str] = {
@@ -118,6 +118,8 @@ def _check_known(name: str, value: Any, key: str) -> None:
         if isinstance(value, str) and value.isidentifier() and value not in known["configs"]:
             raise ConfigError(key, value, f"no such config class, {_nearest(value, known['configs'])}")
     elif name not in known["fields"]:
+        if there := belongs_to(name):
+            raise ConfigError(key, value, f"no field of the host's config classes, did you mean {there}?")
         raise ConfigError(key, value, f"no field of the host's config classes, {_nearest(name, known['fields'])}")
 
 

@@ -106,7 +106,7 @@ rope.advise --json
 plan --no-vocabulary --no-sp --longest --json
 doctor --json
 eval --keep-samples --chat --allow-code-execution
-instruct.generate --rules
+instruct.generate --rules --force
 ablate --dry-run
 """
 CHOICES = """

@@ -29,6 +29,38 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
+    """A killed `synth` left hundreds of megabytes under a hidden name that nobody removed."""
+    kept = [tmp_path / name for name in (".order.json", ".order.12345678.json", ".other.12345678", "order.12345678")]
+    for path in [*kept, tmp_path / ".order.0123cdef"]:
+        path.write_bytes(b"half")
+    with files.written_atomically(tmp_path / "order") as file:
+        file.write(b"whole")
+        (mine,) = [path for path in tmp_path.glob(".order.*") if path not in kept]
+        with files.written_atomically(tmp_path / "order") as other:  # one that lives still is left in peace
+            other.write(b"other")
+        assert mine.exists()
+    assert (tmp_path / "order").read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "order"])
+
+
+def test_a_builder_whose_file_another_removed_begins_a_new_one(tmp_path, monkeypatch):
+    """Between the making of a file and its lock it looks like one that a dead process left."""
+    flock, made = fcntl.flock, []
+
+    def late(descriptor, kind):
+        if kind == fcntl.LOCK_EX and not made:
+            made.extend(tmp_path.iterdir())
+            made[0].unlink()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with files.written_atomically(tmp_path / "order") as file:
+        file.write(b"whole")
+    assert made
+    assert [path.name for path in tmp_path.iterdir()] == ["order"]
+
+
 def test_who_may_read_a_file_is_what_the_user_s_mask_says(tmp_path):
     """A text of `synth` was its maker's alone, on a file system that a team shares."""
     before = os.umask(0o027)

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.data.corpus import open_corpus
     from nemo_longctx.eval.config import ContextTask, PositionTask
     from nemo_longctx.eval.suite import HarnessTask, Suite, parse_tasks
+    from nemo_longctx.eval.task_names import check_spelling
 
     # Mistakes are told now, not after models are loaded.
     asked = Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's").tasks
@@ -103,11 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
     for checkpoint in args.checkpoints:
         check_source(checkpoint, args.tokenizer)
-    for task in asked:
-        if isinstance(task, HarnessTask):
-            from nemo_longctx.adapters.harness import check_names
+    harnessed = [task for task in asked if isinstance(task, HarnessTask)]
+    for task in harnessed:
+        check_spelling(task)  # before the many seconds of lm-eval's own index
+    for task in harnessed:
+        from nemo_longctx.adapters.harness import check_names
 
-            check_names(task)
+        check_names(task)
     first = os.environ.get("RANK", "0") == "0"
     from nemo_longctx.adapters.lm_eval import LongContextLM
     from nemo_longctx.eval.checks import without_bos

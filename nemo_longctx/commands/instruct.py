@@ -50,12 +50,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     generate.add_argument("--price-input", type=float, default=0.0, help="money for a million prompt tokens (0)")
     generate.add_argument("--price-output", type=float, default=0.0, help="money for a million completion tokens (0)")
+    generate.add_argument("--force", action="store_true", help="replace what other settings made there; the journal is kept")
     _add_flags(generate, ClientConfig, skip=("endpoint",))
     _add_flags(generate, GenerateConfig, skip=("documents", "model"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print the yield. Status 1 when some calls got no answer and should be asked again."""
+    from nemo_longctx.instruct.output import WRITTEN, check_folder
     from nemo_longctx.instruct.pipeline import GenerateConfig
     from nemo_longctx.instruct.prompts import PromptSet
     from nemo_longctx.instruct.replies import Prices
@@ -71,10 +73,12 @@ def run(args: argparse.Namespace) -> int:
         settings["model"] = "rules"
     config = build(GenerateConfig, settings)
     prices = Prices(input=args.price_input, output=args.price_output)
-    report = asyncio.run(_generate(args, config, PromptSet.load(args.prompts), prices))
+    words = PromptSet.load(args.prompts)
+    if not args.force:
+        check_folder(args.output, config, prompts=words.version)
+    report = asyncio.run(_generate(args, config, words, prices))
     print(yield_table(report))
-    names = ("instances.jsonl", "dropped.jsonl", "report.json")
-    print(f"wrote {', '.join(str(args.output / name) for name in names)}")
+    print(f"wrote {', '.join(str(args.output / name) for name in WRITTEN)}")
     unanswered = sum(count for name, count in report["yield"].items() if name.endswith("_unanswered"))
     if unanswered:
         print(f"{unanswered} calls got no answer; the same command asks for them again", file=sys.stderr)

@@ -18,7 +18,7 @@ from nemo_longctx.data.shards import ShardJob, ShardReport
 from nemo_longctx.data.writer import is_work_directory, sync, write_index
 from nemo_longctx.files import read_mapping, write_text
 
-_LEAST_END = 16  # tokens that are worth holding out
+LEAST_END = 16  # tokens that are worth holding out
 
 
 def output_names(output: str, holdout: bool) -> dict[str, str]:
@@ -97,7 +97,7 @@ def _from_end(made: dict[str, Any]) -> int:
     """
     share, tokens = made["settings"]["holdout"], made["tokens"]["train"]
     wanted = 0 if made["documents"]["holdout"] else round(share * tokens)
-    return wanted if _LEAST_END <= wanted <= tokens - _LEAST_END else 0
+    return wanted if LEAST_END <= wanted <= tokens - LEAST_END else 0
 
 
 def _hold_out_end(directory: str, made: dict[str, Any], tokens: int) -> None:

@@ -23,8 +23,16 @@ from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.engines import Progress, run_shards
 from nemo_longctx.data.index_file import token_dtype
 from nemo_longctx.data.inputs import Found, find_files, same_bytes, shown
-from nemo_longctx.data.merge import is_shard_directory, output_names, own_files, publish_merged, publish_shards, report_of
-from nemo_longctx.data.opening import is_url, size_of, stamp_of
+from nemo_longctx.data.merge import (
+    LEAST_END,
+    is_shard_directory,
+    output_names,
+    own_files,
+    publish_merged,
+    publish_shards,
+    report_of,
+)
+from nemo_longctx.data.opening import can_be_cut, is_url, size_of, stamp_of
 from nemo_longctx.data.prepare_config import PrepareConfig
 from nemo_longctx.data.prepare_tokenizer import tokenizer_of
 from nemo_longctx.data.readers import Part, split_files
@@ -35,6 +43,8 @@ from nemo_longctx.versions import versions_of
 
 # Settings that the report keeps by name, beside tokenizer, seed and inputs.
 KEPT = ("keys", "globs", "format", "on_error", "replace_invalid", "holdout", "max_input_bytes", "max_file_bytes")
+_PACKED = {"parquet", "arrow"}  # formats whose files may be smaller than their text
+_NO_LUCK = 1e-3  # share below which a document that falls to a split by its hash is not to be waited for
 
 
 def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Callable[[int], Progress]) -> dict[str, Any]:
@@ -60,6 +70,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
         say(found.summary())
     _check_free(config, output, work, found.files)
     sources = _sources(config, found.files, say)
+    _check_share(config, sources)
     with explain_full_disk(str(work)), work_directory(work):
         tokenizer = tokenizer_of(config, sources, _input_hash(config, sources), say)
         if config.append_eod and tokenizer.eod_id is None:
@@ -124,6 +135,30 @@ def _sources(config: PrepareConfig, paths: list[str], say: Callable[[str], None]
     if copies := same_bytes(paths):
         say(_of_copies(copies))
     return split_files(paths, config.format, config.shard_bytes)
+
+
+def _check_share(config: PrepareConfig, sources: list[list[Part]]) -> None:
+    """Refuse a share of next to nothing, or to all, before the work, where the files' sizes say that it leaves a split empty.
+
+    A token is a byte or more: a split of fewer bytes than `LEAST_END` has not the tokens that are held out at least. Of larger
+    shares luck says whether a document falls to them.
+
+    Raises:
+        ConfigError: with the share that is large enough.
+    """
+    share = min(config.holdout, 1 - config.holdout)
+    parts = [part for shard in sources for part in shard]
+    size = sum(part.n_bytes for part in parts)
+    if not 0 < share < _NO_LUCK or share * size >= LEAST_END:
+        return
+    if any(part.format in _PACKED or not can_be_cut(part.path) for part in parts):
+        return
+    split = "holdout" if config.holdout < 0.5 else "train"
+    least = LEAST_END / size if size else 1.0
+    mend = f"use {least:.2g} or more" if split == "holdout" else f"use {1 - least:.6g} or less"
+    mend = mend if least < 0.5 else "leave it out"
+    left = f"of {size:,} bytes this leaves the {split} split {share * size:.2g}, too few for a text"
+    raise ConfigError("holdout", config.holdout, f"{left}; {mend}")
 
 
 def _of_copies(copies: dict[str, str]) -> str:

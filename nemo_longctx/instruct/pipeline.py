@@ -34,6 +34,7 @@ from nemo_longctx.instruct.chunking import (
 from nemo_longctx.instruct.client import OMITTABLE, Call, Completer
 from nemo_longctx.instruct.dedup import NearDuplicates
 from nemo_longctx.instruct.journal import Journal
+from nemo_longctx.instruct.output import said
 from nemo_longctx.instruct.prompts import KINDS, PromptSet, parse_pair, parse_verdict
 from nemo_longctx.instruct.replies import Asker, Outcome, Prices
 
@@ -397,7 +398,7 @@ class Generation:
             "instances_sha256": digest.hexdigest(),
             "prompt_version": self.prompts.version,
             "model": self.config.model,
-            "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.config).items()},
+            "settings": said(self.config),
             "calls": asker.summary(),
         }
         _write_whole(self.output / "report.json", [json.dumps(report, indent=2) + "\n"])

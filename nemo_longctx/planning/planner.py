@@ -269,6 +269,26 @@ def candidates(model: ModelShape, gpu: Gpu, base: Layout, pinned: Collection[str
                             )
 
 
+def nearest_step(stages: Sequence[Job], layouts: Iterable[Sequence[Layout]]) -> int | None:
+    """Tokens of an optimizer step, as near as can be to those of `stages`, that can be shared out; None where others are wrong.
+
+    Args:
+        layouts: what may be taken: of each, the layout of every stage.
+    """
+    asked = stages[0].tokens_per_step
+    found: set[int] = set()
+    for staged in layouts:
+        # The windows that go together; model chunks take whole rounds of the pipeline.
+        rounds = [each.pipeline_model_parallel_size if each.model_chunks > 1 else 1 for each in staged]
+        windows = [each.micro_batch_size * each.data_parallel_size * n for each, n in zip(staged, rounds, strict=True)]
+        unit = math.lcm(*(n * job.seq_length for n, job in zip(windows, stages, strict=True)))
+        near = max(1, round(asked / unit)) * unit
+        together = zip(stages, staged, strict=True)
+        if not any(layout_faults(job.model, layout, job.seq_length, near // job.seq_length) for job, layout in together):
+            found.add(near)
+    return min(found, key=lambda near: (abs(near - asked), near), default=None)
+
+
 def _nothing_left(base: Layout, pinned: Collection[str]) -> ConfigError:
     kept = ", ".join(f"{name}={getattr(base, name)}" for name in sorted(pinned)) or "nothing"
     return ConfigError("gpus", base.gpus, f"no layout of so many GPUs keeps {kept}; leave one of them to the search")

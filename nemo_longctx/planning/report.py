@@ -26,7 +26,16 @@ from nemo_longctx.planning.memory import STATED_ERROR as MEMORY_ERROR
 from nemo_longctx.planning.memory import memory_plan
 from nemo_longctx.planning.models import ModelShape, json_mapping
 from nemo_longctx.planning.override import Planned, recipe_override
-from nemo_longctx.planning.planner import FILL, Candidate, Job, activation_choices, judge, longest_length, search
+from nemo_longctx.planning.planner import (
+    FILL,
+    Candidate,
+    Job,
+    activation_choices,
+    judge,
+    longest_length,
+    nearest_step,
+    search,
+)
 from nemo_longctx.planning.timing import check_mfu, rates_for, seconds_at_mfu
 
 # Xiong et al. 2023, section 2.1: what the 70B lost in speed from 4,096 to 16,384 tokens.
@@ -119,13 +128,14 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     gpu = gpu_by_name(settings.gpu)
     plan["machine"] = {"gpus": settings.layout.gpus, **asdict(gpu)}
     plan["layout"] = _layout_plan(settings, settings.layout, gpu, curriculum)
+    plan["notes"] += _batch_notes(settings, settings.layout, gpu, plan["layout"])
     mfu = _given_mfu(settings, convention)
     if mfu is not None:
         plan["at_mfu"] = _time_at_mfu(settings, gpu, settings.layout.gpus, cost, mfu)
     if settings.search:
         ranked = search(_jobs(settings, gpu), settings.layout, settings.pinned)
         plan["search"] = [candidate.as_dict() for candidate in ranked]
-        _check_found(ranked[0], settings.layout.gpus)
+        _check_found(ranked, _jobs(settings, gpu))
         plan["notes"] += _search_notes(curriculum)
         if settings.apply:
             plan["override"], notes = recipe_override(_planned(settings, ranked[0], gpu), file_name=Path(settings.apply).name)
@@ -146,11 +156,27 @@ def _document_lengths(prefixes: Sequence[str]) -> Any:
     return np.concatenate([open_corpus(prefix).lengths for prefix in prefixes])
 
 
-def _check_found(first: Candidate, gpus: int) -> None:
+def _check_found(ranked: Sequence[Candidate], stages: Sequence[Job]) -> None:
+    first, gpus = ranked[0], ranked[0].layout.gpus
     if first.verdict == "cannot run":
-        raise ConfigError("gpus", gpus, f"no layout can run: {first.reason}; change --gpus or --tokens-per-step")
+        nearest = nearest_step(stages, ([each.layout] * len(stages) for each in ranked))
+        mend = "change --gpus or --tokens-per-step" + ("" if nearest is None else f"; {_nearest_note(gpus, nearest)}")
+        raise ConfigError("gpus", gpus, f"no layout can run: {first.reason}; {mend}")
     if first.verdict != "fastest":
         raise ConfigError("gpus", gpus, f"no layout fits; the nearest {first.reason}; take more GPUs")
+
+
+def _batch_notes(settings: PlanSettings, layout: Layout, gpu: Gpu, planned: dict[str, Any]) -> list[str]:
+    """What to change where a stage cannot run for its batch alone."""
+    if "hours" in planned:
+        return []
+    staged = [_stage_layout(layout, stage) for stage in settings.curriculum.plan]
+    nearest = nearest_step(_jobs(settings, gpu), [staged])
+    return [] if nearest is None else [_nearest_note(layout.gpus, nearest)]
+
+
+def _nearest_note(gpus: int, nearest: int) -> str:
+    return f"the nearest step that {gpus} GPUs can share is --tokens-per-step {nearest}"
 
 
 def _planned(settings: PlanSettings, chosen: Candidate, gpu: Gpu) -> Planned:

@@ -30,41 +30,42 @@ LONGEST = 2**24  # tokens of a context; the sums over all distances of longer on
 BLOCK = 256  # distances a row of the sum over pairs, see _cosine_rows
 
 
-def _cosine_rows(theta: Float64s, rows: Float64s) -> Float64s:
-    """sum_j cos(m theta_j) for m = BLOCK * row + column, float64 [rows, BLOCK].
+def _cosine_rows(theta: Float64s, rows: Float64s, zeta: Float64s | None = None) -> Float64s:
+    """sum_j zeta_j^m cos(m theta_j) for m = BLOCK * row + column, float64 [rows, BLOCK]; without `zeta` of the cosines alone.
 
-    By cos(a + b): a product of two thin matrices instead of rows * BLOCK * pairs cosines.
+    By cos(a + b), and zeta^(a + b): a product of two thin matrices instead of rows * BLOCK * pairs cosines.
     """
-    coarse = np.outer(rows * float(BLOCK), theta)
-    fine = np.outer(np.arange(BLOCK, dtype=np.float64), theta)
-    return np.cos(coarse) @ np.cos(fine).T - np.sin(coarse) @ np.sin(fine).T
+    far, near = rows * float(BLOCK), np.arange(BLOCK, dtype=np.float64)
+    coarse, fine = np.outer(far, theta), np.outer(near, theta)
+    sides = [np.cos(coarse), np.cos(fine), np.sin(coarse), np.sin(fine)]
+    if zeta is not None:
+        damping = [np.exp(np.outer(distances, np.log(zeta))) for distances in (far, near)]
+        sides = [side * damping[number % 2] for number, side in enumerate(sides)]
+    return sides[0] @ sides[1].T - sides[2] @ sides[3].T
 
 
-def _cosine_sums(theta: Float64s, start: int, stop: int) -> Float64s:
-    """sum_j cos(m theta_j) for m = start..stop-1; start is a multiple of BLOCK."""
+def _cosine_sums(theta: Float64s, start: int, stop: int, zeta: Float64s | None = None) -> Float64s:
+    """sum_j zeta_j^m cos(m theta_j) for m = start..stop-1; start is a multiple of BLOCK."""
     rows = np.arange(start // BLOCK, -(-stop // BLOCK), dtype=np.float64)
-    return _cosine_rows(theta, rows).reshape(-1)[: stop - start]
+    return _cosine_rows(theta, rows, zeta).reshape(-1)[: stop - start]
 
 
-def raw_scores(variant: RopeVariant, distances: int, *, head_dim: int, rotary_dim: int | None = None) -> Float64s:
+def raw_scores(
+    variant: RopeVariant, distances: int, *, head_dim: int, rotary_dim: int | None = None, first: int = 0
+) -> Float64s:
     """Attention score of an all-ones q and k against their distance, before the softmax (Xiong et al. 2023, Figure 4).
 
     Args:
-        distances: how many, from 0.
+        distances: how many, counted from 0.
         head_dim: the score is divided by its square root; dimensions beyond `rotary_dim` add the same at every distance.
+        first: the smallest that is asked for, a multiple of `BLOCK`.
 
     Returns:
-        float64 [distances]. At distance 0, sqrt(head_dim) times the square of the attention factor (11.3 at 128).
+        float64 [distances - first]. At distance 0, sqrt(head_dim) times the square of the attention factor (11.3 at 128).
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     theta = variant.theta(rotary_dim, distances)
-    zeta = variant.xpos_zeta(rotary_dim)
-    if zeta is None:
-        rotated = 2 * _cosine_sums(theta, 0, distances)
-    else:
-        m = np.arange(distances, dtype=np.float64)
-        # One pair at a time: the damping depends on both, so that the product form does not apply.
-        rotated = 2 * sum(np.cos(m * t) * np.exp(m * math.log(z)) for t, z in zip(theta, zeta, strict=True))
+    rotated = 2 * _cosine_sums(theta, first, distances, variant.xpos_zeta(rotary_dim))
     return (rotated * variant.attention_scaling**2 + (head_dim - rotary_dim)) / math.sqrt(head_dim)
 
 
@@ -119,14 +120,14 @@ def helix(variant: RopeVariant, rotary_dim: int, pair: int, positions: Float64s)
     return np.cos(angle), np.sin(angle)
 
 
-def first_negative(theta: Float64s, length: int) -> int | None:
+def first_negative(theta: Float64s, length: int, zeta: Float64s | None = None) -> int | None:
     """The first distance m < `length` where sum_j cos(m theta_j) < 0, None if there is none (Men et al. 2024, eq. 9).
 
-    Beyond it a key like the query scores, on average, below a random one.
+    Beyond it a key like the query scores, on average, below a random one. With xPos' `zeta` each cosine is damped by zeta_j^m.
     """
     done, upto = 0, min(length, 4 * BLOCK)
     while done < length:
-        below = np.flatnonzero(_cosine_sums(theta, done, upto) < 0)
+        below = np.flatnonzero(_cosine_sums(theta, done, upto, zeta) < 0)
         if below.size:
             return done + int(below[0])
         done, upto = upto, min(length, 4 * upto)
@@ -178,9 +179,8 @@ def smallest_base(length: int, rotary_dim: int, *, at_least: float | None = None
         if sample.size:
             # Most bases are refuted by a few rows of distances, or by those near the lowest, long before all are looked at.
             lows = _cosine_rows(theta, sample).min(axis=1)
-            around = sample[np.argsort(lows)[:4], None] + np.arange(-stride, stride + 1)
-            near = np.unique(around.clip(0, last_row))
-            if (lows < 0).any() or (_cosine_rows(theta, near) < 0).any():
+            around = (np.arange(row - stride, row + stride + 1).clip(0, last_row) for row in sample[np.argsort(lows)[:4]])
+            if (lows < 0).any() or any((_cosine_rows(theta, near) < 0).any() for near in around):
                 return False
         return first_negative(theta, length + 1) is None
 
@@ -276,15 +276,14 @@ def advise(variants: Iterable[RopeVariant], *, trained: int, target: int, base: 
         theta = variant.theta(head_dim, target)
         grain = granularity(variant, head_dim, spread=1.0, seq_length=target)
         reach = np.minimum(theta * target, 2 * math.pi)
-        scores = raw_scores(variant, target + 1, head_dim=head_dim)
-        below = np.flatnonzero(scores < 0)
+        scores = raw_scores(variant, target + 1, head_dim=head_dim, first=target // BLOCK * BLOCK)
         rows.append(
             Advice(
                 variant=to_dict(variant),
                 granularity=grain.value,
                 granularity_limit=grain.limit,
                 attention_factor=variant.attention_scaling,
-                reaches=int(below[0]) if below.size else None,
+                reaches=first_negative(theta, target + 1, variant.xpos_zeta(head_dim)),
                 unseen_pairs=int((reach > seen * (1 + 1e-9)).sum()),
                 score_at_target=float(scores[-1]),
             )

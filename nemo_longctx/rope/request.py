@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_longctx.config import ConfigError, build, did_you_mean
+from nemo_longctx.config import ConfigError, belongs_to, build, did_you_mean
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.rope.variants import VARIANTS, Rope, YarnRope, to_dict
 
@@ -213,7 +213,9 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
     cls = VARIANTS[name]
     known = {field.name for field in dataclasses.fields(cls)}
     for key in fields.keys() - known:
-        raise ConfigError(f"{where}.{key}", fields[key], f"unknown key, {did_you_mean(str(key), [*known, LAYERS])}")
+        there = belongs_to(str(key))
+        meant = f"did you mean {there}?" if there else did_you_mean(str(key), [*known, LAYERS])
+        raise ConfigError(f"{where}.{key}", fields[key], f"unknown key, {meant}")
     stand_ins = {FACTOR: 1.0, TRAINED: 2, **dict.fromkeys(_LISTS, (1.0,))}
     made = build(cls, {**{key: value for key, value in stand_ins.items() if key in known}, **fields}, where=where)
     return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields}, layers=layers)

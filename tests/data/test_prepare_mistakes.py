@@ -231,6 +231,38 @@ def test_why_nothing_is_left_is_told(here):
         run("a.jsonl", output="c", keys=("txt",), on_error="skip")
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1e-4, r"of 40,006 bytes this leaves the holdout split 4, too few for a text; use 0\.0004 or more"),
+        (0.9999, r"of 40,006 bytes this leaves the train split 4, too few for a text; use 0\.9996 or less"),
+        (1e-9, r"of 40,006 bytes this leaves the holdout split 4e-05, too few"),
+        (1e-3, ""), (0.999, "no document fell to the train split"), (4.1e-4, ""),
+    ],
+)  # fmt: skip
+def test_a_share_of_nothing_is_told_before_the_work(here, monkeypatch, share, said):
+    """`prepare --holdout 1e-9` tokenized all of the input before it said that the holdout is empty."""
+    (here / "one.txt").write_text("ab" * 20_003)
+    jobs, work = [], engines.ENGINES["processes"]
+    noted = lambda todo, *rest, **more: jobs.extend(todo) or work(todo, *rest, **more)  # noqa: E731
+    monkeypatch.setitem(engines.ENGINES, "processes", noted)
+    if not said:
+        made, _ = run("one.txt", output="c", holdout=share)
+        assert made["documents"]["holdout"] == 1
+        return
+    with pytest.raises(ConfigError, match=said):
+        run("one.txt", output="c", holdout=share)
+    assert bool(jobs) == said.startswith("no document")
+    assert not list(here.glob("c*")) or jobs
+
+
+def test_how_small_a_packed_file_s_share_is_nobody_knows_before_it_is_read(here):
+    with gzip.open(here / "one.txt.gz", "wt") as file:
+        file.write("text 1 " * 30_000)
+    made, _ = run("one.txt.gz", output="c", holdout=9e-4)
+    assert (here / "one.txt.gz").stat().st_size * 9e-4 < 16 < made["tokens"]["holdout"]
+
+
 def test_more_than_was_allowed_is_told(here):
     _, said = run("a.jsonl", output="c", max_input_bytes=1)
     assert f"1 of 1 files are taken, {len(ROWS)} bytes, more than max_input_bytes" in said

@@ -1,6 +1,7 @@
 """An eval block with a slip is refused before anything is loaded."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from tokenizers import processors
 from nemo_longctx import dry_run
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
-from nemo_longctx.eval import checks
+from nemo_longctx.eval import checks, task_names
 from nemo_longctx.eval.checks import check_eval
-from nemo_longctx.eval.config import ContextTask, EvalConfig, PositionTask
+from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask
+from nemo_longctx.eval.task_names import check_spelling
 
 
 @pytest.fixture
@@ -81,6 +83,45 @@ def test_names_of_lm_evals_tasks_are_looked_up_before_training():
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="no such task, did you mean 'longctx_qmsum'"):
         dry_run.check_evaluation(EvalConfig(tasks=({"kind": "lm_eval", "tasks": ["longctx_qmsun"]},)))
+
+
+def test_a_name_that_no_file_of_tasks_has_is_told_without_lm_eval(folder, monkeypatch):
+    """`eval --tasks nope` took 15 seconds of a processor for lm-eval's index."""
+    tasks = folder / "lm_eval" / "tasks"
+    (tasks / "arc").mkdir(parents=True)
+    (folder / "lm_eval" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tasks / "arc" / "easy.yaml").write_text("include: _shared\ntask: arc_easy\ndoc_to_text: nope_ not-nope\n")
+    (tasks / "arc" / "_shared").write_text("tag:\n  - arc_all\n")
+    (tasks / "groups.yaml").write_text("group: 'grouped'\ntask:\n- arc_easy\n- task: inline\n")
+    (tasks / "README.md").write_text("nope\n")
+    monkeypatch.setattr(task_names, "module_folder", lambda name: folder / name)
+
+    def check(*names, **more):
+        check_spelling(HarnessTask(tasks=names, include_defaults=more.pop("include_defaults", True), **more))
+
+    check("arc_easy", "arc_all", "grouped", "inline", "longctx_qmsum")
+    with pytest.raises(ConfigError, match=r"eval\.tasks='nope': no such task, none of \d+ is like it$"):
+        check("arc_easy", "nope")
+    with pytest.raises(ConfigError, match=r"eval\.tasks='arc_esy': no such task, did you mean 'arc_easy'\?$"):
+        check("arc_esy")
+    with pytest.raises(ConfigError, match=r"'arc_all': no such task, .*; for lm-eval's own set include_defaults: true$"):
+        check("arc_all", include_defaults=False)
+    check("arc_all", include_defaults=False, include_path=str(tasks))
+    monkeypatch.setattr(task_names, "module_folder", lambda name: None)  # its import says what to install
+    check("nope")
+
+
+def test_an_unknown_task_is_told_before_the_index_is_made(folder, monkeypatch, capsys):
+    from nemo_longctx.cli import main
+
+    monkeypatch.setitem(sys.modules, "nemo_longctx.adapters.harness", None)
+    monkeypatch.setattr("nemo_longctx.adapters.pretrained.check_source", lambda *_: None)
+    monkeypatch.setattr(task_names, "module_folder", lambda name: folder)
+    (folder / "tasks").mkdir()
+    assert main(["eval", str(folder), "--tasks", "leval,nope"]) == 2
+    assert "eval.tasks='nope': no such task" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"eval\.tasks='nope': no such task"):
+        dry_run.check_evaluation(EvalConfig(tasks=({"kind": "lm_eval", "tasks": ["nope"]},)))
 
 
 def test_a_bare_name_with_a_slip_is_no_hub_error(folder, monkeypatch):

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from stories import jsonl, story
 
 from nemo_longctx.cli import main
+from nemo_longctx.config import ConfigError
 from nemo_longctx.instruct.client import Call
+from nemo_longctx.instruct.output import check_folder, said
+from nemo_longctx.instruct.pipeline import GenerateConfig
 from nemo_longctx.instruct.prompts import KINDS, FormError, PromptSet, parse_pair, parse_verdict
 from nemo_longctx.instruct.rules import Rules, records
 
@@ -84,3 +88,59 @@ def test_documents_without_an_id_are_named_by_their_line(tmp_path, tokenizer_fol
     assert main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "instances.jsonl").read_text().splitlines()]
     assert {row["provenance"]["document_id"] for row in rows} == {"2", "3"}
+
+
+def test_what_other_settings_made_is_replaced_only_by_force(tmp_path, tokenizer_folder, capsys, monkeypatch):
+    """A second command in the folder put other instances in the place of those that a run may be reading."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "documents.jsonl", [story(seed, 40) + RECORDS for seed in range(2)])
+    base = ["instruct", "generate", "documents.jsonl", "--rules", "--output", "out", "--tokenizer", str(tokenizer_folder)]
+    base += ["--target-length", "4096"]
+    command, other = [*base, "--chunk-tokens", "128"], [*base, "--chunk-tokens", "64", "--seed", "5"]
+    assert main(command) == 0
+    made = (tmp_path / "out" / "instances.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(other) == 2
+    told = capsys.readouterr().err
+    assert "--output='out': was made with another chunk_tokens and another seed; name another folder, or replace it" in told
+    assert (tmp_path / "out" / "instances.jsonl").read_bytes() == made
+    assert main([str(tmp_path / "documents.jsonl") if word == "documents.jsonl" else word for word in command]) == 0
+    assert main([*other, "--force"]) == 0
+    assert (tmp_path / "out" / "instances.jsonl").read_bytes() != made
+    (tmp_path / "out" / "report.json").unlink()  # as after a kill before it is written
+    assert main(command) == 0
+    assert (tmp_path / "out" / "instances.jsonl").read_bytes() == made
+
+
+@pytest.mark.parametrize("name", ["instances.jsonl", "report.json"])
+def test_what_another_hand_wrote_is_not_written_over(tmp_path, tokenizer_folder, capsys, name):
+    documents = jsonl(tmp_path / "documents.jsonl", [story(1, 40) + RECORDS])
+    (tmp_path / name).write_text("{}")
+    command = [
+        "instruct",
+        "generate",
+        str(documents),
+        "--rules",
+        "--output",
+        str(tmp_path),
+        "--tokenizer",
+        str(tokenizer_folder),
+    ]
+    assert main(command) == 2
+    assert f"{name} is there, and of no run of this command; name another folder" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "{}"
+    assert main([*command, "--force"]) == 0
+
+
+def test_each_setting_and_the_words_are_compared(tmp_path):
+    config = GenerateConfig(documents=Path("d"), model="m", tokenizer="t")
+    report = {"yield": {}, "prompt_version": "v", "settings": said(config)}
+    for key in said(config):
+        before = report | {"settings": report["settings"] | {key: "another"}}
+        (tmp_path / "report.json").write_text(json.dumps(before))
+        with pytest.raises(ConfigError, match=f"was made with another {key};"):
+            check_folder(tmp_path, config, prompts="v")
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    check_folder(tmp_path, config, prompts="v")
+    with pytest.raises(ConfigError, match="another prompts"):
+        check_folder(tmp_path, config, prompts="w")

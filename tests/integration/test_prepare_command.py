@@ -378,7 +378,7 @@ def bad_cases(tmp_path, bpe):
         "vocabulary too large": ({"--tokenizer": tmp_path / "t", "--train-tokenizer": 30000}, "yields only"),
         "tokenizer in the way": ({"--tokenizer": tmp_path / "no-eos", "--train-tokenizer": 300}, "not trained here"),
         "holdout": ({"--holdout": 1.5}, "from 0 to below 1"),
-        "nothing held out": ({"--holdout": 1e-9}, "no document fell to the holdout"),
+        "nothing held out": ({"--holdout": 1e-9}, "this leaves the holdout split .*, too few for a text; use"),
         "engine": ({"--engine": "rya"}, "did you mean 'ray'"),
         "workers": ({"--workers": 0}, "1 or more"),
         "key while training": ({"--tokenizer": tmp_path / "t", "--train-tokenizer": 300, "--keys": "txt"}, "no key 'txt'"),

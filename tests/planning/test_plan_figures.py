@@ -192,14 +192,19 @@ def test_a_search_is_that_of_all_stages_and_the_longest_length_keeps_what_is_pin
 def test_nothing_found_says_what_to_change():
     layout = Layout(gpus=8)
     lost = {"layout": layout, "memory_gib": 90.0, "seconds": 1.0, "tokens_per_second_per_gpu": 1.0}
+    stages = [Job(model=MODEL, gpu=GPUS["h100"], seq_length=2048, tokens_per_step=2048 * 15)]
     for verdict, says in (
-        ("cannot run", "gpus=8: no layout can run: the reason; change --gpus or --tokens-per-step"),
+        (
+            "cannot run",
+            "gpus=8: no layout can run: the reason; change --gpus or --tokens-per-step; the nearest step that 8 GPUs can share "
+            "is --tokens-per-step 32768",
+        ),
         ("does not fit", "gpus=8: no layout fits; the nearest the reason; take more GPUs"),
     ):
         with pytest.raises(ConfigError) as error:
-            report._check_found(Candidate(**lost, verdict=verdict, reason="the reason"), 8)
+            report._check_found([Candidate(**lost, verdict=verdict, reason="the reason")], stages)
         assert str(error.value) == says
-    report._check_found(Candidate(**lost, verdict="fastest", reason=""), 8)
+    report._check_found([Candidate(**lost, verdict="fastest", reason="")], stages)
 
 
 @pytest.mark.parametrize(("window", "full", "said"), [(None, None, ""), (8192, None, ""), (8191, None, "12"), (100, 3, "9")])

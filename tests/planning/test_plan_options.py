@@ -160,3 +160,16 @@ def test_sizes_that_contradict_the_checkpoint_are_refused_as_the_run_refuses_the
     assert main(["plan", "--recipe", "llama2_7b", "model.num_layers=16"]) == 2
     assert "model.num_layers=16: the checkpoint checkpoints/llama2_7b has 32" in capsys.readouterr().err
     assert main(["plan", "--recipe", "llama2_7b", "model.num_layers=32", "model.num_query_groups=32"]) == 0
+
+
+def test_a_batch_that_the_gpus_do_not_share_is_told_with_the_nearest_that_they_do(capsys):
+    """`plan --gpus 3` ended with what does not divide what."""
+    says = "the nearest step that 3 GPUs can share is --tokens-per-step 4190208"
+    assert main(["plan", "--model", TINY, "--gpus", "3", "--search"]) == 2
+    assert says in capsys.readouterr().err
+    planned = plan(capsys, "--model", TINY, "--gpus", "3")
+    assert says in planned["notes"]
+    assert planned["layout"]["stages"][0]["verdict"] == "cannot run"
+    near = plan(capsys, "--model", TINY, "--gpus", "3", "--tokens-per-step", "4190208")
+    assert "hours" in near["layout"]
+    assert not near["notes"]

@@ -248,6 +248,32 @@ def test_what_no_layout_can_do_is_said():
         longest_length(odd, GPU, Layout(gpus=3, tensor_model_parallel_size=3), ("tensor_model_parallel_size",))
 
 
+@pytest.mark.parametrize("lengths", [(4096,), (2048, 6144)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(gpus=3),
+        Layout(gpus=6, tensor_model_parallel_size=2, micro_batch_size=2),
+        Layout(gpus=12, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=3),
+    ],
+    ids=lambda layout: layout.short_name(),
+)
+def test_the_nearest_step_is_the_nearest_of_all_that_run(layout, lengths):
+    stages = [replace(JOB, seq_length=length, tokens_per_step=64 * 6144) for length in lengths]
+    runs = [
+        tokens
+        for tokens in range(6144, 128 * 6144, 2048)
+        if all(tokens % job.seq_length == 0 for job in stages)
+        and not any(layout_faults(SMALL, layout, job.seq_length, tokens // job.seq_length) for job in stages)
+    ]
+    staged = [layout] * len(stages)
+    best = min(abs(tokens - 64 * 6144) for tokens in runs)
+    assert abs(planner.nearest_step(stages, [staged]) - 64 * 6144) == best
+    odd = [replace(layout, context_parallel_size=3, gpus=3 * layout.gpus)] * len(stages)  # 2 x 3 does not divide the tokens
+    assert planner.nearest_step(stages, [odd, staged]) == planner.nearest_step(stages, [staged])
+    assert planner.nearest_step([replace(JOB, seq_length=4096)], [odd[:1]]) is None
+
+
 def test_a_job_s_batch_is_its_whole_sequences():
     assert (JOB.global_batch_size, replace(JOB, seq_length=4097).global_batch_size) == (16, 15)
     assert (JOB.steps, JOB.eval_length) == (1, 0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.rope.analysis import (
+    BLOCK,
     advise,
     candidates,
     first_negative,
@@ -137,3 +138,17 @@ def test_the_smallest_base_reaches_its_length_and_no_base_of_the_search_before_i
         assert base == 1.5 or not reaches(base / 1.01, length)
         assert smallest_base(length, rotary_dim, at_least=base) == base
         assert smallest_base(length, rotary_dim, at_least=base / 1.01) == pytest.approx(base)
+
+
+@pytest.mark.parametrize("variant", [AbfRope(base=5e4), XposRope(base=5e4)], ids=lambda v: v.variant)
+def test_a_part_of_the_scores_is_that_part_of_them_all(variant):
+    whole = raw_scores(variant, 1500, head_dim=32)
+    np.testing.assert_allclose(raw_scores(variant, 1500, head_dim=32, first=4 * BLOCK), whole[4 * BLOCK :], atol=1e-12)
+
+
+def test_long_targets_take_no_cosine_for_each_pair_and_distance(monkeypatch):
+    """`rope advise --to 10M` was silent for half a minute, most of it in xPos' cosines, one for each pair and distance."""
+    counted, cos = [], np.cos
+    monkeypatch.setattr(np, "cos", lambda values: counted.append(np.size(values)) or cos(values))
+    advise(candidates(1024, 40_000, 1e4, 1e6), trained=1024, target=40_000, base=1e4, head_dim=64)
+    assert sum(counted) < 40_000 * 32

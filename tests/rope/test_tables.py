@@ -262,7 +262,7 @@ def test_advice_is_its_figures_one_by_one():
         below = [m for m in range(target + 1) if scores[m] < 0]
         assert row.unseen_pairs == sum(each > was * (1 + 1e-6) for each, was in zip(new, seen, strict=True))
         assert row.reaches == (below[0] if below else None)
-        assert row.score_at_target == scores[target]
+        assert row.score_at_target == pytest.approx(scores[target], abs=1e-12)
         assert row.granularity == pytest.approx(np.sin(theta).mean())
         assert (row.attention_factor, row.variant["variant"]) == (variant.attention_scaling, variant.variant)
     assert first_negative(Rope(base=100.0).theta(dim), 0) is None
