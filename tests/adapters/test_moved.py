@@ -59,6 +59,12 @@ def test_a_context_that_would_call_what_no_checkpoint_needs_is_refused(old_check
         checkpoint_model(old_checkpoint, {})
 
 
+def test_a_checkpoint_whose_two_descriptions_disagree_is_refused(old_checkpoint):
+    (old_checkpoint / "context" / "model.yaml").write_text("config: {num_layers: 99}")
+    with pytest.raises(ConfigError, match=r"num_layers=3: in context/io\.json, by which NeMo loads, but 99"):
+        checkpoint_model(old_checkpoint, {})
+
+
 @pytest.mark.parametrize("old", sorted(nemo.MOVED))
 def test_an_old_name_is_the_same_module(old):
     assert importlib.import_module(old) is importlib.import_module(nemo.MOVED[old])
