@@ -69,9 +69,37 @@ def finished_in(folder: Path) -> list[Checkpoint]:
     """`checkpoints` of the run that has its own in `folder`."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.is_dir() and not Path(f"{path}{UNFINISHED}").exists()]
+    found = [path for path in folder.iterdir() if path.is_dir() and not is_unfinished(path)]
     keyed = [(_step(path), path.name.endswith("-last"), path.stat().st_mtime, path) for path in found]
     return [Checkpoint(path, step) for step, _, _, path in sorted(keyed, reverse=True)]
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether NeMo's marker is beside a checkpoint, and its files are not those of its manifest.
+
+    The manifest is written when all the rest is there, and goes before anything of it does: a run that was killed between the
+    two leaves a marked checkpoint that is whole.
+    """
+    marked = Path(f"{path}{UNFINISHED}").exists()
+    return marked and (read_manifest(path) is None or fault_of(path) is not None)
+
+
+def unmark_whole(folder: Path) -> None:
+    """Keep the checkpoints of a run's `checkpoints/` that are whole behind a marker: NeMo would remove them.
+
+    What it is about to remove is told. Only the run's first process does anything.
+    """
+    if not first_process():
+        return
+    for marker in sorted(folder.glob(f"*{UNFINISHED}")):
+        checkpoint = Path(str(marker).removesuffix(UNFINISHED))
+        if not checkpoint.is_dir():
+            continue
+        if is_unfinished(checkpoint):
+            print(f"{checkpoint} is removed: a run was killed while it wrote or removed it", flush=True)
+        else:
+            marker.unlink(missing_ok=True)
+            print(f"{checkpoint} is kept: a run was killed just when it had written it to its end", flush=True)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -364,7 +364,7 @@ def rehearsal(recipe: RunConfig) -> Iterator[Any]:
         _remove_left(directory.parent, prefix, recipe.name)
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as folder,
-        one_run(Path(folder) / recipe.name),
+        one_run(Path(folder) / recipe.name, every_process=True),  # each process has a folder: all are found, if killed
     ):
         yield dataclasses.replace(
             recipe,

@@ -55,15 +55,16 @@ def own_command() -> str:
 
 
 @contextlib.contextmanager
-def one_run(directory: Path) -> Iterator[None]:
+def one_run(directory: Path, *, every_process: bool = False) -> Iterator[None]:
     """Let no other run write to `directory` meanwhile. The lock goes with the process, however that ends.
 
-    Only the run's first process takes it; a second call in the same process does nothing more.
+    Only the run's first process takes it, or `every_process`, where each has a directory of its own; a second call in the same
+    process does nothing more.
 
     Raises:
         ConfigError: a run holds it, or the directory cannot be written.
     """
-    if not first_process():
+    if not (every_process or first_process()):
         yield
         return
     take_lock(directory)
@@ -117,6 +118,8 @@ def was_left(directory: Path) -> bool:
         return False
     try:
         with open(directory / LOCK, "r+b") as file:
+            if not file.read(1):  # it is being taken: its holder writes its name next
+                return False
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -264,6 +267,7 @@ def stops_at_once() -> Iterator[None]:
             raise Stopped(_came[0]) from error
         raise
     finally:
+        _came.clear()
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -301,7 +305,11 @@ class StopRequest:
     before: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def listen(self) -> None:
-        """Take over the signals; a second call takes them over again from whoever came between."""
+        """Take over the signals; a second call takes them over again from whoever came between.
+
+        One that came before, and that some place swallowed in which data or a model was opened, counts as come now.
+        """
+        self.signum = self.signum or (_came[0] if _came else 0)
         for signum in STOP_SIGNALS:
             with contextlib.suppress(ValueError):  # not the main thread
                 self.before.setdefault(signum, signal.getsignal(signum))

@@ -17,7 +17,9 @@ from nemo_longctx.checkpoints import (
     failed_checkpoint,
     fault_of,
     is_checkpoint,
+    is_unfinished,
     set_aside,
+    unmark_whole,
 )
 from nemo_longctx.config import ConfigError
 
@@ -75,13 +77,38 @@ def test_the_newest_is_the_one_with_the_most_steps_whatever_the_times_say(tmp_pa
     best = make(tmp_path, 12, name="step=12-val_loss=5.0000")
     for number, path in enumerate((names[12], best, names[8], names[4])):
         os.utime(path, (number, number))
-    unfinished = make(tmp_path, 16)
+    unfinished = make(tmp_path, 16, manifest=False)
     (unfinished.parent / f"{unfinished.name}-unfinished").touch()
     found = checkpoints(tmp_path)
     assert [(each.path, each.step) for each in found] == [(names[12], 12), (best, 12), (names[8], 8), (names[4], 4)]
     assert checkpoint_to_resume(tmp_path, fallback=False).path == names[12]
     assert checkpoints(tmp_path / "nothing") == []
     assert checkpoint_to_resume(tmp_path / "nothing", fallback=False) is None
+
+
+def test_what_was_whole_when_its_run_was_killed_is_kept_behind_its_marker(tmp_path, capsys, monkeypatch):
+    """A kill between the manifest and the end of NeMo's marker: the next start removed all of the newest checkpoint."""
+    older, torn, bare, whole = (make(tmp_path, step, manifest=step != 12) for step in (4, 8, 12, 16))
+    truncate(torn / "weights" / "__0_1.distcp")
+    markers = [torn.parent / f"{each.name}-unfinished" for each in (torn, bare, whole)]
+    for marker in (*markers, torn.parent / "gone-unfinished"):
+        marker.touch()
+    assert [is_unfinished(each) for each in (older, torn, bare, whole)] == [False, True, True, False]
+    for rank in ("1", "0"):  # every process sees the same, before the first has done anything and after
+        assert [each.path for each in checkpoints(tmp_path)] == [whole, older]
+        monkeypatch.setenv("RANK", rank)
+        unmark_whole(tmp_path / "checkpoints")
+        assert [marker.exists() for marker in markers] == [True, True, rank == "1"]
+        assert bool(capsys.readouterr().out) is (rank == "0")
+    assert [each.path for each in checkpoints(tmp_path)] == [whole, older]
+    markers[-1].touch()
+    unmark_whole(tmp_path / "checkpoints")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{bare} is removed: a run was killed while it wrote or removed it",
+        f"{whole} is kept: a run was killed just when it had written it to its end",
+        f"{torn} is removed: a run was killed while it wrote or removed it",
+    ]
 
 
 def test_without_fallback_the_torn_one_is_named_with_the_one_before(tmp_path):

@@ -1,5 +1,6 @@
 """What is known of a run before NeMo is imported: another run in its directory, its end, and how it is stopped."""
 
+import contextlib
 import errno
 import json
 import os
@@ -260,6 +261,28 @@ def test_a_signal_while_training_is_only_noted_and_a_second_ctrl_c_ends(capfd):
     assert capfd.readouterr().err.count("SIGTERM: this step is finished") == 1
 
 
+def test_a_signal_that_the_opening_of_data_swallows_stops_the_run_all_the_same(capsys):
+    """What a library takes, or a finaliser, was forgotten: the run trained on, and `scancel` waited for its kill."""
+    request = runs.StopRequest()
+
+    def train():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        request.listen()
+        raise runs.Stopped(request.signum)
+
+    try:
+        assert launch.exit_status(train) == 138
+    finally:
+        request.forget()
+    assert "stopped by SIGUSR1 before anything new was trained" in capsys.readouterr().err
+    later = runs.StopRequest()
+    later.listen()  # of the next run in this process
+    later.forget()
+    assert later.signum == 0
+
+
 def test_a_second_ctrl_c_does_not_say_that_nothing_was_trained(capsys):
     request = runs.StopRequest()
 
@@ -275,6 +298,21 @@ def test_a_second_ctrl_c_does_not_say_that_nothing_was_trained(capsys):
     said = capsys.readouterr().err
     assert "stopped by SIGINT at once: steps behind the newest checkpoint are made again; go on with" in said
     assert "before anything new" not in said
+
+
+def test_what_other_processes_of_a_killed_dry_run_left_is_removed_too(tmp_path, capsys, monkeypatch):
+    """Each process has a folder, and those but the first locked none: they stayed for good."""
+    recipe = load_recipe(compose([*RUN, f"output_dir={tmp_path}"]))
+    monkeypatch.setenv("RANK", "1")
+    killed, taking = (tmp_path / f".mine{runs.REHEARSAL}{name}" for name in ("killed", "taking"))
+    with rehearsal(recipe) as cut:
+        shutil.copytree(cut.directory.parent, killed)
+    (taking / "mine").mkdir(parents=True)
+    (taking / "mine" / runs.LOCK).touch()  # a process that is about to lock it
+    monkeypatch.setenv("RANK", "0")
+    with rehearsal(recipe):
+        assert (killed.exists(), taking.exists()) == (False, True)
+    assert f"removed {killed}: a dry run that was killed left it" in capsys.readouterr().out
 
 
 def test_what_a_killed_dry_run_left_is_removed_by_the_next(tmp_path, capsys):

@@ -11,9 +11,11 @@ from nemo.utils import AppState
 from nemo_longctx.adapters.nemo.evaluation import callback as evaluation
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
-from nemo_longctx.adapters.nemo.launch.lifecycle import keep_lock_in_place
+from nemo_longctx.adapters.nemo.launch.lifecycle import keep_own_files_in_place
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results import SuiteResult
+from nemo_longctx.loggers import keep_ids
+from nemo_longctx.runs import one_run, write_finished
 
 WATCHED = {"kind": "position", "corpus": "unused", "seq_length": 64, "guard": True}
 
@@ -36,12 +38,18 @@ def trainer_at(step, **more):
     return SimpleNamespace(global_step=step, is_global_zero=True, should_stop=False, loggers=[], **more)
 
 
-def test_the_lock_of_a_run_stays_where_the_next_start_looks_for_it(tmp_path, monkeypatch):
-    """The host moved it away with the logs of the start before: two starts of one command then trained at once."""
+def test_the_files_of_a_run_stay_where_the_next_start_looks_for_them(tmp_path, monkeypatch):
+    """The host moved them away with the logs of the start before: two starts of one command then trained at once, and the third
+    start of a run logged to another run of W&B's."""
+    keep_ids(tmp_path, {"wandb": "abc"})
+    write_finished(tmp_path, step=1, tokens=8)
+    with one_run(tmp_path):
+        own = list(tmp_path.iterdir())
+    assert len(own) == 3
     state = AppState()
-    for asked, kept in ([tmp_path / ".lock", tmp_path / "a.log"], [tmp_path / "a.log"]), (None, []):
+    for asked, kept in ([*own, tmp_path / "a.log"], [tmp_path / "a.log"]), (None, []):
         monkeypatch.setattr(state, "files_to_move", asked)
-        keep_lock_in_place()
+        keep_own_files_in_place()
         assert state.files_to_move == kept
 
 

@@ -10,16 +10,19 @@ import nemo_run as run
 import numpy as np
 import pytest
 import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint as lightning_checkpoint  # noqa: N813
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections import llm  # before the callback, which alone meets an import circle of the host
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+from nemo.utils import AppState
+from saved_checkpoints import make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_longctx.adapters.nemo.checkpoint import convert, hf_verify
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import begin, executors, here, parts
-from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint
+from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextCheckpoint, LongContextResume
 from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback, _MakesUp
 from nemo_longctx.adapters.nemo.launch.performance import fit_performance_settings, fit_warmup
 from nemo_longctx.adapters.nemo.model.config import load_tokenizer
@@ -181,6 +184,39 @@ def test_the_newest_save_is_not_removed_with_the_best(tmp_path):
         assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5-last{place}", f"{tmp_path}/step=9")
     assert callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=9")
     assert not callback._should_remove_checkpoint(trainer, f"{tmp_path}/step=5", f"{tmp_path}/step=5")
+
+
+@pytest.mark.parametrize("by", ["resume", "checkpoint"])
+def test_the_host_removes_no_checkpoint_that_is_whole(tmp_path, monkeypatch, by):
+    whole, torn = make(tmp_path, 8), make(tmp_path, 16, manifest=False)
+    for each in (whole, torn):
+        (each.parent / f"{each.name}-unfinished").touch()
+    if by == "resume":
+        monkeypatch.setattr(AppState(), "log_dir", str(tmp_path))
+        assert LongContextResume(resume_if_exists=True)._find_trainer_ckpt_path() == whole
+    else:
+        callback = LongContextCheckpoint(every=8, tokens_per_step=8)
+        callback.dirpath = str(tmp_path / "checkpoints")
+        monkeypatch.setattr(lightning_checkpoint, "setup", lambda *args, **kwargs: None)
+        callback.setup(SimpleNamespace(strategy=SimpleNamespace()), None, "fit")
+    assert [path.name for path in whole.parent.iterdir()] == [whole.name]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("does", "put_off", "goes"),
+    [("_save_checkpoint", {}, True), ("_remove_checkpoint", {}, True), ("_remove_checkpoint", {"async_save": True}, False),
+     ("_remove_checkpoint", {"async_save": True, "override_async": True}, True)],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_goes_before_anything_of_its_checkpoint(tmp_path, monkeypatch, does, put_off, goes, first):
+    """Behind a marker it says that all is there: not where the files are written over, or half of them removed."""
+    path, there = make(tmp_path, 8), []
+    monkeypatch.setattr(nl.ModelCheckpoint, does, lambda *a, **more: there.append((path / "manifest.json").exists()))
+    callback = LongContextCheckpoint(every=8, tokens_per_step=8)
+    callback.async_save = put_off.pop("async_save", False)
+    getattr(callback, does)(SimpleNamespace(is_global_zero=first), f"{path}.ckpt", **put_off)
+    assert there == [not (goes and first)]
 
 
 def test_the_best_are_those_of_one_validation_whatever_their_losses(tmp_path, capsys):

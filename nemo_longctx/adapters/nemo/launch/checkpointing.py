@@ -16,7 +16,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.utils import AppState
 
 from nemo_longctx.adapters.megatron.attention import transformer_engine_installed
-from nemo_longctx.checkpoints import best_in, checkpoint_to_resume, finished_in, write_manifest
+from nemo_longctx.checkpoints import MANIFEST, best_in, checkpoint_to_resume, finished_in, unmark_whole, write_manifest
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.files import first_process
 from nemo_longctx.nemo_files import knows_no_engine_norms
@@ -91,6 +91,7 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         self._judged, self._found = trainer.strategy.broadcast((judged, found))  # the first process removes some of them
 
     def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        unmark_whole(Path(self.dirpath))
         super().setup(trainer, *args, **kwargs)
         self.CHECKPOINT_NAME_LAST = f"{{step}}{LAST}"  # the logger's has the loss of a validation before
 
@@ -141,8 +142,20 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         return not name.endswith(LAST) and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        self._take_manifest(trainer, filepath)
         with signals_not_inherited():
             super()._save_checkpoint(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: Any, filepath: str, override_async: bool = False) -> None:
+        if override_async or not self.async_save:  # else it is put off until the newer one is there
+            self._take_manifest(trainer, filepath)
+        super()._remove_checkpoint(trainer, filepath, override_async=override_async)
+
+    @staticmethod
+    def _take_manifest(trainer: Any, filepath: str) -> None:
+        """What is half written over, or half removed, is no checkpoint (`nemo_longctx.checkpoints.is_unfinished`)."""
+        if trainer.is_global_zero:
+            (ckpt_to_dir(filepath) / MANIFEST).unlink(missing_ok=True)
 
     def _get_finalize_save_checkpoint_callback(self, trainer: Any, filepath: str, global_step: int) -> Callable[[], None]:
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
@@ -186,6 +199,7 @@ class LongContextResume(nl.AutoResume):
         if log_dir is None or self.resume_from_directory:
             return super()._find_trainer_ckpt_path()
         if first_process():  # NeMo would do it later, and refuse to resume where its only checkpoint was cut short
+            unmark_whole(Path(log_dir) / "checkpoints")
             nl.ModelCheckpoint._remove_unfinished_checkpoints(Path(log_dir) / "checkpoints")
         found = checkpoint_to_resume(Path(log_dir), fallback=self.fallback)
         return None if found is None else found.path

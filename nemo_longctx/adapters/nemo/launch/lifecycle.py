@@ -23,10 +23,12 @@ from nemo_longctx.adapters.megatron.optimizer import ask_before_updates, keep_to
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.files import OpenFiles
+from nemo_longctx.loggers import IDS
 from nemo_longctx.recipe import BadNumbersConfig
 from nemo_longctx.report.bad_numbers import BadStep, NumbersWatch
 from nemo_longctx.report.evaluation import read_results
 from nemo_longctx.runs import (
+    FINISHED,
     LOCK,
     RunError,
     Stopped,
@@ -75,7 +77,7 @@ class LifecycleCallback(Callback):
         self._trainer = trainer
         if stage != "fit":
             return
-        keep_lock_in_place()
+        keep_own_files_in_place()
         if trainer.is_global_zero and not self._locked:
             take_lock(self.directory)
             self._locked = True
@@ -262,12 +264,12 @@ class LifecycleCallback(Callback):
         self.watch.load(state_dict["past"])
 
 
-def keep_lock_in_place() -> None:
-    """The host moves all files of a run's directory into a folder of the start before, the lock that a start holds too:
-    the next start then found none, and both wrote.
+def keep_own_files_in_place() -> None:
+    """The host moves all files of a run's directory into a folder of the start before, those that the next start looks for too:
+    the lock that a start holds, what the run goes by at its loggers, the note of its end.
     """
     state = AppState()
-    state.files_to_move = [path for path in state.files_to_move or () if Path(path).name != LOCK]
+    state.files_to_move = [path for path in state.files_to_move or () if Path(path).name not in (LOCK, IDS, FINISHED)]
 
 
 _DONE = {"stop": "the run stops here", "skip": "its update is left out", "ignore": "training goes on"}

@@ -28,7 +28,7 @@ from nemo_longctx.adapters.megatron.rope_module import check_supported, check_wi
 from nemo_longctx.adapters.megatron.steps import longctx_data_step, longctx_forward_step
 from nemo_longctx.adapters.nemo.model.rope import place_rope, set_config_field, variant_of
 from nemo_longctx.adapters.nemo.model.rope import settings as rope_settings
-from nemo_longctx.checkpoints import checkpoints, fault_of, is_checkpoint, read_manifest
+from nemo_longctx.checkpoints import checkpoints, fault_of, is_checkpoint, is_unfinished, read_manifest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.hf.other_formats import no_nemo_checkpoint
@@ -170,7 +170,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_checkpoint(path):
-        if Path(f"{path}-unfinished").exists():
+        if is_unfinished(path):
             raise ConfigError("restore_from", str(path), "this checkpoint was not written to its end; give another one")
         if read_manifest(path) is not None and (why := fault_of(path)) is not None:
             raise ConfigError("restore_from", str(path), f"this checkpoint cannot be read: {why}; give another one")
