@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 _ENDS = 64 * 2**10  # bytes at each end of a file that its checksum covers: a power failure leaves zeros at the end
 _CHANGED_LATER = ("context/tokenizer/",)  # instruction tuning puts its chat template there
+_CORRECTED = "weights/adapter_metadata.json"  # where a base was moved to is written into it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def finished_in(folder: Path) -> list[Checkpoint]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and not is_unfinished(path)]
-    keyed = [(_step(path), path.name.endswith("-last"), path.stat().st_mtime, path) for path in found]
+    keyed = [(step_of(path), path.name.endswith("-last"), path.stat().st_mtime, path) for path in found]
     return [Checkpoint(path, step) for step, _, _, path in sorted(keyed, reverse=True)]
 
 
@@ -205,6 +206,8 @@ def fault_of(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
+        if name == _CORRECTED:
+            continue
         size, checksum = _look(path)
         if size != noted[0]:
             return f"{name} has {size:,} bytes and had {noted[0]:,} when it was written"
@@ -304,7 +307,8 @@ def _look(path: Path) -> list[int]:
     return [size, checksum]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Optimizer steps behind a checkpoint, by its manifest or its name; -1 where neither says so."""
     manifest = read_manifest(path)
     if manifest is not None and isinstance(manifest.get("step"), int):
         return manifest["step"]

@@ -28,7 +28,7 @@ from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, Posit
 from nemo_longctx.files import first_process
 from nemo_longctx.loggers import check_loggers
 from nemo_longctx.model_fields import check_layout
-from nemo_longctx.nemo_files import check_whole, io_config
+from nemo_longctx.nemo_files import base_of_adapters, check_whole, io_config
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RunConfig
 from nemo_longctx.resume import check_length, check_resumed
@@ -118,6 +118,8 @@ def check_base(recipe: RunConfig) -> None:
     context = nemo_context(path)
     if context is not None:
         check_whole(context.parent.parent)
+        if (newest := next(iter(checkpoints(recipe.directory)), None)) is not None:
+            base_of_adapters(newest.path, context.parent.parent)
         check_layout({**io_config(context.parent.parent), **recipe.model}, recipe.trainer, recipe.curriculum)
         _check_rope_layers(recipe)
         return
@@ -337,6 +339,7 @@ def _directory(recipe: RunConfig) -> str:
         raise ConfigError("output_dir", recipe.output_dir, f"nothing may be written in {there}; name another place")
     free = shutil.disk_usage(there).free
     known = recipe.restore_from is None or nemo_context(Path(recipe.restore_from)) is not None
+    known = known and getattr(recipe, "lora", None) is None  # checkpoints of adapters hold them alone
     said = f"{directory}, {free / 2**30:,.1f} GiB free"
     if known:
         needed = 2 * PRECISIONS[recipe.trainer.precision].checkpoint_bytes * model_of(recipe)[1].parameters

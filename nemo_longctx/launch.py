@@ -60,7 +60,7 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
     All that is refused here is refused within a second.
     """
     from nemo_longctx.dry_run import refuse
-    from nemo_longctx.resume import check_length, without_effect
+    from nemo_longctx.resume import check_length, shorter_again, without_effect
 
     directory, total = recipe.directory, recipe.curriculum.total_tokens
     with runs.one_run(directory):
@@ -75,6 +75,8 @@ def fit_unless_finished(recipe: RunConfig, fit: Callable[[], object]) -> None:
         runs.check_begins(directory)
         check_length(recipe.curriculum, checkpoint_to_resume(directory, fallback=recipe.resume.fallback))
         refuse(recipe)
+        if first_process() and (said := shorter_again(recipe.curriculum, directory)) is not None:
+            print(f"note: {said}", file=sys.stderr)
         fit()
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_longctx.checkpoints import step_of
 from nemo_longctx.config import ConfigError
 
 _PREFIX = "<root>.model.config."
@@ -102,6 +103,32 @@ def check_whole(checkpoint: Path) -> None:
     raise ConfigError("restore_from", str(checkpoint), f"{told}; {mend}")
 
 
+def base_of_adapters(checkpoint: Path, named: Path | None) -> Path | None:
+    """The weights that a checkpoint's LoRA adapters were trained on; None for a checkpoint that holds all weights itself.
+
+    Args:
+        checkpoint: a NeMo checkpoint.
+        named: where they are now by `restore_from`: believed where they are not where they were, and their name or step is the
+            same. A run's directory may have trained on since, and its newest checkpoint is then none that adapters belong to.
+
+    Raises:
+        ConfigError: they are not there, or what is named are others.
+    """
+    note = checkpoint / ADAPTERS
+    if not note.is_file():
+        return None
+    noted = Path(json.loads(note.read_text(encoding="utf-8"))["model_ckpt_path"])
+    if noted.exists():
+        return noted
+    was = noted.parent if noted.name == "weights" else noted
+    if named is not None and named.is_dir() and (named.name == was.name or -1 < step_of(was) == step_of(named)):
+        return named
+    mend = f"the adapters in {checkpoint} were trained on {was}, which is not there; put it back"
+    if named is not None:
+        mend += f", or, where these are its weights under another name, write this path into {note}"
+    raise ConfigError("restore_from", None if named is None else str(named), mend)
+
+
 def padded_by_host(checkpoint: Path) -> bool:
     """Whether the vocabulary's size was left to the tokenizer (NeMo's default), so that the host padded the embedding."""
     found = io_config(checkpoint)
@@ -113,6 +140,15 @@ def embedding_rows(checkpoint: Path) -> int | None:
     for name, entry in saved_in(checkpoint / "weights").items():
         if name.endswith("embedding.word_embeddings.weight") and hasattr(entry, "size"):
             return int(entry.size[0])
+    return None
+
+
+def stored_dtype(weights: Path) -> Any:
+    """torch's dtype of the embedding in a folder of weights; None where that cannot be told."""
+    for name, entry in saved_in(weights).items():
+        own = name.endswith("embedding.word_embeddings.weight") and not name.startswith("optimizer")
+        if own and hasattr(entry, "properties"):
+            return entry.properties.dtype
     return None
 
 

@@ -292,6 +292,9 @@ class RunConfig:
                             ("checkpoint.every_tokens", self.checkpoint.every_tokens),
                             ("optimizer.warmup_tokens", self.optimizer.warmup_tokens)):  # fmt: skip
             self.steps(key, tokens)
+        if self.checkpoint.keep and not self.data.validation:
+            mend = "the best are those of the lowest validation loss, and data.validation names no set; name one, or set 0"
+            raise ConfigError("checkpoint.keep", self.checkpoint.keep, mend)
         warmup, total = self.optimizer.warmup_tokens, self.curriculum.total_tokens
         if warmup >= total:
             mend = f"the run has {total} tokens, so its learning rate would never reach optimizer.lr; set less than that, or 0"

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_longctx.checkpoints import Checkpoint, checkpoints
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, build
+from nemo_longctx.data.curriculum import Curriculum
 
 Rule = Literal["equal", "applied", "free"]
 ALLOW = "data.allow_change"
@@ -212,18 +213,36 @@ def check_live(before: Mapping[str, Any], run: Mapping[str, Any], *, where: str)
     """
     for key in sorted(before, key=lambda name: not name.startswith("rope.")):  # the user's words before the host's
         row = rule_of(key if key.startswith("rope") else f"model.{key}")
-        if key in run and row is not None and row.rule == "equal" and before[key] != run[key]:
+        if key in run and row is not None and row.rule == "equal" and not _same(before[key], run[key]):
             mend = f"{where} was trained with {before[key]!r}; set that again, or another `name` for another run"
             raise ConfigError(key, run[key], mend)
+
+
+def _same(before: Any, run: Any) -> bool:
+    """Whether a live value is the one of a record, which keeps lists as text (`[31, 0]`), tuples by either bracket."""
+    return before == run or _text(before) == _text(run)
+
+
+def _text(value: Any) -> str:
+    return str(value).replace("(", "[").replace(")", "]")
 
 
 # What a run may change in its model without being another: its longest window, and how it computes.
 NOT_COMPARED = ("seq_length", "max_position_embeddings", "recompute", "attention_backend")
 
 
-def live_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's record says that its model had."""
-    settings = {key: value["run"] for key, value in record.get("settings", {}).items()} | record.get("model", {})
+def live_settings(record: Mapping[str, Any], asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a run's record says that its model had.
+
+    Args:
+        asked: `model` of the recipe of now. A field that only one of it and the record's recipe names is compared too: the
+            other took what the checkpoint or the class has.
+    """
+    sides = [] if asked is None else [plain(record.get("recipe", {})).get("model") or {}, asked]
+    named = [{key for key, value in side.items() if value is not None and key != "config"} for side in sides]
+    once = named[0] ^ named[1] if named else set()
+    fields = {key: value for key, value in record.get("config", {}).items() if key in once}
+    settings = fields | {key: value["run"] for key, value in record.get("settings", {}).items()} | record.get("model", {})
     if "rope.variant" in settings:
         settings.setdefault("rope.layers", "all")  # records of before it could be another
     return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
@@ -273,6 +292,25 @@ def check_length(curriculum: Any, resumed: Checkpoint | None) -> None:
         raise ConfigError("curriculum.total_tokens", curriculum.total_tokens, mend)
 
 
+def shorter_again(curriculum: Any, directory: Path) -> str | None:
+    """A sentence where a run goes on with shorter windows than it would have, had its curriculum not been changed.
+
+    `until` is a share of the whole run: one that is made much longer falls back into a stage that it had left.
+    """
+    record, newest = run_record(directory), next(iter(checkpoints(directory)), None)
+    values = None if record is None else plain(record["recipe"]).get("curriculum")
+    if newest is None or not values or not 0 < newest.step < curriculum.total_steps:
+        return None
+    before = build(Curriculum, values, where="curriculum").stage_at_step(newest.step).seq_length
+    now = curriculum.stage_at_step(newest.step).seq_length
+    if now >= before:
+        return None
+    return (
+        f"from step {newest.step} on windows have {now:,} tokens, and by the curriculum of before {before:,}: `until` is a "
+        "share of the whole run; set curriculum.stages so that the run stays in its stage"
+    )
+
+
 # Variants that the host's own field of the base says whole: a model that has one is a plain RoPE of another base.
 SAID_BY_THE_BASE = ("abf", "ntk")
 
@@ -296,15 +334,16 @@ def without_effect(recipe: Any, directory: Path) -> list[str]:
     return [f"{each.key}: {each.before} -> {each.run}" for each in changes(plain(record["recipe"]), plain(recipe))]
 
 
-def check_resumed_live(live: Mapping[str, Any], directory: Path) -> None:
+def check_resumed_live(live: Mapping[str, Any], directory: Path, *, asked: Mapping[str, Any] | None = None) -> None:
     """`check_live` with the record of the run in `directory`, if that has a checkpoint to go on from.
 
     Args:
-        live: settings and shape of the model that is about to be trained.
+        live: settings, shape and fields of the model that is about to be trained.
+        asked: as in `live_settings`.
     """
     record = run_record(directory)
     if record is not None:
-        check_live(live_settings(record), live, where=f"the run in {directory}")
+        check_live(live_settings(record, asked), live, where=f"the run in {directory}")
 
 
 def table_markdown() -> str:

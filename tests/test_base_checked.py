@@ -7,7 +7,7 @@ import pytest
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.dry_run import check_base
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 
 TINY = ["recipe=tiny_cpu_long", "data.tokenizer=null", "eval=none"]
 
@@ -33,6 +33,21 @@ def test_the_checkpoint_s_sizes_are_held_against_the_layout(tmp_path, layout, sa
     base = checkpoint(tmp_path / "base", num_layers=3, num_attention_heads=6, num_query_groups=6)
     with pytest.raises(ConfigError, match=said):
         check_base(load_recipe(compose([*TINY, f"restore_from={base}", *layout])))
+
+
+def test_adapters_of_another_base_are_told_before_the_host_is_imported(tmp_path):
+    base, run = checkpoint(tmp_path / "base"), tmp_path / "runs" / "mine" / "checkpoints" / "step=3-last"
+    files = ["data.tokenizer=t", "data.short=[a]", "data.long=[a]", "trainer=cpu", "lora={dim: 4}"]
+    asked = [f"restore_from={base}", f"output_dir={tmp_path / 'runs'}", "name=mine", *files]
+    recipe = load_instruct_recipe(compose(asked, config_name="sft"))
+    (run / "weights").mkdir(parents=True)
+    for noted, refused in ((tmp_path / "other", True), (base, False)):
+        (run / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(noted)}))
+        if refused:
+            with pytest.raises(ConfigError, match=r"were trained on .*other, which is not there; put it back"):
+                check_base(recipe)
+        else:
+            check_base(recipe)
 
 
 @pytest.mark.parametrize(

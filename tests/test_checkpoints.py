@@ -20,6 +20,7 @@ from nemo_longctx.checkpoints import (
     is_unfinished,
     set_aside,
     unmark_whole,
+    write_manifest,
 )
 from nemo_longctx.config import ConfigError
 
@@ -59,6 +60,18 @@ def test_a_chat_template_that_comes_later_is_no_damage(tmp_path):
     (path / "context" / "tokenizer").mkdir()
     (path / "context" / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     assert fault_of(path) is None
+
+
+def test_a_base_that_was_moved_may_be_written_into_adapters(tmp_path):
+    """A sentence told users to do so, and the next one said that the checkpoint was torn."""
+    path = make(tmp_path, 8, manifest=False)
+    note = path / "weights" / "adapter_metadata.json"
+    note.write_text('{"model_ckpt_path": "/old"}')
+    write_manifest(path, step=8, tokens=8)
+    note.write_text('{"model_ckpt_path": "/somewhere/else"}')
+    assert fault_of(path) is None
+    note.unlink()
+    assert fault_of(path) == "weights/adapter_metadata.json is missing"
 
 
 def test_nothing_that_metadata_names_is_run(tmp_path):

@@ -1,13 +1,16 @@
 """What a NeMo checkpoint's files say without NeMo: two descriptions that must agree, and a vocabulary left to the tokenizer."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from saved_checkpoints import make
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.nemo_files import (
+    base_of_adapters,
     check_context,
     check_whole,
     embedding_rows,
@@ -15,6 +18,7 @@ from nemo_longctx.nemo_files import (
     knows_no_engine_norms,
     padded_by_host,
     saved_in,
+    stored_dtype,
 )
 from nemo_longctx.planning.models import parse_model
 
@@ -67,6 +71,59 @@ def test_a_context_of_another_tool_is_refused(checkpoint):
     (made / "context" / "io.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not what NeMo writes"):
         check_context(made)
+
+
+@pytest.mark.parametrize(
+    ("was", "named", "taken"),
+    [
+        ("here/step=8-last", "there/step=8-last", "here"),
+        ("gone/step=8-last", "there/step=8-last", "there"),
+        ("gone/step=8-last/weights", "there/step=8-last", "there"),
+        ("gone/step=8-last", "there/base", None),
+        ("gone/step=9-last", "there/step=8-last", None),  # the run's newest, which the adapters were not trained on
+        ("gone/base", "there/base", "there"),
+        ("gone/base", "there/other", None),
+        ("gone/base", None, None),
+    ],
+)
+def test_adapters_go_on_with_their_own_base_where_it_was_moved(tmp_path, was, named, taken):
+    for each in (was, named):
+        if each and not each.startswith("gone"):
+            (tmp_path / each / "weights").mkdir(parents=True)
+    place = None if named is None else tmp_path / named
+    adapters = tmp_path / "run"
+    (adapters / "weights").mkdir(parents=True)
+    assert base_of_adapters(adapters, place) is None  # whole weights
+    note = adapters / "weights" / "adapter_metadata.json"
+    note.write_text(json.dumps({"model_ckpt_path": str(tmp_path / was)}))
+    if taken:
+        assert base_of_adapters(adapters, place) == (tmp_path / was if taken == "here" else place)
+        return
+    with pytest.raises(ConfigError) as error:
+        base_of_adapters(adapters, place)
+    asked = None if place is None else str(place)
+    said = f"restore_from={asked!r}: the adapters in {adapters} were trained on {tmp_path / was}"
+    more = "" if named is None else f", or, where these are its weights under another name, write this path into {note}"
+    assert str(error.value) == f"{said}, which is not there; put it back{more}"
+
+
+def test_a_moved_base_that_has_the_step_in_its_manifest_is_known_under_another_name(tmp_path):
+    base = make(tmp_path, 8, name="my base")
+    (tmp_path / "run" / "weights").mkdir(parents=True)
+    note = tmp_path / "run" / "weights" / "adapter_metadata.json"
+    for step, known in ((8, True), (7, False)):
+        note.write_text(json.dumps({"model_ckpt_path": f"{tmp_path}/gone/step={step}-last/weights"}))
+        with contextlib.nullcontext() if known else pytest.raises(ConfigError):
+            assert base_of_adapters(tmp_path / "run", base) == base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_precision_of_weights_is_the_embeddings_not_the_optimizers(tmp_path, dtype):
+    name = "embedding.word_embeddings.weight"
+    found = {f"optimizer.state.exp_avg.module.{name}": torch.zeros(4, dtype=torch.float64), "module.norm": torch.zeros(1)}
+    dcp.save({**found, f"module.{name}": torch.zeros(4, dtype=dtype)}, checkpoint_id=tmp_path / "weights", no_dist=True)
+    assert stored_dtype(tmp_path / "weights") == dtype
+    assert stored_dtype(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_settings_at_their_bounds_are_taken():
             "set a multiple of curriculum.tokens_per_step (1024); the nearest is 1024",
         ),
         ({"checkpoint": CheckpointConfig(every_tokens=1537)}, "the nearest is 2048"),
+        ({"checkpoint": CheckpointConfig(keep=1)}, "checkpoint.keep=1: the best are those of the lowest validation loss, and"),
     ],
 )
 def test_a_run_that_contradicts_itself_is_told(given, said):

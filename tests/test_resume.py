@@ -28,6 +28,7 @@ from nemo_longctx.resume import (
     refuse,
     rule_of,
     run_record,
+    shorter_again,
     table_markdown,
     without_effect,
 )
@@ -326,6 +327,47 @@ def test_what_a_live_model_had_is_read_from_the_record():
     assert live_settings({}) == {}
 
 
+@pytest.mark.parametrize(("recorded", "refused"), [("[31, 0]", False), ("(31, 0)", False), ([31, 0], False), ("[63, 0]", True)])
+def test_a_window_is_the_one_that_a_record_keeps_as_text(tmp_path, recorded, refused):
+    """A run of a model with a sliding window could not go on: `[31, 0]` was not `'[31, 0]'`."""
+    (tmp_path / "checkpoints" / "step=1-last").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    record = {"recipe": {}, "settings": {"window_size": {"before": None, "run": recorded}}}
+    (tmp_path / "results" / "settings.json").write_text(json.dumps(record))
+    for live in ([31, 0], (31, 0)):
+        if refused:
+            with pytest.raises(ConfigError, match=r"^window_size=.*was trained with '\[63, 0\]'"):
+                check_resumed_live({"window_size": live}, tmp_path)
+        else:
+            check_resumed_live({"window_size": live}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "compared"),
+    [
+        ({}, {"layernorm_epsilon": 1e-3}, {"layernorm_epsilon"}),
+        ({"layernorm_epsilon": 1e-5}, {"config": "LlamaConfig"}, {"layernorm_epsilon"}),
+        ({"layernorm_epsilon": 1e-5}, {"layernorm_epsilon": None}, {"layernorm_epsilon"}),
+        ({"layernorm_epsilon": 1e-5}, {"layernorm_epsilon": 1e-5}, set()),  # compared as settings, and the host may change it
+        ({}, {"moe_router_topk": 2}, set()),  # not in the record
+        (None, {"layernorm_epsilon": 1e-3}, {"layernorm_epsilon"}),
+        ({"layernorm_epsilon": 1e-5}, None, set()),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_model_that_one_start_alone_names_is_compared(tmp_path, before, now, compared):
+    """`model.layernorm_epsilon=1e-3` at a restart trained on with it, and the row of the table says: equal."""
+    record = {"recipe": {"model": before}, "config": {"layernorm_epsilon": 1e-5, "num_layers": 2, "config": "x"}}
+    assert set(live_settings(record, now)) == compared
+    (tmp_path / "checkpoints" / "step=1-last").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "settings.json").write_text(json.dumps(record))
+    check_resumed_live({"layernorm_epsilon": 1e-5, "num_layers": 3}, tmp_path, asked=now)
+    if compared:
+        with pytest.raises(ConfigError, match=r"^layernorm_epsilon=0\.001: the run in .* was trained with 1e-05"):
+            check_resumed_live({"layernorm_epsilon": 1e-3}, tmp_path, asked=now)
+
+
 def test_a_run_may_end_where_its_checkpoint_stands_and_not_before(tmp_path):
     curriculum = recipe().curriculum
     steps = curriculum.total_steps
@@ -338,6 +380,45 @@ def test_a_run_may_end_where_its_checkpoint_stands_and_not_before(tmp_path):
         f"curriculum.total_tokens={curriculum.total_tokens}: the run in {tmp_path / 'run'} has {behind} tokens behind it "
         "already; set at least that, or another name"
     )
+
+
+@pytest.mark.parametrize(
+    ("total", "until", "step", "said"),
+    [
+        (10, 0.5, 7, None),
+        (20, 0.5, 7, "from step 7 on windows have 64 tokens, and by the curriculum of before 128: `until` is a share"),
+        (20, 0.5, 10, None),  # the longer stage begins here
+        (20, 0.5, 9, "from step 9 on"),
+        (20, 0.35, 7, None),
+        (20, 0.5, 3, None),  # it was in the first stage
+        (20, 0.75, 10, "from step 10 on"),  # a finished run
+        (10, 0.9, 10, None),
+        (20, 0.9, 0, None),
+    ],
+)
+def test_a_run_that_falls_back_to_shorter_windows_is_told_so(tmp_path, capsys, monkeypatch, total, until, step, said):
+    """Half as many tokens again sent a run that had come to long windows back to short ones without a word."""
+
+    def of(total, until):
+        stages = f"curriculum.stages=[{{until: {until}, seq_length: 64}}, {{until: 1.0, seq_length: 128}}]"
+        more = ["curriculum.tokens_per_step=128", f"curriculum.total_tokens={128 * total}", "optimizer.warmup_tokens=0"]
+        return recipe(stages, *more, "checkpoint.every_tokens=0", "trainer.val_every_tokens=0", output=tmp_path)
+
+    asked, place = of(total, until), tmp_path / "run"
+    assert shorter_again(asked.curriculum, place) is None
+    checkpoint = place / "checkpoints" / f"step={step}-last"
+    checkpoint.mkdir(parents=True)
+    assert shorter_again(asked.curriculum, place) is None  # a checkpoint without a record
+    (place / "results").mkdir()
+    (place / "results" / "settings.json").write_text(json.dumps({"recipe": plain(of(10, 0.5))}))
+    told = shorter_again(asked.curriculum, place)
+    assert told is None if said is None else told.startswith(said)
+    monkeypatch.setattr(launch, "checkpoint_to_resume", lambda directory, fallback: None)
+    monkeypatch.setattr("nemo_longctx.dry_run.refuse", lambda recipe: None)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        launch.fit_unless_finished(asked, lambda: None)
+        assert ("note: from step" in capsys.readouterr().err) is (said is not None and rank == "0")
 
 
 def test_a_finished_run_is_told_what_of_a_recipe_it_does_not_heed(run_directory):

@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("nemo.lightning")
 
+from nemo.lightning.pytorch.callbacks import PEFT
 from nemo.utils import AppState
 
 from nemo_longctx.adapters.nemo.evaluation import callback as evaluation
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
+from nemo_longctx.adapters.nemo.launch import callbacks as launch_callbacks
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
 from nemo_longctx.adapters.nemo.launch.lifecycle import keep_own_files_in_place
 from nemo_longctx.config import ConfigError
@@ -125,6 +128,54 @@ def test_a_save_looks_at_the_disk_on_the_first_rank(tmp_path):
     callback.on_save_checkpoint(other, None, {})
 
 
+@pytest.mark.parametrize(("trained", "needed"), [(0, 0), (2**40, 2**40 * 14)])
+def test_a_save_of_adapters_needs_room_for_them_alone(tmp_path, monkeypatch, trained, needed):
+    """Adapters of a large model were refused for want of a disk that would hold all of it twice."""
+    asked = []
+    monkeypatch.setattr(launch_callbacks, "check_disk", lambda folder, size: asked.append(size))
+    callback = LongContextSettingsCallback(directory=str(tmp_path), recipe={})
+    callback.checkpoint_bytes = 100
+    sizes = [(2**50, False), (trained, True)]
+    parameters = [SimpleNamespace(numel=lambda n=n: n, dtype=torch.bfloat16, requires_grad=grad) for n, grad in sizes]
+    strategy = SimpleNamespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=3)
+    for callback._adapters in (True, False):
+        callback.on_save_checkpoint(trainer_at(1, strategy=strategy), SimpleNamespace(parameters=lambda: parameters), {})
+    assert asked == [100 + 6 * needed, 100]
+
+
+@pytest.mark.parametrize(
+    ("step", "guard", "before", "told"), [(7, {}, [], 1), (0, {}, [], 0), (7, None, [], 0), (7, {}, [1], 0)], ids=str
+)
+def test_a_guard_that_comes_late_says_what_it_compares_with(tmp_path, monkeypatch, step, guard, before, told):
+    """A run whose first start measured nothing was watched from its next evaluation on, as if that were the base."""
+    warned = []
+    monkeypatch.setattr(evaluation.logger, "warning", lambda text, *more: warned.append(text % more))
+    monkeypatch.setattr(evaluation, "read_results", lambda directory: [result(2.0)] * len(before))
+    callback = Counting(directory=str(tmp_path), guard=guard, at_start=False)
+    callback.on_train_start(trainer_at(step), None)
+    assert warned == ["guard: nothing was measured before step 7, so changes are those since the next evaluation"] * told
+
+
+@pytest.mark.parametrize(("step", "adds"), [(3, True), (0, False)])
+def test_what_a_resumed_run_owes_is_measured_with_its_adapters(monkeypatch, tmp_path, step, adds):
+    """They come once an epoch has begun: the base was measured in their place, and called `step 3`."""
+    did = []
+
+    class Adapters(PEFT):
+        def transform(self, module, name=None, prefix=None):
+            raise AssertionError
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            did.append("adapters")
+
+    monkeypatch.setattr(evaluation, "mcore_modules", lambda _: did.append("look") or [])
+    callback = LongContextEvalCallback(tasks=[WATCHED], directory=str(tmp_path))
+    trainer = trainer_at(step, strategy=SimpleNamespace(megatron_parallel=None), callbacks=[object(), Adapters()])
+    with pytest.raises(ConfigError):
+        callback.evaluate(trainer, None)
+    assert did == ["adapters"] * adds + ["look"]
+
+
 @pytest.mark.parametrize(("distributed", "overlaps"), [(True, True), (True, False), (False, True), ("megatron", None)])
 def test_an_evaluation_begins_with_all_weights_on_every_rank(monkeypatch, tmp_path, distributed, overlaps):
     """A rank without a document to read would not come for them, and the others wait in its place for good."""
@@ -143,7 +194,7 @@ def test_an_evaluation_begins_with_all_weights_on_every_rank(monkeypatch, tmp_pa
     monkeypatch.setattr(evaluation, "evaluating", evaluating)
     callback = LongContextEvalCallback(tasks=[WATCHED], directory=str(tmp_path))
     callback._suite = object()
-    trainer, module = trainer_at(3, strategy=strategy), SimpleNamespace(config=SimpleNamespace(seq_length=64))
+    trainer, module = trainer_at(3, strategy=strategy, callbacks=[]), SimpleNamespace(config=SimpleNamespace(seq_length=64))
     with pytest.raises(InterruptedError):
         callback.evaluate(trainer, module)
     assert did == (["sync"] if (distributed, overlaps) == (True, True) else []) + ["evaluate"]

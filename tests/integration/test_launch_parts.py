@@ -1,6 +1,7 @@
 """Small parts of a launch by themselves: each rule on both sides of its bound, without a run."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,48 @@ def test_the_best_are_those_of_one_validation_whatever_their_losses(tmp_path, ca
     ]
     assert (folder / "step=3-val_loss=5.5000").exists()
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "compared"),
+    [
+        ({}, True),
+        ({"limit": 3, "micro": 2}, True),  # six windows all the same
+        ({"limit": 2}, False),
+        ({"limit": None}, False),
+        ({"limit": 99}, False),
+        ({"micro": 2, "limit": 6}, False),
+        ({"masked": True}, False),
+        ({"of_before": True}, True),
+    ],
+    ids=str,
+)
+def test_a_validation_of_other_windows_is_another(tmp_path, capsys, changed, compared):
+    """`trainer.limit_val_batches` at a restart: losses of one window were compared with those of six, and the best removed."""
+    with CorpusWriter(tmp_path / "corpus", np.uint16) as writer:
+        writer.add_document(np.arange(100, dtype=np.uint16))
+    (tmp_path / "checkpoints" / "step=3-val_loss=5.5000").mkdir(parents=True)
+
+    def start(state=None, *, limit=6, micro=1, masked=False, of_before=False):
+        callback = LongContextCheckpoint(every=3, tokens_per_step=8, keep=1)
+        callback.dirpath = str(tmp_path / "checkpoints")
+        if state is not None:
+            if of_before:
+                judged = json.loads(state["judged"])
+                state["judged"] = json.dumps({**judged, "by": [each[:4] for each in judged["by"]]})
+            callback.load_state_dict(state)
+        sets = [EvaluationConfig(name="a", path=str(tmp_path / "corpus"), seq_length=8, micro_batch_size=micro)]
+        sampler = SimpleNamespace(evaluation_limits={"validation": limit})
+        data = SimpleNamespace(evaluation={"validation": sets}, data_sampler=sampler, document_masking=masked)
+        strategy = SimpleNamespace(broadcast=lambda value: value)
+        callback._look(SimpleNamespace(datamodule=data, is_global_zero=True, global_step=9, strategy=strategy))
+        return callback
+
+    state = start().state_dict()
+    assert json.loads(state["judged"])["by"][0][4:] == [6, False]
+    again = start(state, **changed)
+    assert bool(again._found) is compared
+    assert ("validation is another from step 9 on" in capsys.readouterr().out) is not compared
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A model on its way into a run: precision, weights of another machine, what the host would replace and what it would lose."""
 
+import json
 from types import SimpleNamespace
 
 import nemo.lightning as nl
@@ -10,11 +11,13 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 
 from nemo_longctx.adapters.nemo.checkpoint import load
 from nemo_longctx.adapters.nemo.launch import checkpointing, parts
+from nemo_longctx.adapters.nemo.launch.callbacks import _plain
 from nemo_longctx.adapters.nemo.launch.checkpointing import LongContextResume
 from nemo_longctx.adapters.nemo.model import config as model_config
-from nemo_longctx.adapters.nemo.model.config import fresh_model, prepare_model
+from nemo_longctx.adapters.nemo.model.config import fields_of, fresh_model, live_of, prepare_model, shape_of
 from nemo_longctx.config import ConfigError
 from nemo_longctx.precision import PRECISIONS
+from nemo_longctx.resume import check_live, live_settings
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -101,6 +104,77 @@ def test_a_checkpoint_of_an_fp8_run_is_read_on_any_gpu_and_at_any_length(monkeyp
         **{f"{name}_size": number + 1 for number, name in enumerate(sizes)},
         "fp8": None, "sequence_parallel": False, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("says", "stored", "becomes"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+    ],
+)
+def test_weights_of_half_precision_are_read_in_it_whatever_their_config_says(monkeypatch, tmp_path, says, stored, becomes):
+    """A run in bf16-mixed of before, or by NeMo's plugin as it is: exported and measured in float32, in twice the memory."""
+    monkeypatch.setattr(load, "stored_dtype", lambda folder: stored)
+    config = SimpleNamespace(params_dtype=says, bf16="?", fp16="?")
+    load._take_stored_precision(config, tmp_path)
+    changed = says != becomes
+    flags = (becomes == torch.bfloat16, becomes == torch.float16) if changed else ("?", "?")
+    assert (config.params_dtype, config.bf16, config.fp16) == (becomes, *flags)
+
+
+def test_a_checkpoint_is_built_in_the_precision_of_its_weights_or_of_its_adapters_base(monkeypatch, tmp_path):
+    """Before sizes are taken, which set the type between stages by it, and before layers are made."""
+    did = []
+    model = SimpleNamespace(config=SimpleNamespace(seq_length=8), tokenizer=None, model_transform=None)
+    module = SimpleNamespace(eval=lambda: None)
+    for name, result in {"initialize_distributed": None, "checkpoint_directory": tmp_path, "checkpoint_model": model,
+                         "prepare_model": None, "load_adapters": None, "as_long_context": None}.items():  # fmt: skip
+        monkeypatch.setattr(load, name, lambda *args, result=result, **more: result)
+    monkeypatch.setattr(load, "_take_stored_precision", lambda config, weights: did.append(weights))
+    monkeypatch.setattr(load, "_take_parallel_sizes", lambda config: did.append("sizes"))
+    monkeypatch.setattr(load, "_build", lambda made: did.append("build") or module)
+    monkeypatch.setattr(load, "_load_weights", lambda made, weights: did.append(weights))
+    for base, weights in ((None, tmp_path / "weights"), (tmp_path / "base", tmp_path / "base")):
+        monkeypatch.setattr(load, "adapter_base", lambda directory, base=base: base)
+        load.load_model(tmp_path)
+        assert did == [weights, "sizes", "build", weights]
+        did.clear()
+
+
+@pytest.mark.parametrize("window", [None, [31, 0]], ids=str)
+def test_a_live_model_is_the_one_of_its_own_record(window):
+    model = fresh_model({"config": "LlamaConfig", **TINY, "window_size": window})
+    changes = prepare_model(model, seq_length=64)
+    settings = {each.setting: {"before": _plain(each.before), "run": _plain(each.run)} for each in changes}
+    record = {"settings": settings, "model": shape_of(model.config), "config": fields_of(model.config)}
+    record = json.loads(json.dumps(record))
+    asked = dict.fromkeys(record["config"], 1)  # as if each field were named now for the first time
+    check_live(live_settings(record, asked), live_of(model.config, changes), where="the run")
+    assert {"layernorm_epsilon", "num_layers", "moe_router_topk"} <= set(live_settings(record, asked))
+    model.config.layernorm_epsilon = 0.5
+    with pytest.raises(ConfigError, match=r"^layernorm_epsilon=0\.5"):
+        check_live(live_settings(record, asked), live_of(model.config, changes), where="the run")
+
+
+def test_adapters_of_a_resumed_run_find_their_base_where_it_was_moved(tmp_path, capsys, monkeypatch):
+    """The docs said that it may be named where it is now, and NeMo looked where it had been."""
+    base, run = tmp_path / "there" / "base", tmp_path / "run"
+    for each in (base, run):
+        (each / "weights").mkdir(parents=True)
+    note = run / "weights" / "adapter_metadata.json"
+    resume = LongContextResume(restore_config=nl.RestoreConfig(path=str(base)))
+    for rank in ("1", "0", "0"):
+        if rank == "1":
+            note.write_text(json.dumps({"model_ckpt_path": f"{tmp_path}/gone/base"}))
+        monkeypatch.setenv("RANK", rank)
+        assert resume._get_base_model_path_for_adapter(note, None) == base
+        assert json.loads(note.read_text())["model_ckpt_path"] == (f"{tmp_path}/gone/base" if rank == "1" else str(base))
+    assert capsys.readouterr().out.count(f"the adapters' base was {tmp_path}/gone/base; it is {base} now") == 1
+    assert LongContextResume()._get_base_model_path_for_adapter(note, None) == base
 
 
 def test_layers_of_a_model_s_own_are_not_replaced_in_silence(monkeypatch):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from nemo.core.optim.lr_scheduler import CosineAnnealing
 
+from nemo_longctx.adapters.nemo.launch import lifecycle
+from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback
 from nemo_longctx.adapters.nemo.launch.optimizer_settings import apply_optimizer_settings, optimizer_settings
 
 
@@ -53,6 +55,38 @@ def test_a_resumed_run_has_the_rates_that_it_asks_for(asked):
     assert rates(new) == pytest.approx(rates(never_stopped))
     assert [group["weight_decay"] for group in new.optimizers[0].param_groups] == [asked.get("decay", 0.1), 0.0]
     assert rates(step(new, 5)) == pytest.approx(rates(step(never_stopped, 5)))
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_adapters_have_the_rates_that_are_asked_for_and_are_watched(tmp_path, monkeypatch, resumed):
+    """NeMo makes their optimizer and reads it once the epoch has begun: a resumed run kept the old rates, and its record said
+    the new ones; a gradient that was no number was not looked at, under adapters from the first step on."""
+    watched = []
+    monkeypatch.setattr(lifecycle, "keep_torch_steps_apart", lambda inner: watched.append(("apart", inner, rates(run))))
+    monkeypatch.setattr(lifecycle, "ask_before_updates", lambda inner, permit: watched.append(("ask", inner, rates(run))))
+    asked, run = trainer(lr=2e-3, decay=0.3), trainer(lr=2e-3, decay=0.3)
+    run.optimizers[0].mcore_optimizer = "inner"
+    later = run.optimizers, run.lr_scheduler_configs
+    run.optimizers, run.lr_scheduler_configs, run.global_step, run.ckpt_path = [], [], 25, "step=25-last" if resumed else None
+
+    def make(of):
+        of.optimizers, of.lr_scheduler_configs = later
+
+    run.strategy = SimpleNamespace(setup_optimizers=make)
+    settings = LongContextSettingsCallback(directory=str(tmp_path), recipe={})
+    callbacks = [settings, lifecycle.LifecycleCallback(directory=str(tmp_path), curriculum=None)]
+    for callback in callbacks:
+        callback.on_fit_start(run, None)
+    settings._go_on(run, None, None)
+    assert watched == []
+    run.strategy.setup_optimizers(run)
+    assert watched == [(kind, "inner", rates(asked)) for kind in ("apart", "ask")]  # before a checkpoint is read
+    if resumed:
+        restored(run, step(trainer(), 25))
+    for _ in range(2):
+        callbacks[0].on_train_batch_start(run, None, None, 0)
+    assert optimizer_settings(run) == optimizer_settings(asked)
+    assert rates(run) == pytest.approx(rates(step(asked, 25 if resumed else 0)))
 
 
 def test_where_nothing_differs_nothing_is_touched():

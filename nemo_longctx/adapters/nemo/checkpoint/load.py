@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from nemo.collections import llm
 
 from nemo_longctx.adapters.megatron import cpu
@@ -21,7 +22,7 @@ from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkp
 from nemo_longctx.adapters.nemo.model.lora import adapter_base, as_long_context, load_adapters, merge_adapters
 from nemo_longctx.compose import compose, groups
 from nemo_longctx.config import ConfigError
-from nemo_longctx.nemo_files import saved_in
+from nemo_longctx.nemo_files import saved_in, stored_dtype
 from nemo_longctx.planning.models import MODELS
 from nemo_longctx.precision import PRECISIONS
 from nemo_longctx.recipe import RecipeConfig
@@ -89,10 +90,12 @@ def load_model(
     directory = checkpoint_directory(path)
     nemo_model = checkpoint_model(directory, {}, adapters=True)
     prepare_model(nemo_model, seq_length=seq_length or nemo_model.config.seq_length)
+    base = adapter_base(directory)
+    weights = base or directory / "weights"
+    _take_stored_precision(nemo_model.config, weights)
     _take_parallel_sizes(nemo_model.config)
     module = _build(nemo_model)
-    base = adapter_base(directory)
-    _load_weights(module, base or directory / "weights")
+    _load_weights(module, weights)
     if base is not None:
         load_adapters(module, as_long_context(nemo_model.model_transform), directory)
         if merge:
@@ -195,6 +198,17 @@ def _model_for_test(recipe: RecipeConfig, *, load_weights: bool) -> Any:
     if name in MODELS:  # which the host's class does not always say
         model.config.seq_length = MODELS[name].seq_length
     return model
+
+
+def _take_stored_precision(config: Any, weights: Path) -> None:
+    """Set a config that says float32 to the half precision that its weights are stored in: a plugin that is not told otherwise,
+    NeMo's default, trains them in that and leaves the config as it is. Nothing of them is lost."""
+    stored = stored_dtype(weights)
+    if config.params_dtype != torch.float32 or stored not in (torch.bfloat16, torch.float16):
+        return
+    kept = str(stored).removeprefix("torch.")
+    rank_zero_info(f"{weights.parent} says float32, and its weights are stored in {kept}: they are read in that")
+    config.params_dtype, config.bf16, config.fp16 = stored, stored == torch.bfloat16, stored == torch.float16
 
 
 def _take_parallel_sizes(config: Any) -> None:

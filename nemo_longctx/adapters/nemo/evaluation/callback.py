@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo_longctx.adapters.megatron.inference import MCoreCausalModel, data_group, evaluating, model_digest
 from nemo_longctx.adapters.megatron.rope_module import temporary_rope
@@ -79,6 +80,8 @@ class LongContextEvalCallback(Callback):
         step = trainer.global_step
         found = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
         self.results = [result for result in found if _step_of(result) <= step]  # what is trained again is measured again
+        if step and self.guard and not self.results and trainer.is_global_zero:
+            logger.warning("guard: nothing was measured before step %d, so changes are those since the next evaluation", step)
         self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
         if self.every and step and step % self.every == 0:
             self.evaluate(trainer, pl_module)  # of a run that was stopped meanwhile; else it is there
@@ -111,6 +114,8 @@ class LongContextEvalCallback(Callback):
     def _measure(self, trainer: Any, pl_module: Any, name: str, rope: RopeVariant | None = None) -> None:
         if any(result.model == name for result in self.results):
             return
+        if trainer.global_step:
+            _have_adapters(trainer, pl_module)
         modules = mcore_modules(trainer.strategy.megatron_parallel)
         if len(modules) != 1:
             raise ConfigError("virtual_pipeline_model_parallel_size", len(modules), "evaluation inside a run needs it unset")
@@ -204,6 +209,17 @@ class LongContextEvalCallback(Callback):
         # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
         if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True
+
+
+def _have_adapters(trainer: Any, pl_module: Any) -> None:
+    """Let the model have the adapters that it was trained with. NeMo adds and reads them once an epoch has begun.
+
+    What a resumed run still owes is measured before, and where all steps were made no epoch begins. Without, the base was
+    measured in its place. At step 0 they change nothing.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, PEFT):
+            callback.on_validation_epoch_start(trainer, pl_module)  # a second call does nothing
 
 
 def _have_all_weights(strategy: Any) -> None:

@@ -20,9 +20,16 @@ from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo_longctx.adapters.megatron.attention import attention_summary
 from nemo_longctx.adapters.megatron.rope_guard import verify_live_rope
-from nemo_longctx.adapters.nemo.launch.optimizer_settings import apply_optimizer_settings, optimizer_settings
+from nemo_longctx.adapters.nemo.launch.optimizer_settings import apply_optimizer_settings, optimizer_settings, when_made
 from nemo_longctx.adapters.nemo.loggers import log_pictures, note_ids
-from nemo_longctx.adapters.nemo.model.config import SettingChange, mcore_modules, settings_table, shape_of
+from nemo_longctx.adapters.nemo.model.config import (
+    SettingChange,
+    fields_of,
+    live_of,
+    mcore_modules,
+    settings_table,
+    shape_of,
+)
 from nemo_longctx.config import ConfigError
 from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log, training_columns, write_json
 from nemo_longctx.resume import applied, changes, check_live, live_settings, plain, read_record, refuse
@@ -69,6 +76,8 @@ class LongContextSettingsCallback(Callback):
     def __init__(self, *, directory: str, recipe: dict[str, Any]):
         self.directory, self.recipe = Path(directory), recipe
         self._asked: dict[str, list[Any]] = {}
+        self._adapters = False
+        self._waits = False  # for optimizers, to set them to what is asked
         self._record: dict[str, Any] = {}  # of this start; checkpoints keep it
         self._restored: dict[str, Any] | None = None  # of the checkpoint that was loaded
 
@@ -80,7 +89,15 @@ class LongContextSettingsCallback(Callback):
         self._restored = json.loads(state_dict["record"])
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._asked = optimizer_settings(trainer)  # the checkpoint is loaded after this
+        def note() -> None:
+            self._asked = optimizer_settings(trainer)  # the checkpoint is loaded after this
+
+        when_made(trainer, note)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._waits and trainer.optimizers:
+            self._waits = False
+            apply_optimizer_settings(trainer, self._asked)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         start: RunStart | None = getattr(pl_module, "long_context_start", None)
@@ -100,6 +117,7 @@ class LongContextSettingsCallback(Callback):
         self._record = {
             "settings": {c.setting: {"before": _plain(c.before), "run": _plain(c.run)} for c in start.changes},
             "model": shape_of(pl_module.config),
+            "config": fields_of(pl_module.config),
             "recipe": plain(self.recipe),
             "history": history,
         }
@@ -107,7 +125,9 @@ class LongContextSettingsCallback(Callback):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         parameters = sum(p.numel() for module in modules for p in module.parameters())
-        weights = sum(checkpoint_bytes(p.numel(), p.dtype) for module in modules for p in module.parameters())
+        self._adapters = peft is not None  # they are not there yet, and checkpoints hold them alone
+        kept = [] if self._adapters else modules
+        weights = sum(checkpoint_bytes(p.numel(), p.dtype) for module in kept for p in module.parameters())
         self.checkpoint_bytes = weights * model_parallel_size(trainer.strategy) + CHECKPOINT_CONTEXT_BYTES
         check_disk(self.directory, 2 * self.checkpoint_bytes)
         kernel = attention_summary(modules[0])
@@ -130,23 +150,31 @@ class LongContextSettingsCallback(Callback):
         """
         if not trainer.ckpt_path:
             return None, []
-        apply_optimizer_settings(trainer, self._asked)
+        if trainer.optimizers:
+            apply_optimizer_settings(trainer, self._asked)
+        else:  # those of adapters are made, and read from the checkpoint, at the start of the epoch
+            self._waits = True
         before = self._restored or read_record(self.directory / "settings.json")  # checkpoints of 0.1 keep no record
         if before is None:
             return {}, []
         where, step = f"the checkpoint at step {trainer.global_step}", trainer.global_step
         found = changes(plain(before["recipe"]), plain(self.recipe))
         refuse(found, where=where, allow_change=bool((plain(self.recipe).get("data") or {}).get("allow_change")))
-        live = {change.setting: _plain(change.run) for change in start.changes} | shape_of(pl_module.config)
-        check_live(live_settings(before), live, where=where)
+        asked = plain(self.recipe).get("model")
+        check_live(live_settings(before, asked), live_of(pl_module.config, start.changes), where=where)
         history = list(before.get("history", []))
         if changed := applied(found) | _other_documents(trainer, before["recipe"], self.recipe):
             history.append({"step": step, "changed": changed})
         return {key: value["run"] for key, value in before["settings"].items()}, history
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.is_global_zero:  # the host's writer dies of a full disk without naming it
-            check_disk(self.directory, self.checkpoint_bytes)
+        if not trainer.is_global_zero:
+            return
+        needed = self.checkpoint_bytes
+        if self._adapters:
+            trained = sum(checkpoint_bytes(p.numel(), p.dtype) for p in pl_module.parameters() if p.requires_grad)
+            needed += trained * model_parallel_size(trainer.strategy)
+        check_disk(self.directory, needed)  # the host's writer dies of a full disk without naming it
 
 
 class TrainingLogCallback(Callback):

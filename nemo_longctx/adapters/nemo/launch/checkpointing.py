@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from nemo.utils import AppState
 from nemo_longctx.adapters.megatron.attention import transformer_engine_installed
 from nemo_longctx.checkpoints import MANIFEST, best_in, checkpoint_to_resume, finished_in, unmark_whole, write_manifest
 from nemo_longctx.data.corpus import open_corpus
-from nemo_longctx.files import first_process
-from nemo_longctx.nemo_files import knows_no_engine_norms
+from nemo_longctx.data.evaluation import EvaluationConfig, windows_of
+from nemo_longctx.files import first_process, write_text
+from nemo_longctx.nemo_files import base_of_adapters, knows_no_engine_norms
 from nemo_longctx.start import signals_not_inherited
 
 LAST = "-last"
@@ -79,8 +80,8 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         sets = getattr(trainer.datamodule, "evaluation", {}).get("validation", ())
         folder, judged = Path(self.dirpath), self._judged
         if trainer.is_global_zero:
-            by = sorted([each.name, open_corpus(each.path).identity(), each.seq_length, each.samples] for each in sets)
-            if judged["by"] not in (None, by):
+            by = _read_by(trainer.datamodule, sets)
+            if judged["by"] not in (None, by, [each[:4] for each in by]):  # checkpoints of before have these four
                 judged["from"] = trainer.global_step
                 if self.save_top_k and (old := ", ".join(path.name for path, _ in best_in(folder))):
                     print(
@@ -168,6 +169,19 @@ class LongContextCheckpoint(nl.ModelCheckpoint):
         return with_manifest
 
 
+def _read_by(data: Any, sets: Sequence[EvaluationConfig]) -> list[list[Any]]:
+    """What a validation's loss is of: sets, their windows, how many of them are read, and whether documents are kept apart."""
+    limit = getattr(getattr(data, "data_sampler", None), "evaluation_limits", {}).get("validation")
+    found = []
+    for each in sets:
+        corpus = open_corpus(each.path)
+        windows = min(windows_of(each, corpus.n_tokens), each.samples or corpus.n_tokens)
+        read = windows if limit is None else min(windows, limit * each.micro_batch_size)
+        masked = bool(getattr(data, "document_masking", False))
+        found.append([each.name, corpus.identity(), each.seq_length, each.samples, read, masked])
+    return sorted(found)
+
+
 def begin_without_engine_state(strategy: Any, model: Any, checkpoint: Path) -> None:
     """Let a run with Transformer Engine begin from weights that were saved without it.
 
@@ -193,6 +207,18 @@ class LongContextResume(nl.AutoResume):
         super().setup(trainer, model)
         if not trainer.ckpt_path and self.restore_config is not None:
             begin_without_engine_state(trainer.strategy, model, Path(self.restore_config.path))
+
+    def _get_base_model_path_for_adapter(self, adapter_meta_path: Any, model: Any) -> Path:
+        """The weights under a run's adapters: where they were, or where `restore_from` says that they were moved to."""
+        note, named = Path(adapter_meta_path), None if self.restore_config is None else Path(self.restore_config.path)
+        noted = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
+        base = base_of_adapters(note.parent.parent, named)
+        if base is None or noted.exists():
+            return noted
+        if first_process():  # exports and the next checkpoint find them by the note
+            print(f"the adapters' base was {noted}; it is {base} now, and {note} says so", flush=True)
+            write_text(note, json.dumps({"model_ckpt_path": str(base)}))
+        return base
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         log_dir = AppState().log_dir

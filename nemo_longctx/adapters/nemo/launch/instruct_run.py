@@ -15,7 +15,7 @@ from nemo_longctx.adapters.nemo.data.instruct_data_module import LongInstructDat
 from nemo_longctx.adapters.nemo.launch import run as pretraining
 from nemo_longctx.adapters.nemo.launch.begin import FROM_CHECKPOINT, begin_model
 from nemo_longctx.adapters.nemo.launch.parts import made, recipe_callbacks, trainer_config
-from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, shape_of
+from nemo_longctx.adapters.nemo.model.config import checkpoint_directory, checkpoint_model, live_of
 from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform
 from nemo_longctx.config import ConfigError, to_values
@@ -75,7 +75,7 @@ def build_instruct_run(recipe: InstructRecipe) -> InstructRun:
     # Windows hold very different numbers of loss tokens: the mean is taken over those of the whole step, on all ranks.
     model.config.calculate_per_token_loss = True
     directory = pretraining.run_directory(recipe)
-    check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), directory)
+    check_resumed_live(live_of(model.config, changes), directory, asked=recipe.model)
     values = {"cache_dir": str(directory / "instances")} | to_values(recipe.data)
     data = LongInstructDataModule(dataclasses.asdict(recipe.curriculum), **values, seed=recipe.seed)
     _check_tokenizer(data, model.config)

@@ -20,6 +20,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from nemo_longctx.adapters.megatron.host import start_results_queue
 from nemo_longctx.adapters.megatron.optimizer import ask_before_updates, keep_torch_steps_apart
+from nemo_longctx.adapters.nemo.launch.optimizer_settings import when_made
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.files import OpenFiles
@@ -88,6 +89,9 @@ class LifecycleCallback(Callback):
             loop.__class__ = type(type(loop).__name__, (_MakesUp, type(loop)), {"__module__": type(loop).__module__})
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        when_made(trainer, lambda: self._join(trainer))
+
+    def _join(self, trainer: Any) -> None:
         for optimizer in trainer.optimizers:
             if (inner := getattr(optimizer, "mcore_optimizer", None)) is not None:
                 keep_torch_steps_apart(inner)  # before a checkpoint is read

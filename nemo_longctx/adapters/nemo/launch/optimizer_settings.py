@@ -7,10 +7,29 @@ the two have when they are made; it is read there, and put back after the checkp
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 GROUP_SETTINGS = ("weight_decay", "betas", "eps", "initial_lr", "max_lr", "min_lr")
 SCHEDULE_SETTINGS = ("max_steps", "warmup_steps", "constant_steps", "decay_steps", "hold_steps", "min_lr", "base_lrs")
+
+
+def when_made(trainer: Any, do: Callable[[], None]) -> None:
+    """Call `do` when the optimizers are there and nothing was read into them from a checkpoint.
+
+    At the start of a fit they are there, but for adapters (NeMo's PEFT): these are added, and their optimizer made and read,
+    once the epoch has begun, behind every callback's start of training.
+    """
+    if trainer.optimizers:
+        do()
+        return
+    strategy, make = trainer.strategy, trainer.strategy.setup_optimizers
+
+    def setup_optimizers(of: Any) -> None:
+        make(of)
+        do()
+
+    strategy.setup_optimizers = setup_optimizers
 
 
 def optimizer_settings(trainer: Any) -> dict[str, list[Any]]:

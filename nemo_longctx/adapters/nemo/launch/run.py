@@ -22,8 +22,8 @@ from nemo_longctx.adapters.nemo.model.config import (
     checkpoint_directory,
     checkpoint_model,
     fresh_model,
+    live_of,
     load_tokenizer,
-    shape_of,
 )
 from nemo_longctx.capability import has_module
 from nemo_longctx.config import ConfigError
@@ -91,7 +91,7 @@ def build_run(recipe: RecipeConfig) -> Run:
         model, source = fresh_model(recipe.model, tokenizer=tokenizer), str(recipe.model["config"])
     recompute = recipe.curriculum.stages[0].recompute  # the data sampler sets that of each stage
     changes = begin_model(model, rope=recipe.rope, seq_length=recipe.seq_length, source=source, recompute=recompute)
-    check_resumed_live({change.setting: change.run for change in changes} | shape_of(model.config), run_directory(recipe))
+    check_resumed_live(live_of(model.config, changes), run_directory(recipe), asked=recipe.model)
     data = made(parts.data_config(recipe.data, recipe.curriculum, seed=recipe.seed))
     data.run_directory = str(run_directory(recipe))
     _check_vocabulary(data, model.config, recipe.data.tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import inspect
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -252,6 +253,19 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
     """What the weights of a config's model fix (`SHAPE_FIELDS`), those that are plain values."""
     values = {name: getattr(config, name, None) for name in SHAPE_FIELDS}
     return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+
+
+def fields_of(config: GPTConfig) -> dict[str, Any]:
+    """The fields of a config that are plain values: what a run's record keeps, to tell one that only a later start names."""
+    values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    found = {name: value for name, value in values.items() if isinstance(value, plain)}
+    return json.loads(json.dumps(found, default=str))
+
+
+def live_of(config: GPTConfig, changes: list[SettingChange]) -> dict[str, Any]:
+    """What a model has that a run's record is compared with: its fields, long-context settings and shape."""
+    return fields_of(config) | {change.setting: change.run for change in changes} | shape_of(config)
 
 
 def mcore_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
