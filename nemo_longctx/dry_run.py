@@ -243,11 +243,19 @@ def _check_after(run: str) -> None:
 
 
 def notes(recipe: RunConfig) -> list[str]:
-    """What is no mistake by itself, and is seldom meant: documents that are drawn twice, or measured and trained on."""
-    if not isinstance(recipe.data, DataConfig):
-        return []
-    sources = recipe.data.mix.sources
+    """What is no mistake by itself, and is seldom meant: documents that are drawn twice, or measured and trained on, tokens of
+    another tokenizer than the base's."""
+    from nemo_longctx.data.vocabulary import not_the_base_s
+    from nemo_longctx.planning.models import nemo_context
+
     said = []
+    context = None if recipe.restore_from is None else nemo_context(Path(recipe.restore_from))
+    with contextlib.suppress(ConfigError):  # what is not there, or broken, is told elsewhere
+        if context and (other := not_the_base_s(context.parent.parent, _corpora(recipe), recipe.data.tokenizer)):
+            said.append(other)
+    if not isinstance(recipe.data, DataConfig):
+        return said
+    sources = recipe.data.mix.sources
     first: dict[tuple[object, ...], str] = {}
     for source in sources:
         rules = (_real(source.path), source.drop_shorter, source.drop_longer)

@@ -10,9 +10,11 @@ import yaml
 from nemo_longctx import dry_run
 from nemo_longctx.cli import main
 from nemo_longctx.compose import compose, groups
+from nemo_longctx.config import ConfigError
+from nemo_longctx.data import vocabulary
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.explain import explained, sources_of
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.recipe import load_instruct_recipe, load_recipe
 from nemo_longctx.resume import plain
 
 TINY = [
@@ -108,6 +110,28 @@ def test_a_dry_run_says_what_the_start_would(corpus, tmp_path):
     assert "the model's vocabulary has 2 (model.vocab_size)" in ids
     long = looked(mine, f"data.validation=[{{name: h, path: {corpus}, seq_length: 1000000}}]")
     assert "a window and its last label need 1000001; set it lower" in long
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_a_start_compares_corpora_with_the_tokenizer_of_its_base(corpus, tmp_path, monkeypatch, verb):
+    base, asked = tmp_path / "base", []
+    for folder in ("weights", "context"):
+        (base / folder).mkdir(parents=True)
+    (base / "context" / "model.yaml").write_text("config: {}")
+    files = ["data.short=[a]", "data.long=[a]", "trainer=cpu", "name=x"]
+    files += [f"data.pretraining={{sources: [{{path: {corpus}}}]}}", "data.blend={pretraining: 1.0}"]
+    more = files if verb == "sft" else [*TINY, f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]"]
+    load, name = (load_instruct_recipe, "sft") if verb == "sft" else (load_recipe, "config")
+    recipe = load(compose([*more, f"restore_from={base}", "data.tokenizer=t"], config_name=name))
+    monkeypatch.setattr(vocabulary, "not_the_base_s", lambda *args: asked.append(args) or "another")
+    assert dry_run.notes(recipe) == ["another"]
+    assert asked == [(base, [str(corpus)], "t")]
+
+    def refused(*args):
+        raise ConfigError("corpus", "x", "not there")
+
+    monkeypatch.setattr(vocabulary, "not_the_base_s", refused)
+    assert dry_run.notes(recipe) == []
 
 
 def test_text_that_is_measured_and_trained_on_is_told(corpus):

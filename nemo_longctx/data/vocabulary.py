@@ -7,7 +7,7 @@ is looked at before the first step, and every window once more when it is read, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import Corpus, IndexedCorpus, ShardedCorpus, open_corpus
+from nemo_longctx.files import read_mapping
 
 SAMPLED = 1 << 25  # tokens of a corpus that are looked at before the first step: some 20 ms
 RUN = 1 << 13  # tokens of one look
@@ -61,6 +62,41 @@ def check_corpora(
                 raise ConfigError(key, second, mend)
         if vocab_size is not None:
             check_sample(corpus, vocab_size)
+
+
+def not_the_base_s(base: Path, paths: Iterable[str | Sequence[str]], tokenizer: str | None = None) -> str | None:
+    """A sentence where tokens are of another tokenizer than a base model carries; None where they are its own, or nothing says.
+
+    It is no refusal: one tokenizer in two forms has two hashes, and which ids they give is compared where both are at hand.
+
+    Args:
+        base: a NeMo checkpoint.
+        paths: corpora.
+        tokenizer: `data.tokenizer`.
+    """
+    from nemo_longctx.data.tokenization import load_tokenizer
+
+    carried = [each.parent for each in (base / "context").glob("*/tokenizer.json")]
+    if len(carried) != 1:
+        return None
+    found: dict[str, tuple[str, str]] = {}  # hash -> who has it, and where it lies
+    if tokenizer is not None and os.path.isfile(os.path.join(tokenizer, "tokenizer.json")):
+        found[load_tokenizer(tokenizer).sha256] = ("data.tokenizer", tokenizer)
+    for path in paths:
+        for shard, made in _made(open_corpus(path)):
+            found.setdefault(str(made.get("sha256")), (f"the corpus {shard}", str(made.get("name"))))
+    own = load_tokenizer(str(carried[0])).sha256
+    for digest, (what, name) in found.items():
+        if digest not in (own, "None") and not _same_ids(carried[0], Path(name)):
+            return f"{what} is of the tokenizer {name}, and {base} carries another: an id may mean another text to the model"
+    return None
+
+
+def _same_ids(one: Path, other: Path) -> bool:
+    """Whether two folders' tokenizers, both there, cut and number text alike; what is put around it does not count."""
+    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    both = [read_mapping(folder / "tokenizer.json") for folder in (one, other)]
+    return all(both) and all(both[0].get(part) == both[1].get(part) for part in parts)
 
 
 def _opened(key: str, path: str | Sequence[str]) -> Corpus:

@@ -1,6 +1,7 @@
 """Corpora of two tokenizers, and ids that the model has no row for, are told before the first step and at the window."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ from nemo_longctx.data import vocabulary
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.evaluation import EvaluationConfig, EvaluationWindows
 from nemo_longctx.data.tokenization import load_tokenizer, train_bpe
-from nemo_longctx.data.vocabulary import RUN, check_corpora, check_ids, check_sample
+from nemo_longctx.data.vocabulary import RUN, check_corpora, check_ids, check_sample, not_the_base_s
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.hf.tokenizer import open_tokenizer
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
 
 def corpus(prefix, documents, dtype=np.uint16, tokenizer=None):
@@ -79,6 +82,42 @@ def test_ids_that_are_other_tokens_to_the_model_are_refused_where_their_tokenize
     renamed = {f"<{number}>" if number < 27 else token: number for token, number in mine.get_vocab().items()}
     with pytest.raises(ConfigError, match=r"27 of 262 ids are other tokens to the model's, 0 is '<\|endoftext\|>' there"):
         check_ids(open_corpus(path), SimpleNamespace(get_vocab=lambda: renamed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named", "told"),
+    [
+        ({}, "corpus", False),
+        ({"post_processor": BYTES}, "corpus", False),
+        ({"normalizer": {"type": "Lowercase"}}, "corpus", True),
+        ({"normalizer": {"type": "Lowercase"}}, "setting", True),
+        ({}, "setting", False),
+        (None, "corpus", True),  # the tokenizer is not there any more
+        (None, "nothing", False),
+    ],
+    ids=str,
+)
+def test_tokens_of_another_tokenizer_than_the_base_carries_are_told(tmp_path, changed, named, told):
+    """Corpora were compared with each other and with `data.tokenizer`, not with the model that they are to train."""
+    mine, base = tmp_path / "mine", tmp_path / "base"
+    train_bpe(["abc abd abe"] * 50, 262, str(mine), {})
+    shutil.copytree(mine, base / "context" / "tokenizer")
+    values = json.loads((mine / "tokenizer.json").read_text())
+    changes = {"normalizer": {"type": "Lowercase"}} if changed is None else changed
+    (mine / "tokenizer.json").write_text(json.dumps(values | changes))
+    made = load_tokenizer(str(mine))
+    path = corpus(tmp_path / "corpus", [[1, 2, 3]])
+    if named == "corpus":
+        Path(f"{path}.json").write_text(json.dumps({"tokenizer": {"sha256": made.sha256, "name": str(mine)}}))
+    if changed is None:
+        shutil.rmtree(mine)
+    said = not_the_base_s(base, [path], str(mine) if named == "setting" else None)
+    assert (said is not None) is told
+    if told:
+        what = "data.tokenizer" if named == "setting" else f"the corpus {path}"
+        assert said.startswith(f"{what} is of the tokenizer {mine}, and {base} carries another: an id may mean")
+    shutil.copytree(base / "context" / "tokenizer", base / "context" / "second")
+    assert not_the_base_s(base, [path], str(mine)) is None  # nobody knows which
 
 
 @pytest.mark.parametrize(("dtype", "bad"), [(np.uint16, 128), (np.int32, -1), (np.int32, 70_000), (np.int64, 2**40)])
