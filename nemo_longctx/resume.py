@@ -258,8 +258,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def run_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a run that has a finished checkpoint to go on from; None where either is missing."""
-    return read_record(directory / "results" / "settings.json") if checkpoints(directory) else None
+    """The record of a run that has a finished checkpoint to go on from; None where either is missing.
+
+    A start that ended before it saved anything has changed nothing: what its checkpoint was made by counts (`from`).
+    """
+    found, record = checkpoints(directory), read_record(directory / "results" / "settings.json")
+    if not found or record is None:
+        return None
+    before = record.get("from")
+    return before if isinstance(before, dict) and found[0].step <= record.get("step", -1) else record
 
 
 def check_resumed(recipe: Any, directory: Path) -> None:

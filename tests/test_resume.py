@@ -421,6 +421,25 @@ def test_a_run_that_falls_back_to_shorter_windows_is_told_so(tmp_path, capsys, m
         assert ("note: from step" in capsys.readouterr().err) is (said is not None and rank == "0")
 
 
+@pytest.mark.parametrize(("saved", "of"), [(8, "checkpoint"), (9, "start"), (4, "checkpoint")])
+def test_a_start_that_saved_nothing_is_not_what_the_run_was_made_by(tmp_path, saved, of):
+    """A start under `data.allow_change` that was killed at once: the run's own settings were then refused as a change."""
+    (tmp_path / "checkpoints" / f"step={saved}-last").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    was, asked = recipe("data.packing=concatenate"), recipe("data.packing=best_fit", "data.allow_change=true")
+    record = {"recipe": plain(asked), "step": 8, "from": {"recipe": plain(was)}}
+    (tmp_path / "results" / "settings.json").write_text(json.dumps(record))
+    assert run_record(tmp_path)["recipe"] == plain(was if of == "checkpoint" else asked)
+    if of == "checkpoint":
+        check_resumed(was, tmp_path)
+    else:
+        with pytest.raises(ConfigError, match=r"^data\.packing"):
+            check_resumed(was, tmp_path)
+    for before in ({}, {"from": None, "step": 8}):  # of before, and a first start
+        (tmp_path / "results" / "settings.json").write_text(json.dumps({"recipe": {"seed": 1}, **before}))
+        assert run_record(tmp_path)["recipe"] == {"seed": 1}
+
+
 def test_a_finished_run_is_told_what_of_a_recipe_it_does_not_heed(run_directory):
     asked = recipe("optimizer.lr=1e-2", "rope.variant=abf", "trainer.num_nodes=2", "trainer.tensor_model_parallel_size=2")
     assert without_effect(asked, run_directory / "run") == []

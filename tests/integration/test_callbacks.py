@@ -1,5 +1,6 @@
 """Callbacks by themselves: what they do at a start, at a resume, at a save, and when an alarm must end the run."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,29 @@ def test_a_save_looks_at_the_disk_on_the_first_rank(tmp_path):
     other = trainer_at(1)
     other.is_global_zero = False
     callback.on_save_checkpoint(other, None, {})
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_the_record_of_a_start_keeps_what_its_checkpoint_was_made_by(tmp_path, monkeypatch, resumed):
+    made = {"shape_of": {"num_layers": 2}, "fields_of": {"vocab_size": 9}, "live_of": {}, "versions": {}, "check_disk": None,
+            "mcore_modules": [SimpleNamespace(parameters=list)], "verify_live_rope": "", "attention_summary": "",
+            "note_ids": None, "settings_table": ""}  # fmt: skip
+    for name, value in made.items():
+        monkeypatch.setattr(launch_callbacks, name, lambda *args, value=value, **more: value)
+    strategy = SimpleNamespace(megatron_parallel=None, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    start = launch_callbacks.RunStart(changes=[], source="x", variant=None)
+    module = SimpleNamespace(long_context_start=start, model_transform=None, config=None)
+    trainer = trainer_at(8, callbacks=[], strategy=strategy, optimizers=[], ckpt_path="x" if resumed else None, datamodule=None)
+    callback = LongContextSettingsCallback(directory=str(tmp_path), recipe={"seed": 1, "optimizer": {"lr": 2.0}})
+    before = {"recipe": {"seed": 1, "optimizer": {"lr": 1.0}}, "settings": {}, "model": {}, "history": []}
+    callback.load_state_dict({"record": json.dumps(before | {"from": {"old": "one"}, "versions": {}})})
+    callback.on_train_start(trainer, module)
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert (record["step"], record["from"]) == (8, before if resumed else None)
+    assert (record["model"], record["config"]) == ({"num_layers": 2}, {"vocab_size": 9})
+    noted = [{"step": 8, "changed": {"optimizer.lr": {"before": 1.0, "run": 2.0}}}]
+    assert record["history"] == (noted if resumed else [])
+    assert sorted(json.loads(callback.state_dict()["record"])) == sorted(launch_callbacks.KEPT)
 
 
 @pytest.mark.parametrize(("trained", "needed"), [(0, 0), (2**40, 2**40 * 14)])

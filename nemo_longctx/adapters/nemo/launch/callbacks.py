@@ -38,6 +38,7 @@ from nemo_longctx.versions import versions_of
 
 # Main weights and two Adam moments in fp32; a save writes the new checkpoint before it removes the old one.
 OPTIMIZER_BYTES_PER_PARAMETER = 12
+KEPT = ("settings", "model", "config", "recipe", "history")  # of a record, in checkpoints
 # Config, tokenizer and metadata beside them: the host only logs that it could not write those, and trains on.
 CHECKPOINT_CONTEXT_BYTES = 64 * 2**20
 
@@ -80,6 +81,7 @@ class LongContextSettingsCallback(Callback):
         self._waits = False  # for optimizers, to set them to what is asked
         self._record: dict[str, Any] = {}  # of this start; checkpoints keep it
         self._restored: dict[str, Any] | None = None  # of the checkpoint that was loaded
+        self._before: dict[str, Any] | None = None  # the same, as this start's record keeps it
 
     def state_dict(self) -> dict[str, Any]:
         """The record, as JSON: plain text in any checkpoint."""
@@ -140,6 +142,7 @@ class LongContextSettingsCallback(Callback):
             each.log_hyperparams(plain(self.recipe))
         note_ids(trainer, self.directory.parent)
         more = {"source": start.source, "verified": seen, "attention": kernel, "parameters": parameters}
+        more |= {"step": trainer.global_step, "from": self._before}
         write_json(self.directory / "settings.json", self._record | more | {"versions": versions()})
 
     def _go_on(self, trainer: Any, pl_module: Any, start: RunStart) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -157,6 +160,7 @@ class LongContextSettingsCallback(Callback):
         before = self._restored or read_record(self.directory / "settings.json")  # checkpoints of 0.1 keep no record
         if before is None:
             return {}, []
+        self._before = {key: value for key, value in before.items() if key in KEPT}
         where, step = f"the checkpoint at step {trainer.global_step}", trainer.global_step
         found = changes(plain(before["recipe"]), plain(self.recipe))
         refuse(found, where=where, allow_change=bool((plain(self.recipe).get("data") or {}).get("allow_change")))
