@@ -211,7 +211,7 @@ class LongContextResume(nl.AutoResume):
     def _get_base_model_path_for_adapter(self, adapter_meta_path: Any, model: Any) -> Path:
         """The weights under a run's adapters: where they were, or where `restore_from` says that they were moved to."""
         note, named = Path(adapter_meta_path), None if self.restore_config is None else Path(self.restore_config.path)
-        noted = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
+        noted: Path = super()._get_base_model_path_for_adapter(adapter_meta_path, model)
         base = base_of_adapters(note.parent.parent, named)
         if base is None or noted.exists():
             return noted

@@ -260,7 +260,8 @@ def fields_of(config: GPTConfig) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
     plain = (bool, int, float, str, list, tuple, type(None))
     found = {name: value for name, value in values.items() if isinstance(value, plain)}
-    return json.loads(json.dumps(found, default=str))
+    kept: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return kept
 
 
 def live_of(config: GPTConfig, changes: list[SettingChange]) -> dict[str, Any]:
