@@ -1,5 +1,6 @@
 """Callbacks by themselves: what they do at a start, at a resume, at a save, and when an alarm must end the run."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -165,6 +166,18 @@ def test_a_save_of_adapters_needs_room_for_them_alone(tmp_path, monkeypatch, tra
     for callback._adapters in (True, False):
         callback.on_save_checkpoint(trainer_at(1, strategy=strategy), SimpleNamespace(parameters=lambda: parameters), {})
     assert asked == [100 + 6 * needed, 100]
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(7, ["base", "step 0", "step 7"]), (8, ["base", "step 0", "step 7"]), (6, ["base", "step 0"]), (0, [])]
+)
+def test_a_run_that_begins_anew_measures_anew(tmp_path, monkeypatch, step, kept):
+    """One killed before its first checkpoint and started with another base kept the first base's figures as its own."""
+    there = [dataclasses.replace(result(2.0), model=name) for name in ("base", "step 0", "step 7", "step 9")]
+    monkeypatch.setattr(evaluation, "read_results", lambda directory: there)
+    callback = Counting(directory=str(tmp_path))
+    callback.on_train_start(trainer_at(step), None)
+    assert [each.model for each in callback.results] == kept
 
 
 @pytest.mark.parametrize(

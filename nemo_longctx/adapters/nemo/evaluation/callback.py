@@ -78,8 +78,9 @@ class LongContextEvalCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         step = trainer.global_step
-        found = everywhere(read_results(self.directory) if trainer.is_global_zero else None)[0]
-        self.results = [result for result in found if _step_of(result) <= step]  # what is trained again is measured again
+        # What is trained again is measured again, and so is all of a run that begins anew: it may have another base.
+        found = everywhere(read_results(self.directory) if trainer.is_global_zero and step else [])[0]
+        self.results = [result for result in found if _step_of(result) <= step]
         if step and self.guard and not self.results and trainer.is_global_zero:
             logger.warning("guard: nothing was measured before step %d, so changes are those since the next evaluation", step)
         self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
