@@ -45,6 +45,7 @@ class Row:
     opened: bool = False
 
 
+MOVABLE = "what the run reads: contents are compared, by their hash, and what was moved may be named where it is now"
 TABLE = (
     Row("name", "free", "with output_dir, where the run is: another name is another run"),
     Row("output_dir", "free", "a run's directory may be moved"),
@@ -60,6 +61,9 @@ TABLE = (
     Row("data.mix.share_tolerance", "free", "a check, no choice"),
     Row("data.mix.sources", "applied", "the stream goes on with what was not read yet: sources may come and go"),
     Row("data.mix.sources[].weight", "applied", "the stream goes on with what was not read yet"),
+    Row("data.short", "equal", MOVABLE, opened=True),
+    Row("data.long", "equal", MOVABLE, opened=True),
+    Row("data.pretraining.sources[].path", "equal", MOVABLE, opened=True),
     Row("data.after", "equal", "said once, where a run begins", opened=True),
     Row("data.allow_change", "free", "opens a change of the stream"),
     Row("data.validation*", "applied", "what is measured from now on"),
@@ -153,7 +157,9 @@ def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
 
 def _change(key: str, before: Any, run: Any) -> Change | None:
     row = rule_of(key)
-    if row is None or row.rule == "free" or before == run or (row.pattern == "restore_from" and _moved(before, run)):
+    if row is None or row.rule == "free" or before == run:
+        return None
+    if (row.pattern == "restore_from" or row.why == MOVABLE) and _moved(before, run):
         return None
     if row.rule == "equal" and (before is None or run is None) and key != "restore_from":
         return None
@@ -161,7 +167,9 @@ def _change(key: str, before: Any, run: Any) -> Change | None:
 
 
 def _moved(before: Any, run: Any) -> bool:
-    """Whether two paths mean one checkpoint: the same place, or the old place has nothing any more."""
+    """Whether two paths (or lists of them) mean one thing: the same place, or the old place has nothing any more."""
+    if isinstance(before, list) and isinstance(run, list) and len(before) == len(run):
+        return all(_moved(*pair) for pair in zip(before, run, strict=True))
     if not (isinstance(before, str) and isinstance(run, str)):
         return False
     return Path(before).resolve() == Path(run).resolve() or not Path(before).exists()

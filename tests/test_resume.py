@@ -153,6 +153,28 @@ def test_a_base_that_was_moved_is_the_same_base(tmp_path):
     assert [change.key for change in changes(before, plain(recipe(f"restore_from={there}")))] == ["restore_from"]
 
 
+@pytest.mark.parametrize("key", ["data.short", "data.long", "data.pretraining.sources"])
+def test_files_of_tuning_that_were_moved_are_the_same_files(tmp_path, key):
+    """Corpora of `train` may be moved; those of `sft` were refused as others. What is in them the data module compares."""
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def of(*names):
+        paths = [str(tmp_path / name) for name in names]
+        inner = [{"path": path} for path in paths] if "sources" in key else paths
+        for name in reversed(key.split(".")):
+            inner = {name: inner}
+        return inner
+
+    assert changes(of("gone", "here"), of("new", "here")) == []
+    assert changes(of("gone", "gone2"), of("new", "here")) == []
+    (change,) = changes(of("gone", "here"), of("new", "other"))
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        refuse([change], where="the run", allow_change=False)
+    refuse([change], where="the run", allow_change=True)
+    assert changes(of("gone", "gone"), of("new", "new", "new"))
+
+
 def test_what_no_yaml_says_is_compared_with_the_live_model():
     live = {"rope.base": 500000.0, "rotary_base": 500000, "num_layers": 2, "seq_length": 64}
     check_live(live, live | {"rope.base": 500000, "new": 1}, where="the run")
@@ -267,7 +289,9 @@ def test_each_row_of_the_table_rules_its_keys_and_the_closest_one_wins():
         found = rule_of(key)
         assert len(found.pattern.replace("*", "")) >= len(row.pattern.replace("*", "")), key
         assert found is row or "*" in row.pattern, key
-    assert {row.pattern for row in TABLE if row.opened} == {"data.*", "data.after"}
+    assert {row.pattern for row in TABLE if row.opened} == {
+        "data.*", "data.after", "data.short", "data.long", "data.pretraining.sources[].path"
+    }  # fmt: skip
     assert rule_of("curriculum.stages[12].seq_length").pattern == "curriculum.stages*"
     assert rule_of("curriculum.stages[12].micro_batch_size").rule == "free"
     assert rule_of("unheard.of") is None
