@@ -181,8 +181,11 @@ def _part(values: Any, key: str) -> Any:
     return values
 
 
+LISTS = ("curriculum.stages", "data.mix.sources", "data.pretraining.sources", "data.validation", "data.test", "eval.tasks")
+
+
 def _lists_of_other_lengths(before: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
-    for key in ("curriculum.stages", "data.mix.sources", "data.validation", "data.test", "eval.tasks"):
+    for key in LISTS:
         lists = _part(before, key), _part(run, key)
         if all(isinstance(each, list) for each in lists) and len(lists[0]) != len(lists[1]):
             yield key

@@ -15,6 +15,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import StageConfig
 from nemo_longctx.recipe import RecipeConfig, load_instruct_recipe, load_recipe
 from nemo_longctx.resume import (
+    LISTS,
     TABLE,
     applied,
     changes,
@@ -314,7 +315,7 @@ def test_what_only_one_of_two_recipes_sets_is_a_change_where_it_is_applied():
     assert changes({"unheard": 1}, {"unheard": 2}) == []
 
 
-@pytest.mark.parametrize("key", ["curriculum.stages", "data.mix.sources", "data.validation", "data.test", "eval.tasks"])
+@pytest.mark.parametrize("key", LISTS)
 def test_lists_of_one_length_are_compared_place_by_place_and_others_as_a_whole(key):
     def of(*lengths):
         inner = [{"seq_length": length, "weight": length, "corpus": length} for length in lengths]
