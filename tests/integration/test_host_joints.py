@@ -183,7 +183,7 @@ def test_a_job_on_kubernetes_has_a_process_a_gpu():
 def test_the_first_process_takes_the_run_s_lock_once(monkeypatch, tmp_path):
     taken = []
     monkeypatch.setattr(lifecycle, "take_lock", taken.append)
-    for name in ("keep_lock_in_place", "start_results_queue"):
+    for name in ("keep_own_files_in_place", "start_results_queue"):
         monkeypatch.setattr(lifecycle, name, lambda: None)
     for rank, stages, times in ((0, ["validate"], 0), (1, ["fit"], 0), (0, ["fit", "fit"], 1)):
         taken.clear()

@@ -89,13 +89,13 @@ class LifecycleCallback(Callback):
             loop.__class__ = type(type(loop).__name__, (_MakesUp, type(loop)), {"__module__": type(loop).__module__})
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        when_made(trainer, lambda: self._join(trainer))
+        def join() -> None:
+            for optimizer in trainer.optimizers:
+                if (inner := getattr(optimizer, "mcore_optimizer", None)) is not None:
+                    keep_torch_steps_apart(inner)  # before a checkpoint is read
+                    ask_before_updates(inner, self._permit)
 
-    def _join(self, trainer: Any) -> None:
-        for optimizer in trainer.optimizers:
-            if (inner := getattr(optimizer, "mcore_optimizer", None)) is not None:
-                keep_torch_steps_apart(inner)  # before a checkpoint is read
-                ask_before_updates(inner, self._permit)
+        when_made(trainer, join)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.request.listen()  # the trainer's own handlers came between
