@@ -119,7 +119,7 @@ def test_a_start_compares_corpora_with_the_tokenizer_of_its_base(corpus, tmp_pat
         (base / folder).mkdir(parents=True)
     (base / "context" / "model.yaml").write_text("config: {}")
     files = ["data.short=[a]", "data.long=[a]", "trainer=cpu", "name=x"]
-    files += [f"data.pretraining={{sources: [{{path: {corpus}}}]}}", "data.blend={pretraining: 1.0}"]
+    files += [f"data.pretraining={{sources: [{{path: {corpus}}}]}}", "data.blend={short: 0.4, long: 0.4, pretraining: 0.2}"]
     more = files if verb == "sft" else [*TINY, f"data.mix.sources=[{{path: {corpus}}}]", "data.validation=[]"]
     load, name = (load_instruct_recipe, "sft") if verb == "sft" else (load_recipe, "config")
     recipe = load(compose([*more, f"restore_from={base}", "data.tokenizer=t"], config_name=name))
