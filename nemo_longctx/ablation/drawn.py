@@ -146,5 +146,5 @@ def _curves(
     axes.set_ylabel(y, fontsize=9.5, color=INK)
     if y == LOSS:
         flatten(axes)
-    axes.legend(frameon=False, fontsize=9, loc="best" if len(places) < 200 else "upper right")  # best looks at every point
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=4)  # within the panel it would lie on lines
     return Section(heading=heading, note=note, figures=[save(figure, path.with_suffix(".png"))], table=table if log else ())
