@@ -106,6 +106,7 @@ rope.advise --json
 plan --no-vocabulary --no-sp --longest --json
 doctor --json
 eval --keep-samples --chat --allow-code-execution
+generate --force
 instruct.generate --rules --force
 ablate --dry-run
 """

@@ -14,7 +14,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.checks import check_name, check_tokenizer
 from nemo_longctx.eval.results_cache import weights_digest
 from nemo_longctx.hf.model import load_hf_model
-from nemo_longctx.hf.other_formats import told_apart
+from nemo_longctx.hf.other_formats import no_nemo_checkpoint, told_apart
 from nemo_longctx.hf.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
@@ -87,15 +87,16 @@ def check_source(path: str, tokenizer: Any = None) -> None:
     if isinstance(tokenizer, str):
         check_tokenizer("tokenizer", tokenizer)
     folder = Path(path)
+    if folder.is_file():
+        raise ConfigError("checkpoint", path, no_nemo_checkpoint(folder))
     if not folder.is_dir():
         return
     if _is_hugging_face(path):
         if tokenizer is None:
             check_tokenizer("tokenizer", path)
     elif not any((folder / name).is_dir() for name in ("weights", "context", "checkpoints")):  # of NeMo's checkpoints and runs
-        told = told_apart(folder)
-        if told is not None:
-            raise ConfigError("checkpoint", path, told)
+        mend = "is no checkpoint; give a NeMo checkpoint or run, or a Hugging Face directory with config.json"
+        raise ConfigError("checkpoint", path, told_apart(folder) or no_nemo_checkpoint(folder, mend))
 
 
 def _is_hugging_face(path: str) -> bool:

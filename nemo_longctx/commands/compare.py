@@ -31,6 +31,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--table", str(args.table), "has no effect without --votes; a page has no table yet")
     if args.table is not None and args.table.suffix == ".png":
         raise ConfigError("--table", str(args.table), "would be overwritten by its own picture; name it TABLE.json")
+    for option, written in (("--output", args.output), ("--table", args.table)):
+        if written is None:
+            continue
+        if written.is_dir():
+            raise ConfigError(option, str(written), "is a folder; name a file in it")
+        if written.exists() and any(each.exists() and written.samefile(each) for each in (args.a, args.b, *(args.votes or ()))):
+            raise ConfigError(option, str(written), "is read, and would be replaced; name another file")
     comparison = compare.compare_files(args.a, args.b, seed=args.seed)
     if args.output is not None:
         args.output.write_text(compare.page_html(comparison), encoding="utf-8")

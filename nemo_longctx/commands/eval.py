@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metadata",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help="for the tasks, say '{\"max_seq_lengths\": [4096]}' (RULER)",
@@ -83,11 +84,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results (default: %(default)s)")
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        form = "write '{\"max_seq_lengths\": [4096]}', in quotes of the shell"
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); {form}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     if args.max_length is not None and args.max_length < 2:
         raise ConfigError("--max-length", args.max_length, "give at least 2 tokens")
-    if min(args.tensor_parallel, args.pipeline_parallel) < 1:
-        raise ConfigError("--tensor-parallel", args.tensor_parallel, "give 1 or more processes")
+    for option in ("tensor_parallel", "pipeline_parallel"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", getattr(args, option), "give 1 or more processes")
     import os
 
     from nemo_longctx.data.corpus import open_corpus
@@ -112,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
 
         check_names(task)
     first = os.environ.get("RANK", "0") == "0"
+    if first:
+        _tell_replaced(args.out)
     from nemo_longctx.adapters.lm_eval import LongContextLM
     from nemo_longctx.eval.checks import without_bos
     from nemo_longctx.eval.hf import HFCausalModel
@@ -159,6 +171,21 @@ def labels(checkpoints: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ConfigError("checkpoints", checkpoints, "one of them is given twice")
+
+
+def _tell_replaced(out: Path) -> None:
+    """Say which evaluation the one that begins will take the place of."""
+    from nemo_longctx.files import read_mapping
+    from nemo_longctx.report.evaluation import RECORD
+
+    before = read_mapping(out / RECORD).get("results")
+    models = (
+        [str(one["model"]) for one in before if isinstance(one, dict) and "model" in one] if isinstance(before, list) else []
+    )
+    if models:
+        kept = "replies to tasks that were asked already are kept in its cache.db"
+        what = f"{out} holds an evaluation of {', '.join(dict.fromkeys(models))}, whose place this one takes"
+        print(f"{what} ({kept}); to keep both, stop now and name another folder by --out", file=sys.stderr)
 
 
 def _print(result: SuiteResult) -> None:

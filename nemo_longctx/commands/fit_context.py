@@ -29,9 +29,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.bootstrap < 0:
         raise ConfigError("--bootstrap", args.bootstrap, "give 0 or more replicates")
+    if args.seed < 0:
+        raise ConfigError("--seed", args.seed, "give a whole number of at least 0")
+    out = args.out or args.csv.with_suffix(".fit")
+    out = out.with_suffix("") if out.suffix in (".json", ".png") else out  # both are written beside each other
+    json_path = out.with_name(out.name + ".json")
+    if json_path.exists() and not _is_fit(json_path):
+        raise ConfigError("--out", str(args.out or out), f"{json_path} is there, and holds no fit; name another")
     curves = read_curves(args.csv)
     for model, curve in curves.items():
         keep = curve["context"] >= args.min_context
+        if not keep.any():
+            longest = max(curve["context"], default=0)
+            raise ConfigError("--min-context", args.min_context, f"leaves no point of {model}, whose longest has {longest:g}")
         curves[model] = {key: values[keep] for key, values in curve.items()}
     laws, without = {}, {}
     for model, curve in curves.items():
@@ -52,8 +62,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.csv.name}: no model has a fit; {'; '.join(f'model {name!r}: {why}' for name, why in without.items())}"
         )
-    out = args.out or args.csv.with_suffix(".fit")
-    out = out.with_suffix("") if out.suffix in (".json", ".png") else out  # both are written beside each other
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         model: {
@@ -68,8 +76,15 @@ def run(args: argparse.Namespace) -> int:
         }
         for model, law in laws.items()
     } | {model: {"no_fit": why} for model, why in without.items()}
-    json_path = out.with_name(out.name + ".json")
     json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     png_path = plot_context_law({model: curves[model] for model in laws}, laws, out.with_name(out.name + ".png"))
     print(f"wrote {json_path} and {png_path}")
     return 0
+
+
+def _is_fit(path: Path) -> bool:
+    """Whether a file is what this command wrote before."""
+    from nemo_longctx.files import read_mapping
+
+    held = read_mapping(path)
+    return bool(held) and all(isinstance(one, dict) and ("alpha" in one or "no_fit" in one) for one in held.values())

@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, required=True, help="file of prompts")
     parser.add_argument("--out", type=Path, help="file of answers (default: beside the prompts, as NAME.answers.jsonl)")
+    parser.add_argument("--force", action="store_true", help="replace a file of answers")
     add_options(parser)
     parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be given again")
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_longctx.eval import generation
 
     rows = generation.read_prompts(args.prompts)
+    out = args.out or args.prompts.with_suffix(".answers.jsonl")
+    _check_free(out, args)
     sampling = sampling_of(args, stop=tuple(args.stop))
     scorer, tokenizer, template, group = open_model(args)
     sampling = dataclasses.replace(sampling, ends=tuple(generation.end_tokens(scorer.model, tokenizer)))
@@ -58,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"
     made = run_shared(scorer, asked, group=group, what="generation", quiet=not first)
     if first:
-        out = args.out or args.prompts.with_suffix(".answers.jsonl")
         answers = [
             generation.answer(row, prompt, tokens, tokenizer, sampling)
             for row, prompt, tokens in zip(rows, prompts, made, strict=True)
@@ -70,6 +72,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_free(out: Path, args: argparse.Namespace) -> None:
+    """Refuse to write over the prompts, or over answers of another time, before a model is loaded.
+
+    Raises:
+        ConfigError: what is there.
+    """
+    if out.is_dir():
+        raise ConfigError("--out", str(out), f"is a folder; name a file in it, say {out / 'answers.jsonl'}")
+    if out.exists() and out.samefile(args.prompts):
+        raise ConfigError("--out", str(out), "is the file of prompts, and would be replaced; name another file")
+    if out.exists() and not args.force:
+        raise ConfigError("--out", str(out), "is there already; name another file by --out, or replace it with --force")
+
+
 def sampling_of(args: argparse.Namespace, **more: Any) -> Any:
     """The options as `Sampling`, checked before a model is loaded."""
     from nemo_longctx.eval.generation import Sampling
@@ -79,6 +95,10 @@ def sampling_of(args: argparse.Namespace, **more: Any) -> Any:
     sampling = Sampling(**{name: getattr(args, name) for name in names}, **more)
     values = {name: getattr(sampling, name) for name in names[1:]}
     Generation(context=[0], max_new_tokens=1, stop=bool, **values)  # refuses what no generation takes
+    for option, value, default in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
+        if args.temperature == 0 and value != default:
+            mend = "has no effect at --temperature 0, which takes the likeliest token; give a temperature too, say 0.7"
+            raise ConfigError(option, value, mend)
     return sampling
 
 

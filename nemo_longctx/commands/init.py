@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     _ask(args)
     if args.gpu is not None and args.gpus is None:
         raise ConfigError("--gpu", args.gpu, "has no effect without --gpus")
+    if args.gpu == CPU:
+        raise ConfigError("--gpu", args.gpu, "is no GPU; leave --gpu and --gpus out for a CPU")
+    if args.tokens is not None and args.tokens < 1:
+        raise ConfigError("--tokens", args.tokens, "must be 1 or more; leave it out for the default")
     source = read_source(args.checkpoint)
     name = args.name or f"{args.checkpoint.resolve().name}_{args.target}"
     check_run_name(name, key="--name")
@@ -83,9 +87,9 @@ def _ask(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{key}", None, f"missing; the {question}")
         answer = input(f"{question}: ").strip()
         try:
-            setattr(args, key, {"checkpoint": Path, "target": int}.get(key, str)(answer))
-        except ValueError:
-            raise ConfigError(f"--{key}", answer, "must be a whole number of tokens") from None
+            setattr(args, key, {"checkpoint": Path, "target": tokens}.get(key, str)(answer))
+        except argparse.ArgumentTypeError:
+            raise ConfigError(f"--{key}", answer, "must be a whole number of tokens, as 32768 or 32Ki") from None
 
 
 def _data(data: str) -> tuple[str | None, str]:

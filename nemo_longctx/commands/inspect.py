@@ -296,7 +296,8 @@ def _show_conversations(args: argparse.Namespace) -> int:
     if len(args.prefixes) > 1 or args.show is None or args.tokenizer is None:
         mend = "a file of conversations; show some by --show N --tokenizer NAME_OR_DIR, or prepare text and name its prefix"
         raise ConfigError("PREFIX", args.prefixes[0], mend)
-    for name in ("seq_length", "mix", "curriculum", "total_tokens", "packing", "seed", "source", "document_masking"):
+    of_corpora = ("seq_length", "mix", "curriculum", "total_tokens", "packing", "seed", "source", "document_masking")
+    for name in (*of_corpora, "figure", "no_figure", "json"):
         if getattr(args, name):
             raise ConfigError(name, getattr(args, name), "it has no effect on conversations; leave it out")
     if args.show < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -166,6 +167,17 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(key.replace("_", "-"), getattr(args, key), f"must be a number of {what}, 1 or more")
     if args.apply is not None and not args.apply.endswith((".yaml", ".yml")):
         raise ConfigError("apply", args.apply, "a recipe's name must end in .yaml")
+    if args.apply is not None and os.path.exists(args.apply) and not _applied(args.apply):
+        mend = "is there already, and no plan wrote it; name another file, or remove it"
+        raise ConfigError("apply", args.apply, mend)
+
+
+def _applied(path: str) -> bool:
+    """Whether a file is one that `--apply` wrote, which the next may replace."""
+    from nemo_longctx.planning.override import WRITTEN_BY
+
+    with open(path, "rb") as file:
+        return WRITTEN_BY.encode() in file.read(1000)
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -173,6 +173,8 @@ def _plot(args: argparse.Namespace) -> None:
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise ConfigError(flag, twice[0], "named twice; leave one out")
     seq_length = _whole("--seq-length", args.seq_length, SEQ_LENGTH)
+    if seq_length > LONGEST:
+        raise ConfigError("--seq-length", seq_length, f"is longer than any context: {LONGEST:,} tokens at most")
     positions = _whole("--positions", args.positions, POSITIONS, least=2)
     pair = _whole("--pair", args.pair, PAIR, least=0)
     variants, rotary_dim = {text: _named(text) for text in args.variants}, _rotary_dim(args)

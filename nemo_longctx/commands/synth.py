@@ -192,10 +192,11 @@ def _shares(text: str) -> dict[str, float]:
 def _texts(args: argparse.Namespace, output: str) -> list[str]:
     """Documents of the inputs, in their order, up to `TEXT` characters; bad records and what `synth` made are passed over."""
     from nemo_longctx.bars import say
-    from nemo_longctx.data.inputs import find_files, format_of, shown
+    from nemo_longctx.data.inputs import check_globs, find_files, format_of, shown
     from nemo_longctx.data.long_text import pieces_of
     from nemo_longctx.data.readers import read_part, split_file
 
+    check_globs(args.inputs, args.globs)
     made = _made_in(args.inputs).difference({output})
     if made:
         say(f"not read, since synth made them: {shown(min(made))}{f' and {len(made) - 1:,} more' if len(made) > 1 else ''}")

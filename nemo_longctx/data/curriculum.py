@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from functools import cached_property
 from typing import Any
 
@@ -93,7 +94,11 @@ class Stage:
         together = self.micro_batch_size * data_parallel_size
         if self.global_batch_size % together:
             what = f"stage {self.number} has a global batch of {self.global_batch_size} windows of {self.seq_length} tokens"
-            mend = f"{what}, which micro_batch_size x {data_parallel_size} data-parallel ranks must divide"
+            near = max(1, round(self.global_batch_size / together)) * together * self.seq_length
+            mend = (
+                f"{what}, which micro_batch_size x {data_parallel_size} data-parallel ranks must divide; for this stage the "
+                f"nearest curriculum.tokens_per_step is {near}"
+            )
             raise ConfigError("curriculum.stages.micro_batch_size", self.micro_batch_size, mend)
         return self.global_batch_size // together
 
@@ -135,7 +140,10 @@ class Curriculum:
             raise ConfigError("curriculum.stages.until", untils[-1], "the last stage must end at 1.0")
         for config in self.stages:
             if self.tokens_per_step % config.seq_length:
+                whole = math.lcm(*(stage.seq_length for stage in self.stages))
+                near = max(1, round(self.tokens_per_step / whole)) * whole
                 mend = f"it must divide tokens_per_step ({self.tokens_per_step}), so that each step has the same tokens"
+                mend += f"; the nearest that {'all stages divide' if len(self.stages) > 1 else 'it divides'} is {near}"
                 raise ConfigError("curriculum.stages.seq_length", config.seq_length, mend)
         for stage in self.plan:
             if stage.end_step == stage.first_step:

@@ -106,6 +106,17 @@ def find_files(inputs: Sequence[str], globs: Sequence[str], *, exclude: Collecti
     return found
 
 
+def check_globs(inputs: Sequence[str], globs: Sequence[str]) -> None:
+    """Refuse patterns where no input is a directory that they could choose from.
+
+    Raises:
+        ConfigError: by the patterns.
+    """
+    if globs and not any(os.path.isdir(path) or is_url(path) for path in inputs):
+        mend = "has no effect: no input is a directory, and files that are named are all taken; leave it out"
+        raise ConfigError("glob", " ".join(globs), mend)
+
+
 def same_bytes(files: Sequence[str]) -> dict[str, str]:
     """Local files that hold the same bytes as one before them -> that one. Only files of one size are read for it."""
     by_size: dict[int, list[str]] = {}

@@ -22,7 +22,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import open_corpus
 from nemo_longctx.data.engines import Progress, run_shards
 from nemo_longctx.data.index_file import token_dtype
-from nemo_longctx.data.inputs import Found, find_files, same_bytes, shown
+from nemo_longctx.data.inputs import Found, check_globs, find_files, same_bytes, shown
 from nemo_longctx.data.merge import (
     LEAST_END,
     is_shard_directory,
@@ -111,9 +111,7 @@ def _tell_plain_added(tokenizer: TokenizerInfo, say: Callable[[str], None]) -> N
 
 
 def _find(config: PrepareConfig, output: str) -> Found:
-    if config.globs and not any(os.path.isdir(path) or is_url(path) for path in config.inputs):
-        mend = "has no effect: no input is a directory, and files that are named are all taken; leave it out"
-        raise ConfigError("glob", " ".join(config.globs), mend)
+    check_globs(config.inputs, config.globs)
     found = find_files(config.inputs, config.globs, exclude=own_files(output))
     if config.max_file_bytes is not None:
         sizes = {path: size_of(path) for path in found.files}

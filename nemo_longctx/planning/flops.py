@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.config import ConfigError, did_you_mean, size_of_text
 from nemo_longctx.data.curriculum import Curriculum, Stage, StageConfig
 from nemo_longctx.planning.models import ModelShape
 
@@ -210,11 +210,16 @@ def parse_curriculum(text: str, *, tokens_per_step: int, steps: int, micro_batch
             raise ConfigError(
                 "curriculum", text, f"stage {item!r} needs the share of tokens at which it ends, such as {item}@0.2"
             )
-        try:
-            numbers = int(length), float(until) if at else 1.0
-        except ValueError as error:
-            raise ConfigError("curriculum", text, "must look like 4096@0.2,32768") from error
-        stages.append(StageConfig(seq_length=numbers[0], until=numbers[1], micro_batch_size=micro_batch_size))
+        seq_length = size_of_text(length)
+        share: float | None = 1.0
+        if at:
+            try:
+                share = float(until)
+            except ValueError:
+                share = None
+        if seq_length is None or share is None:
+            raise ConfigError("curriculum", text, "must look like 4096@0.2,32768, or 4Ki@0.2,32Ki")
+        stages.append(StageConfig(seq_length=seq_length, until=share, micro_batch_size=micro_batch_size))
     if steps < 1:
         raise ConfigError("steps", steps, "must be 1 or more")
     return Curriculum(stages=tuple(stages), tokens_per_step=tokens_per_step, total_tokens=steps * tokens_per_step)

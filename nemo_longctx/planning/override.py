@@ -16,10 +16,13 @@ from nemo_longctx.planning.layout import Layout
 from nemo_longctx.planning.models import ModelShape
 from nemo_longctx.planning.planner import Candidate
 
-_HEAD = """# @package _global_
-# Written by `nemo-longctx plan --apply` for {model} at {length} tokens on {gpus} x {gpu}:
+WRITTEN_BY = "# Written by `nemo-longctx plan --apply`"
+_HEAD = (
+    f"# @package _global_\n{WRITTEN_BY}"
+    """ for {model} at {length} tokens on {gpus} x {gpu}:
 # {memory:.0f} GiB a GPU and {seconds:.1f} s a step predicted. Train it with recipe=PATH_OF_THIS_FILE.
 """
+)
 _PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32", "fp8": "fp8"}
 
 

@@ -47,12 +47,14 @@ class Source:
         hugging_face: whether it is a Hugging Face directory, which `nemo-longctx import` turns into a NeMo checkpoint first.
         model: its sizes; `seq_length` is the trained length.
         rope: its position encoding.
+        tokenizer: the directory of a NeMo checkpoint's tokenizer; None where it carries none.
     """
 
     path: Path
     hugging_face: bool
     model: ModelShape
     rope: RopeVariant
+    tokenizer: Path | None = None
 
     @property
     def nemo_path(self) -> Path:
@@ -72,7 +74,8 @@ def read_source(path: Path) -> Source:
 
         shape = model_from_nemo(context)  # first: it says what is no context
         rope = variant_of_context(yaml.safe_load(context.read_text(encoding="utf-8")))
-        return Source(path=path, hugging_face=False, model=shape, rope=rope)
+        carried = context.with_name("tokenizer")
+        return Source(path=path, hugging_face=False, model=shape, rope=rope, tokenizer=carried if carried.is_dir() else None)
     if (path / "config.json").is_file():
         shape = model_from_hf(path / "config.json")
         rope = RopeVariant.from_hf(json_mapping(path / "config.json", key="--checkpoint"))
@@ -306,7 +309,8 @@ def next_commands(starter: Starter, recipe: str, *, inputs: str | None) -> list[
     if s.source.hugging_face:
         lines.append(["nemo-longctx", "import", str(s.source.path), str(s.source.nemo_path)])
     if inputs is not None:
-        tokenizer = str(s.source.path) if s.source.hugging_face else "TOKENIZER"
+        carried = s.source.path if s.source.hugging_face else s.source.tokenizer
+        tokenizer = "TOKENIZER" if carried is None else str(carried)
         lines.append(["nemo-longctx", "prepare", inputs, "--output", s.data, "--tokenizer", tokenizer, "--holdout", "0.05"])
     gpus = 1 if s.layout is None else s.layout.layout.gpus
     devices = gpus if s.layout is None else min(gpu_by_name(s.gpu).gpus_per_node, gpus)

@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_goes_on_and_an_output_that_is_there_stays(tmp_pa
     judged.clear()
     run(tmp_path, tmp_path / "a.jsonl", **options)
     assert not judged
-    with pytest.raises(ConfigError, match="--force"):
+    with pytest.raises(ConfigError, match=r"something else is there \(made with another min_length\); .* with --force"):
         run(tmp_path, tmp_path / "a.jsonl", min_length=3, **options)
     assert run(tmp_path, tmp_path / "a.jsonl", min_length=3, force=True, **options)["settings"]["min_length"] == 3
 
@@ -338,3 +338,26 @@ def test_settings_that_cannot_be(options, message):
 )
 def test_an_import_means_the_files_of_its_language(kind, named, path, means):
     assert list(_paths_of(kind, named, path)) == means
+
+
+def test_a_band_that_few_documents_are_too_few_for_is_told(tmp_path):
+    """Of small inputs `--gzip-band` kept every document, and said nothing."""
+    rng, said = random.Random(3), []
+    write_rows(tmp_path / "a.jsonl", [prose(rng, 100) for _ in range(25)] + [prose(rng, 1000) for _ in range(19)])
+    config = CurateConfig(inputs=(str(tmp_path / "a.jsonl"),), output=str(tmp_path / "out.jsonl"), gzip_band=(0.2, 0.8))
+    made = running.curate(config, say=said.append, progress=lambda n_bytes: lambda *steps: None)
+    assert made["rejected"]["gzip_band"]["documents"] == 10
+    assert [line for line in said if line.startswith("--gzip-band leaves 19 documents as they are: fewer than 20")]
+
+
+def test_what_is_in_the_way_of_an_output_is_told(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    run(tmp_path, tmp_path / "a.jsonl", near_duplicates=0)
+    write_rows(tmp_path / "a.jsonl", ["one", "two", "three"])
+    with pytest.raises(ConfigError, match=r"something else is there \(its input has changed since\); name"):
+        run(tmp_path, tmp_path / "a.jsonl", near_duplicates=0)
+    with pytest.raises(ConfigError, match=r"\(made with another keys and another max_length\); name"):
+        run(tmp_path, tmp_path / "a.jsonl", near_duplicates=0, max_length=9, keys=("text", "title?"))
+    (tmp_path / "out.report.json").unlink()
+    with pytest.raises(ConfigError, match="something else is there; name"):
+        run(tmp_path, tmp_path / "a.jsonl", near_duplicates=0)

@@ -53,6 +53,8 @@ def test_settings_by_default_and_at_their_bounds():
         ({"max_repeated_lines": -0.1}, "a share from 0 to 1"), ({"max_repeated_words": 1.1}, "a share from 0 to 1"),
         ({"gzip_band": (0.5, 0.5)}, "rising order"), ({"gzip_band": (0.1, 0.2, 0.3)}, "rising order"),
         ({"gzip_band": (-0.1, 0.5)}, "rising order"), ({"gzip_band": (0.1, 1.1)}, "rising order"),
+        ({"languages": ("en", "EN")}, "languages='EN': no language has this code"),
+        ({"languages": ("german",)}, "no language has this code; write ISO 639-1's two small letters"),
         ({"order": "o"}, "order='o': it has no effect without --assemble"), ({"parent": "p"}, "no effect without --assemble"),
         ({"assemble": "repositories", "parent": "p"}, "only threads have answers"),
         ({"near_duplicates": -0.1}, "near_duplicates=-0.1: a similarity"), ({"near_duplicates": 0.035}, "too low for MinHash"),

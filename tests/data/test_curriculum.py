@@ -101,7 +101,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks():
     stage = Curriculum.constant(seq_length=16, global_batch_size=6, total_steps=3, micro_batch_size=2).plan[0]
     assert stage.num_microbatches(1) == 3
     assert stage.num_microbatches(3) == 1
-    with pytest.raises(ConfigError, match="micro_batch_size x 2 data-parallel ranks"):
+    with pytest.raises(ConfigError, match=r"micro_batch_size x 2 data-parallel ranks .* curriculum.tokens_per_step is 128$"):
         stage.num_microbatches(2)
 
 
@@ -120,3 +120,13 @@ def test_the_stream_does_not_depend_on_how_it_is_computed():
     ]
     assert build(Curriculum, GOOD).as_dict() == build(Curriculum, GOOD | {"stages": other}).as_dict()
     assert build(Curriculum, GOOD).as_dict() != build(Curriculum, GOOD | {"total_tokens": 12800}).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "said"),
+    [((16,), 100, "it divides is 96"), ((16, 24), 100, "all stages divide is 96"), ((64,), 10, "it divides is 64")],
+)
+def test_the_nearest_step_that_windows_fill_is_told(lengths, tokens, said):
+    stages = [StageConfig(until=(n + 1) / len(lengths), seq_length=length) for n, length in enumerate(lengths)]
+    with pytest.raises(ConfigError, match=rf"so that each step has the same tokens; the nearest that {said}$"):
+        Curriculum(stages=stages, tokens_per_step=tokens, total_tokens=tokens * 10)

@@ -315,6 +315,9 @@ def test_options_that_do_not_go_together_are_named(tmp_path, monkeypatch, capsys
     for name, value in OF_TEXT.items():
         argv = ["a.jsonl", "--show", "1", "--tokenizer", "t", f"--{name}", str(value)]
         cases.append((argv, f"{name.replace('-', '_')}={value!r}: it has no effect on conversations"))
+    for name, value in (("figure", "x.png"), ("no-figure", True), ("json", True)):  # what they were for was left out in silence
+        argv = ["a.jsonl", "--show", "1", "--tokenizer", "t", f"--{name}", *([value] if value is not True else [])]
+        cases.append((argv, f"{name.replace('-', '_')}={value!r}: it has no effect on conversations"))
     for arguments, message in cases:
         assert main(["inspect", *arguments]) == 2
         assert message in capsys.readouterr().err, arguments

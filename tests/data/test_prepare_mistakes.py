@@ -220,6 +220,18 @@ def test_what_cannot_be_an_input_or_output_is_told(here):
         PrepareConfig(inputs=("a.jsonl",), output="c", tokenizer="t", train_tokenizer=99999999999)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["prepare", "--output", "c", "--tokenizer", "tok"], ["curate", "--output", "c.jsonl", "--near-duplicates", "0"],
+     ["synth", "--output", "c.jsonl", "--tokenizer", "tok", "--length", "64", "--tokens", "64"]],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_pattern_that_no_folder_is_given_for_is_told(here, command, capsys):
+    """`curate` and `synth` took the file, and left the pattern out in silence."""
+    assert main([*command, "a.jsonl", "--glob", "*.md"]) == 2
+    assert "glob='*.md': has no effect: no input is a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keys", [("text", ""), ("",), ("", ""), ("?",)])
 def test_an_empty_name_of_a_key_is_told(keys):
     with pytest.raises(ConfigError, match="a name between commas is empty"):

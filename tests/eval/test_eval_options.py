@@ -14,6 +14,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval.probes import PAPER_LENGTHS, ProbeConfig, make_probes
 from nemo_longctx.eval.results import blank_result
+from nemo_longctx.report.evaluation import write_results
 
 
 def blocks(tmp_path, *options):
@@ -100,7 +101,7 @@ def test_tasks_of_ours_and_of_others_carry_the_options():
     ("options", "said"),
     [(["--max-length", "1"], "--max-length=1: give at least 2 tokens"),
      (["--tensor-parallel", "0"], "--tensor-parallel=0: give 1 or more processes"),
-     (["--pipeline-parallel", "0"], "give 1 or more processes"),
+     (["--pipeline-parallel", "0"], "--pipeline-parallel=0: give 1 or more processes"),
      (["--contexts", "5"], "--contexts='5': has no effect without --corpus"),
      (["--keep-samples"], "--keep-samples=True: has no effect without --tasks"),
      (["--metadata", '{"a": 1}'], "has no effect without --tasks")],
@@ -149,3 +150,37 @@ def test_mrcr_leaves_no_room_for_thought():
     make_probes(ProbeConfig(kinds=("mrcr_2",), lengths=(2000,), samples=1), ["Some words of a text. " * 30], tokenizer)
     assert asked
     assert not any("<think>" in text for text in asked)
+
+
+def test_metadata_that_is_no_json_is_told_how_to_be(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "model", "--tasks", "leval", "--metadata", "{max_prompt: 4}"])
+    said = capsys.readouterr().err
+    assert "'{max_prompt: 4}' is not JSON (" in said
+    assert "write '{\"max_seq_lengths\": [4096]}', in quotes of the shell" in said
+
+
+def test_an_evaluation_whose_place_another_takes_is_told(tmp_path, capsys):
+    """The second checkpoint's results took the place of the first one's in the folder that both have by default."""
+    command._tell_replaced(tmp_path)
+    write_results(tmp_path / "page", [blank_result("first"), blank_result("second")], provenance={})
+    (tmp_path / "results.json").write_text("[]")
+    command._tell_replaced(tmp_path)
+    assert not capsys.readouterr().err
+    command._tell_replaced(tmp_path / "page")
+    assert f"{tmp_path / 'page'} holds an evaluation of first, second, whose place this one takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("empty", "is no checkpoint; give a NeMo checkpoint or run"), ("a.nemo", "is an archive"), ("b", "is a file")],
+)
+def test_what_is_no_checkpoint_is_told_before_anything_is_imported(tmp_path, name, said):
+    """An empty folder was looked at by NeMo, half a minute later."""
+    from nemo_longctx.adapters.pretrained import check_source
+
+    (tmp_path / "empty").mkdir()
+    for file in ("a.nemo", "b"):
+        (tmp_path / file).write_text("x")
+    with pytest.raises(ConfigError, match=said):
+        check_source(str(tmp_path / name))

@@ -102,6 +102,9 @@ def test_a_chat_template_asks_as_a_user():
         ("--top-p", "0", "top_p=0.0: give a share above 0"),
         ("--top-p", "1.01", "top_p=1.01: give a share above 0"),
         ("--top-k", "-1", "top_k=-1: give 0 for no limit"),
+        ("--top-k", "40", "--top-k=40: has no effect at --temperature 0"),
+        ("--top-p", "0.9", "--top-p=0.9: has no effect at --temperature 0"),
+        ("--out", ".", "--out='.': is a folder; name a file in it, say answers.jsonl"),
     ],
 )
 def test_options_are_refused_before_a_model_is_opened(option, value, said, tmp_path, capsys):
@@ -239,3 +242,19 @@ def test_commands_and_the_local_model_end_where_the_generation_config_says(check
     call = SimpleNamespace(prompt=question, max_tokens=5, temperature=0.0, seed=0)
     reply = local._answer(call)
     assert (reply.text, reply.finish_reason, reply.completion_tokens) == ("", "stop", 1)
+
+
+def test_prompts_and_answers_of_another_model_are_not_written_over(tmp_path, capsys):
+    """A second model's answers took the place of the first one's, without which there is nothing to compare."""
+    prompts, answers = tmp_path / "p.jsonl", tmp_path / "p.answers.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    answers.write_text("the first model's")
+    command = ["generate", str(tmp_path / "no model"), "--prompts", str(prompts)]
+    for more, said in (
+        ([], "p.answers.jsonl': is there already; name another file by --out, or replace it with --force"),
+        (["--out", str(prompts), "--force"], "p.jsonl': is the file of prompts, and would be replaced"),
+        (["--force"], "checkpoint="),
+    ):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert answers.read_text() == "the first model's"

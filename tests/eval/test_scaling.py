@@ -360,3 +360,22 @@ def test_the_command_s_options_reach_the_fit_and_its_record(tmp_path, capsys):
     assert "--bootstrap=-1: give 0 or more replicates" in capsys.readouterr().err
     assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "1", "--confidence", "1"]) == 2
     assert "confidence=1.0" in capsys.readouterr().err
+
+
+def test_a_fit_takes_no_other_file_s_place_and_says_where_no_point_is_left(tmp_path, capsys):
+    """`fit-context DIR/loss.csv --out DIR/results` wrote over the evaluation's results.json."""
+    table = tmp_path / "loss.csv"
+    table.write_text("context,loss\n" + "".join(f"{c},{2 + 30 / c**0.5}\n" for c in (16, 32, 64, 128, 256, 512)))
+    (tmp_path / "results.json").write_text('{"results": []}')
+    command = ["fit-context", str(table), "--bootstrap", "0"]
+    for more, said in (
+        (["--out", str(tmp_path / "results")], "results.json is there, and holds no fit; name another"),
+        (["--min-context", "1e4"], "--min-context=10000.0: leaves no point of"),
+        (["--seed", "-1"], "--seed=-1: give a whole number of at least 0"),
+    ):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == '{"results": []}'
+    for _ in range(2):  # its own is replaced
+        assert main(command) == 0
+    assert "alpha" in (tmp_path / "loss.fit.json").read_text()

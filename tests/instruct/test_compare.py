@@ -326,3 +326,16 @@ def test_rows_and_votes_that_are_none_are_named_by_their_line(files, tmp_path):
         bad.write_text(line)
         with pytest.raises(ConfigError, match=r"bad:1.*is no saved vote"):
             read_votes(comparison, [bad])
+
+
+def test_what_is_read_is_not_written_over(files, tmp_path, capsys):
+    """`compare a.jsonl b.jsonl --output b.jsonl` put its page in the place of the answers."""
+    pair, before = [str(file) for file in files], files[1].read_bytes()
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("votes")
+    for more in (["--output", pair[1]], ["--votes", str(votes), "--table", str(votes)]):
+        assert main(["compare", *pair, *more]) == 2
+        assert "is read, and would be replaced; name another file" in capsys.readouterr().err
+    assert main(["compare", *pair, "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert (files[1].read_bytes(), votes.read_text()) == (before, "votes")

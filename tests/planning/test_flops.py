@@ -215,12 +215,14 @@ def test_at_the_crossover_attention_costs_what_the_layers_do():
 
 def test_a_text_of_one_length_is_a_run_of_one_stage():
     curriculum = parse_curriculum("8192", tokens_per_step=16_384, steps=1)
+    assert parse_curriculum("8Ki", tokens_per_step=16_384, steps=1) == curriculum  # as the other options take lengths
     (stage,) = curriculum.stages
     assert (stage.seq_length, stage.until, stage.micro_batch_size) == (8192, 1.0, 1)
     assert (curriculum.tokens_per_step, curriculum.total_tokens) == (16_384, 16_384)
     for text, says in (
         ("4096,32768", "stage '4096' needs the share of tokens at which it ends, such as 4096@0.2"),
-        ("4096@0.5,8192@", "must look like 4096@0.2,32768"),
+        ("4096@0.5,8192@", "must look like 4096@0.2,32768, or 4Ki@0.2,32Ki"),
+        ("4.5@0.5,8192", "must look like 4096@0.2,32768, or 4Ki@0.2,32Ki"),
     ):
         with pytest.raises(ConfigError) as error:
             parse_curriculum(text, tokens_per_step=32_768, steps=10)

@@ -115,6 +115,9 @@ def test_a_corpus_that_is_there_is_not_prepared_again(folder, capsys):
         (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpu", "a100"], "--gpu='a100': has no effect"),
         (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpus", "0"], "--gpus=0: must be 1 or more"),
         (["--checkpoint", "seven_hf", "--target", "32768", "--data", "books", "--gpus", "1"], "--gpus=1: no layout"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--gpus", "2", "--gpu", "cpu"], "'cpu': is no GPU"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--tokens", "0"], "--tokens=0: must be 1 or more"),
+        (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--tokens", "-5"], "--tokens=-5: must be 1 or more"),
         (["--checkpoint", "tiny_hf", "--target", "512", "--data", "books", "--output", "a.txt"], "--output='a.txt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -158,6 +161,10 @@ def test_the_scaling_of_a_nemo_checkpoint_is_said(folder, capsys):
         recipe, printed = (folder / "ckpt_1024.yaml").read_text(), capsys.readouterr().out
         assert (f"# The checkpoint's RoPE is {said}, whose place this takes" in recipe) == bool(said)
         assert f"RoPE        {said and said + ', '}base 10000 -> " in printed
+        assert " --tokenizer TOKENIZER " in printed
+    (folder / "ckpt" / "context" / "tokenizer").mkdir()  # the line can be typed as it is
+    assert main(["init", "--checkpoint", "ckpt", "--target", "1024", "--data", "books", "--force"]) == 0
+    assert " --tokenizer ckpt/context/tokenizer " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,9 @@ def test_what_was_decided_is_printed_and_what_was_not_given_is_asked_for(folder,
     assert (recipe.name, recipe.curriculum.total_tokens) == ("mine", 512 * 1024)
     assert said[4:6] == ["next:", said[5]]
     assert recipe.data.mix.sources[0].path == "data/books"
+    answers["context to reach, tokens: "] = "2Ki"  # as the option takes it
+    assert main(["init", "--checkpoint", "tiny_hf", "--data", "books", "--name", "two"]) == 0
+    assert "steps of 8,192 tokens at 2,048" in capsys.readouterr().out
     answers["context to reach, tokens: "] = "many"
     assert main(["init", "--checkpoint", "tiny_hf", "--data", "books"]) == 2
     assert "--target='many': must be a whole number of tokens" in capsys.readouterr().err

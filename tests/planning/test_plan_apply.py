@@ -126,6 +126,12 @@ def test_a_file_that_is_there_stays_when_the_plan_is_refused(capsys, tmp_path):
     file.write_text("precious")
     assert main(["plan", "--model", "llama2_7b", "--gpus", "8", "--precision", "fsdp_bf16", "--apply", str(file)]) == 2
     assert file.read_text() == "precious"
+    assert main(["plan", "--recipe", "llama2_7b", "--gpus", "64", "--apply", str(file)]) == 2  # it was written over
+    assert file.read_text() == "precious"
+    assert "is there already, and no plan wrote it; name another file" in capsys.readouterr().err
+    for gpus in ("64", "128"):  # what an earlier plan wrote is replaced
+        assert main(["plan", "--recipe", "llama2_7b", "--gpus", gpus, "--apply", str(tmp_path / "plan.yaml")]) == 0
+        assert f"on {gpus} x" in (tmp_path / "plan.yaml").read_text()
     assert main(["plan", "--model", "llama2_7b", "--gpus", "8", "--apply", str(tmp_path / "x.json")]) == 2
     assert ".yaml" in capsys.readouterr().err
 

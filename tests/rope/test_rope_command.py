@@ -97,6 +97,7 @@ def test_show_prints_xpos_scales(capsys):
         (["plot", "--figures", "decay", "decay"], "--figures='decay': named twice"),
         (["plot", "--seq-length", "0"], "--seq-length=0: must be 1 or more"),
         (["plot", "--seq-length", "-3"], "--seq-length=-3: must be 1 or more"),
+        (["plot", "--seq-length", "1T"], "--seq-length=1000000000000: is longer than any context: 16,777,216 tokens at most"),
         (["plot", "--figures", "helices", "--positions", "0"], "--positions=0: must be 2 or more"),
         (["plot", "--figures", "helices", "--positions", "-1"], "--positions=-1: must be 2 or more"),
         (["plot", "--figures", "helices", "--pair", "64"], "pair=64: must be between 0 and 63"),

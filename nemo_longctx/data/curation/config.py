@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 
 from nemo_longctx.config import ConfigError, did_you_mean
@@ -94,6 +95,10 @@ class CurateConfig:
             raise ConfigError("gzip_band", band, "two quantiles in rising order, such as 0.2,0.8")
         self._check_assembly()
         self._check_near()
+        if odd := [code for code in self.languages if not re.fullmatch("[a-z]{2}", code)]:
+            raise ConfigError(
+                "languages", odd[0], "no language has this code; write ISO 639-1's two small letters, such as en,de"
+            )
         if self.languages and importlib.util.find_spec("py3langid") is None:
             raise ConfigError("languages", self.languages, "needs py3langid; pip install py3langid, or leave it out")
 

@@ -24,7 +24,7 @@ from nemo_longctx.data.curation.grouping import assemble
 from nemo_longctx.data.curation.scores import PERMUTATIONS
 from nemo_longctx.data.curation.shard import CurateJob, ShardReport
 from nemo_longctx.data.engines import Progress, run_shards
-from nemo_longctx.data.inputs import Found, find_files, printable, shown
+from nemo_longctx.data.inputs import Found, check_globs, find_files, printable, shown
 from nemo_longctx.data.opening import stamp_of
 from nemo_longctx.data.readers import Part, lines_before, split_files
 from nemo_longctx.data.tokenization import load_tokenizer
@@ -53,6 +53,7 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
     output = os.path.abspath(config.output)
     names = output_names(output, config.split_lengths)
     work = Path(f"{output}.work")
+    check_globs(config.inputs, config.globs)
     globs = config.globs or (CODE_GLOBS if config.assemble == "repositories" and _folders(config) else ())
     found = find_files(config.inputs, globs, exclude=_own_files(output, names, work))
     if found.passed_over or len(found.files) > 1:
@@ -84,7 +85,7 @@ def curate(config: CurateConfig, *, say: Callable[[str], None], progress: Callab
         reports = _judge(config, jobs, say, progress)
         corpus = _Corpus(config, jobs, reports)
         corpus.find_duplicates(say)
-        corpus.keep_band()
+        corpus.keep_band(say)
         if not corpus.kept.any():
             raise ConfigError("input", " ".join(config.inputs), f"no document stays ({_counts(corpus, before)}); loosen a rule")
         corpus.write(names, work)
@@ -148,7 +149,23 @@ def _already_made(config: CurateConfig, output: str, names: list[str], plan: str
         return made
     if config.force or made.get("plan") == plan:
         return None
-    raise ConfigError("output", config.output, "something else is there; name another file, or replace it with --force")
+    mend = f"something else is there{_differs(config, made)}; name another file, or replace it with --force"
+    raise ConfigError("output", config.output, mend)
+
+
+def _differs(config: CurateConfig, made: dict[str, Any]) -> str:
+    """` (made with another seed)`: the settings that are others than those of what is there, or that its input has changed."""
+    before = made.get("settings")
+    if "plan" not in made or not isinstance(before, dict):
+        return ""
+    now = json.loads(json.dumps(_settings(config)))
+    free = ("output", "workers", "engine", "force")
+    other = [key for key, value in now.items() if key not in free and before.get(key) != value]
+    return f" (made with another {' and another '.join(other)})" if other else " (its input has changed since)"
+
+
+def _settings(config: CurateConfig) -> dict[str, Any]:
+    return asdict(config) | {"inputs": [shown(path) for path in config.inputs]}
 
 
 def _begin(work: Path, plan: str, definition: str, say: Callable[[str], None]) -> None:
@@ -218,19 +235,23 @@ class _Corpus:
             self.rule[number] = (rule, "")
             self.same[number] = int(first[number])
 
-    def keep_band(self) -> None:
+    def keep_band(self, say: Callable[[str], None]) -> None:
         """Drop the least and the most compressible of each doubling of length."""
         if self.config.gzip_band is None:
             return
+        few = 0
         ratio, doubling = self._column("gzip_ratio"), np.log2(np.maximum(1, self._column("characters"))).astype(int)
         for bucket in np.unique(doubling):
             here = np.flatnonzero((doubling == bucket) & self.kept)
             if len(here) < _SMALL:
+                few += len(here)
                 continue
             low, high = np.quantile(ratio[here], self.config.gzip_band)
             for number in here[(ratio[here] < low) | (ratio[here] > high)].tolist():
                 self.kept[number] = False
                 self.rule[number] = ("gzip_band", f"{ratio[number]:.3f} outside {low:.3f} to {high:.3f}")
+        if few:
+            say(f"--gzip-band leaves {few:,} documents as they are: fewer than {_SMALL} have a length like theirs")
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([rows[name] for rows in self.rows])
@@ -328,7 +349,7 @@ def _copy(source: BinaryIO, target: BinaryIO, n_bytes: int) -> None:
 
 def _provenance(config: CurateConfig, found: Found, plan: str) -> dict[str, Any]:
     return {
-        "settings": asdict(config) | {"inputs": [shown(path) for path in config.inputs]},
+        "settings": _settings(config),
         "passed_over": {shown(path): why for path, why in found.passed_over.items()},
         "versions": {"nemo_longctx": versions_of("nemo-longctx")["nemo-longctx"], "numpy": np.__version__},
         "plan": plan,
