@@ -215,7 +215,7 @@ class LongContextLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         jobs, untils, lost = [], [], []
         asked_before: Counter[int] = Counter()  # lm-eval asks one instance again for each repeat: another draw
-        end = self.eot_token_id
+        end: int | None = self.eot_token_id
         eos = None if end is None else self.tokenizer.decode(end, skip_special_tokens=False)
         for instance in requests:
             text, asked = instance.args
@@ -242,7 +242,7 @@ class LongContextLM(TemplateLM):
             untils.append(until)
             lost.append(cut.lost)
         # Not in the key where it is the tokenizer's own end, which is there already.
-        more = {} if self.ends <= {self.eot_token_id} else {"ends": sorted(self.ends)}
+        more: dict[str, Any] = {} if self.ends <= {self.eot_token_id} else {"ends": sorted(self.ends)}
         made = self._run(jobs, "generation", disable_tqdm, extra=[{"until": u, **more} for u in untils])
         made = [tokens[:-1] if tokens and tokens[-1] in self.ends else tokens for tokens in made]
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]

@@ -46,6 +46,7 @@ class HFCausalModel:
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         scaling = getattr(text, "rope_scaling", None) or {}
         self.reads_whole = scaling.get("rope_type", scaling.get("type")) in LENGTH_DEPENDENT_ROPE
+        self.stretched = [part for part in model.modules() if "dynamic" in str(getattr(part, "rope_type", ""))]
         self.truncate(0)
         self._check_head()
 
@@ -62,12 +63,17 @@ class HFCausalModel:
                 f"{f' (final_logit_softcapping={cap})' if cap else ''}: score it with lm_eval --model hf"
             )
 
+    @torch.inference_mode()
     def truncate(self, length: int) -> None:
         from transformers import DynamicCache
 
         if length == 0:
             # Without the config every layer keeps all keys, so that a sliding-window layer can be cut back too.
             self._cache = DynamicCache()
+            # Under dynamic NTK transformers keeps a long input's frequencies until one within the trained length comes.
+            place = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            for rotary in self.stretched:
+                rotary(place.float(), place)
         else:
             self._cache.crop(length)
 

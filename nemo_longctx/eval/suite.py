@@ -230,6 +230,7 @@ class Suite:
         bos = self.tokenizer.bos_token_id
         prefix = [] if bos is None else [bos]
         if is_corpus(task.text):
+            self._corpus(task.text)
             texts = corpus_texts(task.text, self.tokenizer, 4 * max(task.probes.lengths))
         else:
             texts = read_texts(task.text)

@@ -153,6 +153,18 @@ def test_length_dependent_frequencies_are_not_shared(scaling):
         np.testing.assert_allclose(score.token_log_probs, reference(model, request)[0], atol=2e-5)
 
 
+def test_an_input_has_the_frequencies_of_its_own_length_whatever_was_read_before():
+    """Under dynamic NTK transformers keeps those of the longest input until one within the trained length comes."""
+
+    def fresh():
+        return Scorer(HFCausalModel(tiny_llama(length=16, rope_scaling={"rope_type": "dynamic", "factor": 4.0}), max_length=64))
+
+    tokens = np.random.default_rng(0).integers(3, VOCAB, 60).tolist()
+    requests = [Continuation(context=[n, *tokens[:length]], continuation=[5]) for n, length in enumerate((55, 30, 15, 40))]
+    together, alone = fresh().score(requests), [fresh().score([request])[0] for request in requests]
+    assert [one.log_likelihood for one in together] == pytest.approx([one.log_likelihood for one in alone], abs=1e-5)
+
+
 def test_token_losses_is_the_loss_of_every_position(llama):
     tokens = np.random.default_rng(0).integers(0, VOCAB, 50).tolist()
     expected = -reference(llama, Continuation(context=tokens[:1], continuation=tokens[1:]))[0]

@@ -198,6 +198,30 @@ def test_probes_in_the_text_of_a_corpus(tmp_path):
     assert corpus_texts(str(tmp_path / "held_out"), tokenizer, 10**9) == [text] * 9
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"kind": "position", "corpus": "P", "seq_length": 20},
+        {"kind": "context", "corpus": "P", "contexts": [8, 16], "targets": 2},
+        {"kind": "probes", "text": "P", "probes": {"kinds": ["passkey"], "lengths": [200], "samples": 1}},
+    ],
+    ids=lambda block: block["kind"],
+)
+def test_a_corpus_of_another_tokenizer_is_an_error_of_its_task(block, corpus, llama, monkeypatch):
+    prefix, _ = corpus
+
+    tokenizer = types.SimpleNamespace(bos_token_id=None)
+
+    def refuse(opened, given):
+        assert (opened.prefix, given) == (prefix, tokenizer)
+        raise ConfigError("corpus", prefix, "its tokens are of another tokenizer")
+
+    monkeypatch.setattr(suite_module, "check_ids", refuse)
+    suite = Suite(parse_tasks([{key: prefix if value == "P" else value for key, value in block.items()}]), tokenizer=tokenizer)
+    (why,) = suite.run(HFCausalModel(llama), name="x", quiet=True).errors.values()
+    assert "its tokens are of another tokenizer" in why
+
+
 CONF = Path(__file__).parents[2] / "conf" / "eval"
 
 
