@@ -71,10 +71,10 @@ def load_checkpoint(
     hf = load_hf_model(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # The same weights under another rope_theta are another model.
     settings = json.dumps(hf.config.to_diff_dict(), sort_keys=True, default=str)
-    model = HFCausalModel(hf, max_length=max_length)
-    if model.stretched:  # results that were kept before each input had the frequencies of its own length are others
+    whole = HFCausalModel(hf, max_length=max_length)
+    if whole.stretched:  # results that were kept before each input had the frequencies of its own length are others
         settings += " by length"
-    return model, weights_digest(hf.state_dict().items(), settings), path, None
+    return whole, weights_digest(hf.state_dict().items(), settings), path, None
 
 
 def check_source(path: str, tokenizer: Any = None) -> None:

@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
 
         result = suite.run(lm.causal, name=name, harness=harness, group=lm.data_group, quiet=not first)
         results.append(result)
-        notes = without_bos(suite.tasks, lm.tokenizer) if isinstance(lm.causal, HFCausalModel) else []
+        foreign = isinstance(lm.causal, HFCausalModel)
+        notes: list[str] = without_bos(suite.tasks, lm.tokenizer) if foreign else []
         seen[result.model] = {"path": checkpoint, **lm.identity, "tasks": blocks} | ({"notes": notes} if notes else {})
         if first:
             _print(result)

@@ -38,10 +38,11 @@ class HFCausalModel:
         # A multimodal model may be its own base, of other outputs; text is read by the language model in it alone.
         self.body = model.base_model if model.base_model is not model else model.get_decoder()
         text = model.config.get_text_config()
-        self.max_length = max_length or getattr(text, "max_position_embeddings", None)
-        if self.max_length is None:
+        longest = max_length or getattr(text, "max_position_embeddings", None)
+        if longest is None:
             mend = f"{type(model).__name__} says no longest input; say how many tokens it may read"
             raise ConfigError("--max-length", None, mend)
+        self.max_length: int = longest
         self.ends = ends_of(model.generation_config)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         scaling = getattr(text, "rope_scaling", None) or {}
