@@ -1,5 +1,6 @@
 """Callbacks by themselves: what they do at a start, at a resume, at a save, and when an alarm must end the run."""
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from nemo_longctx.adapters.nemo.launch.lifecycle import keep_own_files_in_place
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.loggers import keep_ids
+from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.runs import one_run, write_finished
 
 WATCHED = {"kind": "position", "corpus": "unused", "seq_length": 64, "guard": True}
@@ -178,6 +180,39 @@ def test_a_run_that_begins_anew_measures_anew(tmp_path, monkeypatch, step, kept)
     callback = Counting(directory=str(tmp_path))
     callback.on_train_start(trainer_at(step), None)
     assert [each.model for each in callback.results] == kept
+
+
+def test_evaluations_are_kept_on_disk_and_their_page_has_all(tmp_path, monkeypatch):
+    """What was measured of every document was kept of every evaluation by every process."""
+    made = iter(
+        [dataclasses.replace(result(loss), model=f"step {step}") for step, loss in ((1, 2.0), (2, 2.1), (3, 2.2), (4, 2.3))]
+    )
+    monkeypatch.setattr(evaluation, "mcore_modules", lambda _: [None])
+    monkeypatch.setattr(evaluation, "evaluating", contextlib.nullcontext)
+    monkeypatch.setattr(evaluation, "MCoreCausalModel", lambda *_, **more: SimpleNamespace(release=lambda: None))
+    monkeypatch.setattr(evaluation, "data_group", lambda: None)
+    callback = LongContextEvalCallback(tasks=[WATCHED], directory=str(tmp_path / "eval"), guard={"action": "warn"})
+    callback._suite = SimpleNamespace(run=lambda model, **more: next(made))
+    module = SimpleNamespace(config=SimpleNamespace(seq_length=64, vocab_size=9))
+    (tmp_path / "eval").write_text("no folder")  # the disk is full at first
+
+    def evaluate(step):
+        callback.evaluate(trainer_at(step, strategy=SimpleNamespace(megatron_parallel=None), callbacks=[]), module)
+
+    evaluate(1)
+    (tmp_path / "eval").unlink()
+    evaluate(2)
+    stale = dataclasses.replace(result(9.0), model="step 8")  # of a run that was killed: it is trained again
+    write_results(tmp_path / "eval", [*read_results(tmp_path / "eval"), stale], provenance={})
+    evaluate(3)
+    assert [(one.model, one.watched["loss_position_64"][0]) for one in read_results(tmp_path / "eval")] == [
+        ("step 1", 2.0), ("step 2", 2.1), ("step 3", 2.2),
+    ]  # fmt: skip
+    assert [(one.model, len(one.watched)) for one in callback.results] == [("step 1", 1), ("step 2", 0), ("step 3", 0)]
+    assert callback.verdict.changes["loss_position_64"].mean == pytest.approx(0.2)
+    again = Counting(directory=str(tmp_path / "eval"), guard={"action": "warn"})
+    again.on_train_start(trainer_at(2, callbacks=[]), None)
+    assert [(one.model, len(one.watched)) for one in again.results] == [("step 1", 1), ("step 2", 0)]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
 from nemo_longctx.eval.guard import Verdict, judge
-from nemo_longctx.eval.results import SuiteResult
+from nemo_longctx.eval.results import SuiteResult, blank_result
 from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import InterruptedEvaluationError, Suite
 from nemo_longctx.report.evaluation import read_results, write_results
@@ -72,15 +74,16 @@ class LongContextEvalCallback(Callback):
         self.at_start, self.at_end, self.time_budget = config.at_start, config.at_end, config.time_budget
         self.guard, self.max_length, self.results_cache = config.guard, config.max_length, config.results_cache
         self.base, self.tokenizer = base, tokenizer
-        self.results: list[SuiteResult] = []
+        self.results: list[SuiteResult] = []  # what every process has to know of each; the files have the rest
+        self._unwritten: list[SuiteResult] = []  # whole, where the disk was full
         self.verdict: Verdict | None = None  # the guard's last
         self._suite: Suite | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         step = trainer.global_step
         # What is trained again is measured again, and so is all of a run that begins anew: it may have another base.
-        found = everywhere(read_results(self.directory) if trainer.is_global_zero and step else [])[0]
-        self.results = [result for result in found if _step_of(result) <= step]
+        there = read_results(self.directory) if trainer.is_global_zero and step else []
+        self.results = everywhere(_known([result for result in there if _step_of(result) <= step]))[0]
         if step and self.guard and not self.results and trainer.is_global_zero:
             logger.warning("guard: nothing was measured before step %d, so changes are those since the next evaluation", step)
         self._suite = self._build(pl_module)  # a tokenizer that is missing is better missed now than at step 5,000
@@ -148,6 +151,8 @@ class LongContextEvalCallback(Callback):
         self.results.append(result)
         self._report(trainer, result)
         self._watch(trainer, result)
+        self.results = _known(self.results)
+        _give_back_memory()
 
     def _build(self, pl_module: Any) -> Suite:
         tokenizer = self.tokenizer or getattr(pl_module, "tokenizer", None)
@@ -183,8 +188,12 @@ class LongContextEvalCallback(Callback):
         packages = versions_of("torch", "megatron-core", "nemo_toolkit")
         old = [(t.seq_length, "the old length") for t in self.tasks if isinstance(t, PositionTask) and t.guard]
         provenance = {"tasks": [repr(task) for task in self.tasks], "versions": packages}
+        self._unwritten.append(result)
         try:
-            page = write_results(self.directory, self.results, provenance=provenance, marks=old, guard=self.guard)
+            known = {one.model for one in self.results}
+            whole = {one.model: one for one in [*read_results(self.directory), *self._unwritten] if one.model in known}
+            page = write_results(self.directory, [*whole.values()], provenance=provenance, marks=old, guard=self.guard)
+            self._unwritten = []
             print(f"evaluation at {result.model}: {page}", flush=True)
             log_pictures(trainer, figures_in(self.directory))
         except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
@@ -210,6 +219,19 @@ class LongContextEvalCallback(Callback):
         # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
         if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True
+
+
+def _known(results: Sequence[SuiteResult]) -> list[SuiteResult]:
+    """That there was each evaluation, and what the first one watched, with which the guard compares. The losses of a thousand
+    documents, kept of every evaluation by every process, would be gigabytes by the end of a run."""
+    return [replace(blank_result(one.model), watched={} if number else one.watched) for number, one in enumerate(results)]
+
+
+def _give_back_memory() -> None:
+    """What an evaluation freed goes back to the system: glibc keeps it in pieces that the next one may not fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
 
 
 def _have_adapters(trainer: Any, pl_module: Any) -> None:
