@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nemo_longctx.commands.prepare import tokens
 from nemo_longctx.config import ConfigError
@@ -86,8 +88,9 @@ def _ask(args: argparse.Namespace) -> None:
         if not sys.stdin.isatty():
             raise ConfigError(f"--{key}", None, f"missing; the {question}")
         answer = input(f"{question}: ").strip()
+        read: Callable[[str], Any] = {"checkpoint": Path, "target": tokens}.get(key, str)
         try:
-            setattr(args, key, {"checkpoint": Path, "target": tokens}.get(key, str)(answer))
+            setattr(args, key, read(answer))
         except argparse.ArgumentTypeError:
             raise ConfigError(f"--{key}", answer, "must be a whole number of tokens, as 32768 or 32Ki") from None
 
