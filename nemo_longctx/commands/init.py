@@ -88,9 +88,9 @@ def _ask(args: argparse.Namespace) -> None:
         if not sys.stdin.isatty():
             raise ConfigError(f"--{key}", None, f"missing; the {question}")
         answer = input(f"{question}: ").strip()
-        read: Callable[[str], Any] = {"checkpoint": Path, "target": tokens}.get(key, str)
+        readers: dict[str, Callable[[str], Any]] = {"checkpoint": Path, "target": tokens}
         try:
-            setattr(args, key, read(answer))
+            setattr(args, key, readers.get(key, str)(answer))
         except argparse.ArgumentTypeError:
             raise ConfigError(f"--{key}", answer, "must be a whole number of tokens, as 32768 or 32Ki") from None
 
