@@ -128,7 +128,8 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     gpu = gpu_by_name(settings.gpu)
     plan["machine"] = {"gpus": settings.layout.gpus, **asdict(gpu)}
     plan["layout"] = _layout_plan(settings, settings.layout, gpu, curriculum)
-    plan["notes"] += _batch_notes(settings, settings.layout, gpu, plan["layout"])
+    if not settings.search:  # which may find another that can
+        plan["notes"] += _batch_notes(settings, settings.layout, gpu, plan["layout"])
     mfu = _given_mfu(settings, convention)
     if mfu is not None:
         plan["at_mfu"] = _time_at_mfu(settings, gpu, settings.layout.gpus, cost, mfu)

@@ -43,7 +43,7 @@ class Machine:
 
     def __init__(self, runner, *, probes=1.0, dies=()):
         self.runner, self.probes, self.dies, self.ran = runner, probes, list(dies), []
-        self.execute = self
+        runner.execute = self
 
     def __call__(self, command, log):
         self.ran.append(command)

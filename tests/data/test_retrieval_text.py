@@ -365,8 +365,9 @@ def test_the_note_says_all_that_made_the_text(tmp_path, tokenizer, capsys):
     from nemo_longctx.cli import main
     from nemo_longctx.data.tokenization import load_tokenizer
 
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    output, source = tmp_path / "new" / "o.jsonl", str(tmp_path / "text.jsonl")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    output, source = tmp_path / "new" / "o.jsonl", str(tmp_path / "in")
     command = ["synth", source, "--output", str(output), "--tokenizer", tokenizer, "--length", "64", "--tokens", "640"]
     command += ["--kinds", "copy", "--keys", "body", "--facts", "2", "--filler", "0.25", "--seed", "7"]
     for more, ends in (([], 1), (["--no-append-eod", "--force", "--glob", "*.jsonl"], 0)):

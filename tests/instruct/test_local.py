@@ -138,8 +138,8 @@ def test_a_folder_without_a_model_is_named(tokenizer_folder, tmp_path, capsys):
     assert "no weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("end", "reason"), [([7, 2], "stop"), ([2, 7], "length")])
-def test_a_call_is_asked_with_its_own_settings(end, reason):
+@pytest.mark.parametrize(("end", "said", "reason"), [([7, 2], [7], "stop"), ([2, 7], [2, 7], "length")])
+def test_a_call_is_asked_with_its_own_settings(end, said, reason):
     """And no window is longer than the model's."""
     asked = []
     tokenizer = SimpleNamespace(
@@ -152,6 +152,6 @@ def test_a_call_is_asked_with_its_own_settings(end, reason):
     (request,) = asked
     assert (request.context, request.max_new_tokens, request.temperature, request.seed) == ([1] * 10, 5, 0.7, 3)
     assert (request.stop([5, 2]), request.stop([2, 5])) == (True, False)
-    assert (reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens) == (str(end), reason, 10, 2)
+    assert (reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens) == (str(said), reason, 10, 2)
     with pytest.raises(CallError, match="10 tokens and an answer of 6 do not fit a window of 15; lower chunk_tokens"):
         LocalCheckpoint._answer(model, dataclasses.replace(call, max_tokens=6))

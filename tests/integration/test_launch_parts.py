@@ -215,8 +215,9 @@ def test_a_manifest_goes_before_anything_of_its_checkpoint(tmp_path, monkeypatch
     path, there = make(tmp_path, 8), []
     monkeypatch.setattr(nl.ModelCheckpoint, does, lambda *a, **more: there.append((path / "manifest.json").exists()))
     callback = LongContextCheckpoint(every=8, tokens_per_step=8)
-    callback.async_save = put_off.pop("async_save", False)
-    getattr(callback, does)(SimpleNamespace(is_global_zero=first), f"{path}.ckpt", **put_off)
+    callback.async_save = put_off.get("async_save", False)
+    more = {key: value for key, value in put_off.items() if key != "async_save"}
+    getattr(callback, does)(SimpleNamespace(is_global_zero=first), f"{path}.ckpt", **more)
     assert there == [not (goes and first)]
 
 
