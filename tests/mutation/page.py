@@ -10,7 +10,7 @@ from typing import Any
 ABOUT = """# Planted faults
 
 A small fault (a bound, a sign, a dropped check or argument) is planted in a copy of the tree, and the default tests that run
-its function run until one fails: the likeliest 40 at most, and at most 20 s of them. `make mutants` takes a seeded sample of
+its function run until one fails: the likeliest 40 test functions, for at most 20 s. `make mutants` takes a seeded sample of
 400 over the package, modules in turn, those last that only tests of training meet, and writes this page anew; it goes on where
 it was stopped, and what survived is run again once its tests change.
 `make mutants-changed REF=main` takes 40 in the files that differ from REF, for four minutes at most, and fails under 85 %.

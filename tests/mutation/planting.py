@@ -128,13 +128,13 @@ def planted(mutant: Mutant, target: Path, tests: list[tuple[str, float]], sound:
 class Watch:
     """A plugin of pytest: runs the tests in the order given; the name of the one, or of the file, that fails goes to a pipe.
 
-    Of a test with parameters those that were chosen, and those that the map did not know.
+    Of a test with parameters those that were chosen, all where it was named without any, and those that the map did not know.
     """
 
     known: frozenset[str] = frozenset()  # the map's tests
 
     def __init__(self, tests: list[str], pipe: int):
-        self.order, self.pipe = {test: place for place, test in enumerate(tests)}, pipe
+        self.order, self.pipe, self.whole = {test: place for place, test in enumerate(tests)}, pipe, set(tests)
         for place, test in enumerate(tests):
             self.order.setdefault(test.partition("[")[0], place)
 
@@ -142,8 +142,11 @@ class Watch:
         os.environ.pop(AUTOLOAD, None)  # a test that starts pytest starts it as people do
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if item.nodeid in self.order or item.nodeid not in self.known]
+        items[:] = [item for item in items if item.nodeid not in self.known or self.is_asked(item.nodeid)]
         items.sort(key=lambda item: self.order.get(item.nodeid, self.order.get(item.nodeid.partition("[")[0], len(self.order))))
+
+    def is_asked(self, test: str) -> bool:
+        return test in self.order or test.partition("[")[0] in self.whole
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
