@@ -43,7 +43,7 @@ test-hosts: $(INSTALLED)
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutation/run.py --number 400 --journal build/mutants.jsonl --report docs/mutants.md
 
-# The same for the files that differ from REF: a sample of 40, for four minutes at most; under 85 % caught it fails.
+# The same for the files that differ from REF: a sample of 40, for four minutes at most; under 85 % caught in cores it fails.
 REF ?= HEAD~1
 mutants-changed: $(INSTALLED)
 	$(BIN)/python tests/mutation/run.py --changed $(REF) --number 40 --minutes 4 --floor 0.85
