@@ -13,8 +13,8 @@ A small fault (a bound, a sign, a dropped check or argument) is planted in a cop
 its function run until one fails: the likeliest 40 test functions, for at most 20 s. `make mutants` takes a seeded sample of
 400 over the package, modules in turn, those last that only tests of training meet, and writes this page anew; it goes on where
 it was stopped, and what survived is run again once its tests change.
-`make mutants-changed REF=main` takes 40 in the files that differ from REF, for four minutes at most, and fails under 85 % of those
-in cores; CI does so for its last commit.
+`make mutants-changed REF=main` takes 40 in the files that differ from REF, for four minutes at most, and fails under 85 %
+of those in cores; CI does so for its last commit.
 Which test runs which function is in a map that `tests/mutation/collect.py` makes; slow tests are not in it. Faults that change
 nothing are in `tests/mutation/equivalent.json` with the reason of each, and are not drawn.
 """
