@@ -4,8 +4,9 @@
 
 The real command trains the tiny recipe on this repository's own text, with validation, a checkpoint and an
 evaluation (loss by position, probes that generate) every few steps. Every few seconds memory (resident, without shared),
-threads and open files of the command and its children are read from /proc. Then it is ended by SIGTERM. Of each figure a line
-is fitted to the last `KEPT` of the time: the slope must be 0 within the noise. It writes OUTPUT.csv and OUTPUT.md.
+threads and open files of the command and its children are read from /proc, and memory of the largest of them, the trainer, by
+itself. Then it is ended by SIGTERM. Of each figure a line is fitted to the last `KEPT` of the time: the slope must be 0 within
+the noise. It writes OUTPUT.csv and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shipped_recipes import prepare
 
 KEPT = 0.5  # caches and arenas fill for some 30 minutes
 BLOCKS = 12  # means of so many parts of the time are fitted: samples beside each other are not independent
-FIGURES = ("memory_mib", "threads", "files")
+FIGURES = ("memory_mib", "trainer_mib", "threads", "files")
 
 
 def overrides(place: Path, steps: int) -> list[str]:
@@ -66,7 +67,9 @@ def look(pid: int) -> dict[str, float]:
             found["files"] += len(os.listdir(f"/proc/{each}/fd"))
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        found["memory_mib"] += int(status.get("RssAnon", "0 kB").split()[0]) / 1024
+        memory = int(status.get("RssAnon", "0 kB").split()[0]) / 1024
+        found["memory_mib"] += memory
+        found["trainer_mib"] = max(found["trainer_mib"], memory)
         found["threads"] += int(status.get("Threads", "0"))
     return {**found, "processes": len(members)}
 
