@@ -172,12 +172,18 @@ def evaluation_lines(scalars: Sequence[Mapping[str, float]], most: int = 8) -> l
     if not scalars:
         return []
     first, last = scalars[0], scalars[-1]
-    names = [name for name in last if name.endswith(("/loss", "/effective_length"))]
+    names = [name for name in dict.fromkeys([*last, *first]) if name.endswith(("/loss", "/effective_length"))]
     lines = []
     for name in names[:most]:
-        before = f"{first[name]:,.4g} -> " if len(scalars) > 1 and name in first else ""
-        lines.append(f"{name} {before}{last[name]:,.4g}")
-    return lines
+        before = f"{_told(first[name])} -> " if len(scalars) > 1 and name in first else ""
+        lost = "not measured" if name.endswith("/loss") else "too weak to tell, or not measured"
+        lines.append(f"{name} {before}{_told(last[name]) if name in last else lost}")
+    return lines + ([f"and {len(names) - most} more, on the page of the evaluation"] if len(names) > most else [])
+
+
+def _told(value: float) -> str:
+    """Four digits of a loss, all of a length."""
+    return f"{value:,.0f}" if value == int(value) and value >= 1000 else f"{value:,.4g}"
 
 
 def read_finished(directory: Path) -> dict[str, Any] | None:

@@ -94,6 +94,17 @@ def finished(directory, *, steps=10, tokens=40_960):
     runs.write_finished(directory, step=steps, tokens=tokens, evaluated=runs.evaluation_lines(scalars))
 
 
+def test_a_line_of_a_last_evaluation_has_every_digit_of_a_length_and_says_what_is_lost():
+    first = {"position_64/loss": 5.0, "code/effective_length": 32768.0, "passkey/effective_length": 4096.0, "x/loss": 1.0}
+    last = {"position_64/loss": 2.34567, "code/effective_length": 16384.0, "seconds": 9.0}
+    assert runs.evaluation_lines([first, last]) == [
+        "position_64/loss 5 -> 2.346", "code/effective_length 32,768 -> 16,384",
+        "passkey/effective_length 4,096 -> too weak to tell, or not measured", "x/loss 1 -> not measured",
+    ]  # fmt: skip
+    assert runs.evaluation_lines([first], most=2)[2:] == ["and 2 more, on the page of the evaluation"]
+    assert runs.evaluation_lines([]) == []
+
+
 CLOCK = ["curriculum.total_tokens=40960", "curriculum.tokens_per_step=4096", "optimizer.warmup_tokens=0",
          "trainer.val_every_tokens=0", "checkpoint.every_tokens=0"]  # fmt: skip
 

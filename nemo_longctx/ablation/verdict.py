@@ -9,14 +9,14 @@ Shapes: S seeds, D documents.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.eval.intervals import t_quantile
 
 HOLDS, NOT, UNKNOWN = "holds", "does not", "cannot be told here"
 TESTS = ("less", "greater", "no_worse")
@@ -70,19 +70,6 @@ def effect(first_SD: ArrayLike, second_SD: ArrayLike) -> Effect:
     # The fewest degrees of freedom: three seeds may by luck lie close together, and then say too little of their spread.
     half = t_quantile(min(f for _, f in parts)) * math.sqrt(variance)
     return Effect(mean=mean, low=mean - half, high=mean + half, seeds=S, documents=D)
-
-
-@functools.cache
-def t_quantile(freedom: float, probability: float = 0.975) -> float:
-    """Quantile of Student's t: bisection on its integral (fractional degrees of freedom included)."""
-    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    # x = tan(u): the tails become a finite stretch
-    u: NDArray[np.float64] = np.linspace(0, math.pi / 2 - 1e-9, 20_001)
-    x = np.tan(u)
-    with np.errstate(over="ignore"):
-        density = np.exp(log_c - (freedom + 1) / 2 * np.log1p(np.square(x) / freedom)) * (1 + np.square(x))
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(u))]) + 0.5
-    return float(np.interp(probability, below, x))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.intervals import t_quantile
 from nemo_longctx.eval.requests import Continuation
 from nemo_longctx.eval.scaling import BETA_RANGE, ContextLaw, fit_context_law_by_document, fit_many
 
 Array = NDArray[np.float64]
 COLUMNS = ("model", "context", "read", "documents", "tokens", "loss", "standard error")
+FEW = 3  # differences of which a bootstrap knows too little
 KEY_LOSS = 2.0  # a key token is also predicted at least this well (nats) in long context: Fang et al. 2024, section 4.2
 
 
@@ -189,7 +191,8 @@ def paired(differences: ArrayLike, *, replicates: int = 4000, seed: int = 0) -> 
     """Mean of paired differences with a 95 % interval: a bootstrap-t over documents (Efron and Tibshirani 1993, section 12.5).
 
     The studentized bootstrap keeps its coverage for the few, skewed differences that a handful of documents gives, where
-    plain percentiles are too narrow.
+    plain percentiles are too narrow. Two or three have too few different draws for it (its interval would hold the truth never
+    and four times in five): there Student's t is taken.
 
     Raises:
         ValueError: no difference.
@@ -205,6 +208,9 @@ def paired(differences: ArrayLike, *, replicates: int = 4000, seed: int = 0) -> 
         edge = math.nan if D < 2 else mean
         return Gain(mean=mean, low=edge, high=edge, documents=D)
     error = spread / math.sqrt(D)
+    if D <= FEW:
+        half = t_quantile(D - 1) * error
+        return Gain(mean=mean, low=mean - half, high=mean + half, documents=D)
     drawn = d[np.random.default_rng(seed).integers(0, D, (replicates, D))]
     errors = drawn.std(axis=1, ddof=1) / math.sqrt(D)
     kept = errors > 1e-3 * error  # a draw of one document again and again has no spread to divide by

@@ -142,9 +142,11 @@ class Verdict:
     power: dict[str, float]
 
     def lines(self) -> list[str]:
-        """What a run's last words say of it: alarms first, or that none was raised, and the changes that were looked at."""
-        looked = ", ".join(f"{name} {each.mean:+.4f} ± {each.standard_error:.4f}" for name, each in self.changes.items())
-        said = [f"ALARM: {alarm}" for alarm in self.alarms] or ["no alarm" + (f": {looked}" if looked else "")]
+        """What a run's last words say: alarms, or that none was raised and what was looked at; and what could not be."""
+        looked = ", ".join(f"{name} {each.mean:+.4f} {plus_minus(each.standard_error)}" for name, each in self.changes.items())
+        said = [f"ALARM: {alarm}" for alarm in self.alarms]
+        said += [] if said else [f"no alarm: {looked}"] if looked else ["nothing was compared, so it saw nothing"]
+        said += [f"{name} was not compared: {why}" for name, why in self.unpaired.items()]
         return [f"short-context guard: {line}" for line in said]
 
 
@@ -158,11 +160,13 @@ def judge(
 
     Args:
         before, after: measurement -> value of each document or sample. Names that begin with `loss` are losses, for which a
-            rise is bad, as it is for names with `LOWER` in them; of all others a fall is. Names that `before` lacks are new and
-            not judged.
+            rise is bad, as it is for names with `LOWER` in them; of all others a fall is. Names that one of them lacks are not
+            judged, and told in `unpaired`.
         look: which comparison of this run it is, from 1.
     """
-    changes, unpaired = {}, {}
+    changes = {}
+    unpaired = {name: "it was not measured at the start" for name in after if name not in before}
+    unpaired |= {name: "it was not measured now" for name in before if name not in after}
     for name in (n for n in after if n in before):
         try:
             changes[name] = paired_change(before[name], after[name])
@@ -179,10 +183,20 @@ def judge(
         reach = 0.0 if np.isnan(change.standard_error) else REACH * change.standard_error
         if name in fallen and by + reach >= limit:
             alarms.append(
-                f"{name} changed by {change.mean:+.4f} ± {change.standard_error:.4f} since the start "
+                f"{name} changed by {change.mean:+.4f} {plus_minus(change.standard_error)} since the start "
                 f"(p = {worse[name]:.2g}, {change.pairs} pairs, look {look}); {limit} is allowed"
             )
     return Verdict(changes=changes, alarms=alarms, unpaired=unpaired, power=seen)
+
+
+def plus_minus(standard_error: float) -> str:
+    """`± 0.0123`, or that one pair has no error."""
+    return "(one pair: no error)" if np.isnan(standard_error) else f"± {standard_error:.4f}"
+
+
+def seen_percent(power: float) -> str:
+    """`93 %`, or `–` where one pair tells nothing."""
+    return "–" if np.isnan(power) else f"{100 * power:.0f} %"
 
 
 def _rise_is_bad(name: str) -> bool:

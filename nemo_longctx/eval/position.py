@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from nemo_longctx.config import ConfigError
 
 COLUMNS = ("model", "start", "end", "tokens", "loss", "standard error")
+MORE_COLUMNS = ("documents",)  # that tables of earlier versions lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class PositionRow:
         tokens: how many predictions were averaged.
         loss: mean negative log-likelihood, nats per token.
         standard_error: of `loss`, over documents; NaN where fewer than two documents reach the bin.
+        documents: how many reach it; 0 where a table of an earlier version does not say.
     """
 
     model: str
@@ -41,6 +43,7 @@ class PositionRow:
     tokens: int
     loss: float
     standard_error: float
+    documents: int = 0
 
     @property
     def context(self) -> float:
@@ -156,22 +159,28 @@ class PositionLosses:
             error = math.sqrt(D / (D - 1) * ((s - mean * c) ** 2).sum()) / c.sum() if D > 1 else math.nan
             rows.append(
                 PositionRow(
-                    model=model, start=int(start), end=int(end), tokens=int(c.sum()), loss=float(mean), standard_error=error
+                    model=model,
+                    start=int(start),
+                    end=int(end),
+                    tokens=int(c.sum()),
+                    loss=float(mean),
+                    standard_error=error,
+                    documents=D,
                 )
             )
         return rows
 
 
 def write_csv(path: str | Path, rows: Iterable[PositionRow]) -> None:
-    """Write rows under the columns of `COLUMNS`; an unknown standard error is an empty field."""
+    """Write rows under the columns of `COLUMNS` and `MORE_COLUMNS`; an unknown standard error is an empty field."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        writer.writerow((*COLUMNS, *MORE_COLUMNS))
         for row in rows:
             error = "" if math.isnan(row.standard_error) else f"{row.standard_error:.6g}"
-            writer.writerow([row.model, row.start, row.end, row.tokens, f"{row.loss:.6f}", error])
+            writer.writerow([row.model, row.start, row.end, row.tokens, f"{row.loss:.6f}", error, row.documents])
 
 
 def read_csv(path: str | Path) -> list[PositionRow]:
@@ -193,6 +202,7 @@ def read_csv(path: str | Path) -> list[PositionRow]:
                 tokens=int(row["tokens"]),
                 loss=float(row["loss"]),
                 standard_error=float(row["standard error"] or math.nan),
+                documents=int(row.get("documents") or 0),
             )
             for row in reader
         ]

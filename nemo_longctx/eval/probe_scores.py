@@ -183,11 +183,27 @@ def too_weak(rows: Sequence[ProbeRow], *, floor: float = FLOOR) -> dict[tuple[st
     return {key: score for key, score in short.items() if score < floor}
 
 
-def told_length(key: tuple[str, str], effective: dict[tuple[str, str], int], weak: dict[tuple[str, str], float]) -> str | int:
-    """What a table says of one model and kind."""
+def longest_asked(rows: Sequence[ProbeRow]) -> dict[tuple[str, str], int]:
+    """(model, kind) -> the longest length, scored or not."""
+    return {key: max(scores) for key, scores in _by_length(rows).items()}
+
+
+def told_length(
+    key: tuple[str, str],
+    effective: Mapping[tuple[str, str], int],
+    weak: Mapping[tuple[str, str], float],
+    longest: Mapping[tuple[str, str], int],
+) -> str | int:
+    """What a table says of one model and kind. Where the longest length that was asked is kept, so may longer ones be."""
     if key in weak:
         return f"too weak to tell ({weak[key]:.2f} at the shortest)"
-    return effective.get(key, "–") or "not scored"
+    length = effective.get(key, "–")
+    return at_least(length, longest[key]) if isinstance(length, int) and length else length or "not scored"
+
+
+def at_least(length: int, longest: int) -> str | int:
+    """A length, or `at least 8,192` where no longer one was asked."""
+    return f"at least {length:,}" if length == longest else length
 
 
 def write_csv(path: str | Path, rows: Iterable[ProbeRow]) -> None:

@@ -87,6 +87,8 @@ def _gain_table(found: dict[str, context.ContextScores]) -> tuple[list[list[obje
         loss = context.key_loss(scores, keys)[0] if same else math.nan
         told = ["–", "–"] if math.isnan(loss) else [f"{loss:.4f}", f"{math.exp(loss):.4g}"]
         ends = [f"{rows[scores.short]:.4f}", f"{rows[scores.contexts[-1]]:.4f}"]
+        for n, (own, told_of) in enumerate(((scores.short, judged.short), (scores.contexts[-1], judged.contexts[-1]))):
+            ends[n] += "" if own == told_of else f" (after {own:,})"  # the head is that of the last model
         table.append([model, *ends, str(context.gain(scores)), *told, len(scores.documents)])
     sentence = (
         f"Gain: what the longest context takes off the loss after {short} tokens. Key tokens ({count:,} of {of:,}): those "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nemo_longctx.eval import context, position, probe_scores, ruler
-from nemo_longctx.eval.guard import GuardConfig, judge
+from nemo_longctx.eval.guard import GuardConfig, judge, seen_percent
 from nemo_longctx.eval.results import SuiteResult, as_record, finite, from_record
 from nemo_longctx.eval.truncation import TruncationRecord
 from nemo_longctx.report.context import LAW_COLUMNS, LAW_NOTE, LINES, context_sections, spread, with_interval
@@ -121,25 +121,46 @@ def _summary(results: Sequence[SuiteResult], notes: Sequence[str] = ()) -> Secti
     cells = [row for result in results for row in result.probes]
     kinds = [kind for kind in dict.fromkeys(row.kind for row in cells) if kind not in ruler.KINDS]
     ruled = any(row.kind in ruler.KINDS for row in cells)
-    head: list[object] = ["model", *(f"loss, {tokens_label(int(n.rpartition('_')[2]))} tokens" for n in names)]
+    head: list[object] = ["model", *(f"loss, {_label(n)}" for n in names)]
     fixed = list(dict.fromkeys(name for result in results for name in result.context))
-    head += [f"gain of {tokens_label(int(n.rpartition('_')[2]))} tokens on fixed targets" for n in fixed]
+    head += [f"gain of {_label(n)} on fixed targets" for n in fixed]
     head += [f"{title_of(kind)}: effective length" for kind in kinds] + ["RULER: effective length"] * ruled
     rows: list[list[object]] = [[*head, "seconds", "not measured"]]
     for result in results:
         effective, weak = probe_scores.effective_length(result.probes), probe_scores.too_weak(result.probes)
+        longest = probe_scores.longest_asked(result.probes)
         missing = [f"{task}: {why}" for task, why in result.errors.items()]
         missing += [f"{task}: no time" for task in result.skipped]
         losses: list[object] = [_loss(result.position.get(name, ())) for name in names]
-        lengths: list[object] = [probe_scores.told_length((result.model, kind), effective, weak) for kind in kinds]
+        lengths: list[object] = [probe_scores.told_length((result.model, kind), effective, weak, longest) for kind in kinds]
         lengths += [ruler_length(result.probes)] * ruled
         gains: list[object] = [str(context.gain(result.context[n])) if n in result.context else "–" for n in fixed]
         rows.append([result.model, *losses, *gains, *lengths, f"{sum(result.seconds.values()):.1f}", "; ".join(missing) or "–"])
+    notes = [*notes, *(f"Loss, {_label(name)}: {said}." for name in names if (said := _short_documents(results, name)))]
     note = (
         "Loss in nats per token. Effective length: the longest up to which each length keeps 90 % of the score at the shortest "
         f"one, and {probe_scores.FLOOR} at least; a model that scores less at the shortest is too weak to tell."
     )
     return Section(heading="In one glance", note=" ".join([note, *notes]), table=rows)
+
+
+def _label(name: str) -> str:
+    """`position_books_4096`: `4k tokens`."""
+    return f"{tokens_label(int(name.rpartition('_')[2]))} tokens"
+
+
+def _short_documents(results: Sequence[SuiteResult], name: str) -> str:
+    """What has to be known where not every document fills the window: the far positions are of fewer documents."""
+    told = {}
+    for result in (result for result in results if name in result.documents):
+        found = result.documents[name]
+        read, whole = np.sum(found["counts"], axis=1), found["edges"][-1]
+        if (short := int((read < whole).sum())) or len(read) < 2:
+            count = f"{short:,} of {len(read):,} documents end before {whole:,} tokens, the longest has {int(read.max()):,}"
+            far = f"{count}; far positions are of fewer documents than near ones"
+            told[result.model] = far if short else "it is one document's"
+    said = list(dict.fromkeys(told.values()))
+    return said[0] if len(said) == 1 else "; ".join(f"{model}: {one}" for model, one in told.items())
 
 
 def _loss(rows: Sequence[position.PositionRow]) -> float:
@@ -161,6 +182,8 @@ def _position_sections(
         {model: by_model[model] for model in drawn}, directory / f"loss_by_{name}.png", marks=marks, title=title
     )
     note = POSITION_SHOWS + " " + _bands(len(drawn), len(by_model))
+    if said := _short_documents(results, name):
+        note += f" {said[0].upper()}{said[1:]}."
     laws, curves, table = {}, {}, [[*LAW_COLUMNS]]
     refused: dict[str, list[str]] = {}  # why -> models
     for result in (result for result in results if result.model in drawn and name in result.documents):
@@ -218,9 +241,13 @@ def _change_table(results: Sequence[SuiteResult], guard: GuardConfig) -> list[li
     for look, result in enumerate(results[1:], start=1):
         verdict = judge(results[0].watched, result.watched, guard, look=look)
         for name, change in verdict.changes.items():
-            row = [f"{change.mean:+.4f}", f"{change.standard_error:.4f}", f"{change.p_value:.4f}", change.pairs]
+            error = "–" if math.isnan(change.standard_error) else f"{change.standard_error:.4f}"
+            p_value = f"{change.p_value:.4f}" if change.p_value >= 5e-5 else "below 0.0001"
+            row = [f"{change.mean:+.4f}", error, p_value, change.pairs]
             alarm = "yes" if any(text.startswith(f"{name} ") for text in verdict.alarms) else "–"
-            table.append([name, result.model, *row, guard.limit(name), f"{100 * verdict.power[name]:.0f} %", alarm])
+            table.append([name, result.model, *row, guard.limit(name), seen_percent(verdict.power[name]), alarm])
+        for name, why in verdict.unpaired.items():
+            table.append([name, result.model, f"not compared: {why}", "", "", 0, guard.limit(name), "–", "–"])
     return table
 
 

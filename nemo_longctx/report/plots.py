@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.report.training_log import SET_LOSS
+from nemo_longctx.eval.intervals import half_width
+from nemo_longctx.report.training_log import SET_LOSS, points_of, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +163,7 @@ def plot_loss_by_position(
         middle = [(row.start + row.end) / 2 for row in rows]
         loss = [row.loss for row in rows]
         axes.plot(middle, loss, color=colour, linestyle=dashes, linewidth=1.6, label=model, zorder=3)
-        half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
+        half = [half_width(row.standard_error, row.documents) for row in rows]
         if any(half):
             lower = [a - h for a, h in zip(loss, half, strict=True)]
             upper = [a + h for a, h in zip(loss, half, strict=True)]
@@ -194,7 +195,7 @@ def plot_loss_by_context(
     for (colour, dashes), (model, rows) in zip(line_styles(len(rows_by_model)), rows_by_model.items(), strict=True):
         read, loss = [row.read for row in rows], [row.loss for row in rows]
         axes.plot(read, loss, marker="o", color=colour, linestyle=dashes, linewidth=1.8, markersize=4.5, label=model, zorder=3)
-        half = [0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error for row in rows]
+        half = [half_width(row.standard_error, row.documents) for row in rows]
         if any(half):
             lower = [a - h for a, h in zip(loss, half, strict=True)]
             upper = [a + h for a, h in zip(loss, half, strict=True)]
@@ -227,18 +228,19 @@ def plot_training_curve(
         ValueError: no row has a loss, or rows have neither `tokens` nor `step`.
     """
     clock = "tokens" if rows and "tokens" in rows[0] else "step"
-    loss = _points(rows, clock, "loss")
+    loss = points_of(rows, clock, "loss")
     if not loss:
         raise ValueError(f"no row has both {clock!r} and 'loss': nothing to draw")
     figure, axes = new_figure()
     x, y = zip(*loss, strict=True)
+    gaps = f", a gap at {lost:,} rows whose loss was no number" if (lost := sum(map(math.isnan, y))) else ""
     axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, zorder=2)
     cuts = [0, *(n for n in range(1, len(x)) if any(x[n - 1] <= place < x[n] for place, _ in switches)), len(x)]
-    smooth = [value for a, b in itertools.pairwise(cuts) for value in _smooth(y[a:b])]  # a switch is not smoothed away
-    axes.plot(x, smooth, color=COLOURS[0], linewidth=1.8, label="training (smoothed)", zorder=3)
+    smooth = [value for a, b in itertools.pairwise(cuts) for value in smoothed(y[a:b])]  # a switch is not smoothed away
+    axes.plot(x, smooth, color=COLOURS[0], linewidth=1.8, label=f"training (smoothed{gaps})", zorder=3)
     sets = list(dict.fromkeys(key for row in rows for key in row if key.startswith(SET_LOSS)))
     for name, colour in zip(sets if len(sets) > 1 else ["validation_loss"], itertools.cycle(COLOURS[1:])):
-        if points := _points(rows, clock, name):
+        if points := points_of(rows, clock, name):
             x, y = zip(*points, strict=True)
             label = f"validation {name.removeprefix(SET_LOSS)}" if len(sets) > 1 else "validation"
             axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.2, label=label, zorder=4)
@@ -248,20 +250,6 @@ def plot_training_curve(
     _dress(axes, title=title, x="tokens consumed" if clock == "tokens" else "step", y="loss (nats per token)")
     axes.legend(fontsize=8.5, frameon=False)
     return save(figure, path)
-
-
-def _points(rows: Sequence[Mapping[str, Any]], clock: str, name: str) -> list[tuple[float, float]]:
-    kept = [(row.get(clock), row.get(name)) for row in rows]
-    return [(float(x), float(y)) for x, y in kept if x not in (None, "") and y not in (None, "")]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of about 1/20 of the curve around each point, so that it lies among its points and not behind them; less at the
-    ends, where fewer lie on both sides."""
-    half = max(1, len(values) // 40)
-    total = [0.0, *itertools.accumulate(values)]
-    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
-    return [(total[n + r + 1] - total[n - r]) / (2 * r + 1) for n, r in enumerate(reach)]
 
 
 def _cycle(n: int) -> list[str]:

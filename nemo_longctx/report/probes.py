@@ -46,8 +46,9 @@ def _overview(directory: Path, cells: Rows) -> Section:
         ]
     table: list[list[object]] = [["probe", "model", "effective length (tokens)", "samples", "did not fit, not scored"]]
     effective, weak = probe_scores.effective_length(cells), probe_scores.too_weak(cells)
+    longest = probe_scores.longest_asked(cells)
     for model, kind in (key for key in effective if key[1] not in ruler.KINDS):  # those have a table of their own
-        length = probe_scores.told_length((model, kind), effective, weak)
+        length = probe_scores.told_length((model, kind), effective, weak, longest)
         mine = [row for row in cells if (row.model, row.kind) == (model, kind)]
         table.append([title_of(kind), model, length, sum(r.samples for r in mine), sum(r.skipped for r in mine)])
     note = (
@@ -91,7 +92,10 @@ def ruler_length(cells: Rows) -> str:
     length = ruler.effective_length(means, ruler.lengths(triples))
     first = min(ruler.lengths(triples))
     tasks = ruler.tasks_scored(triples)
-    told = f"{length:,}" if length else f"below {first:,}"
+    told = f"below {first:,}"
+    if length:
+        found = probe_scores.at_least(length, max(ruler.lengths(triples)))
+        told = found if isinstance(found, str) else f"{found:,}"
     return told + ("" if tasks == len(ruler.KINDS) else f" ({tasks} of {len(ruler.KINDS)} tasks)")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,27 @@ def read_training_log(path: str | Path) -> list[dict[str, Any]]:
 def _number(column: str, text: str) -> int | float:
     """What counts stays a whole number, so that a resumed run writes `4096` again and not `4096.0`."""
     return int(float(text)) if column in WHOLE_COLUMNS else float(text)
+
+
+def points_of(rows: Sequence[Mapping[str, Any]], clock: str, name: str) -> list[tuple[float, float]]:
+    """Points of a line; a number that is not finite is a gap in it."""
+    kept = [(row.get(clock), row.get(name)) for row in rows]
+    found = [(float(x), float(y)) for x, y in kept if x not in (None, "") and y not in (None, "")]
+    return [(x, y if math.isfinite(y) else math.nan) for x, y in found]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean of about 1/20 of the curve around each point, so that it lies among its points and not behind them; less at the
+    ends, where fewer lie on both sides. NaN stays NaN, and is in no other's mean."""
+    half = max(1, len(values) // 40)
+    there = [not math.isnan(value) for value in values]
+    total = [0.0, *itertools.accumulate(value if ok else 0.0 for value, ok in zip(values, there, strict=True))]
+    count = [0, *itertools.accumulate(there)]
+    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
+    return [
+        (total[n + r + 1] - total[n - r]) / (count[n + r + 1] - count[n - r]) if there[n] else math.nan
+        for n, r in enumerate(reach)
+    ]
 
 
 def write_json(path: Path, record: Any) -> None:

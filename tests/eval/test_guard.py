@@ -208,6 +208,8 @@ def test_what_cannot_be_compared_is_told_and_the_rest_judged():
     verdict = judge(start, {"loss_a": [3.0] * 20, "loss_b": [2.0] * 4, "acc": [1.0]}, GuardConfig())
     assert set(verdict.changes) == {"loss_a"}
     assert set(verdict.unpaired) == {"loss_b", "acc"}
+    lost = judge({"loss_a": [2.0] * 3, "gone": [1.0]}, {"loss_a": [2.0] * 3, "new": [1.0]}, GuardConfig())
+    assert lost.unpaired == {"new": "it was not measured at the start", "gone": "it was not measured now"}
     assert "3 measurements before and 4 after" in verdict.unpaired["loss_b"]
     assert len(verdict.alarms) == 1
 
@@ -232,3 +234,10 @@ def test_a_run_s_last_words_say_what_the_guard_saw():
     assert len(worse.lines()) == 1
     assert worse.lines()[0].startswith("short-context guard: ALARM: loss_position_64 changed by +0.5")
     assert judge(start, start, GuardConfig()).lines() == ["short-context guard: no alarm: loss_position_64 +0.0000 ± 0.0000"]
+    assert judge({}, {"loss_a": [2.0]}, GuardConfig()).lines() == [
+        "short-context guard: nothing was compared, so it saw nothing",
+        "short-context guard: loss_a was not compared: it was not measured at the start",
+    ]
+    assert judge({"loss_a": [2.0]}, {"loss_a": [2.0]}, GuardConfig()).lines() == [
+        "short-context guard: no alarm: loss_a +0.0000 (one pair: no error)"
+    ]

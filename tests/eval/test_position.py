@@ -142,7 +142,10 @@ def test_csv_goes_round(tmp_path):
     for a, b in zip(rows, back, strict=True):
         assert (a.model, a.start, a.end, a.tokens) == (b.model, b.start, b.end, b.tokens)
         assert b.loss == pytest.approx(a.loss, abs=1e-6)
+        assert (a.documents, b.documents) == ((3, 3) if a.model == "before" else (1, 1))
         assert b.standard_error == pytest.approx(a.standard_error, rel=1e-5, nan_ok=True)
+    (tmp_path / "old.csv").write_text("model,start,end,tokens,loss,standard error\na,0,4,9,2.5,0.1\n", encoding="utf-8")
+    assert read_csv(tmp_path / "old.csv")[0].documents == 0  # of an earlier version
     (tmp_path / "bad.csv").write_text("model,start\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"bad\.csv has no column 'end'"):
         read_csv(tmp_path / "bad.csv")

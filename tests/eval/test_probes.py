@@ -13,6 +13,7 @@ from nemo_longctx.eval.probe_scores import (
     effective_length,
     empty_rows,
     fits,
+    longest_asked,
     probe_rows,
     read_csv,
     run_probes,
@@ -209,10 +210,17 @@ def test_a_score_at_the_share_or_the_floor_counts_and_a_weak_model_is_told():
     weak = [cell(512, 1.0), cell(256, 0.2, depth=0.0), cell(256, 0.4, depth=1.0), cell(512, 0.9, kind="code", model="other")]
     assert too_weak(weak) == {("m", "needle"): pytest.approx(0.3)}
     key = ("m", "needle")
-    assert told_length(key, effective_length(weak), too_weak(weak)) == "too weak to tell (0.30 at the shortest)"
-    assert told_length(key, effective_length(at), too_weak(at)) == 512
-    assert told_length(key, {key: 0}, {}) == "not scored"
-    assert told_length(("m", "code"), {key: 512}, {}) == "–"
+    assert told_length(key, effective_length(weak), too_weak(weak), {}) == "too weak to tell (0.30 at the shortest)"
+    assert told_length(key, effective_length(at), too_weak(at), longest_asked(at)) == 512
+    assert told_length(key, {key: 0}, {}, {key: 512}) == "not scored"
+    assert told_length(("m", "code"), {key: 512}, {}, {}) == "–"
+
+
+def test_a_model_that_keeps_its_score_to_the_longest_length_may_keep_it_beyond():
+    key, kept = ("m", "needle"), [cell(256, 1.0), cell(4096, 1.0)]
+    assert told_length(key, effective_length(kept), {}, longest_asked(kept)) == "at least 4,096"
+    unread = [*kept, cell(8192, float("nan"))]  # longer than the model reads: that is its limit
+    assert told_length(key, effective_length(unread), {}, longest_asked(unread)) == 4096
 
 
 def test_csv_and_figure(tmp_path):

@@ -1,6 +1,7 @@
 """What an evaluation's page says of probes, context, tasks and changes: each table by hand."""
 
 import csv
+import dataclasses
 import math
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_ruler_s_table_in_percent_and_its_length():
     assert "2 to 9 samples a task and length" in more.note
     assert probes.ruler_length([row(kind="ruler_vt", length=4096, score=0.5)]) == "below 4,096 (1 of 13 tasks)"
     full = [row(kind=kind, score=0.9) for kind in probes.ruler.KINDS]
-    assert probes.ruler_length(full) == "256"
+    assert probes.ruler_length(full) == "at least 256"
+    assert probes.ruler_length([*full, *(row(kind=kind, length=512, score=0.1) for kind in probes.ruler.KINDS)]) == "256"
     assert probes.ruler_length([row(kind="ruler_vt", score=math.nan, samples=0)]) == "no average"
 
 
@@ -189,7 +191,8 @@ def test_a_glance_at_each_model():
     assert section.table == [
         ["model", "loss, 4k tokens", "gain of 1.98k tokens on fixed targets", "needle: effective length",
          "RULER: effective length", "seconds", "not measured"],
-        ["a", 2.5, str(gain(scores())), 256, "256 (1 of 13 tasks)", "3.2", "leval: ValueError: no; probes: no time"],
+        ["a", 2.5, str(gain(scores())), "at least 256", "at least 256 (1 of 13 tasks)", "3.2",
+         "leval: ValueError: no; probes: no time"],
         ["b", pytest.approx(math.nan, nan_ok=True), "–", "–", "no average", "0.0", "–"],
     ]  # fmt: skip
     assert "90 % of the score at the shortest one, and 0.5 at least" in section.note
@@ -204,8 +207,50 @@ def test_changes_are_counted_from_the_first_evaluation_with_looks_that_cost_more
         ["+0.5000", "0.0000", "0.0001", 20, 0.25, "100 %", "yes"],
         ["+0.0000", "0.0000", "1.0000", 20, 0.5, "100 %", "–"],
     )
-    assert table == [head, *([name, f"step {n}", *told] for n in range(2) for name, told in (("loss_a", rose), ("acc", same)))]
+    new = ["not compared: it was not measured at the start", "", "", 0, 0.5, "–", "–"]
+    lines = (("loss_a", rose), ("acc", same), ("new", new))
+    assert table == [head, *([name, f"step {n}", *told] for n in range(2) for name, told in lines)]
     assert len(evaluation._change_table([result("step", watched=start)], GuardConfig())) == 1
+
+
+def test_one_pair_has_no_error_and_a_p_value_is_never_nothing():
+    start = {"loss_a": [2.0], "loss_b": [0.0] * 400, "loss_c": [1.0, 2.0]}
+    table = evaluation._change_table(
+        [result("a", watched=start), result("b", watched={"loss_a": [2.5], "loss_b": [0.01] * 400, "loss_c": [1.0]})],
+        GuardConfig(),
+    )
+    one, many, other = table[1:]
+    assert one[2:] == ["+0.5000", "–", "1.0000", 1, 0.05, "–", "–"]
+    assert many[2:5] == ["+0.0100", "0.0000", "below 0.0001"]
+    assert other[2] == "not compared: 2 measurements before and 1 after cannot be paired"
+    assert not any("nan" in str(value) for line in table for value in line)
+
+
+def in_bins(*counts):
+    """Losses of 2 nats, so many tokens of each document in the bins 0..4 and 4..8."""
+    return {"edges": [0, 4, 8], "sums": [[2.0 * n for n in row] for row in counts], "counts": [list(row) for row in counts]}
+
+
+def test_documents_that_end_before_the_window_are_told_where_the_loss_is():
+    full, short = result("a", documents={"position_8": in_bins((4, 4), (4, 4))}), result("b")
+    assert evaluation._short_documents([full, short], "position_8") == ""
+    short.documents["position_8"] = in_bins((4, 4), (4, 2), (1, 0))
+    said = "2 of 3 documents end before 8 tokens, the longest has 8; far positions are of fewer documents than near ones"
+    assert evaluation._short_documents([short], "position_8") == said
+    assert evaluation._short_documents([short, result("c", documents=short.documents)], "position_8") == said  # told once
+    assert evaluation._short_documents([full, short], "position_8") == said
+    one = result("d", documents={"position_8": in_bins((4, 4))})
+    assert evaluation._short_documents([one, short], "position_8") == f"d: it is one document's; b: {said}"
+    rows = [PositionRow(model="b", start=0, end=8, tokens=15, loss=2.0, standard_error=0.0)]
+    short.position["position_8"] = rows
+    assert f"Loss, 8 tokens: {said}." in evaluation._summary([short]).note
+
+
+def test_columns_of_a_gain_s_table_are_of_the_length_that_they_name():
+    other = dataclasses.replace(scores(), contexts=[20, 30], short=20)
+    table, _ = context_page._gain_table({"before": other, "after": scores()})
+    assert table[1][1:3] == ["5.0000 (after 20)", "1.0000"]
+    assert table[2][1:3] == ["5.0000", "1.0000"]
 
 
 def test_tasks_are_a_line_a_metric_and_texts_are_none():

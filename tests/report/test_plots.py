@@ -7,6 +7,7 @@ import pytest
 from matplotlib import image
 
 from nemo_longctx.eval.context import ContextRow
+from nemo_longctx.eval.intervals import half_width
 from nemo_longctx.eval.position import PositionLosses, uniform_edges
 from nemo_longctx.report import lengths, plots
 from nemo_longctx.report.plots import (
@@ -67,6 +68,24 @@ def test_training_curve_takes_csv_text_and_marks_switches(tmp_path):
     assert ink(marked, MARK) > ink(plain, MARK) + 200
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_training_curve([{"step": 1}], tmp_path / "none.png")
+
+
+def test_a_loss_that_is_no_number_is_a_gap_and_not_the_end_of_the_curve(tmp_path, monkeypatch):
+    figures = kept_figures(monkeypatch, plots)
+    losses = [4.0, 3.0, math.nan, 2.0, math.inf, *[1.0] * 95]
+    plot_training_curve([{"step": n, "loss": loss} for n, loss in enumerate(losses)], tmp_path / "x.png")
+    raw, smooth = figures[0].axes[0].lines[:2]
+    for line in (raw, smooth):
+        assert [n for n, value in enumerate(line.get_ydata()) if math.isnan(value)] == [2, 4]
+    assert smooth.get_ydata()[3] == (3.0 + 2.0 + 1.0) / 3  # of those there are among the five around it
+    assert smooth.get_ydata()[50] == 1.0
+    assert smooth.get_label() == "training (smoothed, a gap at 2 rows whose loss was no number)"
+
+
+@pytest.mark.parametrize(("documents", "half"), [(2, 12.706), (3, 4.303), (0, 1.96), (500, 1.96)])
+def test_a_band_of_few_documents_is_as_wide_as_it_has_to_be(documents, half):
+    assert half_width(0.1, documents) == pytest.approx(0.1 * half, rel=1e-3)
+    assert half_width(math.nan, documents) == 0
 
 
 def test_plots_leave_no_global_state(tmp_path):

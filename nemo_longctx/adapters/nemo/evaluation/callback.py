@@ -19,7 +19,7 @@ from nemo_longctx.adapters.nemo.loggers import figures_in, log_pictures
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
-from nemo_longctx.eval.guard import Verdict, judge
+from nemo_longctx.eval.guard import Verdict, judge, plus_minus, seen_percent
 from nemo_longctx.eval.results import SuiteResult, blank_result
 from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import InterruptedEvaluationError, Suite
@@ -210,8 +210,8 @@ class LongContextEvalCallback(Callback):
                 logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)
             for name, change in verdict.changes.items():
                 limit, seen = self.guard.limit(name), verdict.power[name]
-                what = f"{name} {change.mean:+.4f} ± {change.standard_error:.4f}, p = {change.p_value:.3f}"
-                print(f"guard: {what}; a change of {limit:g} would be seen with {100 * seen:.0f} %", flush=True)
+                what = f"{name} {change.mean:+.4f} {plus_minus(change.standard_error)}, p = {change.p_value:.3f}"
+                print(f"guard: {what}; a change of {limit:g} would be seen with {seen_percent(seen)}", flush=True)
             for each in trainer.loggers:
                 each.log_metrics({f"guard/{n}": c.mean for n, c in verdict.changes.items()}, step=trainer.global_step)
             for alarm in verdict.alarms:
