@@ -16,13 +16,14 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nemo_longctx.checkpoints import Checkpoint, checkpoints
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.runs import check_guard
 
 Rule = Literal["equal", "applied", "free"]
 ALLOW = "data.allow_change"
@@ -142,8 +143,10 @@ def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
     """What differs between two plain recipes, by key, free settings left out.
 
     A key that only one of them sets is a change where it is applied; where it must be equal, what it comes to is not known
-    here, and compared when it is (`check_live`, the data module). Of lists of other lengths the whole is named.
+    here, and compared when it is (`check_live`, the data module). Of lists of other lengths the whole is named, and where
+    sources were replaced. Sources in another order are compared by their names.
     """
+    run = _in_old_order(before, run)
     old, new = flat(before), flat(run)
     found = [_change(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
     for key in _lists_of_other_lengths(before, run):
@@ -181,14 +184,35 @@ def _part(values: Any, key: str) -> Any:
     return values
 
 
+SOURCES = "data.mix.sources"
 LISTS = ("curriculum.stages", "data.mix.sources", "data.pretraining.sources", "data.validation", "data.test", "eval.tasks")
 
 
 def _lists_of_other_lengths(before: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
     for key in LISTS:
         lists = _part(before, key), _part(run, key)
-        if all(isinstance(each, list) for each in lists) and len(lists[0]) != len(lists[1]):
+        if not all(isinstance(each, list) for each in lists):
+            continue
+        if len(lists[0]) != len(lists[1]) or (key == SOURCES and _replaced(*lists)):
             yield key
+
+
+def _replaced(before: Sequence[Any], run: Sequence[Any]) -> bool:
+    """Whether sources in the same places are called otherwise: some came and some went, or were given another name."""
+    names = [[source.get("name") for source in each] for each in (before, run)]
+    return any(None not in both and both[0] != both[1] for both in zip(*names, strict=True))
+
+
+def _in_old_order(before: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`run` with its sources in the order that they have in `before`, where they are the same ones."""
+    lists = _part(before, SOURCES), _part(run, SOURCES)
+    if not all(isinstance(each, list) for each in lists):
+        return run
+    there, here = ([str(each.get("name") or each.get("path")) for each in sources] for sources in lists)
+    if there == here or sorted(there) != sorted(here):
+        return run
+    sources = [lists[1][here.index(name)] for name in there]
+    return {**run, "data": {**run["data"], "mix": {**run["data"]["mix"], "sources": sources}}}
 
 
 def refuse(found: Iterable[Change], *, where: str, allow_change: bool) -> None:
@@ -284,7 +308,7 @@ def check_resumed(recipe: Any, directory: Path) -> None:
     """Compare a recipe with the record of the run in `directory`, if that has a checkpoint to go on from; without the host.
 
     Raises:
-        ConfigError: a setting that must be equal and is not.
+        ConfigError: a setting that must be equal and is not, or a run that the short-context guard stopped.
     """
     record = run_record(directory)
     if record is None:
@@ -294,6 +318,7 @@ def check_resumed(recipe: Any, directory: Path) -> None:
     was = plain(record["recipe"])
     refuse(changes(was, now), where=where, allow_change=allow_change)
     check_live(live_settings(record), _asked_rope(was.get("rope"), now.get("rope")), where=where)
+    check_guard(directory, (now.get("eval") or {}).get("guard"))
 
 
 def check_length(curriculum: Any, resumed: Checkpoint | None) -> None:

@@ -25,6 +25,7 @@ from nemo_longctx.report.training_log import SET_LOSS, read_training_log
 
 LOCK = ".lock"
 FINISHED = "finished.json"
+GUARD_STOP = "guard_stop.json"  # among the results of evaluations
 REHEARSAL = "-dry-run-"  # in the hidden folder that a full dry run trains in
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -193,6 +194,31 @@ def read_finished(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def write_guard_stop(results: Path, *, step: int, alarms: Sequence[str], guard: Mapping[str, Any]) -> None:
+    """Note down among the results of a run's evaluations that the short-context guard, by its fields, stopped the run."""
+    write_text(results / GUARD_STOP, json.dumps({"step": step, "alarms": list(alarms), "guard": dict(guard)}) + "\n")
+
+
+def check_guard(directory: Path, guard: Mapping[str, Any] | None) -> None:
+    """Refuse to train on where the short-context guard stopped the run, unless another one is asked for, or none.
+
+    Raises:
+        ConfigError: the newest checkpoint is that of the stop, and the guard's fields are the same.
+    """
+    try:
+        record = json.loads((directory / "results" / "eval" / GUARD_STOP).read_text(encoding="utf-8"))
+        step, said, had = record["step"], "; ".join(record["alarms"]), record["guard"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    found = checkpoints(directory)
+    if found and found[0].step == step and guard == had:
+        mend = (
+            f"the short-context guard stopped the run in {directory} at step {step} ({said}); set it to warn to train on all "
+            "the same, or allow more by eval.guard.loss or eval.guard.score"
+        )
+        raise ConfigError("eval.guard.action", had.get("action"), mend)
 
 
 def is_rehearsal(directory: Path) -> bool:

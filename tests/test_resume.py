@@ -33,6 +33,7 @@ from nemo_longctx.resume import (
     table_markdown,
     without_effect,
 )
+from nemo_longctx.runs import write_guard_stop
 
 DOCS = Path(__file__).parent.parent / "docs" / "resume.md"
 RUN = ["recipe=tiny_cpu_base", "name=run", "rope.variant=rope", "rope.base=10000"]
@@ -313,6 +314,49 @@ def test_what_only_one_of_two_recipes_sets_is_a_change_where_it_is_applied():
     assert [each.key for each in changes({}, {"restore_from": "x"})] == ["restore_from"]
     assert changes({"trainer": {"devices": 1}}, {"trainer": {"devices": 2}}) == []
     assert changes({"unheard": 1}, {"unheard": 2}) == []
+
+
+SOURCE = {"path": "a", "name": "web", "weight": 0.5}
+BOOKS = {"path": "b", "name": "books", "weight": 0.5, "drop_shorter": 64}
+CODE = {"path": "c", "name": "code", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "run", "found"),
+    [
+        ([SOURCE, BOOKS], [BOOKS, SOURCE], []),
+        ([SOURCE, BOOKS], [BOOKS | {"weight": 0.75}, SOURCE], ["data.mix.sources[1].weight"]),
+        ([SOURCE, BOOKS], [BOOKS | {"drop_shorter": 32}, SOURCE], ["data.mix.sources[1].drop_shorter"]),
+        ([SOURCE, BOOKS], [SOURCE, CODE], ["data.mix.sources"]),  # one went, one came
+        ([SOURCE, BOOKS], [CODE, SOURCE], ["data.mix.sources"]),
+        ([{"path": "a", "weight": 0.5}, {"path": "b"}], [{"path": "b"}, {"path": "a", "weight": 0.5}], []),
+        ([{"path": "a"}, BOOKS], [{"path": "moved"}, BOOKS], []),
+    ],
+    ids=["places", "a_weight", "a_rule", "one_for_another", "and_places", "without_names", "moved"],
+)
+def test_sources_are_compared_by_their_names(before, run, found):
+    """Sources with names that changed places, or one that took another's place, were refused: `sources[1].name`."""
+    change = changes(*({"data": {"mix": {"sources": sources}}} for sources in (before, run)))
+    assert [each.key for each in change] == found
+    if found == ["data.mix.sources[1].drop_shorter"]:
+        assert change[0].row.rule == "equal"
+        return
+    refuse(change, where="the run", allow_change=False)
+
+
+def test_a_run_that_the_guard_stopped_goes_on_only_if_it_is_asked_to(run_directory):
+    """The same command trained on as if nothing had been."""
+    watched = "eval={tasks: [{kind: position, corpus: c, seq_length: 64, guard: true}], guard: {action: stop}}"
+    here, asked = run_directory / "run", ["rope.variant=abf", "rope.base=500000"]
+    (here / "checkpoints" / "step=3-last").mkdir(parents=True)
+    stopped = recipe(*asked, watched)
+    write_guard_stop(here / "results" / "eval", step=3, alarms=["loss rose"], guard=dataclasses.asdict(stopped.eval.guard))
+    with pytest.raises(ConfigError, match=r"eval\.guard\.action='stop': .* at step 3 \(loss rose\); set it to warn"):
+        check_resumed(stopped, here)
+    for more in ([watched, "eval.guard.action=warn"], [watched, "eval.guard.loss=0.5"], []):
+        check_resumed(recipe(*asked, *more), here)
+    (here / "results" / "eval" / "guard_stop.json").write_text("[")
+    check_resumed(stopped, here)
 
 
 @pytest.mark.parametrize("key", LISTS)

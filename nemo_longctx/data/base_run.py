@@ -71,7 +71,11 @@ def consumed(run: str, checkpoint: Path) -> list[Segment]:
     Raises:
         ConfigError: the checkpoint does not say what it read.
     """
-    state = data_state(checkpoint)
+    try:
+        state = data_state(checkpoint)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        mend = f"its checkpoint {checkpoint.name} cannot be read ({type(error).__name__}: {error}); name another one"
+        raise ConfigError("data.after", run, mend) from error
     if not state or not state.get("segments"):
         mend = f"its checkpoint {checkpoint.name} does not say which documents it read (an earlier version, or other data)"
         raise ConfigError("data.after", run, f"{mend}; leave it out, and what it read may come again")

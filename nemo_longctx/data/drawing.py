@@ -31,12 +31,12 @@ class Draw:
 
 
 class _Epochs:
-    """The epochs of a stratum: visits and tokens of each."""
+    """The epochs of a stratum: visits and tokens of each; `most`: how often one of its documents was read before at most."""
 
     def __init__(self, documents: Documents, stratum: Stratum, remaining: Remaining | None):
         self.documents, self.tokens = documents, stratum.tokens
         self.members = stratum.members(documents)
-        self.level, self._most = 0, 0
+        self.level, self.most = 0, 0
         self._known: dict[int, int] = {}
         if remaining is None:
             return
@@ -48,7 +48,7 @@ class _Epochs:
         self._pieces = (len(documents) + chosen).astype(np.uint32)
         self._piece_levels = remaining.times[of_piece[chosen]] - 1
         self.level = int(min(times.min(), self._piece_levels.min(initial=np.iinfo(np.int32).max)))
-        self._times, self._most = times, int(times.max())
+        self._times, self.most = times, int(times.max())
 
     def size(self, epoch: int) -> int:
         """Tokens of an epoch."""
@@ -72,7 +72,7 @@ class _Epochs:
         return tokens == 0 or (tokens > 0 and tokens % self.tokens == 0)
 
     def _is_whole(self, epoch: int) -> bool:
-        return self.level + epoch >= self._most
+        return self.level + epoch >= self.most
 
     def _chosen(self, epoch: int) -> np.ndarray:
         level = self.level + epoch
@@ -116,7 +116,7 @@ def draw(
         if len(drawn) > 1 and len(drawn[-1]):
             starts.append(visits)
         before, visits = before + size, visits + len(order)
-    most = epochs.level + sum(1 for each in drawn if len(each))
+    most = max(epochs.most, epochs.level + sum(1 for each in drawn if len(each)))
     return Draw(drawn[0] if len(drawn) == 1 else np.concatenate(drawn), stage_visits, stage_tokens, starts, most, again)
 
 
@@ -161,7 +161,8 @@ def draw_all(documents: Documents, stratum: Stratum, ends: Sequence[int], seed: 
             break
         position, tokens = low, int(before[0])
     drawn = orders[0] if len(orders) == 1 else np.concatenate(orders)
-    most = epochs.level + len(orders) - (needed == 1)  # one token of the last epoch: the last label alone
+    more = epochs.level + len(orders) - (needed == 1)  # one token of the last epoch: the last label alone
+    most = max(epochs.most, more)
     return Draw(drawn, [len(drawn)] * len(ends), list(ends), starts, most, again)
 
 

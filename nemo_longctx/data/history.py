@@ -16,11 +16,11 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.best_fit import Packing, pack_windows
-from nemo_longctx.data.corpus import open_corpus
+from nemo_longctx.data.corpus import ShardedCorpus, open_corpus
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.mixture import MixConfig, SourceConfig, mix_dict
-from nemo_longctx.data.order import open_order
+from nemo_longctx.data.order import open_order, remember_fingerprint
 from nemo_longctx.data.seen import Seen
 
 EXTENDED = ("curriculum",)  # what a stream goes on under, whatever its new value
@@ -139,8 +139,7 @@ class History:
         seen = Seen()
         for number, segment in enumerate(self.segments):
             before = _Known(History(self.segments[:number], origin=segment.first_token, cache_dir=self.cache_dir), seen)
-            mix = self._mix(segment)
-            documents = Documents.open(mix)
+            mix, documents = self._found(segment)
             curriculum = _curriculum(segment.curriculum)
             order = open_order(
                 mix,
@@ -158,21 +157,35 @@ class History:
             seen = seen.after(order.documents, windows.read(int(segment.until or 0)))
         return seen
 
-    def _mix(self, segment: Segment) -> MixConfig:
-        """A segment's mix; of a source that lies no more where it was, the one of its name now."""
-        mix = build(MixConfig, segment.mix, where="data.mix")
+    def _found(self, segment: Segment) -> tuple[MixConfig, Documents]:
+        """A segment's mix and documents: at their old places, at those of the sources of their names now, or, where other data
+        lie there, shard by shard wherever sources of now have them.
+        """
+        asked = build(MixConfig, segment.mix, where="data.mix")
         now = {source.label: source.path for source in self.sources}
-        sources = []
-        for source in mix.sources:
-            try:
-                open_corpus(source.path)
-            except ConfigError as error:
-                if source.label not in now:
-                    mend = f"up to token {segment.until} the run read it at {source.path}, where it is no more: put it back"
-                    raise ConfigError("data.mix.sources", source.label, mend) from error
-                source = dataclasses.replace(source, path=now[source.label], name=source.label)
-            sources.append(source)
-        return dataclasses.replace(mix, sources=tuple(sources))
+        there = {source.label: _opens(source.path) for source in asked.sources}
+        paths = {label: path for label, path in now.items() if not there.get(label, True)}
+        mix = _at(asked, paths)
+        if all(there[source.label] or source.label in now for source in asked.sources):
+            documents = Documents.open(mix)
+            remember_fingerprint(documents, self.cache_dir)
+            if documents.fingerprint == segment.data:
+                return mix, documents
+        places: dict[str, str] = {}  # identity of a shard -> its prefix
+        for path in (*(source.path for source in mix.sources), *now.values()):
+            if _opens(path):
+                corpus = open_corpus(path)
+                shards = corpus.shards if isinstance(corpus, ShardedCorpus) else (corpus,)
+                places |= {shard.identity(): shard.prefix for shard in shards}
+        for source in asked.sources:
+            wanted = [identity for name, identity in segment.shards if name == source.label]
+            if wanted and all(identity in places for identity in wanted):
+                paths[source.label] = tuple(places[identity] for identity in wanted)
+            elif not there[source.label] and source.label not in now:
+                mend = f"up to token {segment.until} the run read it at {source.path}, where it is no more: put it back"
+                raise ConfigError("data.mix.sources", source.label, mend)
+        mix = _at(asked, paths)
+        return mix, Documents.open(mix)
 
 
 class _Known:
@@ -183,6 +196,23 @@ class _Known:
 
     def seen(self) -> Seen:
         return self._seen
+
+
+def _opens(path: str | Sequence[str]) -> bool:
+    try:
+        open_corpus(path)
+    except ConfigError:
+        return False
+    return True
+
+
+def _at(mix: MixConfig, paths: Mapping[str, str | Sequence[str]]) -> MixConfig:
+    """`mix` with some sources, by their names, at other paths."""
+    sources = [
+        dataclasses.replace(source, path=paths[source.label], name=source.label) if source.label in paths else source
+        for source in mix.sources
+    ]
+    return dataclasses.replace(mix, sources=tuple(sources))
 
 
 def _curriculum(values: Mapping[str, Any]) -> Curriculum:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -55,7 +56,7 @@ class SourceConfig:
     def label(self) -> str:
         """The name in reports."""
         first = self.path if isinstance(self.path, str) else self.path[0]
-        return self.name or first.rstrip("/").rpartition("/")[2]
+        return self.name or os.path.basename(os.path.abspath(first))  # `.` is a folder with a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -328,12 +328,7 @@ def open_order(
     Raises:
         ConfigError: the data does not give what the mix asks; see `plan_mix`.
     """
-    try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        _remember_fingerprint(documents, Path(cache_dir))
-    except OSError as error:
-        mend = f"it cannot be written ({error.strerror}); name a folder for the order of documents that can"
-        raise ConfigError("data.cache_dir", cache_dir, mend) from error
+    remember_fingerprint(documents, cache_dir)
     path = Path(cache_dir) / f"{order_key(mix, documents, curriculum, seed, past)}.order"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
@@ -345,12 +340,24 @@ def open_order(
     return Order(path, documents, share_tolerance=mix.share_tolerance)
 
 
-def _remember_fingerprint(documents: Documents, cache_dir: Path) -> None:
+def remember_fingerprint(documents: Documents, cache_dir: str) -> None:
     """Take the documents' fingerprint from `cache_dir` where no file of theirs was touched since it was read; else read it.
 
     So one process reads the data once, and those beside it and later runs do not. A file was not touched where its size and
     both of its times are the same; a copy is read anew, and gives the same fingerprint.
+
+    Raises:
+        ConfigError: `cache_dir` cannot be written.
     """
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        _remember_fingerprint(documents, Path(cache_dir))
+    except OSError as error:
+        mend = f"it cannot be written ({error.strerror}); name a folder for the order of documents that can"
+        raise ConfigError("data.cache_dir", cache_dir, mend) from error
+
+
+def _remember_fingerprint(documents: Documents, cache_dir: Path) -> None:
     stamp = hashlib.sha256(json.dumps(documents.stamps()).encode()).hexdigest()[:32]
     path = cache_dir / f"{stamp}.fingerprints"
     with locked(path.with_suffix(".lock")):

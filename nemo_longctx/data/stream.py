@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.base_run import consumed, left_at
-from nemo_longctx.data.best_fit import BestFitWindows, Packing, check_delivery, open_windows
+from nemo_longctx.data.best_fit import BestFitWindows, Packing, check_delivery, open_windows, pack_windows
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.data.documents import Documents
 from nemo_longctx.data.history import History, Segment, changes
@@ -120,7 +120,7 @@ class Stream:
         self.after = state["after"]  # it is said once, where a run begins
         if token == self.curriculum.total_tokens:  # nothing is left to read
             if self.windows is None:
-                self._open([], origin=0)
+                self._open([], origin=0, read=False)
             self._finished = saved
         elif stays:
             self._open(saved[:-1], origin=saved[-1].first_token)
@@ -148,12 +148,17 @@ class Stream:
             self.mix = dataclasses.replace(self.mix, sources=tuple(sources))
             self.documents = self.documents.renamed(names)
 
-    def _open(self, left: Sequence[Segment], *, origin: int) -> Windows:
+    def _open(self, left: Sequence[Segment], *, origin: int, read: bool = True) -> Windows:
+        """`read`: whether any of it will be; else it holds nobody up by what it could not give."""
+        mix = self.mix if read else dataclasses.replace(self.mix, max_repeats=None, on_cap="error")
         past = History(left, origin=origin, cache_dir=self.cache_dir, sources=self.mix.sources) if left else None
-        order = open_order(self.mix, self.documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir, past=past)
+        order = open_order(mix, self.documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir, past=past)
         self._check_window(order)
         settings: dict[str, Any] = {"seed": self.seed, "document_masking": self.document_masking}
-        self.windows = open_windows(order, self.curriculum, packing=self.packing, **settings)
+        if read:
+            self.windows = open_windows(order, self.curriculum, packing=self.packing, **settings)
+        else:
+            self.windows = pack_windows(order, self.curriculum, packing="concatenate", **settings)
         self._left = list(left)
         return self.windows
 

@@ -37,7 +37,7 @@ class NumbersWatch:
         if len(self.past) >= max(1, self.window // 2):
             for name, value, place in (("loss", loss, 0), ("gradient norm", grad_norm, 1)):
                 usual = statistics.median(each[place] for each in self.past)
-                if value > self.factor * usual:
+                if value > self.factor * usual > 0:  # of nothing nothing is a multiple: a gradient that begins is no jump
                     return "spike", f"the {name} jumps to {value:g}, {value / usual:.1f} times its median of {usual:g}"
         self.past.append((loss, grad_norm))
         while len(self.past) > self.window:

@@ -90,6 +90,11 @@ def plain_epochs(members, past):
             yield [d for d in members if times[d] <= level] + [piece for piece, came in own if came == level], level
 
 
+def read_most(members, past):
+    """How often one of them had been read at most."""
+    return 0 if past is None else max(int(past.times[d]) for d in members)
+
+
 def shuffled(documents, *seed):
     found = np.array(documents, np.uint32)
     np.random.default_rng(seed).shuffle(found)
@@ -136,7 +141,7 @@ def plain_draw(stratum, members, number, lengths, ends, seed, past):
         most += bool(taken)
         again += sum(lengths[d] for d in taken) if level else 0
         if not targets:
-            return visits, stage_visits, stage_tokens, starts, most, again
+            return visits, stage_visits, stage_tokens, starts, max(most, read_most(members, past)), again
         before += size
     return None
 
@@ -153,7 +158,7 @@ def plain_draw_all(members, lengths, ends, seed, past):
             visits.append(document)
             tokens += lengths[document]
             if tokens > ends[-1]:
-                return visits, [len(visits)] * len(ends), list(ends), starts, most, again
+                return visits, [len(visits)] * len(ends), list(ends), starts, max(most, read_most(members, past)), again
     return None
 
 
@@ -251,5 +256,5 @@ def test_an_order_is_that_of_a_document_at_a_time(tmp_path_factory, case, seed, 
 )
 def test_epochs_end_behind_what_is_left_and_then_behind_each_whole_one(tokens, ends):
     epochs = drawing._Epochs.__new__(drawing._Epochs)
-    epochs.level, epochs._most, epochs.tokens, epochs._known = 0, 2, 10, {0: 4, 1: 6}  # two epochs of what was left
+    epochs.level, epochs.most, epochs.tokens, epochs._known = 0, 2, 10, {0: 4, 1: 6}  # two epochs of what was left
     assert epochs.ends_at(tokens) is ends

@@ -381,3 +381,99 @@ def test_an_order_that_cannot_be_written_names_the_setting(telling_corpora, tmp_
         stream(telling_corpora([TEXT]), 20, tmp_path / "taken").begin()
     assert not can_be_written(tmp_path / "taken")
     assert can_be_written(tmp_path / "new" / "folder")
+
+
+def no_token_twice(*parts):
+    """Whether some parts of streams, (windows, first token, last token), have no token in common."""
+    read = []
+    for windows, first, last in parts:
+        numbers = range(*(windows.curriculum.samples_at_token(token) for token in (first, last)))
+        read += [windows[number]["tokens"] for number in numbers]
+    tokens = np.concatenate(read)
+    return np.unique(tokens[tokens > 0], return_counts=True)[1].max() == 1
+
+
+def move(prefix, to):
+    for suffix in ("bin", "idx"):
+        Path(f"{prefix}.{suffix}").rename(f"{to}.{suffix}")
+
+
+@pytest.mark.parametrize("case", ["a_shard_more_in_its_folder", "another_corpus_in_its_place", "moved_and_named", "swapped"])
+def test_what_was_read_is_found_by_what_it_holds(telling_corpora, tmp_path, case):
+    """A folder that got a shard more, or a corpus that was prepared anew where the old one had lain, could not be gone on with:
+    the past was looked for at its old path alone."""
+    text, more, third = telling_corpora([TEXT, MORE, MORE])
+    (tmp_path / "corpus").mkdir()
+    move(text, tmp_path / "corpus" / "b")
+    here = [str(tmp_path / "corpus"), more] if "shard" in case else [str(tmp_path / "corpus" / "b"), more]
+    first = stream(here, 20, tmp_path / "a", weights=[0.5, 0.5])
+    first.begin()
+    state, names, weights = json.loads(json.dumps(first.state())), [None] * 3, [0.4, 0.3, 0.3]
+    told = ["data", "data.mix", "order"]
+    if case == "a_shard_more_in_its_folder":
+        move(third, tmp_path / "corpus" / "a")
+        weights, told = [0.5, 0.5], ["data", "order"]
+    elif case == "another_corpus_in_its_place":
+        move(here[0], tmp_path / "old")
+        move(third, here[0])
+        here.append(str(tmp_path / "old"))
+    elif case == "moved_and_named":
+        move(here[0], tmp_path / "old")
+        here, names, weights = [str(tmp_path / "old"), more], ["mine", None], [0.5, 0.5]
+    else:
+        move(here[0], tmp_path / "old")
+        move(more, here[0])
+        move(tmp_path / "old", more)
+        weights, told = [0.5, 0.5], ["data"]
+    sources = [{"path": p, "weight": w, "name": n} for p, w, n in zip(here, weights, names, strict=False)]
+    values = {"stages": ONE, "tokens_per_step": STEP, "total_tokens": STEP * 20}
+    mix = build(MixConfig, {"sources": sources, "share_tolerance": 0.9})
+    for cache in ("a", "b"):  # where the old order is kept, and on a new machine
+        now = Stream(mix, build(Curriculum, values), cache_dir=str(tmp_path / cache))
+        changed, refused = now.go_on(state, 7 * STEP)
+        assert (sorted({*changed, "order"}), refused) == (sorted({*told, "order"}), [])
+        assert no_token_twice((first.windows, 0, 7 * STEP), (now.windows, 7 * STEP, 20 * STEP))
+        assert not any(now.windows.order.facts["read_again"])
+
+
+def test_a_folder_with_a_name_is_that_wherever_a_run_starts(telling_corpora, tmp_path, monkeypatch):
+    """`path: .` was a source named `.` to the run and named by its folder to what it had read: another one."""
+    (prefix,) = telling_corpora([TEXT])
+    monkeypatch.chdir(Path(prefix).parent)
+    first = stream(["."], 20, tmp_path)
+    first.begin()
+    longer = stream(["."], 24, tmp_path)
+    assert longer.documents.names == (Path(prefix).parent.name,)
+    assert longer.go_on(json.loads(json.dumps(first.state())), 7 * STEP) == (["curriculum", "order"], [])
+
+
+@pytest.mark.parametrize("steps", [90, 100])
+def test_a_run_at_its_end_is_held_up_by_nothing_that_it_reads_no_more(telling_corpora, tmp_path, steps):
+    """Killed between its last checkpoint and its end, a run whose mix had changed asked once more for all of it from token 0:
+    at a cap of repeats it could not end."""
+    prefixes = telling_corpora([[90] * 150, [80] * 160])
+    first = stream(prefixes[:1], 50, tmp_path, mix={"max_repeats": 1})
+    first.begin()
+    then = stream(prefixes[1:], 90, tmp_path, mix={"max_repeats": 1})
+    then.go_on(first.state(), 50 * STEP)
+    state = json.loads(json.dumps(then.state()))
+    ended = stream(prefixes[1:], 90 if steps == 90 else 80, tmp_path, mix={"max_repeats": 1}, packing="concatenate")
+    changed = [] if steps == 90 else ["curriculum", "order"]
+    assert ended.go_on(state, ended.curriculum.total_tokens) == (changed, [])
+    assert ended.state()["segments"] == state["segments"]
+    assert len(ended.windows) == ended.curriculum.total_samples
+
+
+def test_most_of_what_came_counts_what_came_before(telling_corpora, tmp_path):
+    """A new shard comes alone until it has caught up; the report said that nothing comes more than once in all."""
+    old, new = telling_corpora([[40] * 20, [40] * 50])
+    first = stream([old], 8, tmp_path)
+    first.begin()  # 2,048 tokens: 800 come 2.56 times
+    now = Stream(
+        build(MixConfig, {"sources": [{"path": [old, new], "name": "source0"}], "share_tolerance": 0.9}),
+        build(Curriculum, {"stages": ONE, "tokens_per_step": STEP, "total_tokens": STEP * 12}),
+        cache_dir=str(tmp_path),
+    )
+    now.go_on(first.state(), 8 * STEP)
+    assert now.windows.order.facts["most_repeats"] == [3]
+    assert "3 at most in all; none comes again" in report(now.windows)[-1]

@@ -157,6 +157,11 @@ def test_where_a_base_run_was_left(telling_corpora, tmp_path):
     assert json.loads(json.dumps(dataclasses.asdict(left))) == json.loads(
         json.dumps(dataclasses.asdict(dataclasses.replace(segment, until=7 * STEP)))
     )
+    whole = (tmp_path / "weights" / "common.pt").read_bytes()
+    for torn in (whole[:99], whole.replace(b"token_address", b"token_addres\xff"), b""):
+        (tmp_path / "weights" / "common.pt").write_bytes(torn)
+        with pytest.raises(ConfigError, match=r"data\.after='runs/a': its checkpoint .* cannot be read \(.*\); name another"):
+            consumed("runs/a", tmp_path)
     for other in ({"LongContextDataModule": module | {"segments": []}}, {"LongContextDataModule": [1]}, {"x": 1}, [1], {}):
         with pytest.raises(ConfigError, match=r"data\.after='runs/a': its checkpoint .* does not say which documents it read"):
             consumed("runs/a", saved(other))

@@ -22,7 +22,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.loggers import keep_ids
 from nemo_longctx.report.evaluation import read_results, write_results
-from nemo_longctx.runs import one_run, write_finished
+from nemo_longctx.runs import GUARD_STOP, check_guard, one_run, write_finished
 
 WATCHED = {"kind": "position", "corpus": "unused", "seq_length": 64, "guard": True}
 
@@ -111,13 +111,35 @@ def result(loss):
     return SuiteResult(model="step 1", watched={"loss_position_64": [loss] * 20}, seconds={}, **empty)
 
 
-@pytest.mark.parametrize(("action", "after", "stops"), [("stop", 3.0, True), ("warn", 3.0, False), ("stop", 2.0, False)])
-def test_an_alarm_ends_the_run_only_where_it_must(tmp_path, action, after, stops):
-    callback = Counting(directory=str(tmp_path), guard={"action": action})
+@pytest.mark.parametrize(
+    ("action", "after", "steps", "stops", "noted"),
+    [("stop", 3.0, 9, True, True), ("stop", 3.0, -1, True, True), ("stop", 3.0, 5, True, False),  # the last step: it is over
+     ("warn", 3.0, 9, False, False), ("stop", 2.0, 9, False, False)],
+)  # fmt: skip
+def test_an_alarm_ends_the_run_only_where_it_must(tmp_path, capsys, action, after, steps, stops, noted):
+    callback = Counting(directory=str(tmp_path / "results" / "eval"), guard={"action": action, "loss": 0.25})
     callback.results = [result(2.0), result(after)]
-    trainer = trainer_at(5)
+    trainer = trainer_at(5, max_steps=steps)
+    callback.directory.mkdir(parents=True)
+    (callback.directory / GUARD_STOP).write_text("{}")
     callback._watch(trainer, callback.results[-1])
     assert trainer.should_stop == stops
+    assert ("the short-context guard stops the run after step 5; eval.guard.action=warn" in capsys.readouterr().out) == noted
+    if not noted:
+        assert (callback.directory / GUARD_STOP).exists() == stops  # without an alarm it is gone
+        return
+    (tmp_path / "checkpoints" / "step=5-last").mkdir(parents=True)
+    guard = dataclasses.asdict(callback.guard)
+    with pytest.raises(ConfigError, match=r"^eval\.guard\.action='stop': .* at step 5 \(loss_position_64 changed by"):
+        check_guard(tmp_path, guard)
+    for other in (None, guard | {"action": "warn"}, guard | {"loss": 2.0}):
+        check_guard(tmp_path, other)
+    (tmp_path / "checkpoints" / "step=6-last").mkdir()
+    check_guard(tmp_path, guard)  # it went on since
+    callback.on_train_start(trainer_at(5), None)
+    assert (callback.directory / GUARD_STOP).exists()
+    callback.on_train_start(trainer_at(0), None)  # another run begins here
+    assert not (callback.directory / GUARD_STOP).exists()
 
 
 def test_a_save_looks_at_the_disk_on_the_first_rank(tmp_path):

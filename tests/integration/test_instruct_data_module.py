@@ -55,6 +55,14 @@ def module(files, **changes):
     return LongInstructDataModule(**(settings | changes))
 
 
+def test_ids_of_pretraining_text_beyond_the_vocabulary_are_named(files, monkeypatch):
+    monkeypatch.setattr(LongInstructDataModule, "_vocab_size", 250)
+    windows = module(files).open_windows()
+    numbers = [number for number in range(len(windows)) if windows.source(number) == "pretraining"]
+    with pytest.raises(ConfigError, match=r"document \d+ holds the token id 2\d\d, the model's vocabulary has 250"):
+        [windows[number] for number in numbers]
+
+
 def test_windows_hold_the_conversations_as_they_are_asked_and_answered(files):
     data = module(files)
     windows, tokenizer = data.open_windows(), data.hf_tokenizer

@@ -48,6 +48,13 @@ def test_nothing_is_a_spike_before_the_window_is_half_full():
     assert watch.judge(4.0, 100.0) is None
 
 
+def test_what_was_nothing_until_now_is_no_jump():
+    """A median of 0 (a gradient that is cut off, a loss of nothing) ended the run in a division by zero."""
+    watch = NumbersWatch(10.0, 4)
+    assert [watch.judge(2.0, norm) for norm in (0.0, 0.0, 0.0, 5.0, 0.0)] == [None] * 5
+    assert watch.judge(21.0, 0.0)[0] == "spike"
+
+
 def test_a_resumed_watch_judges_the_same():
     whole, numbers = NumbersWatch(3.0, 4), [(4.0, 1.0 + 0.1 * (step % 7)) for step in range(30)] + [(4.0, 9.0), (4.0, 1.0)]
     kept = [whole.judge(*each) for each in numbers[:20]]

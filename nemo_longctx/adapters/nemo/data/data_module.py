@@ -291,7 +291,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
             rank_zero_info(f"the source {now} is {was} of the checkpoint, moved: it keeps that name")
         if self.stream.windows is not None and self.stream.windows is not self.windows:
             self.windows = self.stream.windows
-            self._report(self.windows)
+            if state["token_address"] < self.curriculum.total_tokens:  # else nothing of it is read any more
+                self._report(self.windows)
         return found
 
     def _compared(self, state: Mapping[str, Any]) -> list[str]:

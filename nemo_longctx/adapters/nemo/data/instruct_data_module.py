@@ -165,6 +165,7 @@ class LongInstructDataModule(LongContextDataModule):
         values = {"stages": [{"until": 1.0, "seq_length": self.seq_length}], "tokens_per_step": self.seq_length}
         curriculum = build(Curriculum, values | {"total_tokens": n_windows * self.seq_length}, where="data.pretraining")
         documents = Documents.open(self.mix)
+        documents.vocab_size = self._vocab_size
         self.pretraining_order = open_order(self.mix, documents, curriculum, seed=self.seed, cache_dir=str(self.cache_dir))
         return open_windows(self.pretraining_order, curriculum, packing="concatenate", seed=self.seed, document_masking=True)
 

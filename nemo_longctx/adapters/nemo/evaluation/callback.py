@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nemo_longctx.eval.sharing import everywhere
 from nemo_longctx.eval.suite import InterruptedEvaluationError, Suite
 from nemo_longctx.report.evaluation import read_results, write_results
 from nemo_longctx.rope.base import RopeVariant
+from nemo_longctx.runs import GUARD_STOP, write_guard_stop
 from nemo_longctx.versions import versions_of
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class LongContextEvalCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         step = trainer.global_step
+        if trainer.is_global_zero and not step:
+            self._stop_note.unlink(missing_ok=True)  # of a run that was here before
         # What is trained again is measured again, and so is all of a run that begins anew: it may have another base.
         there = read_results(self.directory) if trainer.is_global_zero and step else []
         self.results = everywhere(_known([result for result in there if _step_of(result) <= step]))[0]
@@ -219,6 +222,24 @@ class LongContextEvalCallback(Callback):
         # What a new RoPE does to weights that have not been trained under it yet is told, but no reason to stop the cure.
         if verdict.alarms and self.guard.action == "stop" and trainer.global_step > 0:
             trainer.should_stop = True
+            self._note_stop(trainer, verdict)
+        elif trainer.is_global_zero and trainer.global_step > 0:
+            self._stop_note.unlink(missing_ok=True)  # what it may have said is behind the run
+
+    @property
+    def _stop_note(self) -> Path:
+        return self.directory / GUARD_STOP
+
+    def _note_stop(self, trainer: Any, verdict: Verdict) -> None:
+        """The next start must not train on as if nothing had been (`nemo_longctx.runs.check_guard`); at the end none would."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or self.guard is None or 0 < trainer.max_steps <= step:
+            return
+        print(f"the short-context guard stops the run after step {step}; eval.guard.action=warn lets it go on", flush=True)
+        try:
+            write_guard_stop(self.directory, step=step, alarms=verdict.alarms, guard=asdict(self.guard))
+        except OSError:
+            logger.warning("that the guard stopped the run could not be noted: the same command goes on", exc_info=True)
 
 
 def _known(results: Sequence[SuiteResult]) -> list[SuiteResult]:
