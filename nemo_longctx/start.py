@@ -20,7 +20,7 @@ from nemo_longctx.files import first_process
 from nemo_longctx.runs import STOP_SIGNALS
 
 if TYPE_CHECKING:
-    from nemo_longctx.recipe import TrainerConfig
+    from nemo_longctx.recipe_parts import TrainerConfig
 
 EXTENSION = "managed_alloc_runtime"  # of megatron.core.inference.unified_memory
 BUILD_SECONDS = 120  # a few with a compiler at hand; a lock that is older is nobody's

@@ -20,7 +20,8 @@ from nemo_longctx.adapters.nemo.model.lora import LongContextLoRA
 from nemo_longctx.adapters.nemo.model.rope import RopeTransform
 from nemo_longctx.config import ConfigError, to_values
 from nemo_longctx.data.vocabulary import check_corpora
-from nemo_longctx.recipe import InstructRecipe, LoRAConfig
+from nemo_longctx.recipe import InstructRecipe
+from nemo_longctx.recipe_parts import LoRAConfig
 from nemo_longctx.resume import check_resumed, check_resumed_live
 from nemo_longctx.rope.variants import to_dict
 

@@ -25,7 +25,7 @@ from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.files import OpenFiles
 from nemo_longctx.loggers import IDS
-from nemo_longctx.recipe import BadNumbersConfig
+from nemo_longctx.recipe_parts import BadNumbersConfig
 from nemo_longctx.report.bad_numbers import BadStep, NumbersWatch
 from nemo_longctx.report.evaluation import read_results
 from nemo_longctx.runs import (

@@ -32,7 +32,8 @@ from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
 from nemo_longctx.precision import PRECISIONS, Precision
-from nemo_longctx.recipe import BadNumbersConfig, RunConfig
+from nemo_longctx.recipe import RunConfig
+from nemo_longctx.recipe_parts import BadNumbersConfig
 
 
 def made(config: run.Config) -> Any:
