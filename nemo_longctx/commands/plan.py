@@ -232,12 +232,28 @@ def _layout(args: argparse.Namespace, recipe: Any, gpu: str) -> tuple[Any, list[
             gpus = given.get("gpus", base.gpus)
             notes.append(f"{gpus} GPUs do not divide by the recipe's {base.short_name()}, which the search is free to change")
             given |= free
-        layout = replace(base, **given, unfused=gpu == "cpu")  # Transformer Engine is where GPUs are
-    else:
-        layout = Layout(**{"loss": "chunked", **given}) if given else None
+        given["unfused"] = gpu == "cpu"  # Transformer Engine is where GPUs are
+    try:
+        if recipe is not None:
+            layout = replace(recipe.layout, **given)
+        else:
+            layout = Layout(**{"loss": "chunked", **given}) if given else None
+    except ConfigError as error:
+        raise _by_option(error, args) from None
     if args.sp and not _searches(args) and layout.tensor_model_parallel_size == 1:
         raise ConfigError("sp", True, "has no effect without tensor parallelism; give --tp over 1")
     return layout, notes
+
+
+def _by_option(error: ConfigError, args: argparse.Namespace) -> ConfigError:
+    """A layout's error by the option that was typed: of GPUs that nobody named, by the size that does not divide them."""
+    options = {f"layout.{field}": key for key, field in LAYOUT_OPTIONS.items()}
+    option, value, mend = options[error.key], error.value, error.mend
+    if getattr(args, option) is None:
+        option = next(key for key in ("tp", "pp", "cp") if getattr(args, key) is not None)
+        value = getattr(args, option)
+        mend = f"{mend.partition(';')[0].replace('must be', f'the {error.value} GPUs must be')}; change one of them, or --gpus"
+    return ConfigError(option.replace("_", "-"), value, mend)
 
 
 def _searches(args: argparse.Namespace) -> bool:

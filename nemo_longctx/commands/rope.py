@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.commands.prepare import tokens
-from nemo_longctx.config import ConfigError
+from nemo_longctx.config import ConfigError, is_finite
+from nemo_longctx.model_fields import LARGEST_BASE
 from nemo_longctx.rope.analysis import (
     LONGEST,
     PRACTICE,
@@ -72,8 +73,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Dispatch to the subcommand."""
     actions: Mapping[str, Any] = {"show": _show, "plot": _plot, "advise": _advise}
-    actions[args.action](args)
+    try:
+        actions[args.action](args)
+    except ConfigError as error:
+        raise _by_option(error, args) from None
     return 0
+
+
+def _by_option(error: ConfigError, args: argparse.Namespace) -> ConfigError:
+    """An error of a variant by the option that was typed, where one was."""
+    if error.key == "rotary_dim":
+        option, value = ("head_dim", args.head_dim)
+        if getattr(args, "rotary_percent", 1.0) != 1.0:
+            option, value = "rotary_percent", args.rotary_percent
+        return ConfigError(f"--{option.replace('_', '-')}", value, error.mend)
+    name = error.key.removeprefix("rope.")
+    if args.action == "show" and name != error.key and getattr(args, f"field_{name.partition('[')[0]}", None) is not None:
+        return ConfigError(f"--{name.replace('_', '-')}", error.value, error.mend)
+    return error
+
+
+def _check_base(flag: str, base: float) -> None:
+    try:
+        Rope(base=base)
+    except ConfigError as error:
+        raise ConfigError(flag, base, error.mend if is_finite(base) else "must be a finite number") from None
+    if base > LARGEST_BASE:
+        raise ConfigError(flag, base, f"must be at most {LARGEST_BASE:g}: nothing turns beyond it")
 
 
 def _fields() -> dict[str, Any]:
@@ -104,7 +130,10 @@ def _named(text: str) -> RopeVariant:
         if not equals:
             raise ConfigError("--variants", text, "is NAME:field=value,field=value")
         values[key] = _value(value.replace("/", ","))
-    return parse(values)
+    try:
+        return parse(values)
+    except ConfigError as error:
+        raise ConfigError("--variants", text, f"{error.key.removeprefix('rope.')}={error.value!r}: {error.mend}") from None
 
 
 def _rotary_dim(args: argparse.Namespace) -> int:
@@ -200,6 +229,10 @@ def _advise(args: argparse.Namespace) -> None:
         raise ConfigError("--to", args.target, f"is longer than any context: {LONGEST:,} tokens at most")
     if args.target <= args.trained:
         raise ConfigError("--to", args.target, f"must be above the trained length, {args.trained}")
+    for flag, values in (("--base", [args.base]), ("--new-base", [args.new_base]), ("--bases", args.bases)):
+        for base in values:
+            if base is not None:
+                _check_base(flag, base)
     least = smallest_base(args.target, args.head_dim)
     # Being above the smallest base that reaches the target does not make the trained one reach it.
     reaching = least if least >= args.base else smallest_base(args.target, args.head_dim, at_least=args.base)

@@ -173,3 +173,23 @@ def test_a_batch_that_the_gpus_do_not_share_is_told_with_the_nearest_that_they_d
     near = plan(capsys, "--model", TINY, "--gpus", "3", "--tokens-per-step", "4190208")
     assert "hours" in near["layout"]
     assert not near["notes"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["--gpus", "3"], "gpus=3: must be a multiple of TP x PP x CP = 4; change one of them"),
+        (["--tp", "3"], "tp=3: the 64 GPUs must be a multiple of TP x PP x CP = 6; change one of them, or --gpus"),
+        (
+            ["--cp", "5", "--pp", "2"],
+            "pp=2: the 64 GPUs must be a multiple of TP x PP x CP = 20; change one of them, or --gpus",
+        ),
+        (["--gpus", "9", "--tp", "4"], "gpus=9: must be a multiple of TP x PP x CP = 8; change one of them"),
+        (["--vp", "0"], "vp=0: must be a whole number of 1 or more model chunks a pipeline stage"),
+        (["--micro-batch-size", "0"], "micro-batch-size=0: must be a whole number of 1 or more"),
+        (["--precision", "bf17"], "precision='bf17': did you mean 'bf16'?"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_told_by_the_option_that_was_typed(capsys, typed, says):
+    assert main(["plan", "--recipe", "llama2_7b", *typed]) == 2
+    assert capsys.readouterr().err == f"nemo-longctx plan: error: {says}\n"

@@ -78,7 +78,6 @@ def test_show_prints_xpos_scales(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["show", "--variant", "pi", "--factor", "4", "--scale-base", "3"], "rope.scale_base=3: unknown key"),
         (["show", "--variant", "abf", "--base", "big"], "not a number"),
         (["plot", "--variants", "pi:4"], "NAME:field=value"),
         (["advise", "--from", "8192", "--to", "4096"], "above the trained length"),
@@ -104,13 +103,28 @@ def test_show_prints_xpos_scales(capsys):
         (["plot", "--pair", "3"], "--pair=3: has no effect on --figures decay; leave it out, or add helices"),
         (["plot", "--positions", "3"], "--positions=3: has no effect"),
         (["plot", "--figures", "helices", "--seq-length", "9"], "--seq-length=9: has no effect"),
+        (["advise", "--from", "64", "--to", "128", "--new-base", "nan"], "--new-base=nan: must be a finite number"),
+        (["advise", "--from", "64", "--to", "128", "--base", "inf"], "--base=inf: must be a finite number"),
+        (["advise", "--from", "64", "--to", "128", "--bases", "1e4", "1"], "--bases=1.0: must be above 1"),
+        (
+            ["advise", "--from", "64", "--to", "128", "--new-base", "1.1e15"],
+            "--new-base=1100000000000000.0: must be at most 1e+15",
+        ),
+        (["advise", "--from", "64", "--to", "128", "--head-dim", "7"], "--head-dim=7: RoPE turns pairs"),
+        (["show", "--variant", "rope", "--head-dim", "0"], "--head-dim=0: RoPE turns pairs"),
+        (["show", "--variant", "rope", "--rotary-percent", "0.01"], "--rotary-percent=0.01: RoPE turns pairs"),
+        (["show", "--variant", "pi", "--factor", "0.5"], "--factor=0.5: must be at least 1"),
+        (["show", "--variant", "pi", "--factor", "4", "--scale-base", "3"], "--scale-base=3: unknown key"),
+        (["show", "--variant", "pi"], "rope.factor=None: missing"),
+        (["plot", "--variants", "rope", "pi:factor=0.5"], "--variants='pi:factor=0.5': factor=0.5: must be at least 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory" / "a.png").mkdir(parents=True)
     assert main(["rope", *argv]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: {message}" in said if message.startswith("--") else message in said
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
 
