@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, did_you_mean
-from nemo_longctx.overrides import places, readable
+from nemo_longctx.effects import refuse_idle
+from nemo_longctx.overrides import places, readable, typed_keys
 from nemo_longctx.scale import scaled
 from nemo_longctx.trust import check_targets
 
@@ -65,6 +66,7 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     values = places(values)
     if machine and not any(item.startswith("curriculum") for item in overrides):
         _leave_layout(values)
+    refuse_idle(values, typed_keys(item for item in kept if item.partition("=")[0] not in known or "={" in item))
     return {str(key): value for key, value in values.items()} | dict.fromkeys(emptied)
 
 

@@ -24,6 +24,7 @@ from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.mixture import MixConfig
+from nemo_longctx.effects import without_effect
 from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask
 from nemo_longctx.files import first_process
 from nemo_longctx.loggers import check_loggers
@@ -243,12 +244,12 @@ def _check_after(run: str) -> None:
 
 
 def notes(recipe: RunConfig) -> list[str]:
-    """What is no mistake by itself, and is seldom meant: documents that are drawn twice, or measured and trained on, tokens of
-    another tokenizer than the base's."""
+    """What is no mistake by itself, and is seldom meant: settings of the recipe that have no effect, documents that are drawn
+    twice, or measured and trained on, tokens of another tokenizer than the base's."""
     from nemo_longctx.data.vocabulary import not_the_base_s
     from nemo_longctx.planning.models import nemo_context
 
-    said = []
+    said = without_effect(recipe)
     context = None if recipe.restore_from is None else nemo_context(Path(recipe.restore_from))
     with contextlib.suppress(ConfigError):  # what is not there, or broken, is told elsewhere
         if context and (other := not_the_base_s(context.parent.parent, _corpora(recipe), recipe.data.tokenizer)):

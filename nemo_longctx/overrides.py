@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nemo_longctx.config import ConfigError
@@ -78,6 +78,22 @@ def _as_yaml(value: str) -> Any:
         return OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload,index]
     except (yaml.YAMLError, OmegaConfBaseException, KeyError, ValueError):
         return None
+
+
+def typed_keys(items: Iterable[str]) -> Iterator[str]:
+    """The dotted keys that overrides give a value, those inside a mapping (`eval={every: 5}`) each by itself."""
+    for item in items:
+        key, _, value = item.lstrip("+").partition("=")
+        made = _as_yaml(value) if value.startswith("{") else None
+        yield from _dotted(key, made) if isinstance(made, dict) else [key]
+
+
+def _dotted(key: str, values: Any) -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield key
+        return
+    for name, value in values.items():
+        yield from _dotted(f"{key}.{name}", value)
 
 
 def places(values: Any, where: str = "") -> Any:
