@@ -3,10 +3,10 @@
     python benchmarks/soak.py --minutes 90 --output benchmarks/soak
 
 The real command trains the tiny recipe on this repository's own text, with validation, a checkpoint and an
-evaluation (loss by position, probes that generate) every few steps. Every few seconds memory (resident, without shared),
-threads and open files of the command and its children are read from /proc, and memory of the largest of them, the trainer, by
-itself. Then it is ended by SIGTERM. Of each figure a line is fitted to the last `KEPT` of the time: the slope must be 0 within
-the noise. It writes OUTPUT.csv and OUTPUT.md.
+evaluation (loss by position, probes that generate) every few steps. Every few seconds the command and its children are looked
+at in /proc: anonymous memory (a page that a forked worker shares with the trainer counts once), that of the largest process,
+the trainer, by itself, threads and open files. Then it is ended by SIGTERM. Of each figure a line is fitted to the last
+`KEPT` of the time: the slope must be 0 within the noise. It writes OUTPUT.csv and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -63,15 +63,20 @@ def look(pid: int) -> dict[str, float]:
     members = family(pid)
     for each in members:
         try:
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{each}/status").read_text().splitlines() if ":" in line)
+            rollup = kilobytes(Path(f"/proc/{each}/smaps_rollup"))
             found["files"] += len(os.listdir(f"/proc/{each}/fd"))
+            found["threads"] += len(os.listdir(f"/proc/{each}/task"))
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        memory = int(status.get("RssAnon", "0 kB").split()[0]) / 1024
-        found["memory_mib"] += memory
-        found["trainer_mib"] = max(found["trainer_mib"], memory)
-        found["threads"] += int(status.get("Threads", "0"))
+        found["memory_mib"] += rollup["Pss_Anon"] / 1024
+        found["trainer_mib"] = max(found["trainer_mib"], rollup["Anonymous"] / 1024)
     return {**found, "processes": len(members)}
+
+
+def kilobytes(rollup: Path) -> dict[str, int]:
+    """The figures of a process's memory by name."""
+    lines = (line.split() for line in rollup.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
 def slope(minutes: np.ndarray, values: np.ndarray) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.start import main_hidden
 
 Progress = Callable[[int, int, int], None]  # input bytes, documents, tokens since the last call
 
@@ -62,7 +63,7 @@ def run_in_processes(jobs: Sequence[Job], progress: Progress, *, workers: int) -
         todo = iter(jobs)
         while True:
             for job in _next(todo, 2 * workers - len(running)):
-                with _interrupt_held_back():
+                with main_hidden(), _interrupt_held_back():
                     running[pool.submit(_run_in_worker, job)] = job
             if not running:
                 return

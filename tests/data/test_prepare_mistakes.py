@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 from tiny_models import byte_tokenizer
@@ -34,6 +36,16 @@ def run(*inputs, output, **changes):
     said = []
     config = PrepareConfig(inputs=inputs, output=output, tokenizer="tok", workers=1, **changes)
     return prepare(config, say=said.append, progress=lambda n_bytes: lambda *steps: None), said
+
+
+def test_a_script_without_a_main_guard_prepares_once(here):
+    """The worker imported the script, which began to prepare there too: "a worker process was killed (out of memory?)"."""
+    words = ["prepare", "a.jsonl", "--output", "made", "--tokenizer", "tok", "--workers", "1"]
+    script = here / "script.py"
+    script.write_text(f"print('began')\nfrom nemo_longctx.cli import main\nraise SystemExit(main({words}))\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.count("began")) == (0, 1), done.stderr
+    assert len(open_corpus("made")) == 4
 
 
 @pytest.mark.parametrize("force", [False, True])
