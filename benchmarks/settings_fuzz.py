@@ -86,6 +86,7 @@ REASONS = {
     "*.total_tokens": "any multiple of a step that is longer than the warm-up",
     "*.tokens_per_step": "any multiple of the windows' lengths",
     "*.until": "a share; the last is 1",
+    "eval.at_*": "switches",
     "eval.every": "any interval; 0 and what is beyond the run: at its ends alone",
     "eval.max_length": "any length; tasks that need more are cut as their docs say",
     "eval.time_budget": "any time; null: no limit",

@@ -48,10 +48,14 @@ class Trained:
 
     @property
     def training(self) -> list[dict[str, float]]:
-        """Rows of the training log: step, tokens, loss, learning rate, ...; losses in nats a token."""
+        """The training log, a row a step: `step`, `tokens` (read so far), `seq_length`, `loss` (nats a token), `lr`,
+        `grad_norm`, `tokens_per_second`, ...; after a validation `validation_loss` and `validation_loss_NAME` of each set."""
         from nemo_longctx.report.training_log import read_training_log
 
-        return read_training_log(self.directory / "results" / "training.csv")
+        steps: dict[float, dict[str, float]] = {}
+        for row in read_training_log(self.directory / "results" / "training.csv"):  # a validation has a row of its own there
+            steps.setdefault(row["step"], {}).update(row)
+        return list(steps.values())
 
     @property
     def evaluations(self) -> list[SuiteResult]:
@@ -150,7 +154,16 @@ def evaluate(
 
 
 def export(checkpoint: PathLike, target: PathLike, *, verify: bool = True, tokenizer: PathLike | None = None) -> Path:
-    """A NeMo checkpoint or run as a Hugging Face directory: `nemo-longctx export`; loaded again and compared if `verify`.
+    """A NeMo checkpoint or run as a Hugging Face directory: `nemo-longctx export`.
+
+    Args:
+        checkpoint: a NeMo checkpoint, or a run's directory (its newest one).
+        target: the directory to make; it must not be there.
+        verify: load what was written, and compare its logits with the checkpoint's.
+        tokenizer: Hugging Face directory; None: what the checkpoint carries.
+
+    Returns:
+        `target`.
 
     Raises:
         RunError: the sentence that the command ended with.
@@ -161,7 +174,7 @@ def export(checkpoint: PathLike, target: PathLike, *, verify: bool = True, token
 
 
 def import_hf(source: PathLike, target: PathLike, *, verify: bool = True) -> Path:
-    """A Hugging Face directory as a NeMo checkpoint: `nemo-longctx import`; errors as of `export`."""
+    """A Hugging Face directory as a NeMo checkpoint at `target`: `nemo-longctx import`. `verify` and errors as of `export`."""
     _run(["import", _place(source), _place(target), *([] if verify else ["--no-verify"])])
     return Path(_place(target))
 
@@ -179,7 +192,19 @@ def prepare(
     on_error: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Text to Megatron's `.bin/.idx`: `nemo-longctx prepare`, resumable. See `PrepareConfig` for each setting.
+    """Text to Megatron's `.bin/.idx`: `nemo-longctx prepare`; called again after a kill, it goes on.
+
+    Args:
+        inputs: files of records or text, directories of them, or URLs of either.
+        output: prefix: OUTPUT.bin, OUTPUT.idx and OUTPUT.json are written.
+        tokenizer: Hugging Face name or directory; with `train_tokenizer`, where the one that is made is kept.
+        train_tokenizer: entries of the vocabulary of a byte-level BPE to train on the input; None trains none.
+        holdout: share of the documents, 0 to 1, that goes to OUTPUT_holdout; None: none.
+        globs: which files of directories, such as `*.txt`.
+        keys: which texts of a record are joined; none: `text`.
+        workers: processes; None: one a core.
+        on_error: `fail` at a bad record, or `skip` it; None: fail.
+        force: replace a corpus that other settings made.
 
     Returns:
         the report: documents and tokens by split, what was left out, how the corpus was made.

@@ -40,7 +40,10 @@ class RunConfig:
 
     Attributes:
         name: the run's name; its results are written to `output_dir/name`.
-        restore_from: a NeMo checkpoint to go on from (continual pretraining); None starts from random weights.
+        output_dir: the folder of all runs.
+        seed: of all that is drawn: weights that begin at random, the order of the data, dropout.
+        restore_from: a NeMo checkpoint or a run's directory to go on from (continual pretraining); None starts from random
+            weights.
         model: `config`, a class of `nemo.collections.llm` such as `Llama2Config7B`, and any of its fields. With
             `restore_from` the checkpoint says what the model is: what is named here is compared with its shape, and a
             difference is an error.

@@ -33,7 +33,9 @@ class OptimizerConfig:
         warmup_tokens: tokens over which the rate climbs from 0 (the paper: 2,000 steps of 4 Mi tokens).
         schedule: "cosine" to the end of the run, or "constant".
         weight_decay: of AdamW, a step times the learning rate (Llama 2's 0.1).
-        beta1, beta2, epsilon: of AdamW (Llama 2's 0.9, 0.95, 1e-5).
+        beta1: of AdamW: what stays of the mean of gradients (Llama 2's 0.9).
+        beta2: of AdamW: what stays of the mean of their squares (Llama 2's 0.95).
+        epsilon: of AdamW: added to the root of that mean (Llama 2's 1e-5).
         clip_grad: largest norm of the whole gradient; 0 clips nothing.
         distributed: shard optimizer states over data-parallel ranks (Megatron-Core's distributed optimizer).
     """
@@ -190,8 +192,8 @@ class BadNumbersConfig:
     them, and leave this step's update out) or "ignore" (name them, and train on).
 
     Attributes:
-        not_finite: for NaN or infinity in loss or gradient.
-        spike: for a gradient norm (before clipping) or a loss that jumps.
+        not_finite: "stop", "skip" or "ignore" for NaN or infinity in loss or gradient.
+        spike: "stop", "skip" or "ignore" for a gradient norm (before clipping) or a loss that jumps.
         spike_factor: a spike is over this many times the median of the window.
         spike_window: steps of the window; nothing is a spike before it is half full.
     """

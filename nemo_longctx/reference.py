@@ -29,7 +29,10 @@ class Setting:
 
 
 def settings(cls: type, prefix: str = "") -> list[Setting]:
-    """All settings of a dataclass of the schema and of the dataclasses in it, in their order."""
+    """All settings of a dataclass of the schema and of the dataclasses in it, in their order.
+
+    A list of dataclasses, and one that may be null, is a setting too, before those in it.
+    """
     hints, texts = typing.get_type_hints(cls), meanings(cls)
     found: list[Setting] = []
     for field in dataclasses.fields(cls):
@@ -38,6 +41,10 @@ def settings(cls: type, prefix: str = "") -> list[Setting]:
         key, hint = f"{prefix}{field.name}", hints[field.name]
         inner, listed = _inner(hint)
         if inner is not None:
+            default, meaning = _default(field), texts.get(field.name, "")
+            if listed or default == "null":
+                kind = "list of mappings" if listed else "mapping or null"
+                found.append(Setting(key=key, kind=kind, default=default, meaning=meaning))
             found += settings(inner, f"{key}[]." if listed else f"{key}.")
             continue
         found.append(Setting(key=key, kind=_kind(hint), default=_default(field), meaning=texts.get(field.name, "")))
@@ -104,6 +111,8 @@ def _yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if value == "":
+        return '""'
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_yaml, value))}]"
     return "{}" if isinstance(value, Mapping) and not value else str(value)

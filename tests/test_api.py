@@ -118,6 +118,18 @@ def test_what_ends_a_command_is_raised_as_its_sentence(tmp_path):
         api.prepare(tmp_path / "nothing_here", tmp_path / "out", tokenizer="t")
 
 
+def test_a_step_that_was_validated_is_one_row_of_the_training(tmp_path):
+    """A validation has a row of its own in training.csv, so that the last one had no loss."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "training.csv").write_text(
+        "step,tokens,loss,validation_loss,validation_loss_a\n1,8,2.5,,\n2,16,2.0,,\n2,16,,3.0,3.5\n"
+    )
+    assert api.Trained(tmp_path).training == [
+        {"step": 1, "tokens": 8, "loss": 2.5},
+        {"step": 2, "tokens": 16, "loss": 2.0, "validation_loss": 3.0, "validation_loss_a": 3.5},
+    ]
+
+
 def test_training_starts_the_command_with_what_was_given(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(api, "_run", lambda words, start=(): started.append((list(words), list(start))))

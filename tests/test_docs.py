@@ -8,18 +8,27 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nemo_longctx.cli import COMMANDS, main
+from nemo_longctx.cli import COMMANDS, _arguments, main
+from nemo_longctx.commands import eval as evaluate
 from nemo_longctx.compose import compose, groups
-from nemo_longctx.recipe import load_recipe
+from nemo_longctx.eval.probes import SUITES
+from nemo_longctx.recipe import InstructRecipe, RecipeConfig, load_recipe
+from nemo_longctx.reference import settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WRITTEN = [page for page in PAGES if page.name not in ("settings.md", "commands.md")]
+READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *WRITTEN]
+
+
+def extras():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
 def blocks(language):
@@ -35,11 +44,30 @@ def commands():
                 yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
 
 
+def taken(words):
+    """What the command's own parser and Hydra make of a line; an error where either refuses it."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"nemo_longctx.commands.{words[1].replace('-', '_')}").configure(parser)
+    parsed = _arguments(parser, words[1:])
+    given = getattr(parsed, "overrides", ())
+    settings = [word for word in given if not word.endswith(".yaml")]  # a recipe of the reader's own says the rest
+    if words[1] == "train" and settings == given:
+        return load_recipe(compose(settings))
+    if words[1] == "doctor" and parsed.model:
+        return load_recipe(compose([f"recipe={parsed.model}", *settings]))
+    return compose(settings, config_name="sft" if words[1] == "sft" else "config") if settings else None
+
+
 @pytest.mark.parametrize("words", commands())
 def test_commands_of_the_docs_do_what_they_say(words, tmp_path, monkeypatch, capsys):
     """Those that need no files run; the others are read by the command's own parser, and their settings composed."""
     if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        target = words[1] if words[1:] and words[1] != "&&" else "install"  # which comes first
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[:2] == ["pip", "install"]:
+        asked = set(re.fullmatch(r"\.\[([\w,]+)\]", words[2])[1].split(","))
+        assert asked <= set(extras())
         return
     started = words
     if words[0] == "torchrun":
@@ -49,24 +77,39 @@ def test_commands_of_the_docs_do_what_they_say(words, tmp_path, monkeypatch, cap
     assert words[0] in ("nemo-longctx", "nemo_longctx")
     assert words[1] in COMMANDS
     monkeypatch.chdir(tmp_path)
-    if words[1] in ("plan", "rope") and "--apply" not in words:
+    if words[1] in ("plan", "rope") and "--apply" not in words and not any(word.endswith(".yaml") for word in words):
         assert main(words[1:]) == 0
         return
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    importlib.import_module(f"nemo_longctx.commands.{words[1].replace('-', '_')}").configure(parser)
-    if "--help" not in words:
-        parsed = parser.parse_args(words[2:])
-    if words[1] in ("train", "sft"):
-        given = [word for word in parsed.overrides if not word.endswith(".yaml")]
-        made = load_recipe(compose(given)) if words[1] == "train" else compose(given, config_name="sft")
-        if started[0] == "torchrun":
-            option = {
-                name: int(started[started.index(name) + 1]) for name in ("--nnodes", "--nproc-per-node") if name in started
-            }
-            assert option.get("--nnodes", 1) == made.trainer.num_nodes
-            assert option["--nproc-per-node"] == made.trainer.devices
-    if "--recipe" in words:
+    if "--help" in words:
+        return
+    made = taken(words)
+    if started[0] == "torchrun" and words[1] in ("train", "sft"):
+        option = {name: int(started[started.index(name) + 1]) for name in ("--nnodes", "--nproc-per-node") if name in started}
+        assert option.get("--nnodes", 1) == made.trainer.num_nodes
+        assert option["--nproc-per-node"] == made.trainer.devices
+    if "--recipe" in words and not words[words.index("--recipe") + 1].endswith(".yaml"):
         assert words[words.index("--recipe") + 1] in groups()["recipe"]
+
+
+def test_commands_within_the_text_and_the_help_are_whole():
+    """A line in backquotes, and one that `--help` shows below its options, can be typed as it stands, its letters replaced."""
+    texts = [re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL) for page in READ]
+    lines = [line for text in texts for line in re.findall(r"`(nemo-longctx [^`]*)`", text.replace("\n", " "))]
+    shown = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines += re.findall(r"^ {2}(nemo-longctx .*|torchrun .*)$", shown, re.MULTILINE)
+    assert len(lines) > 30
+    refused = []
+    for line in dict.fromkeys(lines):
+        words = shlex.split(line, comments=True)
+        words = words[words.index("nemo_longctx") :] if words[0] == "torchrun" else words
+        named = len(words) == 2 or words[1:] in (["rope", "advise"], ["rope", "show"], ["instruct", "generate"])
+        if named or "--help" in words or words[1].startswith("-") or words[1] == "COMMAND":
+            continue  # a command that is spoken of
+        try:
+            taken(words)
+        except (Exception, SystemExit) as error:
+            refused.append((line, str(error)))
+    assert not refused
 
 
 def test_yaml_of_the_docs_is_settings():
@@ -124,6 +167,86 @@ def test_links_between_pages_and_files_are_there():
     for page in WRITTEN:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), (page, link)
+
+
+def anchor(heading):
+    """As mkdocs and GitHub make it."""
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def test_anchors_are_headings_of_their_page():
+    for page in READ:
+        for link, named in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            text = (page.parent / link if link else page).read_text(encoding="utf-8")
+            assert named in map(anchor, re.findall(r"^#+ (.*)$", text, re.MULTILINE)), (page, link, named)
+
+
+def test_every_page_is_in_the_site_s_list():
+    """Those of single studies are reached from the page of all."""
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.parent.parent.name != "ablations"]
+    assert [page for page in pages if f": {page}\n" not in listed] == []
+
+
+def test_each_choice_of_rope_stands_in_its_guide():
+    text = (ROOT / "docs" / "guides" / "rope.md").read_text(encoding="utf-8")
+    rows = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", rows)) == set(groups()["rope"])
+
+
+def test_each_suite_of_probes_is_a_preset_that_the_guide_names():
+    text = (ROOT / "docs" / "guides" / "evaluation.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(SUITES) == set(evaluate.HIDDEN)
+
+
+def test_names_in_the_docs_are_the_code_s():
+    """Settings, choices, options, environment variables and extras that a page names are there."""
+    known = {each.key.replace("[]", "") for cls in (RecipeConfig, InstructRecipe) for each in settings(cls)}
+    known |= {key[: at.start()] for key in known for at in re.finditer(r"\.", key)}
+    sections = {key.partition(".")[0] for key in known} - {"model", "rope"}  # whose keys are the host's, and each variant's
+    code = "".join(file.read_text(encoding="utf-8") for folder in ("nemo_longctx", "examples", "benchmarks", "tests", "docs")
+                   for file in (ROOT / folder).rglob("*.py"))  # fmt: skip
+    unknown = []
+    for page in READ:
+        text = page.read_text(encoding="utf-8")
+        for said in re.findall(r"`([^`\s]+)`", text):
+            key, equals, value = said.strip("'").partition("=")
+            if re.fullmatch(rf"({'|'.join(sections)})(\.\w+(\[\w*\])?)+", key):
+                unknown += [said] if re.sub(r"\[\w*\]", "", key) not in known else []
+            elif equals and key in groups():
+                unknown += [said] if value and value not in (*groups()[key], "null", "NAME") and "{" not in value else []
+        unknown += [name for name in set(re.findall(r"NEMO_LONGCTX_\w+", text)) if name not in code]
+        options = set(re.findall(r"`(?:nemo-longctx )?(?:\w+ )?(--[a-z][\w-]+)", text)) - {
+            "--long",
+            "--signal",
+        }  # zstd's, Slurm's
+        unknown += [option for option in options if f'"{option}"' not in code and f'"--{option[5:]}"' not in code]
+        unknown += [
+            name for names in re.findall(r"nemo-longctx\[([\w,]+)\]", text) for name in names.split(",") if name not in extras()
+        ]
+    assert not unknown
+
+
+def test_every_extra_is_told_where_to_install_is():
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert [extra for extra in extras() if f"`{extra}`" not in text and extra != "dev"] == []
+
+
+def test_pages_tell_facts_and_not_the_day():
+    words = r"\b(ran|run) again (since|on|alone)\b|\bnot run again\b|\btoday\b|\byesterday\b|\ban hour of\b|\bhad not before\b"
+    told = {page.name: re.findall(words, " ".join(page.read_text(encoding="utf-8").split()), re.IGNORECASE) for page in READ}
+    assert not {name: found for name, found in told.items() if found}
+
+
+def test_the_changelog_says_each_change_once():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n## [Unreleased]\n")[2].partition("\n## ")[0]
+    parts = re.split(r"^### (.+)\n", text, flags=re.MULTILINE)
+    assert parts[1::2] == ["Added", "Changed", "Fixed"]  # of Keep a Changelog's six
+    for group in parts[2::2]:
+        assert "\n\n" not in group.strip()  # one list
+        entries = [" ".join(entry.split()) for entry in re.split(r"^- ", group, flags=re.MULTILINE) if entry.strip()]
+        begun = [" ".join(entry.split()[:8]) for entry in entries]
+        assert [begin for begin in begun if begun.count(begin) > 1] == []
 
 
 @pytest.mark.slow

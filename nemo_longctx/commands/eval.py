@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 OURS = ("longctx_", "zeroscrolls", "leval")  # how the names of our tasks begin
 TARGETS = 64  # tokens predicted at each context
+HIDDEN = ("ruler", "helmet", "nolima", "mrcr")  # presets of probes in the user's own text
+PRESETS = ("longbench2", "infinitebench", "babilong", *HIDDEN)
 OPEN = "???"  # what a preset leaves to the user
 ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it is loaded
 
@@ -23,13 +25,11 @@ ANY_LENGTH = 1 << 20  # stands for the model's, to look for mistakes before it i
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "A suite file holds a list `tasks` of blocks {kind: position | context | probes | answers | lm_eval, ...}; the options "
-        "below add to it. Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, "
-        "whatever it was trained on: torchrun --nproc-per-node 8 -m nemo_longctx.cli eval CHECKPOINT --tensor-parallel 8 ..."
+        "add to it. Several checkpoints give one page that compares them. A NeMo checkpoint that needs several GPUs, "
+        "whatever it was trained on: torchrun --nproc-per-node 8 -m nemo_longctx eval CHECKPOINT --tensor-parallel 8 ..."
     )
     parser.add_argument("checkpoints", nargs="+", help="NeMo 2 checkpoints or runs, or Hugging Face models (folder or name)")
-    parser.add_argument(
-        "--suite", type=Path, help="YAML file of tasks, or a preset: longbench2, infinitebench, babilong, ruler"
-    )
+    parser.add_argument("--suite", type=Path, help=f"YAML file of tasks, or a preset: {', '.join(PRESETS)}")
     parser.add_argument(
         "--corpus", help="prefix of a held-out .bin/.idx: loss by position, loss on fixed targets against context, and L(c)"
     )
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probes",
         metavar="TEXT",
-        help="JSONL or text file: first-sentence, passkey and needle probes in it, or those of --suite ruler",
+        help="JSONL or text file: first-sentence, passkey and needle probes in it, or those of --suite ruler and the like",
     )
     parser.add_argument("--tasks", default="", help="lm-eval tasks, by comma: longctx_research, zeroscrolls, leval, ...")
     parser.add_argument(
@@ -302,17 +302,21 @@ def read_suite(path: Path) -> list[dict]:
     """
     import yaml
 
-    preset = Path(__file__).parents[1] / "conf" / "eval" / f"{path}.yaml"
-    if not path.exists() and path.name == str(path) and preset.is_file():
+    name = str(path)
+    preset = Path(__file__).parents[1] / "conf" / "eval" / f"{'ruler' if name in HIDDEN else name}.yaml"
+    if not path.exists() and path.name == name and preset.is_file():
         path = preset
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("--suite", str(path), f"cannot be read ({error.strerror}); give a YAML file of tasks") from None
+        mend = f"cannot be read ({error.strerror}); give a YAML file of tasks, or {', '.join(PRESETS)}"
+        raise ConfigError("--suite", str(path), mend) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("--suite", str(path), f"is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("tasks"), list) or not loaded["tasks"]:
         raise ConfigError("--suite", str(path), "needs a list `tasks` of blocks {kind: ...}")
+    if path == preset and name in HIDDEN:  # as RULER: lengths and samples
+        return [{**block, "probes": {**block["probes"], "suite": name}} for block in loaded["tasks"]]
     return loaded["tasks"]
 
 

@@ -24,7 +24,8 @@ class _DataSettings:
     """What both kinds of data have.
 
     Attributes:
-        validation, test: held-out sets, each under a name of its own.
+        validation: held-out sets whose loss is measured while the model trains, each under a name of its own.
+        test: held-out sets of Lightning's `Trainer.test`, for scripts of your own; `train` and `sft` read none of them.
         cache_dir: where the order of documents (or tokenized instances) is kept; None: a place that the run chooses.
         allow_change: go on from a checkpoint whose data or config differ, instead of stopping.
         num_workers: data loader processes of each rank.
@@ -82,9 +83,12 @@ class InstructDataConfig(_DataSettings):
     Attributes:
         tokenizer: folder or hub name of the model's tokenizer (a fast one of transformers).
         template: `tokenizer`, `llama2`, or the path of a Jinja file.
-        short, long: JSONL files of conversations; `instances.jsonl` of `nemo-longctx instruct generate` is a long one.
+        short: JSONL files of conversations, {"messages": [...]} a line, which are packed into windows.
+        long: JSONL files of conversations, each a window of its own, as `instances.jsonl` of `nemo-longctx instruct generate`.
         pretraining: a mix of corpora, where the blend has any.
-        blend, prompt_loss_weight, on_too_long: as in `InstructionConfig`.
+        blend: share of the run's tokens (padding aside) of each of `short`, `long` and `pretraining`; they add up to 1.
+        prompt_loss_weight: of a long instance's prompt tokens, 0 to 1, where an answer's token counts 1 (Xiong et al. 2023: 1).
+        on_too_long: what to do with an instance that does not fit a window: `error`, or `drop`, counted.
     """
 
     tokenizer: str

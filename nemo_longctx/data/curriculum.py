@@ -30,8 +30,8 @@ class StageConfig:
         until: the share of the run's tokens, in (0, 1], after which the stage is over.
         seq_length: tokens in a window.
         micro_batch_size: windows in one forward pass on one data-parallel rank.
-        recompute, offload: what is computed again in the backward pass and what waits in host memory for it
-            (`nemo_longctx.activations`); None: as the run (`trainer.recompute`, `trainer.offload`).
+        recompute: what is computed again in the backward pass, as `trainer.recompute`; None: as the run.
+        offload: what waits in host memory for the backward pass, as `trainer.offload`; None: as the run.
         tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: sizes that this stage needs. A stage
             that needs others than the run has ends the run with a checkpoint; None: as the run.
     """

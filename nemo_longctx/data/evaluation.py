@@ -25,7 +25,7 @@ class EvaluationConfig:
     """A named set of windows.
 
     Attributes:
-        name: what its loss is called: `val_loss_NAME`.
+        name: what its loss is called: `val_loss_NAME` (of a test set `test_loss_NAME`).
         path: prefix of a `.bin/.idx` pair, a directory of shards, or a list of either.
         seq_length: tokens in a window, whatever the stage of training.
         micro_batch_size: windows in one forward pass on one data-parallel rank.

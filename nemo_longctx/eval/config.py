@@ -18,8 +18,9 @@ MOST_BINS = 1_000_000  # sums and counts of each are kept for each document
 class PositionTask:
     """Loss by position over documents of an indexed corpus.
 
-    Args:
-        corpus: prefix of a `.bin/.idx` pair, or a directory of shards. seq_length: tokens of each document that are predicted.
+    Attributes:
+        corpus: prefix of a `.bin/.idx` pair, or a directory of shards.
+        seq_length: tokens of each document that are predicted.
         documents: how many, evenly spaced among those long enough; the longest ones where too few are.
         bins: equal bins; 0 for bins that grow with the position, as the fit of L(c) wants them.
         guard: watch the mean loss of these documents against the first evaluation.
@@ -51,13 +52,13 @@ class PositionTask:
 class ContextTask:
     """Loss on fixed targets against the context before them (`nemo_longctx.eval.context`).
 
-    Args:
+    Attributes:
         corpus: prefix of a `.bin/.idx` pair of held-out documents, or a directory of shards.
         contexts: tokens before the targets; documents shorter than the longest and the targets are not read.
         targets: tokens predicted at each context, the last ones of a block.
         documents: how many, evenly spaced among those long enough.
         blocks: at most so many blocks of targets a document, side by side; the document stays the unit of intervals.
-        short: the context that gains are counted from, the old length's; default, the shortest.
+        short: the context that gains are counted from, the old length's; None: the shortest.
         key_threshold: fall of a token's loss from `short` to the longest context that makes it a key token, nats.
         label: tells tasks of one longest context apart.
     """
@@ -102,7 +103,13 @@ class ContextTask:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeTask:
-    """Probes hidden in `text`: a JSONL file (`text` field), a plain text file, or the prefix of an indexed corpus."""
+    """Things hidden in ordinary text, and asked for.
+
+    Attributes:
+        text: a JSONL file (`text` field), a plain text file, or the prefix of an indexed corpus.
+        probes: which ones.
+        cache: folder in which probes are kept for the next evaluation; None: they are made anew.
+    """
 
     kind: str = dataclasses.field(default="probes", init=False)
 
@@ -119,7 +126,7 @@ class ProbeTask:
 class AnswersTask:
     """Loss on the answers of held-out conversations, read with all that stands before them.
 
-    Args:
+    Attributes:
         conversations: JSONL file, {"messages": [...]} a line, as instruction tuning reads.
         template: `tokenizer`, `llama2`, or the path of a Jinja file; what the model was or will be tuned with.
         samples: how many, evenly spaced among those that the model can read; fewer where there are fewer.
@@ -148,15 +155,19 @@ class AnswersTask:
 class HarnessTask:
     """lm-eval tasks: ours, its own (`include_defaults`, which takes it some seconds to index), or from `include_path`.
 
-    Args:
-        tasks: names of tasks or groups. limit: samples of each. num_fewshot: shots in place of the tasks' own.
-        metadata: passed to the tasks' loaders, say {"data": folder}.
+    Attributes:
+        tasks: names of tasks or groups.
+        limit: samples of each; None: all.
+        num_fewshot: shots in place of the tasks' own; None: theirs.
+        include_path: folder of task files of your own.
+        include_defaults: whether lm-eval's own tasks are looked for too.
+        metadata: passed to the tasks' loaders, say {data: folder}.
         apply_chat_template: ask as a user in the tokenizer's chat template, shots as turns of the conversation.
         allow_code_execution: let tasks run the code that the model wrote (HumanEval, MBPP); only in a sandbox.
         guard: watch the samples' scores against the first evaluation.
         label: tells blocks of the same tasks apart, say by their `max_prompt`; results are named task@label.
-        policy, max_prompt: how lm-eval's own tasks are cut (`left`, `middle`), and to how many tokens at most; ours are told by
-            metadata.
+        policy: where prompts of lm-eval's own tasks that are too long are cut, `left` or `middle`; ours say it themselves.
+        max_prompt: tokens of those prompts at most; None: what the model reads. Of ours: `metadata: {max_prompt: N}`.
     """
 
     kind: str = dataclasses.field(default="lm_eval", init=False)
@@ -242,7 +253,8 @@ class EvalConfig:
     Attributes:
         tasks: blocks {kind: position | context | probes | answers | lm_eval, ...}; none measures nothing.
         every: optimizer steps between evaluations; 0 for none in the middle.
-        at_start, at_end: before the first and after the last step.
+        at_start: whether to evaluate before the first step.
+        at_end: whether to evaluate after the last step.
         time_budget: seconds of one evaluation; tasks not expected to end within it are skipped and reported.
         guard: when a change of the tasks with `guard: true` since the first evaluation is a loss of ability; None watches none.
         tokenizer: Hugging Face tokenizer's name or path; None for the model's own.

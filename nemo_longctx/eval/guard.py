@@ -25,7 +25,7 @@ BLOCK = 1 << 22  # signs drawn at once
 class GuardConfig:
     """When a change is a loss of ability.
 
-    Args:
+    Attributes:
         loss: rise of the loss at the old length that is too much, nats per token.
         score: fall of a task's score that is too much, as a share (0.02 is two points); where lower is better, a rise.
         significance: probability that a run in which nothing changes raises any alarm, over all measurements and looks.

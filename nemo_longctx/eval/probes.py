@@ -63,11 +63,14 @@ class Tokenizer(Protocol):
 class ProbeConfig:
     """Which probes to make.
 
-    Args:
-        suite: `ruler`, `helmet`, `nolima` or `mrcr` in place of kinds: all of its tasks. kinds: any of `KINDS`.
-        lengths: tokens of the whole prompt. depths: where the needle is, 0 (start) to 1 (end).
-        samples: probes of each kind, length and depth. seed: of their texts, names and numbers.
+    Attributes:
+        kinds: any of `first_sentence`, `passkey`, `record`, `code`, `needle` and the tasks of the suites.
+        lengths: tokens of the whole prompt.
+        depths: where the needle is, 0 (start) to 1 (end).
+        samples: probes of each kind, length and depth.
+        seed: of their texts, names and numbers.
         max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
+        suite: `ruler`, `helmet`, `nolima` or `mrcr` in place of kinds: all of its tasks.
         data: folder of question answering data for RULER's qa_1 (`squad.json`) and qa_2 (`hotpotqa.json`), without which its
             other eleven tasks are measured, and of labelled texts for HELMET's learning in context (`icl.jsonl`).
     """

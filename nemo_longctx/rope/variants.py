@@ -35,7 +35,11 @@ class AbfRope(RopeVariant):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stretched(RopeVariant):
-    """Variants with a stretch: attributes `factor` = new length / trained length, 1 or more."""
+    """Variants with a stretch.
+
+    Attributes:
+        factor: new length / trained length, 1 or more.
+    """
 
     factor: float
 

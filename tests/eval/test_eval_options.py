@@ -1,6 +1,7 @@
 """What the options of `eval` make of a suite's file."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nemo_longctx.commands import eval as command
 from nemo_longctx.commands.eval import OPEN, configure, task_blocks
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
-from nemo_longctx.eval.probes import PAPER_LENGTHS, ProbeConfig, make_probes
+from nemo_longctx.eval.probes import PAPER_LENGTHS, SUITES, ProbeConfig, make_probes
 from nemo_longctx.eval.results import blank_result
 from nemo_longctx.report.evaluation import write_results
 
@@ -34,6 +35,22 @@ def test_a_suite_s_open_probes_get_the_text_and_lengths_of_the_options(tmp_path)
     assert own == {"kind": "probes", "text": "own.txt"}
     with pytest.raises(ConfigError, match="hides things in text of yours; give --probes TEXT"):
         blocks(tmp_path)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_each_suite_of_probes_is_a_preset(name):
+    """`--suite helmet` was a file that could not be read, beside a page that listed it with `ruler`."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    (block,) = task_blocks(parser.parse_args(["model", "--suite", name, "--probes", "essays.txt"]), 100)
+    assert block == {"kind": "probes", "text": "essays.txt",
+                     "probes": {"suite": name, "lengths": [2**n for n in range(12, 18)], "samples": 20}}  # fmt: skip
+    assert {name, *command.HIDDEN} <= set(command.PRESETS)
+
+
+def test_a_preset_with_a_slip_is_told_what_there_is():
+    with pytest.raises(ConfigError, match=r"cannot be read .*; give a YAML file of tasks, or longbench2, .*, mrcr"):
+        command.read_suite(Path("rulr"))
 
 
 def test_a_corpus_that_is_not_there_is_told_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
     python tests/integration/quickstart.py FOLDER [--page README.md]
 
-Every shell line runs in FOLDER as it stands, `make` aside, whose targets are runs of their own. What only a cluster has is
+Every shell line runs in FOLDER as it stands, `make` and `pip` aside, which are runs of their own. What only a cluster has is
 made small on the command line: `scale=tiny` and two processes behind the line of torchrun, a dry run in place of Slurm. A
 command that ends with another status than 0 ends the script.
 """
@@ -23,7 +23,7 @@ def shell_lines(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", "make "))]
+    return [line for line in lines if line and not line.startswith(("#", "make ", "pip "))]
 
 
 def bring(folder: Path) -> None:
