@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
     from omegaconf import OmegaConf
 
     known = groups(conf_dir)
+    _refuse_two_ways(overrides, known)
     emptied = _emptied(overrides, known)
     kept = [item for item in overrides if item.partition("=")[0] not in emptied]
     machine = chosen_machine(overrides, conf_dir)
@@ -62,6 +63,10 @@ def compose(overrides: Sequence[str], *, config_name: str = "config", conf_dir: 
             raise
         except Exception as error:  # Hydra's own, and what its parser and PyYAML let through
             raise _explained(error, overrides) from error
+    for group in known:
+        if isinstance(values.get(group), str):
+            mend = f"holds keys of its own; a choice stands in a recipe's defaults: `- override /{group}: {values[group]}`"
+            raise ConfigError(group, values[group], mend)
     check_targets(values)
     values = places(values)
     if machine and not any(item.startswith("curriculum") for item in overrides):
@@ -102,12 +107,37 @@ def recipe_file(value: str) -> Path | None:
     return path
 
 
+_KEY = re.compile(r"[^\W\d][\w-]*(?:\.\w+)*", re.ASCII)
+
+
+_NO_JOB = "has no effect: no job of Hydra's is started; the run's directory is output_dir/name"
+
+
+def _refuse_two_ways(overrides: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Refuse a variant of RoPE that is chosen and written out too (`rope=abf rope={variant: pi}`): the second is laid over the
+    first, whichever comes last, and keeps its numbers; and Hydra's own settings, which nothing here heeds."""
+    written = {}
+    for item in overrides:
+        key, _, value = item.lstrip("+~").partition("=")
+        if key.partition(".")[0] == "hydra" or key.startswith("hydra/"):
+            raise ConfigError(key, value, _NO_JOB)
+        if key == "rope" and value.startswith("{") and "variant" in value:
+            written[key] = value
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key in written and value in known.get(key, ()):
+            mend = f"{key}={written[key]} beside it would be laid over it, and keep its numbers; leave one out"
+            raise ConfigError(key, value, mend)
+
+
 def _emptied(overrides: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     """Groups that `group=null` takes away: Hydra has no word for that where a recipe chose one."""
     emptied = [item.partition("=")[0] for item in overrides if item.partition("=")[2] == "null"]
     emptied = [group for group in emptied if group in known]
-    if "recipe" in emptied:
-        raise ConfigError("recipe", None, f"name one: {', '.join(known['recipe'])}, or a file of your own")
+    for group in ("recipe", "sft"):
+        if group in emptied:
+            own = ", or a file of your own" if group == "recipe" else ""
+            raise ConfigError(group, None, f"name one: {', '.join(known[group])}{own}")
     for item in overrides:
         group, dot, _ = item.lstrip("+~").partition("=")[0].partition(".")
         if group in emptied and (dot or not item.endswith("=null")):
@@ -129,10 +159,16 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
             return ConfigError(*((key, value) if equals and key else ("override", item)), f"{mend} ({words})")
     if (found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", words)) is not None:
         chosen = next((each.partition("=")[2] for each in overrides if each.startswith(f"{found[1]}=")), None)
-        mend = "this command has no such group: `nemo-longctx train` takes recipe=NAME, `nemo-longctx sft` takes sft=NAME"
+        if found[1] not in (known := groups(CONF_DIR)):
+            own = next((each.partition("=")[2] for each in overrides if each.startswith("recipe=")), None)
+            mend = f"its defaults override /{found[1]}, which is no group: {did_you_mean(found[1], known)}"
+            return ConfigError("recipe", own, mend)
+        mend = f"this command has no such group; write its keys: {found[1]}.NAME=VALUE"
+        if found[1] in ("recipe", "sft"):
+            mend = "this command has no such group: `nemo-longctx train` takes recipe=NAME, `nemo-longctx sft` takes sft=NAME"
         return ConfigError(found[1], chosen, mend)
     if (found := re.search(r"Interpolation key '([^']+)' not found", words)) is not None:
-        key = next((each.partition("=")[0] for each in overrides if f"${{{found[1]}}}" in each), "overrides")
+        key = _who_says(f"${{{found[1]}}}", overrides) or "overrides"
         return ConfigError(
             key, f"${{{found[1]}}}", f"no setting has this name; an environment variable is ${{oc.env:{found[1]}}}"
         )
@@ -150,8 +186,41 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
         )
         return ConfigError("recipe", own[-1], f"{mend} ({words})")
     if (found := re.search(r"Environment variable '([^']+)' not found.* full_key: (\S+)", words)) is not None:
-        return ConfigError(found[2], f"${{oc.env:{found[1]}}}", "no such environment variable; export it, or write the value")
+        key = _who_says(f"${{oc.env:{found[1]}}}", overrides) or found[2]
+        return ConfigError(key, f"${{oc.env:{found[1]}}}", "no such environment variable; export it, or write the value")
+    if (found := re.search(r"An item is already at '([^']+)'", words)) is not None:
+        item = next((each for each in overrides if each.startswith(f"+{found[1]}=")), "")
+        return ConfigError(found[1], item.partition("=")[2], f"it has a value already; write {item.lstrip('+')}")
+    if (found := re.search(r"Could not delete from config\. '([^']+)' does not exist", words)) is not None:
+        return ConfigError(f"~{found[1]}", None, "there is no such key to take away; leave it out")
+    if (found := re.search(r"full_key: (\S+)", words)) is not None:
+        key = found[1].partition("[")[0]
+        value = next((each.partition("=")[2] for each in overrides if each.startswith(f"{key}=")), None)
+        return ConfigError(key, value, f"cannot be worked out: {words.partition(' full_key:')[0]}")
     return ConfigError("overrides", list(overrides), words)
+
+
+def _who_says(text: str, overrides: Sequence[str]) -> str | None:
+    """The key of the command line, or of a recipe of the user's own, whose value holds `text`; None: of none."""
+    import yaml
+
+    for item in overrides:
+        key, _, value = item.lstrip("+").partition("=")
+        if text in value:
+            return key
+        if key == "recipe" and (file := recipe_file(value)) is not None:
+            for inside, said in _flat(yaml.safe_load(file.read_text(encoding="utf-8"))):
+                if text in str(said):
+                    return inside
+    return None
+
+
+def _flat(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        yield key, values
+        return
+    for name, value in values.items():
+        yield from _flat(value, f"{key}.{name}" if key else str(name))
 
 
 def _own_recipe(file: Path) -> str:
@@ -169,7 +238,9 @@ def _own_recipe(file: Path) -> str:
         raise ConfigError("recipe", str(file), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError("recipe", str(file), "must be a mapping, such as {defaults: [llama2_7b, _self_], trainer: {...}}")
-    name = "own_" + re.sub(r"\W", "_", file.stem)  # what Hydra reads as one word
+    if "hydra" in values:
+        raise ConfigError("hydra", values["hydra"], _NO_JOB)
+    name = "own_" + re.sub(r"\W", "_", file.stem, flags=re.ASCII)  # what Hydra reads as one word
     ConfigStore.instance().store(group="recipe", name=name, node=values, package="_global_", provider=str(file))
     return name
 
@@ -191,6 +262,9 @@ def _override(item: str, known: dict[str, list[str]]) -> str:
                 raise ConfigError(key, value, f"no such choice; if the file is meant: recipe={own[0]}")
             raise ConfigError(key, value, f"no such choice, {did_you_mean(value, known[key])}")
         return item
+    if not _KEY.fullmatch(key) and "/" not in key:
+        items = "; an item of a list is named by its number, as data.validation.0.samples=4" if "[" in key else ""
+        raise ConfigError(key, value, f"is no key: names with a dot between two of them, such as trainer.devices=2{items}")
     if "." not in key and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)) and near[0] != key:
         raise ConfigError(key, value, f"unknown key, did you mean {near[0]!r}?")  # recipe is no key of the schema
     return f"++{key}={readable(key, value)}"

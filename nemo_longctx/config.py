@@ -68,7 +68,7 @@ def size_of_text(value: Any) -> int | None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'rope'?)` for the nearest of `known`, or the sorted list of them all."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [each for each in known if each.lower() == word.lower()]
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from nemo_longctx.capability import has_module
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.config import ConfigError
+from nemo_longctx.cross_checks import check_stage_begun
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.mixture import MixConfig
 from nemo_longctx.effects import without_effect
@@ -91,6 +92,7 @@ def refuse(recipe: RunConfig) -> None:
     if not has_module("nemo"):
         raise ModuleNotFoundError("No module named 'nemo'", name="nemo")
     check_start(recipe.trainer)
+    check_stage_begun(recipe, next(iter(checkpoints(recipe.directory)), None))
     check_base(recipe)
     for path in _corpora(recipe):
         _open(path)
@@ -149,11 +151,6 @@ def _open(path: str | Sequence[str]) -> Any:
     return open_corpus(path)
 
 
-def _file(key: str, path: str) -> None:
-    if not Path(path).is_file():
-        raise ConfigError(key, path, "no such file")
-
-
 def _model(recipe: RunConfig) -> str:
     from nemo_longctx.planning.recipe import model_of
 
@@ -183,14 +180,18 @@ def _data(recipe: RunConfig) -> list[Callable[[], str]]:
     data = recipe.data
     files = [(f"data.{key}", path) for key in ("short", "long") for path in getattr(data, key)]
     said: list[Callable[[], str]] = [functools.partial(_conversations, key, path) for key, path in files]
+    if data.template not in ("tokenizer", "llama2"):
+        mend = "no such file; set tokenizer, llama2, or the path of a Jinja file"
+        said.append(functools.partial(_conversations, "data.template", data.template, mend))
     if data.pretraining is not None:
         mix, total = data.pretraining, round(recipe.curriculum.total_tokens * data.blend.get("pretraining", 0))
         said.append(functools.partial(_mix, mix, total))
     return said
 
 
-def _conversations(key: str, path: str) -> str:
-    _file(key, path)
+def _conversations(key: str, path: str, mend: str = "no such file") -> str:
+    if not Path(path).is_file():
+        raise ConfigError(key, path, mend)
     return f"{key.removeprefix('data.')}: {path}, {Path(path).stat().st_size / 2**20:,.1f} MiB"
 
 

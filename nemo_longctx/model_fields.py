@@ -38,6 +38,18 @@ SET_BY_THE_RUN: dict[str, str] = {
     "enable_autocast": "set trainer.precision",
     "seq_len_interpolation_factor": "set rope=pi, and rope.factor where the checkpoint does not give it",
     "use_cpu_initialization": "the run sets it by its accelerator; leave it out",
+    "tp_comm_overlap": "set trainer.tp_comm_overlap",
+    "expert_model_parallel_size": "it has no expert parallelism; leave it out",
+    "expert_tensor_parallel_size": "it has no expert parallelism; leave it out",
+    "moe_extended_tp": "it has no expert parallelism; leave it out",
+    "microbatch_group_size_per_vp_stage": "as many micro batches as there are pipeline stages; leave it out",
+    "pipeline_model_parallel_comm_backend": "NeMo's strategy has its own; leave it out",
+    "use_te_rng_tracker": "NeMo's strategy has its own; leave it out",
+    "autocast_enabled": "set trainer.precision",
+    "grad_reduce_in_fp32": "set trainer.precision",
+    "first_last_layers_bf16": "set trainer.precision (fp8-current keeps them so)",
+    "num_layers_at_start_in_bf16": "set trainer.precision (fp8-current has 1)",
+    "num_layers_at_end_in_bf16": "set trainer.precision (fp8-current has 1)",
     "timers": "it is code, which a recipe cannot say; leave it out",
     "finalize_model_grads_func": "it is code, which a recipe cannot say; leave it out",
     "grad_scale_func": "it is code, which a recipe cannot say; leave it out",
@@ -61,7 +73,13 @@ _POSITIVE = ("layernorm_epsilon", "init_method_std", "rotary_base", "rotary_perc
              "high_freq_factor")  # fmt: skip
 _NUMBERS = ("softmax_scale", "embedding_init_method_std", "activation_func_clamp_value", "glu_linear_offset",
             "moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_loss_scaling_factor")  # fmt: skip
-_TEXTS = ("normalization", "position_embedding_type", "attention_backend", "cross_entropy_fusion_impl", "fp8", "fp8_recipe")
+_TEXTS = ("normalization", "position_embedding_type", "attention_backend", "cross_entropy_fusion_impl")
+# Of texts that choose, the choices; what a class has beside them is its own.
+_CHOICES = {
+    "normalization": ("LayerNorm", "RMSNorm", "L2Norm"),
+    "attention_backend": ("auto", "flash", "fused", "unfused", "local"),
+    "position_embedding_type": ("rope", "yarn"),
+}
 # Whole families of the host's fields are switches.
 _SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layernorm", "share_embeddings_and_output_weights",
              "rotary_interleaved", "apply_rope_fusion", "masked_softmax_fusion", "bias_dropout_fusion",
@@ -69,8 +87,8 @@ _SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layerno
              "memory_efficient_layer_norm", "fp32_residual_connection", "layernorm_zero_centered_gamma",
              "attention_softmax_in_fp32", "apply_query_key_layer_scaling", "perform_initialization", "deterministic_mode",
              "apply_residual_connection_post_layernorm", "multi_latent_attention", "fp16_lm_cross_entropy", "parallel_output",
-             "tp_comm_overlap", "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dropping", "test_mode", "flash_decode",
-             "scatter_embedding_sequence_parallel", "use_transformer_engine_full_layer_spec", "fp8_param",
+             "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dropping", "test_mode", "flash_decode",
+             "scatter_embedding_sequence_parallel", "use_transformer_engine_full_layer_spec",
              "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
              "use_transformer_engine_op_fuser", "enable_cuda_graph", "external_cuda_graph")  # fmt: skip
 LARGEST_FLOAT32 = 3.4e38
@@ -89,6 +107,8 @@ def check_model(model: Mapping[str, Any]) -> None:
         if name.startswith(("recompute_", "cpu_offloading")):
             mend = "set trainer.recompute and trainer.offload (none, selective, block:N, full), or a stage's own"
             raise ConfigError(key, value, mend)
+        if name.startswith(("fp8", "fp4")):  # the precision's plugin sets all of them
+            raise ConfigError(key, value, "the run sets it: set trainer.precision (fp8, fp8-delayed or fp8-current)")
         if name in SET_BY_THE_RUN:
             raise ConfigError(key, value, f"the run sets it: {SET_BY_THE_RUN[name]}")
         if name.startswith("_"):
@@ -155,6 +175,10 @@ def _check_field(name: str, value: Any, key: str) -> None:
         checked(bool, value, key)
     elif name in _TEXTS:
         checked(str | None, value, key)
+        choices = _CHOICES.get(name, ())
+        if choices and value is not None and value not in choices:
+            only = "only RoPE models can be extended; " if name == "position_embedding_type" else "no such choice, "
+            raise ConfigError(key, value, f"{only}{did_you_mean(value, choices)}")
     elif name == "window_size":
         _check_window(value, key)
     elif name in ("window_attn_skip_freq", "no_rope_freq"):
@@ -238,6 +262,9 @@ def _check_shape(model: Mapping[str, Any]) -> None:
         raise ConfigError(
             "model.num_attention_heads", heads, f"must divide the {hidden} of model.hidden_size, or set kv_channels"
         )
+    experts, chosen = (model.get(name) for name in ("num_moe_experts", "moe_router_topk"))
+    if experts and chosen and chosen > experts:
+        raise ConfigError("model.moe_router_topk", chosen, f"a token goes to at most the {experts} of model.num_moe_experts")
 
 
 def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> None:
@@ -274,10 +301,25 @@ def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> Non
         if layers and not uneven and layers % chunks:
             mend = f"the {layers} layers must divide by pipeline{' x virtual' if virtual else ''} stages = {chunks}"
             raise ConfigError(f"{where}pipeline_model_parallel_size", pipeline, mend)
+        _check_ends(shape, layers, pipeline, virtual or 1)
         for name, count in (("attention heads", heads), ("query groups", groups)):
             if count and count % tensor and (name == "attention heads" or tensor % count):
                 mend = f"the {count} {name} must divide by it"
                 raise ConfigError(f"{where}tensor_model_parallel_size", tensor, mend)
+
+
+def _check_ends(shape: Mapping[str, Any], layers: Any, pipeline: int, virtual: int) -> None:
+    """The layers that a first and a last stage of their own leave, against the other stages."""
+    ends = [name for name in _UNEVEN[:2] if shape.get(name)]
+    if not ends or not layers or pipeline == 1:
+        return
+    left, others = layers - sum(shape[name] for name in ends), pipeline - len(ends)
+    if left < 0 or (others and (left == 0 or left % others)) or (not others and left):
+        what = f"leaves {left} of the {layers} layers to {others} pipeline stages, which must share them evenly"
+        raise ConfigError(f"model.{ends[0]}", shape[ends[0]], what)
+    for name in ends:
+        if shape[name] % virtual:
+            raise ConfigError(f"model.{name}", shape[name], f"must be a multiple of the {virtual} virtual stages")
 
 
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")

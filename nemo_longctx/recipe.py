@@ -8,11 +8,13 @@ the host's (`model_fields`).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_longctx.config import ConfigError, build, refuse_missing
+from nemo_longctx.cross_checks import check_base_is_another, check_head, check_pipeline, check_validation, check_windowed
 from nemo_longctx.data.config import DataConfig, InstructDataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
@@ -31,6 +33,7 @@ from nemo_longctx.recipe_parts import (
 from nemo_longctx.rope.request import RopeRequest, check_layers_differ, parse_request
 
 LONGEST_PART = 255  # bytes of a file's or folder's name on Linux's file systems
+_VARIABLE = re.compile(r"(?:^|/)\$\{?([A-Za-z_]\w*)\}?(?=/|$)")  # a whole part of a path
 LONGEST_NAME = 200  # what a file system takes, and room for a suffix
 
 
@@ -81,16 +84,21 @@ class RunConfig:
         for key, value in (("output_dir", self.output_dir), ("restore_from", self.restore_from)):
             if value is not None:
                 _check_place(key, value)
+        check_base_is_another(self.restore_from, self.directory, self.name)
         if not self.restore_from and "config" not in self.model:
             raise ConfigError("model.config", None, "name a config class such as LlamaConfig, or set restore_from")
         if self.rope_variant is not None and self.rope_variant.evaluation_only:
             raise ConfigError("rope.variant", self.rope_variant.variant, "is for evaluation only; train with another variant")
-        for key in ("base", "factor"):
+        for key in ("base", "factor", "local_base"):
             value = (self.rope or {}).get(key)
             if isinstance(value, (int, float)) and value > LARGEST_BASE:
                 raise ConfigError(f"rope.{key}", value, f"must be at most {LARGEST_BASE:g}: nothing turns beyond it")
         check_model(self.model)
+        if not self.restore_from:
+            check_head(self.model)
         self._check_rope_layers()
+        if not self.restore_from:
+            check_windowed(self.model)
         check_layout(class_sizes(self.model) | dict(self.model), self.trainer, self.curriculum)
         self._check_activations()
         measured: dict[str, Any] = {"validation": self.data.validation, "evaluates": bool(self.eval and self.eval.tasks)}
@@ -101,6 +109,8 @@ class RunConfig:
         object.__setattr__(self, "curriculum", self.curriculum.with_activations(**activations))
         for stage in self.curriculum.plan:
             stage.num_microbatches(self.trainer.data_parallel_size)
+        check_pipeline(self.model, self.trainer, self.curriculum, evaluates=bool(self.eval and self.eval.tasks))
+        check_validation(self.data.validation, self.trainer, self.curriculum)
         for key, tokens in (("trainer.val_every_tokens", self.trainer.val_every_tokens),
                             ("checkpoint.every_tokens", self.checkpoint.every_tokens),
                             ("optimizer.warmup_tokens", self.optimizer.warmup_tokens)):  # fmt: skip
@@ -210,6 +220,14 @@ def load_instruct_recipe(values: Mapping[str, Any]) -> InstructRecipe:
 def _check_place(key: str, path: str) -> None:
     if not path.strip():
         raise ConfigError(key, path, "names no place; leave it out, or name one")
+    if not path.isprintable():
+        raise ConfigError(key, path, "names no place: a path has no control characters, such as a line's end")
+    if "://" in path:
+        raise ConfigError(key, path, "is an address, and a path of this machine is needed: mount or download it first")
+    if path.startswith("~"):
+        raise ConfigError(key, path, "only ~/ at the front is read as your home; write the whole path")
+    if variable := _VARIABLE.search(path):
+        raise ConfigError(key, path, f"an environment variable is written ${{oc.env:{variable[1]}}} here")
     if longest := next((part for part in path.split("/") if len(part.encode()) > LONGEST_PART), None):
         raise ConfigError(key, path, f"{longest[:20]}... is longer than a file system takes: at most {LONGEST_PART} bytes")
 
@@ -218,5 +236,5 @@ def check_run_name(name: str, *, key: str = "name") -> None:
     """The name is a folder of `output_dir`."""
     if len(name.encode()) > LONGEST_NAME:
         raise ConfigError(key, name, f"is a folder's name: at most {LONGEST_NAME} bytes")
-    if not name or name in (".", "..") or "/" in name:
+    if not name.strip() or name in (".", "..") or "/" in name or name != name.strip() or not name.isprintable():
         raise ConfigError(key, name, "is a folder's name below output_dir: letters, digits, - and _, without a slash")

@@ -12,6 +12,14 @@ from nemo_longctx.activations import offloaded_layers, recomputed_layers
 from nemo_longctx.config import ConfigError, did_you_mean, is_finite
 from nemo_longctx.precision import ALIASES, PRECISIONS, check_trainer
 
+# Megatron-Core's linear layers that adapters may stand beside, those of latent attention and of Mamba with them.
+LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv", "linear_q_proj",
+                 "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "in_proj", "out_proj",
+                 "output_layer")  # fmt: skip
+# What transformers calls them.
+OTHER_WORDS = {"q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "qkv_proj": "linear_qkv",
+               "o_proj": "linear_proj", "gate_proj": "linear_fc1", "up_proj": "linear_fc1", "gate_up_proj": "linear_fc1",
+               "down_proj": "linear_fc2", "lm_head": "output_layer"}  # fmt: skip
 SCHEDULES = ("cosine", "constant")
 BAD_NUMBER_POLICIES = ("stop", "skip", "ignore")
 
@@ -236,3 +244,9 @@ class LoRAConfig:
             raise ConfigError("lora.dropout", self.dropout, "must be in [0, 1)")
         if not self.target_modules:
             raise ConfigError("lora.target_modules", [], "name at least one layer, such as linear_qkv")
+        for name in self.target_modules:
+            if "*" not in name and name not in LINEAR_LAYERS:
+                meant = OTHER_WORDS.get(name)
+                mend = f"did you mean {meant!r}?" if meant else did_you_mean(name, LINEAR_LAYERS)
+                what = "is no linear layer of Megatron-Core, nor a pattern with a * (*.layers.0.*.linear_qkv)"
+                raise ConfigError("lora.target_modules", name, f"{what}; {mend}")

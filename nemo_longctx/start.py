@@ -47,11 +47,18 @@ def on_each_node(nodes: int) -> str:
 def started_processes() -> int | None:
     """How many processes torchrun or Slurm started; None where this one was started alone."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+        return _count("WORLD_SIZE")
     # As Lightning has it: a shell of Slurm's, in which a command is typed, is no task of a job.
     if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return int(os.environ["SLURM_NTASKS"])
+        return _count("SLURM_NTASKS")
     return None
+
+
+def _count(variable: str) -> int:
+    value = os.environ[variable]
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(variable, value, "must be a number of processes, 1 or more; start with torchrun or srun, or unset it")
+    return int(value)
 
 
 def check_start(trainer: TrainerConfig) -> None:

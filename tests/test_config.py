@@ -90,6 +90,11 @@ def test_errors_survive_a_process_pool():
     assert (error.key, error.value, error.mend, str(error)) == ("a.b", 3, "set 4", "a.b=3: set 4")
 
 
+def test_a_word_in_other_letters_is_meant():
+    assert did_you_mean("ABF", ["pi", "abf"]) == "did you mean 'abf'?"
+    assert did_you_mean("rmsnorm", ["LayerNorm", "RMSNorm"]) == "did you mean 'RMSNorm'?"
+
+
 def test_did_you_mean_lists_all_when_nothing_is_near():
     assert did_you_mean("qqq", ["abf", "pi"]) == "known: abf, pi"
 

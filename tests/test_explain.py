@@ -49,6 +49,9 @@ def test_instruction_tuning_is_looked_at_by_the_same_words(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "data.short='a.jsonl': no such file" in out
     assert "restore_from='y': no finished NeMo checkpoint" in out
+    assert "data.template" not in out
+    assert main(["sft", "--dry-run", *asked, "data.template=chatml"]) == 2
+    assert "data.template='chatml': no such file; set tokenizer, llama2, or the path of a Jinja file" in capsys.readouterr().out
 
 
 def test_hydra_s_word_prints_the_settings(capsys):

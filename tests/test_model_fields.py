@@ -52,6 +52,12 @@ def test_what_the_run_sets_is_refused(name):
         ({"num_attention_heads": 6, "num_query_groups": 4}, "must divide the 6"),
         ({"num_attention_heads": 3, "hidden_size": 128}, "must divide the 128"),
         ({"__class__": 1}, "no field"),
+        ({"fp8": "hybrid"}, "fp8='hybrid': the run sets it: set trainer.precision"),
+        ({"fp8_margin": 2}, "the run sets it: set trainer.precision"),
+        ({"attention_backend": "flsh"}, "no such choice, did you mean 'flash'?"),
+        ({"normalization": "rmsnorm"}, "no such choice, did you mean 'RMSNorm'?"),
+        ({"position_embedding_type": "none"}, "only RoPE models can be extended; known: rope, yarn"),
+        ({"num_moe_experts": 4, "moe_router_topk": 5}, "at most the 4 of model.num_moe_experts"),
     ],
 )
 def test_a_field_of_another_kind_or_size_is_refused(field, message):
@@ -63,6 +69,8 @@ def test_a_field_of_another_kind_or_size_is_refused(field, message):
 def test_what_classes_have_is_taken():
     check_model({"config": "MistralConfig7B", "window_size": None, "cp_comm_type": None, "num_query_groups": None})
     check_model({"window_size": [4095, 0], "rotary_base": 1_000_000, "kv_channels": 64, "softmax_scale": None})
+    check_model({"num_moe_experts": 4, "moe_router_topk": 4, "normalization": "RMSNorm", "attention_backend": "fused"})
+    check_model({"position_embedding_type": "yarn", "moe_router_topk": 9})
 
 
 def test_fields_of_another_version_of_the_host_are_left_to_its_classes(monkeypatch):
@@ -224,7 +232,7 @@ def test_each_kind_of_field_is_taken_to_its_bounds_and_refused_beyond():
     for name in ("add_qkv_bias", "moe_grouped_gemm"):
         check_model({name: False})
         assert "must be true or false" in refusal(check_model, {name: None})
-    for name in ("normalization", "fp8"):
+    for name in ("normalization", "cross_entropy_fusion_impl"):
         check_model({name: None})
         assert "must be text" in refusal(check_model, {name: 1.5})
 
@@ -282,6 +290,26 @@ def test_sizes_that_are_named_go_into_each_other():
         ),
         ({"num_layers": 3, "account_for_loss_in_pipeline_split": True}, (1, 2, 1), ""),
         ({"num_layers": 3, "account_for_loss_in_pipeline_split": False}, (1, 2, 1), "the 3 layers must divide"),
+        *(
+            (
+                {"num_layers": layers, "num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last},
+                (1, pipeline, 1),
+                f"model.num_layers_in_{end}_pipeline_stage={first or last}: leaves {left} of" if end else "",
+            )
+            for layers, first, last, pipeline, end, left in (
+                (5, 2, None, 2, "", 0),
+                (5, 2, None, 4, "", 0),
+                (5, 3, None, 4, "first", 2),
+                (5, 5, None, 2, "first", 0),
+                (5, None, 1, 8, "last", 4),
+                (6, 2, 4, 2, "", 0),
+                (6, 2, 3, 2, "first", 1),
+                (8, 1, 1, 8, "", 0),
+                (9, 1, 1, 8, "first", 7),
+                (5, 6, None, 2, "first", -1),
+                (9, 2, 1, 1, "", 0),
+            )
+        ),
         (
             {"num_attention_heads": 3},
             (2, 1, 1),

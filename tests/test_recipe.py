@@ -125,11 +125,62 @@ def test_overrides_reach_the_schema():
         (["name=a/b"], "name='a/b'"),
         (["seed=99999999999"], "seed=99999999999"),
         (["seed=[1"], "seed='[1'"),
+        (["rope={variant: pi}", "rope=yarn"], "rope='yarn': rope={variant: pi} beside it would be laid over it"),
+        (["hydra.run.dir=x"], "hydra.run.dir='x': has no effect: no job of Hydra's"),
+        (["+seed=7"], "seed='7': it has a value already; write seed=7"),
+        (["~foo"], "~foo=None: there is no such key to take away"),
+        (["name=${name}"], "name='${name}': cannot be worked out: Recursive interpolation"),
+        (["a..b=3"], "a..b='3': is no key: names with a dot between two of them, such as trainer.devices=2"),
+        (["-x=3"], "-x='3': is no key"),
+        (
+            ["data.validation[0].samples=3"],
+            "is no key: names with a dot between two of them, such as trainer.devices=2; an item",
+        ),
+        (["model.ünï=3"], "model.ünï='3': is no key"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         recipe("recipe=tiny_cpu_long", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rope=abf"], "rope='abf': this command has no such group; write its keys: rope.NAME=VALUE"),
+        (["recipe=llama2_7b"], "recipe='llama2_7b': this command has no such group: `nemo-longctx train` takes recipe=NAME"),
+        (["sft=null"], "sft=None: name one: chat_baseline, "),
+    ],
+)
+def test_what_tuning_has_no_group_for_is_told_with_its_form(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(overrides, config_name="sft")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("output_dir: ${oc.env:NO_SUCH_PLACE}/x", "output_dir='${oc.env:NO_SUCH_PLACE}': no such environment variable"),
+        ("data: {tokenizer: 'x${nope}'}", "data.tokenizer='${nope}': no setting has this name"),
+        ("hydra: {run: {dir: x}}", "hydra={'run': {'dir': 'x'}}: has no effect: no job of Hydra's"),
+        ("rope: abf", "rope='abf': holds keys of its own; a choice stands in a recipe's defaults: `- override /rope: abf`"),
+        ("defaults: [tiny_cpu_base, override /ropes: yarn, _self_]", "override /ropes, which is no group: did you mean 'rope'"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_of_one_s_own_says_wrong_is_told_by_its_key(tmp_path, monkeypatch, text, said):
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    file = tmp_path / "ü b.yaml"  # a file's name is not Hydra's to read
+    file.write_text(text if text.startswith("defaults") else f"defaults: [tiny_cpu_base, _self_]\n{text}\n")
+    with pytest.raises(ConfigError) as error:
+        compose([f"recipe={file}"])
+    assert said in str(error.value)
+    if not text.startswith("defaults"):
+        assert str(error.value).startswith(said)
+
+
+def test_an_item_of_a_list_is_named_by_its_number():
+    sets = compose(["recipe=tiny_cpu_base", "data.validation.1.samples=4"])["data"]["validation"]
+    assert [each["samples"] for each in sets] == [128, 4]
 
 
 def test_precision_follows_the_accelerator():

@@ -140,10 +140,32 @@ def test_sizes_of_a_trainer_and_of_adapters_are_whole_numbers(value):
         ),
         (BadNumbersConfig, {"spike": "skp"}, "bad_numbers.spike='skp': did you mean 'skip'?"),
         (LoRAConfig, {"target_modules": ()}, "lora.target_modules=[]: name at least one layer, such as linear_qkv"),
+        (
+            LoRAConfig,
+            {"target_modules": ("linear_fc1", "q_proj")},
+            "lora.target_modules='q_proj': is no linear layer of Megatron-Core",
+        ),
+        (
+            LoRAConfig,
+            {"target_modules": ("linear_qkw",)},
+            "lora.target_modules='linear_qkw': is no linear layer of Megatron-Core",
+        ),
+        (LoRAConfig, {"target_modules": ("",)}, "lora.target_modules='': is no linear layer of Megatron-Core"),
     ],
 )
 def test_a_wrong_setting_is_told_with_its_mend(made, given, said):
     assert refusal(made, **given).startswith(said)
+
+
+def test_layers_of_adapters_are_megatron_cores_and_theirs_are_told_for_transformers():
+    LoRAConfig(target_modules=("linear_qkv", "linear_kv_up_proj", "*.layers.1.*.linear_fc1"))
+    for theirs, ours in (
+        ("k_proj", "linear_qkv"),
+        ("o_proj", "linear_proj"),
+        ("up_proj", "linear_fc1"),
+        ("down_proj", "linear_fc2"),
+    ):
+        assert refusal(LoRAConfig, target_modules=(theirs,)).endswith(f"did you mean {ours!r}?")
 
 
 def test_settings_at_their_bounds_are_taken():

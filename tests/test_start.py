@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,6 +248,16 @@ def test_processes_are_counted_by_torchrun_and_else_by_slurm(monkeypatch, enviro
     assert start.started_processes() == started
 
 
+@pytest.mark.parametrize("value", ["", "two", "0", "-1", "4(x2)", " "])
+def test_a_number_of_processes_that_is_none_is_told_by_its_variable(monkeypatch, value):
+    monkeypatch.setenv("SLURM_NTASKS", value)
+    for variable in ("SLURM_NTASKS", "WORLD_SIZE"):
+        with pytest.raises(ConfigError, match=f"^{variable}={re.escape(repr(value))}: must be a number of processes"):
+            start.started_processes()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", value)
+
+
 def test_a_disk_of_this_machine_is_the_deepest_mount_s_kind(monkeypatch, tmp_path):
     lines = ["1 0 8:1 / / rw - ext4 /dev/a rw", f"2 1 0:1 / {tmp_path} rw shared:1 - nfs4 server:/x rw",
              f"3 2 0:2 / {tmp_path}/here rw - tmpfs none rw", "4 1 broken line without a dash"]  # fmt: skip
@@ -266,6 +277,6 @@ def test_a_disk_of_this_machine_is_the_deepest_mount_s_kind(monkeypatch, tmp_pat
 def test_pretraining_text_of_a_tuning_is_looked_at_for_its_share_of_the_run(monkeypatch):
     asked = []
     monkeypatch.setattr(dry_run, "_mix", lambda mix, total: asked.append((mix, total)) or "mixed")
-    data = SimpleNamespace(short=[], long=[], pretraining="mix", blend={"pretraining": 0.25, "short": 0.75})
+    data = SimpleNamespace(short=[], long=[], pretraining="mix", blend={"pretraining": 0.25, "short": 0.75}, template="llama2")
     said = dry_run._data(SimpleNamespace(data=data, curriculum=SimpleNamespace(total_tokens=1000)))
     assert ([each() for each in said], asked) == (["mixed"], [("mix", 250)])

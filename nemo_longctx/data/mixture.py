@@ -44,7 +44,7 @@ class SourceConfig:
     drop_longer: int | None = None
 
     def __post_init__(self):
-        if not self.path:
+        if not self.path or not all(each.strip() for each in ([self.path] if isinstance(self.path, str) else self.path)):
             raise ConfigError("data.mix.sources.path", self.path, "name a prefix, a directory of shards, or a list of either")
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(self.path))
@@ -96,8 +96,12 @@ class MixConfig:
         given = [weight for weight in weights if weight is not None]
         if given and len(given) < len(weights):
             raise ConfigError("data.mix.sources.weight", weights, "weigh every source, or none for natural shares")
-        if given and not math.isclose(sum(given), 1.0, abs_tol=1e-6):
-            shares = [dataclasses.replace(s, weight=weight / sum(given)) for s, weight in zip(self.sources, given, strict=True)]
+        whole = sum(given)
+        if given and (math.isinf(whole) or min(given) / whole == 0):
+            mend = "differ beyond what numbers can hold; write parts of one whole, such as [0.7, 0.3]"
+            raise ConfigError("data.mix.sources.weight", weights, mend)
+        if given and not math.isclose(whole, 1.0, abs_tol=1e-6):
+            shares = [dataclasses.replace(s, weight=weight / whole) for s, weight in zip(self.sources, given, strict=True)]
             object.__setattr__(self, "sources", tuple(shares))
         labels = [source.label for source in self.sources]
         twice = sorted({label for label in labels if labels.count(label) > 1})

@@ -43,10 +43,10 @@ def chat_template(name: str, tokenizer: Any) -> str:
         return LLAMA2_CHAT_TEMPLATE
     if name == "tokenizer":
         if not tokenizer.chat_template:
-            raise ConfigError("data.chat_template", name, "this tokenizer has none; set llama2 or the path of a Jinja file")
+            raise ConfigError("data.template", name, "this tokenizer has none; set llama2 or the path of a Jinja file")
         return tokenizer.chat_template
     if not os.path.isfile(name):
-        raise ConfigError("data.chat_template", name, "no such file; set tokenizer, llama2, or the path of a Jinja file")
+        raise ConfigError("data.template", name, "no such file; set tokenizer, llama2, or the path of a Jinja file")
     return Path(name).read_text("utf-8")
 
 
@@ -75,7 +75,7 @@ def encode_conversation(tokenizer: Any, template: str, messages: list[dict[str, 
             )
             if not text.startswith(written):
                 mend = "renders a turn otherwise once another follows, so its answers cannot be told from its prompts"
-                raise ConfigError("data.chat_template", template[:40], mend)
+                raise ConfigError("data.template", template[:40], mend)
             ends.append((len(text), role))
             written = text
     # As one text: part by part, SentencePiece would put a space of its own in front of every answer.

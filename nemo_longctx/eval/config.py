@@ -280,6 +280,13 @@ class EvalConfig:
             raise ConfigError("eval.time_budget", self.time_budget, "give seconds, or leave it out for no limit")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError("eval.max_length", self.max_length, "give at least 2 tokens, or leave it out")
+        names = [task.name for task in self.tasks]
+        if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+            mend = "two tasks of this name; give each a `label` (probes: put them in one block)"
+            raise ConfigError("eval.tasks", twice, mend)
+        if self.tasks and not (self.every or self.at_start or self.at_end):
+            mend = "nothing is then measured at any time; set it true, or eval.every above 0, or leave all out with eval=none"
+            raise ConfigError("eval.at_end", False, mend)
         if self.guard and self.tasks and not any(getattr(task, "guard", False) for task in self.tasks):
             raise ConfigError(
                 "eval.guard", dataclasses.asdict(self.guard), "no task is watched: set guard: true in at least one"

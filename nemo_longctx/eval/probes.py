@@ -14,7 +14,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -88,6 +88,10 @@ class ProbeConfig:
         if self.suite:
             if self.suite not in SUITES:
                 raise ConfigError("probes.suite", self.suite, f"unknown suite, {did_you_mean(str(self.suite), SUITES)}")
+            default = next(each.default for each in fields(self) if each.name == "kinds")
+            if tuple(self.kinds) not in (default, SUITES[self.suite]):
+                mend = f"has no effect beside suite={self.suite}, which names its own; leave one out"
+                raise ConfigError("probes.kinds", list(self.kinds), mend)
             object.__setattr__(self, "kinds", SUITES[self.suite])
         if not self.kinds:
             raise ConfigError("probes.kinds", [], f"name at least one of {', '.join(KINDS)}, or leave the task out")

@@ -217,7 +217,16 @@ def parse_request(values: Mapping[str, Any], *, where: str = "rope") -> RopeRequ
         meant = f"did you mean {there}?" if there else did_you_mean(str(key), [*known, LAYERS])
         raise ConfigError(f"{where}.{key}", fields[key], f"unknown key, {meant}")
     stand_ins = {FACTOR: 1.0, TRAINED: 2, **dict.fromkeys(_LISTS, (1.0,))}
+    if "attention_factor" in fields:
+        for key in ("mscale", "mscale_all_dim"):
+            if key in fields:
+                mend = f"has no effect beside {where}.attention_factor, which says the same outright; leave one out"
+                raise ConfigError(f"{where}.{key}", fields[key], mend)
     made = build(cls, {**{key: value for key, value in stand_ins.items() if key in known}, **fields}, where=where)
+    short, long = (getattr(made, key) if key in fields else None for key in _LISTS)
+    if short is not None and long is not None and len(short) != len(long):
+        mend = f"must have as many numbers as {where}.short_factor, {len(short)}: one a pair of dimensions"
+        raise ConfigError(f"{where}.long_factor", f"{len(long)} numbers", mend)
     return RopeRequest(variant=name, values={key: getattr(made, key) for key in fields}, layers=layers)
 
 

@@ -127,12 +127,20 @@ def test_what_a_cap_leaves_may_push_another_source_over_its_own(telling_corpora)
         ({"long_length": 0, "long_share": 0.5}, r"data\.mix\.long_length=0"),
         ({"drop_shortr": 3}, "did you mean 'drop_shorter'"),
         ({"share_tolerance": 0}, "share_tolerance"),
+        ({"weights": (1e308, 1e308)}, r"data\.mix\.sources\.weight=\[1e\+308, 1e\+308\]: differ beyond"),
+        ({"weights": (5e-324, 1e308)}, r"data\.mix\.sources\.weight=\[5e-324, 1e\+308\]: differ beyond"),
     ],
 )
 def test_a_mix_that_contradicts_itself(prefixes, rules, message):
     rules = dict(rules)
     with pytest.raises(ConfigError, match=message):
         mix_of(prefixes, rules.pop("weights", (None, None)), **rules)
+
+
+def test_each_path_of_a_source_names_something():
+    for path in ("  ", ["a", ""], ["", ""]):
+        with pytest.raises(ConfigError, match=r"data\.mix\.sources\.path=.*: name a prefix"):
+            SourceConfig(path=path)
 
 
 @pytest.mark.parametrize(

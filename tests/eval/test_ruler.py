@@ -1,5 +1,6 @@
 """RULER's tasks: exact lengths for two families of tokenizers, scores by RULER's own rule, the average and the threshold."""
 
+import dataclasses
 import json
 
 import pytest
@@ -241,6 +242,10 @@ def test_a_tokenizer_that_drops_newlines_is_exact_too(folder):
 def test_an_unknown_suite_is_named():
     with pytest.raises(ConfigError, match="did you mean 'ruler'"):
         ProbeConfig(suite="rular")
+    with pytest.raises(ConfigError, match=r"probes\.kinds=\['passkey'\]: has no effect beside suite=ruler"):
+        ProbeConfig(suite="ruler", kinds=("passkey",))
+    made = ProbeConfig(suite="ruler")
+    assert dataclasses.replace(made, samples=1).kinds == made.kinds
 
 
 def test_the_error_of_an_average_is_at_most_that_of_right_and_wrong_answers():

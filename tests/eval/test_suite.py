@@ -296,6 +296,13 @@ def test_a_guard_needs_a_task_to_watch():
     with pytest.raises(ConfigError, match=r"no task is watched: set guard: true in at least one"):
         EvalConfig(tasks=(POSITION, CONTEXT), guard=GuardConfig())
     assert EvalConfig(guard=GuardConfig()).guard
+    with pytest.raises(ConfigError, match=r"eval\.tasks='position_40': two tasks of this name; give each a `label`"):
+        EvalConfig(tasks=(POSITION, CONTEXT, POSITION))
+    with pytest.raises(ConfigError, match=r"eval\.at_end=False: nothing is then measured at any time"):
+        EvalConfig(tasks=(POSITION,), at_start=False, at_end=False)
+    for when in ({"at_start": True}, {"at_end": True}, {"every": 1}):
+        EvalConfig(tasks=(POSITION, POSITION | {"label": "b"}), **{"at_start": False, "at_end": False, **when})
+    EvalConfig(at_start=False, at_end=False)
     for blocks in ("position", {"kind": "position"}, 5):
         with pytest.raises(ConfigError, match=r"eval\.tasks=.*must be a list of blocks"):
             parse_tasks(blocks)

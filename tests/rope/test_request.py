@@ -140,6 +140,15 @@ def test_longrope_asks_for_its_divisors_or_takes_the_checkpoints():
             "rope.rope_local_base_freq=.*base of layers with a window as rope.local_base",
         ),
         ({"base": 0.5}, "rope.base=0.5: must be above 1"),
+        (
+            {"variant": "yarn", "attention_factor": 1.2, "mscale": 0.7},
+            "rope.mscale=0.7: has no effect beside rope.attention_factor",
+        ),
+        ({"variant": "yarn", "attention_factor": 1.2, "mscale_all_dim": 1}, "rope.mscale_all_dim=1: has no effect beside"),
+        (
+            {"variant": "longrope", "short_factor": [1.0], "long_factor": [1, 2]},
+            "rope.long_factor='2 numbers': must have as many",
+        ),
     ],
 )
 def test_a_bad_request_is_refused_before_a_checkpoint_is_at_hand(values, message):

@@ -28,6 +28,7 @@ from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback
 from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
 from nemo_longctx.adapters.nemo.loggers import logger_parts
 from nemo_longctx.config import ConfigError, build, plain, to_values
+from nemo_longctx.cross_checks import uneven_stages
 from nemo_longctx.data.config import DataConfig
 from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.config import EvalConfig
@@ -72,6 +73,7 @@ def trainer_config(recipe: RunConfig, *, callbacks: list[run.Config]) -> run.Con
         virtual_pipeline_model_parallel_size=trainer.virtual_pipeline_model_parallel_size,
         context_parallel_size=trainer.context_parallel_size,
         sequence_parallel=trainer.sequence_parallel,
+        **uneven_stages(recipe.model),  # it copies its own to the model, over what that says
         pipeline_dtype=getattr(torch, precision.dtype),
         gradient_as_bucket_view=True,
         ckpt_async_save=trainer.accelerator == "gpu",
