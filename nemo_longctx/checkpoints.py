@@ -7,6 +7,7 @@ torch's own metadata names are compared. Neither host nor torch is imported: all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -70,8 +71,11 @@ def finished_in(folder: Path) -> list[Checkpoint]:
     """`checkpoints` of the run that has its own in `folder`."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.is_dir() and not is_unfinished(path)]
-    keyed = [(step_of(path), path.name.endswith("-last"), path.stat().st_mtime, path) for path in found]
+    keyed = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the first process puts one aside, or removes it
+            if path.is_dir() and not is_unfinished(path):
+                keyed.append((step_of(path), path.name.endswith("-last"), path.stat().st_mtime, path))
     return [Checkpoint(path, step) for step, _, _, path in sorted(keyed, reverse=True)]
 
 
@@ -192,6 +196,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, in words, or None. Reads no weights: a few hundred KiB a file at most."""
+    try:
+        return _fault_of(checkpoint)
+    except OSError as error:  # a disk that fails, or a file that another process puts aside meanwhile
+        return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
+
+
+def _fault_of(checkpoint: Path) -> str | None:
     weights = checkpoint / "weights"
     if not weights.is_dir() or not any(weights.iterdir()):
         return "it has no weights/"

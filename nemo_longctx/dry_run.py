@@ -175,8 +175,13 @@ def _curriculum(recipe: RunConfig) -> str:
 def _data(recipe: RunConfig) -> list[Callable[[], str]]:
     """What says each part of the data; the mix of a run of pretraining, or the files of instruction tuning."""
     if isinstance(recipe.data, DataConfig):
-        mix = recipe.data.mix
-        return [lambda: _mix(mix, recipe.curriculum.total_tokens)]
+        mix, curriculum = recipe.data.mix, recipe.curriculum
+        step = max((found.step for found in checkpoints(recipe.directory)[:1]), default=0)
+        if step < 1:
+            return [lambda: _mix(mix, curriculum.total_tokens)]
+        # What it has read counts for a cap; what that was, the checkpoint alone knows.
+        mix, left = dataclasses.replace(mix, max_repeats=None, on_cap="error"), curriculum.total_steps - step
+        return [lambda: f"{_mix(mix, max(left, 0) * curriculum.tokens_per_step)} from step {step:,} on"]
     data = recipe.data
     files = [(f"data.{key}", path) for key in ("short", "long") for path in getattr(data, key)]
     said: list[Callable[[], str]] = [functools.partial(_conversations, key, path) for key, path in files]

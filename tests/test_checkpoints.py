@@ -293,3 +293,34 @@ def test_without_fallback_the_one_named_to_go_on_from_is_the_newest_that_is_whol
     assert "the newest (" in str(error.value)
     assert "step=12-last) not" in str(error.value)
     assert not (tmp_path / "unreadable").exists()
+
+
+def test_a_file_that_the_disk_does_not_give_is_told_like_a_torn_one(tmp_path, monkeypatch):
+    """It ended a start in the error of the disk, whatever `resume.fallback` said."""
+    real = checkpoint_files._look
+
+    def look(path):
+        if path.parent.parent.name == "step=8-last" and path.name == "__0_1.distcp":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    make(tmp_path, 4)
+    newest = make(tmp_path, 8)
+    monkeypatch.setattr(checkpoint_files, "_look", look)
+    assert fault_of(newest) == "__0_1.distcp cannot be read (Input/output error)"
+    assert checkpoint_to_resume(tmp_path, fallback=True).step == 4
+
+
+def test_one_that_the_first_process_puts_aside_meanwhile_is_none(tmp_path, monkeypatch):
+    """Another process of the run that listed the checkpoints just then ended in a FileNotFoundError."""
+    real = checkpoint_files.step_of
+
+    def step_of(path):
+        if path.name == "step=8-last":
+            path.rename(tmp_path / "aside")
+        return real(path)
+
+    make(tmp_path, 4)
+    make(tmp_path, 8)
+    monkeypatch.setattr(checkpoint_files, "step_of", step_of)
+    assert [each.step for each in checkpoints(tmp_path)] == [4]

@@ -6,13 +6,15 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from nemo_longctx import cli, launch, launch_sft
+from nemo_longctx import cli, dry_run, launch, launch_sft
 from nemo_longctx.checkpoints import Checkpoint, write_manifest
 from nemo_longctx.compose import compose
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import StageConfig
+from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.recipe import RecipeConfig, load_instruct_recipe, load_recipe
 from nemo_longctx.resume import (
     LISTS,
@@ -282,6 +284,22 @@ def test_a_dry_run_tells_a_run_shorter_than_its_checkpoint(run_directory, capsys
     assert cli.main(["train", *RUN, f"output_dir={run_directory}", "--dry-run"]) == 2
     said = capsys.readouterr().out
     assert f"curriculum.total_tokens={total}: the run in {run_directory / 'run'} has {2 * total} tokens behind it" in said
+
+
+def test_a_cap_of_repeats_is_not_asked_of_what_a_run_has_behind_it(tmp_path):
+    """A run whose sources had changed was refused at each start for what the new ones would give from token 0 on."""
+    with CorpusWriter(str(tmp_path / "corpus"), np.uint16) as writer:
+        writer.add_documents(np.zeros(20_000, np.uint16), [100] * 200)
+    clock = ["curriculum.total_tokens=40960", "curriculum.tokens_per_step=4096", "optimizer.warmup_tokens=0"]
+    clock += ["trainer.val_every_tokens=0", "checkpoint.every_tokens=0"]
+    mix = f"data.mix={{sources: [{{path: {tmp_path}/corpus, name: text}}], max_repeats: 1}}"
+    asked = recipe(*clock, mix, output=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.mix\.max_repeats=1.*: text would have to come 2\.05 times"):
+        dry_run._data(asked)[0]()
+    (tmp_path / "run" / "checkpoints" / "step=6-last").mkdir(parents=True)
+    assert dry_run._data(asked)[0]() == "200 documents: text 100.0% (0.82 times) from step 6 on"
+    (tmp_path / "run" / "checkpoints" / "step=10-last").mkdir()
+    assert dry_run._data(asked)[0]() == "200 documents: text 100.0% (0.00 times) from step 10 on"
 
 
 def test_each_row_of_the_table_rules_its_keys_and_the_closest_one_wins():

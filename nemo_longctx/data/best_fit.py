@@ -55,9 +55,13 @@ class BestFitWindows:
             with locked(directory.with_suffix(".lock")):
                 if not directory.exists():
                     _write(directory, *pack_stage(order, stage, *start))
-        self.facts: dict[str, Any] = json.loads((directory / "facts.json").read_text())
-        # Plain arrays over the maps: a np.memmap costs 1 us a slice.
-        maps = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
+        try:
+            self.facts: dict[str, Any] = json.loads((directory / "facts.json").read_text())
+            # Plain arrays over the maps: a np.memmap costs 1 us a slice.
+            maps = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
+        except (OSError, ValueError, EOFError) as error:  # cut short by a power failure
+            mend = "these windows are damaged; delete them, they are built again"
+            raise ConfigError("data.cache_dir", str(directory), mend) from error
         self.long_documents, self.long_starts, self.long_ends = (maps[name] for name in ARRAYS[:3])
         self.pieces, self.bin_ends = maps["pieces"], maps["bin_ends"]
         sizes = np.array(self.facts["blocks"], np.int64).reshape(-1, 2)

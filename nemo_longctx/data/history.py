@@ -40,6 +40,7 @@ class Segment:
         first_token: the token of its run at which it begins.
         until: the token of its run at which it was left; None: the run is in it.
         order: digest of its visits; None: not built yet.
+        lost: whether it cannot be told any more what it read, which then counts as unread.
     """
 
     mix: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Segment:
     first_token: int = 0
     until: int | None = None
     order: str | None = None
+    lost: bool = False
 
     @classmethod
     def of(cls, mix: MixConfig, documents: Documents, curriculum: Curriculum, *, packing: Packing, seed: int) -> Segment:
@@ -118,16 +120,25 @@ class History:
         origin: the token of the run at which the next segment begins.
         cache_dir: where their orders are kept, or built again.
         sources: the sources of the run now, where data of theirs may lie that lies no more where it was.
+        of_another: whether all of them are another run's, for what an error says.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, origin: int, cache_dir: str, sources: Sequence[SourceConfig] = ()):
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        origin: int,
+        cache_dir: str,
+        sources: Sequence[SourceConfig] = (),
+        of_another: bool = False,
+    ):
         self.segments, self.cache_dir, self.sources = tuple(segments), cache_dir, tuple(sources)
-        self.origin = origin
+        self.origin, self.of_another = origin, of_another
 
     @property
     def key(self) -> str:
         """A hash of what the segments are made of."""
-        parts = [[each.made_of, each.first_token, each.until] for each in self.segments]
+        parts = [[each.made_of, each.first_token, each.until, *(["lost"] if each.lost else [])] for each in self.segments]
         return hashlib.sha256(json.dumps([parts, self.origin], sort_keys=True).encode()).hexdigest()
 
     def seen(self) -> Seen:
@@ -137,25 +148,41 @@ class History:
             ConfigError: their data are gone or changed, or their order cannot be built as it was.
         """
         seen = Seen()
-        for number, segment in enumerate(self.segments):
-            before = _Known(History(self.segments[:number], origin=segment.first_token, cache_dir=self.cache_dir), seen)
-            mix, documents = self._found(segment)
-            curriculum = _curriculum(segment.curriculum)
-            order = open_order(
-                mix,
-                documents,
-                curriculum,
-                seed=segment.seed,
-                cache_dir=self.cache_dir,
-                past=before if number or segment.first_token else None,
-            )
-            if documents.fingerprint != segment.data or segment.order not in (None, order.digest):
-                what = "its data changed since" if documents.fingerprint != segment.data else "this version orders it otherwise"
-                mend = f"what was read up to token {segment.until} cannot be told any more, as {what}"
-                raise ConfigError("data.mix.sources", [source.label for source in mix.sources], mend)
-            windows = pack_windows(order, curriculum, packing=segment.packing, seed=segment.seed, document_masking=False)
-            seen = seen.after(order.documents, windows.read(int(segment.until or 0)))
+        for number in range(len(self.segments)):
+            seen = self._seen_in(number, seen)
         return seen
+
+    def without_lost(self) -> tuple[list[Segment], list[str]]:
+        """The segments, those marked of which it cannot be told what they read; and of each of these a sentence."""
+        kept, said, seen = list(self.segments), [], Seen()
+        for number in range(len(kept)):
+            told = History(kept, origin=self.origin, cache_dir=self.cache_dir, sources=self.sources)
+            try:
+                seen = told._seen_in(number, seen)
+            except ConfigError as error:
+                kept[number] = dataclasses.replace(kept[number], lost=True)
+                said.append(str(error).partition(";")[0])
+        return kept, said
+
+    def _seen_in(self, number: int, seen: Seen) -> Seen:
+        """`seen`, and what segment `number` read on top of it."""
+        segment = self.segments[number]
+        if segment.lost:
+            return seen
+        before = _Known(History(self.segments[:number], origin=segment.first_token, cache_dir=self.cache_dir), seen)
+        mix, documents = self._found(segment)
+        curriculum, past = _curriculum(segment.curriculum), before if number or segment.first_token else None
+        order = open_order(mix, documents, curriculum, seed=segment.seed, cache_dir=self.cache_dir, past=past)
+        if documents.fingerprint != segment.data or segment.order not in (None, order.digest):
+            what = "its data changed since" if documents.fingerprint != segment.data else "this version orders it otherwise"
+            mend = f"what was read up to token {segment.until} cannot be told any more, as {what}; {self._mend('restore them')}"
+            raise ConfigError("data.mix.sources", [source.label for source in mix.sources], mend)
+        windows = pack_windows(order, curriculum, packing=segment.packing, seed=segment.seed, document_masking=False)
+        return seen.after(order.documents, windows.read(int(segment.until or 0)))
+
+    def _mend(self, restore: str) -> str:
+        otherwise = "leave data.after out" if self.of_another else "set data.allow_change=true"
+        return f"{restore}, or {otherwise}, and its documents may come again"
 
     def _found(self, segment: Segment) -> tuple[MixConfig, Documents]:
         """A segment's mix and documents: at their old places, at those of the sources of their names now, or, where other data
@@ -182,7 +209,8 @@ class History:
             if wanted and all(identity in places for identity in wanted):
                 paths[source.label] = tuple(places[identity] for identity in wanted)
             elif not there[source.label] and source.label not in now:
-                mend = f"up to token {segment.until} the run read it at {source.path}, where it is no more: put it back"
+                where = f"up to token {segment.until} the run read it at {source.path}, where it is no more"
+                mend = f"{where}; {self._mend('put it back')}"
                 raise ConfigError("data.mix.sources", source.label, mend)
         mix = _at(asked, paths)
         return mix, Documents.open(mix)

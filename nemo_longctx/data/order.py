@@ -32,7 +32,7 @@ from nemo_longctx.data.documents import CHUNK, Documents, Pieces
 from nemo_longctx.data.drawing import Draw, draw, draw_all
 from nemo_longctx.data.mixture import MixConfig, Stratum, mix_dict, plan_mix
 from nemo_longctx.data.seen import Remaining, Seen
-from nemo_longctx.files import locked, written_atomically
+from nemo_longctx.files import locked, read_mapping, written_atomically
 
 GROUP = 64  # visits between two running ends
 MAGIC = b"nlc-visits-2\x00\x00\x00\x00"  # first and last bytes of the file; another layout gets another number
@@ -361,8 +361,8 @@ def _remember_fingerprint(documents: Documents, cache_dir: Path) -> None:
     stamp = hashlib.sha256(json.dumps(documents.stamps()).encode()).hexdigest()[:32]
     path = cache_dir / f"{stamp}.fingerprints"
     with locked(path.with_suffix(".lock")):
-        if path.exists():
-            known = json.loads(path.read_text("utf-8"))
+        known = read_mapping(path)  # a power failure may have cut it short
+        if known.keys() >= {"all", "shards"}:
             documents.fingerprint, documents.identities = known["all"], known["shards"]
         else:
             with written_atomically(path) as file:

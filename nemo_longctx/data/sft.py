@@ -149,6 +149,11 @@ class InstructionWindows:
         for name in config.blend:
             if not given[name]:
                 raise ConfigError(f"data.{name}", None, f"the blend asks for {config.blend[name]:.0%} of it; name its files")
+        self._labels = {
+            files: name if len(sources) == 1 else f"{name}[{number}]"
+            for name, sources in (("short", short), ("long", long))
+            for number, files in enumerate(sources)
+        }
         self._bins: dict[str, list[list[tuple[Instances, int]]]] = {}
         if "short" in config.blend:
             items = self._fitting("short", short)
@@ -189,14 +194,16 @@ class InstructionWindows:
         return self._plan[number][0]
 
     def documents_of(self, numbers: Iterable[int]) -> list[str]:
-        """What some windows hold, each once: `SOURCE:NUMBER`, an instance by its number in its file."""
+        """What some windows hold, each once: `SOURCE:NUMBER`, an instance by its number in its file; `SOURCE[FILE]:NUMBER` of a
+        source of several, numbered as in the settings.
+        """
         found: dict[str, None] = {}
         for number in numbers:
             name, place = self._plan[number]
             if self._pretraining is not None and name == "pretraining":
                 found |= dict.fromkeys(f"{name}/{label}" for label in self._pretraining.documents_of([place]))
             else:
-                found |= dict.fromkeys(f"{name}:{instance}" for _, instance in self._bins[name][place])
+                found |= dict.fromkeys(f"{self._labels[files]}:{instance}" for files, instance in self._bins[name][place])
         return list(found)
 
     def __getitem__(self, number: int) -> Sample:

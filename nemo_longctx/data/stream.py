@@ -33,6 +33,7 @@ class Stream:
         documents: the opened sources.
         windows: the samples, once `begin` or `go_on` was called.
         after: the base run that it began behind, as the user named it.
+        lost: of parts that it goes on behind, a sentence each, if it cannot be told any more what they read.
         kept_names: of sources that were moved: what their paths call them now -> what the checkpoint does.
     """
 
@@ -52,6 +53,7 @@ class Stream:
         self.after: str | None = None
         self.windows: Windows | None = None
         self.kept_names: dict[str, str] = {}
+        self.lost: list[str] = []
         self._left: list[Segment] = []  # behind it
         self._finished: list[Segment] = []  # all, where a checkpoint stands at the run's end
 
@@ -127,7 +129,7 @@ class Stream:
             if self.segments[-1].order != saved[-1].order:
                 return ["order"], ["order"]
         else:
-            self._open(left_at(saved, token), origin=token)
+            self._open(left_at(saved, token), origin=token, allow_change=allow_change)
         return changed, refused
 
     def _keep_names(self, before: Segment) -> None:
@@ -148,13 +150,20 @@ class Stream:
             self.mix = dataclasses.replace(self.mix, sources=tuple(sources))
             self.documents = self.documents.renamed(names)
 
-    def _open(self, left: Sequence[Segment], *, origin: int, read: bool = True) -> Windows:
-        """`read`: whether any of it will be; else it holds nobody up by what it could not give."""
+    def _open(self, left: Sequence[Segment], *, origin: int, read: bool = True, allow_change: bool = False) -> Windows:
+        """`read`: whether any of it will be; else it holds nobody up by what it could not give.
+
+        `allow_change`: also behind what cannot be told any more.
+        """
         mix = self.mix if read else dataclasses.replace(self.mix, max_repeats=None, on_cap="error")
-        past = History(left, origin=origin, cache_dir=self.cache_dir, sources=self.mix.sources) if left else None
+        settings: dict[str, Any] = {"origin": origin, "cache_dir": self.cache_dir, "sources": self.mix.sources}
+        past = History(left, **settings, of_another=not origin) if left else None
+        if past is not None and allow_change:
+            left, self.lost = past.without_lost()
+            past = History(left, **settings)
         order = open_order(mix, self.documents, self.curriculum, seed=self.seed, cache_dir=self.cache_dir, past=past)
         self._check_window(order)
-        settings: dict[str, Any] = {"seed": self.seed, "document_masking": self.document_masking}
+        settings = {"seed": self.seed, "document_masking": self.document_masking}
         if read:
             self.windows = open_windows(order, self.curriculum, packing=self.packing, **settings)
         else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nemo_longctx.data.mixture import MixConfig
 from nemo_longctx.data.order import open_order
 from nemo_longctx.data.seen import Ranges, Remaining, Seen, _read_on
 from nemo_longctx.data.stream import Stream, report
+from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.files import can_be_written
 
 STEP = 256
@@ -383,6 +385,36 @@ def test_an_order_that_cannot_be_written_names_the_setting(telling_corpora, tmp_
     assert can_be_written(tmp_path / "new" / "folder")
 
 
+@pytest.mark.parametrize("case", ["edited", "gone"])
+def test_with_leave_a_run_goes_on_behind_what_cannot_be_told_any_more(telling_corpora, tmp_path, case):
+    """`data.allow_change=true` is for that, and was refused like a start without it: a run with a corpus that was edited, or
+    with one that it had left out and that is gone, could not be changed any more."""
+    prefixes = telling_corpora([TEXT, MORE])
+    first = stream(prefixes, 20, tmp_path / "a", weights=[0.5, 0.5])
+    first.begin()
+    state, now_read, weights = json.loads(json.dumps(first.state())), prefixes[1:], [1.0]
+    if case == "edited":
+        with CorpusWriter(prefixes[0], np.int32) as writer:
+            for number, length in enumerate(TEXT[:-1]):
+                writer.add_document(number * 1000 + np.arange(length))
+        now_read, weights = prefixes, [0.5, 0.5]
+        assert stream(prefixes, 20, tmp_path / "b", weights=weights).go_on(state, 7 * STEP) == (["data"], ["data"])
+    else:
+        move(prefixes[0], tmp_path / "away")
+        with pytest.raises(ConfigError, match=r"no more; put it back, or set data\.allow_change=true, and its documents"):
+            stream(now_read, 20, tmp_path / "b", weights=weights).go_on(state, 7 * STEP)
+    now = stream(now_read, 20, tmp_path / "b", weights=weights)
+    now.go_on(state, 7 * STEP, allow_change=True)
+    (said,) = now.lost
+    assert re.search(r"up to token 1792 cannot be told any more, as its data changed|up to token 1792 the run read it", said)
+    later, state = stream(now_read, 24, tmp_path / "c", weights=weights), json.loads(json.dumps(now.state()))
+    assert [segment["lost"] for segment in state["segments"]] == [True, False]
+    assert later.go_on(state, 12 * STEP) == (["curriculum", "order"], [])  # a new machine, and no leave
+    assert (later.lost, no_token_twice((now.windows, 7 * STEP, 12 * STEP), (later.windows, 12 * STEP, 20 * STEP))) == ([], True)
+    known = [History([Segment(**values)], origin=STEP, cache_dir="").key for values in state["segments"]]
+    assert known[0] != History([Segment(**state["segments"][0] | {"lost": False})], origin=STEP, cache_dir="").key
+
+
 def no_token_twice(*parts):
     """Whether some parts of streams, (windows, first token, last token), have no token in common."""
     read = []
@@ -477,3 +509,21 @@ def test_most_of_what_came_counts_what_came_before(telling_corpora, tmp_path):
     now.go_on(first.state(), 8 * STEP)
     assert now.windows.order.facts["most_repeats"] == [3]
     assert "3 at most in all; none comes again" in report(now.windows)[-1]
+
+
+def test_what_a_power_failure_cut_short_in_the_cache_is_told_or_made_again(telling_corpora, tmp_path):
+    (prefix,) = telling_corpora([TEXT])
+    first = stream([prefix], 20, tmp_path, packing="best_fit").begin()
+    (known,) = tmp_path.glob("*.fingerprints")
+    told = known.read_text()
+    for torn in (b"", told[:30].encode(), b"[]"):
+        known.write_bytes(torn)
+        assert stream([prefix], 20, tmp_path, packing="best_fit").begin().order.digest == first.order.digest
+        assert known.read_text() == told
+    (windows,) = tmp_path.glob("*.bins")
+    for name in ("facts.json", "pieces.npy", "long_ends.npy"):
+        whole = (windows / name).read_bytes()
+        (windows / name).write_bytes(b"")
+        with pytest.raises(ConfigError, match=r"data\.cache_dir='.*\.stage0\.bins': these windows are damaged; delete them"):
+            stream([prefix], 20, tmp_path, packing="best_fit").begin()
+        (windows / name).write_bytes(whole)

@@ -289,6 +289,8 @@ class LongContextDataModule(pl.LightningDataModule, IOMixin):
         self.mix = self.stream.mix
         for now, was in self.stream.kept_names.items():
             rank_zero_info(f"the source {now} is {was} of the checkpoint, moved: it keeps that name")
+        for line in self.stream.lost:
+            rank_zero_info(f"{line}; its documents count as unread, as data.allow_change says")
         if self.stream.windows is not None and self.stream.windows is not self.windows:
             self.windows = self.stream.windows
             if state["token_address"] < self.curriculum.total_tokens:  # else nothing of it is read any more
