@@ -26,7 +26,7 @@ lock: $(INSTALLED)
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --no-header --upgrade \
 	  $(EXTRAS:%=--extra %) $(TORCH_CUDA:%=--no-emit-package %) --output-file requirements.lock
 
-# One thread a test process, as many processes as cores. Default tests; `make test-all` adds the slow ones. DATA=path trains the demo on your own text instead of installed sources.
+# One thread a test process, as many processes as cores. Default tests; `make test-all` adds the slow ones.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
@@ -52,6 +52,7 @@ mutants-changed: $(INSTALLED)
 gpu-kit: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_kit.py
 
+# DATA=path trains it on your own text instead of installed sources.
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 

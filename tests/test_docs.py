@@ -4,6 +4,7 @@ import argparse
 import ast
 import csv
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import nemo_longctx
 from nemo_longctx.cli import COMMANDS, _arguments, main
 from nemo_longctx.commands import eval as evaluate
 from nemo_longctx.compose import compose, groups
@@ -25,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WRITTEN = [page for page in PAGES if page.name not in ("settings.md", "commands.md")]
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *WRITTEN]
+
+
+README, RESULTS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
 
 
 def extras():
@@ -120,6 +125,17 @@ def test_yaml_of_the_docs_is_settings():
             assert isinstance(value, dict)
 
 
+def test_python_of_the_docs_calls_what_is_there():
+    """Names that are imported from the package, and arguments that its functions take."""
+    for page, block in blocks("python"):
+        tree = ast.parse(block)
+        names = {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "nemo_longctx"
+                 for name in node.names}  # fmt: skip
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names):
+            given = inspect.signature(getattr(nemo_longctx, call.func.id)).bind_partial
+            assert given(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords}), page
+
+
 @pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "docs/ablations").glob("*/claims.csv")))
 def test_numbers_of_a_study_are_those_of_its_tables(study):
     """Each row of each CSV stands in the study's page, and each claim with its verdict in the list of all."""
@@ -161,6 +177,58 @@ def test_errors_of_the_faq_are_said_by_the_code():
     assert len(sentences) > 15
     missing = [said for said in sentences if not all(part.strip(" ,") in texts for part in said.split("..."))]
     assert not missing
+
+
+LIGHT = ("Table 10's FLOPs", "Figure 4 at distance 0; Theorem 1 for ABF and PI")  # rows whose command takes no time
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_figures_that_a_command_prints_are_those_of_the_results(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = next(line for line in RESULTS.splitlines() if line.startswith(f"| {what} |"))
+    figure, how = row.split(" | ")[1:]
+    commands = re.findall(r"`nemo-longctx ([^`]+)`", how)
+    changed = [re.sub(r"\d+@[\d.]+", other, commands[0]) for other in re.findall(r"`(\d+@[\d.]+)`", how)]
+    for command in commands + changed:
+        assert main(shlex.split(command)) == 0
+    said = capsys.readouterr().out.replace("e+", "e")
+    measured = re.findall(r"\d+\.\d+(?:e\d+)?", figure.partition("(paper")[0])
+    assert len(measured) > 2
+    assert [number for number in measured if number not in said] == []
+
+
+def test_figures_of_files_are_those_of_the_results():
+    def rows(name):
+        return list(csv.DictReader((ROOT / "docs" / name).open(newline="", encoding="utf-8")))
+
+    base, longer = ([f"{float(row['loss']):.3f}" for row in rows("context.csv") if row["read"] in ("256", "2048") and
+                     ("extended" in row["model"]) == extended] for extended in (False, True))  # fmt: skip
+    demo = f"base {' and '.join(base)}, extended {' and '.join(longer)}"
+    layouts = [list(map(float, list(row.values())[1:])) for row in rows("layouts.csv")]
+    furthest = max(abs(loss - row[0]) for row in layouts for loss in row)
+    curve = [row for row in rows("curriculum.csv") if row["loss"]]
+    switch = next(at for at, row in enumerate(curve) if row["seq_length"] == "2048")
+    before, after = (float(curve[at]["loss"]) for at in (switch - 1, switch))
+    back = next(int(row["tokens"]) for row in curve[switch:] if float(row["loss"]) < before) - int(curve[switch - 1]["tokens"])
+    checked = [row["validation_loss_2048"] for row in rows("curriculum.csv") if row["validation_loss_2048"]]
+    validated = f"{float(checked[0]):.2f} to {float(checked[-1]):.2f}"
+    arms = {
+        row["claim"]: re.findall(r"-\d\.\d+", row["difference (95 % interval)"])
+        for row in rows("ablations/position/claims.csv")
+    }
+    plain, pi = ([f"{-float(number):.2f}" for number in arms[claim]] for claim in
+                 ("Plain RoPE is worse than ABF at the new length", "PI trails ABF in loss"))  # fmt: skip
+    study = f"{plain[0]} nats ({plain[2]} to {plain[1]}) under plain RoPE's and {pi[0]} ({pi[2]} to {pi[1]}) under PI's"
+    for said in (
+        demo, study, f"losses of {len(layouts)} steps within {furthest:.1e}".replace("e-0", "e-"), f"validation {validated}",
+        f"jumps from {before:.2f} to {after:.2f} at the switch and is first back at {before:.2f} after {back / 1e6:.2f} million",
+    ):  # fmt: skip
+        assert said in RESULTS, said
+    assert demo in README
+    assert study in README
+    made = (ROOT / "benchmarks" / "settings_fuzz.md").read_text(encoding="utf-8")
+    for figure in re.search(r"([\d,]+) refused in a sentence, ([\d,]+) taken; (\d+) built", RESULTS).groups():
+        assert f" {figure}" in made
 
 
 def test_links_between_pages_and_files_are_there():
