@@ -221,7 +221,7 @@ def test_figures_of_files_are_those_of_the_results():
     study = f"{plain[0]} nats ({plain[2]} to {plain[1]}) under plain RoPE's and {pi[0]} ({pi[2]} to {pi[1]}) under PI's"
     for said in (
         demo, study, f"losses of {len(layouts)} steps within {furthest:.1e}".replace("e-0", "e-"), f"validation {validated}",
-        f"jumps from {before:.2f} to {after:.2f} at the switch and is first back at {before:.2f} after {back / 1e6:.2f} million",
+        f"jumps from {before:.2f} to {after:.2f} at the switch and is first back at {before:.2f} after {back / 1e6:.2f} m",
     ):  # fmt: skip
         assert said in RESULTS, said
     assert demo in README
