@@ -138,7 +138,7 @@ compare a b
 completion shell
 """
 DEFAULTS = {
-    "synth": {"--facts": 3, "--filler": 0.5, "--no-append-eod": True, "--seed": 1234},
+    "synth": {"--no-append-eod": True, "--seed": 1234},
     "rope.show": {"--spread": 2.0, "--head-dim": 128, "--rotary-percent": 1.0},
     "rope.plot": {"--variants": ("rope", "pi:factor=4", "abf:base=500000", "xpos:base=500000"), "--figures": ["decay"],
                   "--out": Path("rope-figures"), "--head-dim": 128, "--rotary-percent": 1.0},

@@ -11,7 +11,6 @@ import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +23,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from nemo_longctx.adapters.pretrained import hf_tokenizer, load_checkpoint, tokenizer_digest
 from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.eval.generation import end_tokens
-from nemo_longctx.eval.requests import Continuation, Generation, Request, Score
-from nemo_longctx.eval.results_cache import ResultsCache, request_key
+from nemo_longctx.eval.requests import Continuation, Generation, Request
+from nemo_longctx.eval.results_cache import ResultsCache, key_of, packed, unpacked
 from nemo_longctx.eval.scoring import CausalModel, Chunks, Scorer
 from nemo_longctx.eval.sharing import from_first, run_shared
 from nemo_longctx.eval.truncation import UNSCORED, Truncated, TruncationRecord, prompt_budget, token_span, truncate
+from nemo_longctx.hf.chat import render
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -149,7 +149,8 @@ class LongContextLM(TemplateLM):
         return {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
+        text = render(
+            self.tokenizer,
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -345,17 +346,17 @@ class LongContextLM(TemplateLM):
 
         Only the first rank opens the cache: ranks that hold parts of one model have to read the same requests.
         """
-        keys = [_key(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
+        keys = [key_of(self.identity, job, more) for job, more in zip(jobs, extra or [{}] * len(jobs), strict=True)]
         known: dict[str, Any] = from_first(lambda: self._known(keys)) if self.results_cache else {}
         todo = [i for i, key in enumerate(keys) if key not in known]
         results = run_shared(self.scorer, [jobs[i] for i in todo], group=self.data_group, what=what, quiet=quiet)
-        fresh = {keys[i]: _pack(result) for i, result in zip(todo, results, strict=True)}
+        fresh = {keys[i]: packed(result) for i, result in zip(todo, results, strict=True)}
         if self._opened is not None:
             try:
                 self._opened.put(fresh)
             except sqlite3.Error as error:  # a full disk must not cost the results themselves
                 logger.warning("results could not be kept in %s: %s", self.results_cache, error)
-        return [_unpack((known | fresh)[key]) for key in keys]
+        return [unpacked((known | fresh)[key]) for key in keys]
 
     def _known(self, keys: Sequence[str]) -> dict[str, Any]:
         """What the cache knows of `keys`; nothing where its file cannot be read, which must not cost the results."""
@@ -369,28 +370,6 @@ class LongContextLM(TemplateLM):
             logger.warning("the results cache %s cannot be read (%s): %s", self.results_cache, error, mend)
             self._opened, self._unreadable = None, True
             return {}
-
-
-def _pack(result: Score | list[int]) -> dict[str, Any]:
-    """JSON form of a result. Log-probabilities keep their sum only: it is all that lm-eval asks."""
-    return {"sum": result.log_likelihood, "greedy": result.is_greedy} if isinstance(result, Score) else {"tokens": result}
-
-
-@dataclass(frozen=True)
-class _Scored:
-    log_likelihood: float
-    is_greedy: bool
-
-
-def _unpack(value: Mapping[str, Any]) -> Any:
-    return value["tokens"] if "tokens" in value else _Scored(value["sum"], value["greedy"])
-
-
-def _key(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> str:
-    if isinstance(job, Continuation):
-        return request_key(identity, "score", [*job.context, *job.continuation], len(job.context), more)
-    options = {k: v for k, v in asdict(job).items() if k not in ("context", "stop")}
-    return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
 
 
 def command_line() -> None:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         turns.append({"role": "user", "content": line})
         row = {"id": "this turn", "prompt": "".join(turn["content"] for turn in turns)}
         row |= {"messages": turns} if template is not None else {}  # type: ignore[dict-item]
-        tokens = generation.prompt_tokens(row, tokenizer, template=template, system=args.system)
+        tokens = generation.prompt_tokens(row, tokenizer, template=template, system=args.system, today=True)
         try:
             (asked,) = generation.requests([tokens], tokenizer, sampling, ["this turn"], scorer.model.max_length)
         except ConfigError as error:  # the talk has grown too long: it may begin anew

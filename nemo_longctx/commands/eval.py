@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="ask lm-eval tasks in the tokenizer's chat template, without thought before the answer",
+        help="ask lm-eval tasks and probes in the tokenizer's chat template, without thought before the answer",
     )
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval and MBPP run what the model wrote; in a sandbox only"
@@ -99,24 +100,27 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", getattr(args, option), "give 1 or more processes")
     import os
+    from functools import partial
 
     from nemo_longctx.data.corpus import open_corpus
-    from nemo_longctx.eval.config import ContextTask, PositionTask
+    from nemo_longctx.eval.checks import check_eval, plainly_asked, told_together, without_bos
+    from nemo_longctx.eval.config import ContextTask, EvalConfig, PositionTask
     from nemo_longctx.eval.suite import HarnessTask, Suite, parse_tasks
     from nemo_longctx.eval.task_names import check_spelling
 
     # Mistakes are told now, not after models are loaded.
     asked = Suite(parse_tasks(task_blocks(args, args.max_length or ANY_LENGTH)), tokenizer="the checkpoint's").tasks
-    for task in asked:
-        if isinstance(task, (PositionTask, ContextTask)):
-            open_corpus(task.corpus)
     from nemo_longctx.adapters.pretrained import check_source
 
-    for checkpoint in args.checkpoints:
-        check_source(checkpoint, args.tokenizer)
+    corpora = [task.corpus for task in asked if isinstance(task, (PositionTask, ContextTask))]
+    others = [task for task in asked if not isinstance(task, (PositionTask, ContextTask))]
     harnessed = [task for task in asked if isinstance(task, HarnessTask)]
-    for task in harnessed:
-        check_spelling(task)  # before the many seconds of lm-eval's own index
+    told_together(
+        *(partial(check_source, checkpoint, args.tokenizer) for checkpoint in args.checkpoints),
+        *(partial(open_corpus, corpus) for corpus in corpora),
+        partial(check_eval, EvalConfig(tasks=tuple(others))),
+        *(partial(check_spelling, task) for task in harnessed),  # before the many seconds of lm-eval's own index
+    )
     for task in harnessed:
         from nemo_longctx.adapters.harness import check_names
 
@@ -125,7 +129,6 @@ def run(args: argparse.Namespace) -> int:
     if first:
         _tell_replaced(args.out)
     from nemo_longctx.adapters.lm_eval import LongContextLM
-    from nemo_longctx.eval.checks import without_bos
     from nemo_longctx.eval.hf import HFCausalModel
 
     results: list[SuiteResult] = []
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         results.append(result)
         foreign = isinstance(lm.causal, HFCausalModel)
         notes: list[str] = without_bos(suite.tasks, lm.tokenizer) if foreign else []
+        notes += plainly_asked(suite.tasks, lm.tokenizer)
         seen[result.model] = {"path": checkpoint, **lm.identity, "tasks": blocks} | ({"notes": notes} if notes else {})
         if first:
             _print(result)
@@ -191,7 +195,8 @@ def _tell_replaced(out: Path) -> None:
 
 def _print(result: SuiteResult) -> None:
     for key, value in result.scalars().items():
-        print(f"{result.model}  {key:<40}{value:>12.4f}")
+        whole = math.isfinite(value) and value == int(value) and abs(value) >= 10  # a length, a count
+        print(f"{result.model}  {key:<40}{value:>12,.0f}" if whole else f"{result.model}  {key:<40}{value:>12.4f}")
     for task, why in result.errors.items():
         print(f"{result.model}  {task} failed: {why}")
 
@@ -230,7 +235,8 @@ def task_blocks(args: argparse.Namespace, max_length: int) -> list[dict]:
 
         lengths = _numbers("--lengths", args.lengths) or [n for n in PAPER_LENGTHS if n < max_length - 64]
         kinds = ["first_sentence", "passkey", "needle"]
-        blocks.append({"kind": "probes", "text": args.probes, "probes": {"kinds": kinds, "lengths": lengths}})
+        asked = {"kinds": kinds, "lengths": lengths, **({"chat": True} if args.chat else {})}
+        blocks.append({"kind": "probes", "text": args.probes, "probes": asked})
     if args.tasks:
         blocks += _harness_blocks(args)
     if not blocks:
@@ -253,6 +259,8 @@ def _filled(block: Any, args: argparse.Namespace) -> Any:
         asked["lengths"] = lengths
     if args.data:
         asked["data"] = args.data
+    if args.chat:
+        asked["chat"] = True
     return {**block, "text": args.probes, "probes": asked}
 
 
@@ -278,7 +286,7 @@ def _check_partners(args: argparse.Namespace) -> None:
     ):
         for name in names:
             value = getattr(args, name)
-            if name == "data" and args.suite and args.probes:  # question answering data of a preset's probes
+            if args.probes and (name == "chat" or (name == "data" and args.suite)):  # question answering data of a preset's
                 continue
             if value not in (None, False, "", {}) and not getattr(args, partner):
                 mend = f"has no effect without --{partner}; give it too (in a suite file each block has keys of its own)"

@@ -45,9 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"kind=share by comma, e.g. passkey=0.5,records=0.5, of {', '.join(KINDS)} (default: equal shares of the first "
         f"{len(USUAL)})",
     )
-    parser.add_argument("--facts", type=int, default=3, help="most facts of a document of records (default: %(default)s)")
+    parser.add_argument("--facts", type=int, help="most facts of a document of records or codes (default: 3)")
     parser.add_argument(
-        "--filler", type=float, default=0.5, help="how much ordinary text lies between facts, 0 to 1 (default: %(default)s)"
+        "--filler", type=float, help="how much ordinary text lies between the facts of records or rounds, 0 to 1 (default: 0.5)"
     )
     parser.add_argument("--keys", type=names, help="texts of a record, joined (default: text)")
     parser.add_argument("--glob", dest="globs", action="append", default=[], help="which files of directories; may be repeated")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     ends = 1 if args.append_eod and tokenizer.eod_id is not None else 0
     settings: dict[str, Any] = {"inputs": args.inputs, "tokenizer": args.tokenizer, "tokenizer_sha256": tokenizer.sha256}
-    settings |= {"seed": args.seed, "facts": args.facts, "filler": args.filler, "appended_end_tokens": ends}
+    settings |= {"seed": args.seed, "facts": config.facts, "filler": config.filler, "appended_end_tokens": ends}
     settings["asked"] = {"length": args.length, "tokens": args.tokens, "kinds": dict(config.shares)}
     args.keys = args.keys or ("text",)
     settings["asked"] |= {"keys": ",".join(args.keys), "glob": args.globs}

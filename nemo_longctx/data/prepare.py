@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig, *, say: Callable[[str], None], progress: Call
         say(found.summary())
     _check_free(config, output, work, found.files)
     sources = _sources(config, found.files, say)
-    _check_share(config, sources)
+    _check_share(config, sources, say)
     with explain_full_disk(str(work)), work_directory(work):
         tokenizer = tokenizer_of(config, sources, _input_hash(config, sources), say)
         if config.append_eod and tokenizer.eod_id is None:
@@ -135,8 +135,9 @@ def _sources(config: PrepareConfig, paths: list[str], say: Callable[[str], None]
     return split_files(paths, config.format, config.shard_bytes)
 
 
-def _check_share(config: PrepareConfig, sources: list[list[Part]]) -> None:
+def _check_share(config: PrepareConfig, sources: list[list[Part]], say: Callable[[str], None]) -> None:
     """Refuse a share of next to nothing, or to all, before the work, where the files' sizes say that it leaves a split empty.
+    Packed files' sizes do not say how much text there is: what may come of them is told.
 
     A token is a byte or more: a split of fewer bytes than `LEAST_END` has not the tokens that are held out at least. Of larger
     shares luck says whether a document falls to them.
@@ -149,9 +150,14 @@ def _check_share(config: PrepareConfig, sources: list[list[Part]]) -> None:
     size = sum(part.n_bytes for part in parts)
     if not 0 < share < _NO_LUCK or share * size >= LEAST_END:
         return
-    if any(part.format in _PACKED or not can_be_cut(part.path) for part in parts):
-        return
     split = "holdout" if config.holdout < 0.5 else "train"
+    if any(part.format in _PACKED or not can_be_cut(part.path) for part in parts):
+        times = f"{LEAST_END / (share * size):,.0f} times as many" if size else "some"
+        say(
+            f"a holdout of {config.holdout:g} leaves the {split} split empty, which is an error at the end, unless these "
+            f"{size:,} bytes unpack to {times} or luck has it; give a share nearer the middle to be sure"
+        )
+        return
     least = LEAST_END / size if size else 1.0
     mend = f"use {least:.2g} or more" if split == "holdout" else f"use {1 - least:.6g} or less"
     mend = mend if least < 0.5 else "leave it out"

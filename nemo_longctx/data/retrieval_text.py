@@ -28,6 +28,8 @@ SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "
 SECRETS = ("access number", "door code", "locker number", "room code", "ticket number", "vault number")
 RECORDS = ("The number for {key} is {value}.", "{key}: {value};", "{key} = {value}", "The code of {key} is {value}.")
 CODE, LETTERS = "The code is {value}.", 8
+DEFAULTS: dict[str, Any] = {"facts": 3, "filler": 0.5}
+EFFECT = {"facts": ("records", "codes"), "filler": ("records", "rounds")}  # setting -> the kinds that it changes
 LONGEST_REPEAT, LONGEST_STRING = 24, 15  # pieces
 SENTENCE = re.compile(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)")
 Encode = Callable[[str], list[int]]
@@ -63,16 +65,16 @@ class RetrievalConfig:
         length: tokens of each document, its end-of-document token included.
         tokens: of all documents; rounded down to whole documents.
         shares: kind -> share of the documents; they add up to 1. Default: equal shares of `USUAL`.
-        facts: most different facts of a document. filler: share of a document of facts that is ordinary text between them, and
-            the most of a document of rounds.
+        facts: most different facts of a document of records or codes (3). filler: share of a document of records that is
+            ordinary text between them, and the most of a document of rounds (0.5). Refused where no kind asked for takes them.
         seed: of everything that is drawn.
     """
 
     length: int
     tokens: int
     shares: Mapping[str, float] = field(default_factory=dict)
-    facts: int = 3
-    filler: float = 0.5
+    facts: int | None = None
+    filler: float | None = None
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -80,9 +82,9 @@ class RetrievalConfig:
             raise ConfigError("length", self.length, "give at least 64 tokens a document")
         if self.tokens < self.length:
             raise ConfigError("tokens", self.tokens, f"give at least the {self.length} tokens of one document")
-        if self.facts < 1:
+        if self.facts is not None and self.facts < 1:
             raise ConfigError("facts", self.facts, "give at least 1")
-        if not 0 <= self.filler < 1:
+        if self.filler is not None and not 0 <= self.filler < 1:
             raise ConfigError("filler", self.filler, "give a share from 0 to below 1")
         shares = dict(self.shares) or dict.fromkeys(USUAL, 1 / len(USUAL))
         for kind, share in shares.items():
@@ -92,6 +94,11 @@ class RetrievalConfig:
                 raise ConfigError(f"kinds.{kind}", share, "give a share above 0; leave a kind out to have none of it")
         if abs(sum(shares.values()) - 1) > 1e-6:
             raise ConfigError("kinds", shares, f"shares add up to 1, these to {sum(shares.values()):g}")
+        for name, used_by in EFFECT.items():
+            if getattr(self, name) is not None and not set(used_by) & set(shares):
+                mend = f"has no effect on {', '.join(shares)}, only on {' and '.join(used_by)}; leave it out"
+                raise ConfigError(name, getattr(self, name), mend)
+            object.__setattr__(self, name, DEFAULTS[name] if getattr(self, name) is None else getattr(self, name))
         object.__setattr__(self, "shares", shares)
 
     @property
@@ -128,6 +135,7 @@ class Maker:
         self, config: RetrievalConfig, texts: Sequence[str], encode: Encode, *, ends: int = 1, pieces: Sequence[str] = ()
     ):
         self.config, self.encode, self.target = config, encode, config.length - ends
+        self.facts, self.filler = int(config.facts or 0), float(config.filler or 0.0)
         self.pieces = pieces
         if len(pieces) < LONGEST_STRING and (random_kinds := {"rounds", "repeats"} & set(config.shares)):
             mend = f"the tokenizer has {len(pieces)} printable tokens; leave this kind out"
@@ -200,7 +208,7 @@ class Maker:
         parts: list[str] = []
         used = 0
         while used < 0.85 * self.target:
-            if rng.random() < self.config.filler or not parts:
+            if rng.random() < self.filler or not parts:
                 # Short and long gaps alike, so that facts are asked for at every distance.
                 parts.append(self._text(rng, 8 * (self.target / 16) ** rng.random()) + "\n")
                 used += len(self.encode(parts[-1]))
@@ -220,13 +228,13 @@ class Maker:
         return form.format(key=key, value=facts[key])
 
     def _records(self, rng: random.Random) -> Made | None:
-        names = [self._name(rng) for _ in range(rng.randint(1, self.config.facts))]
+        names = [self._name(rng) for _ in range(rng.randint(1, self.facts))]
         facts = {key: draw_number(rng, 5, held_out=False) for key in dict.fromkeys(names)}
         return self._facts(rng, rng.choice(RECORDS), facts, "records")
 
     def _codes(self, rng: random.Random) -> Made | None:
         """Codes with text before each telling, log-uniform in length up to the whole, so that the next place counts too."""
-        codes = [draw_code(rng, held_out=False) for _ in range(rng.randint(1, self.config.facts))]
+        codes = [draw_code(rng, held_out=False) for _ in range(rng.randint(1, self.facts))]
         parts: list[str] = []
         used = 0
         while used < 0.85 * self.target:
@@ -254,7 +262,7 @@ class Maker:
     def _rounds(self, rng: random.Random) -> Made | None:
         """Some strings in two to six rounds, each in another order, with ordinary text between them or none."""
         period = self.target // rng.choice((2, 3, 4, 6))
-        told = period * (1 - self.config.filler * rng.random())
+        told = period * (1 - self.filler * rng.random())
         pool = rng.sample(self.pieces, min(len(self.pieces), period + LONGEST_STRING))  # no piece is in two places
         strings: list[str] = []
         have: list[int] = []

@@ -19,6 +19,7 @@ import numpy as np
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.corpus import IndexedCorpus
 from nemo_longctx.data.writer import CorpusWriter
+from nemo_longctx.hf.chat import render
 
 PROMPT, ANSWER = 0, 1
 _CACHE_VERSION = 2
@@ -70,9 +71,7 @@ def encode_conversation(tokenizer: Any, template: str, messages: list[dict[str, 
         if message["role"] != "assistant":
             continue
         for upto, role, generation in ((number, PROMPT, True), (number + 1, ANSWER, False)):
-            text = tokenizer.apply_chat_template(
-                messages[:upto], chat_template=template, tokenize=False, add_generation_prompt=generation
-            )
+            text = render(tokenizer, messages[:upto], chat_template=template, tokenize=False, add_generation_prompt=generation)
             if not text.startswith(written):
                 mend = "renders a turn otherwise once another follows, so its answers cannot be told from its prompts"
                 raise ConfigError("data.template", template[:40], mend)

@@ -12,6 +12,7 @@ from nemo_longctx.data.corpus import is_corpus, open_corpus
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.eval.config import AnswersTask, ContextTask, EvalConfig, HarnessTask, PositionTask, ProbeTask
 from nemo_longctx.eval.question_data import FILES, read_labelled
+from nemo_longctx.hf.chat import day_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -91,6 +92,47 @@ def check_name(key: str, name: str) -> None:
         if not near:
             raise
         raise ConfigError(key, name, f"{unknown.mend}; did you mean {near[0]!r} here?") from None
+
+
+def told_together(*checks: Callable[[], object]) -> None:
+    """Make every check, and tell the mistakes of all in one error: who mends one at a time waits for each.
+
+    Raises:
+        ConfigError: of the first, followed by what the others say.
+    """
+    errors: list[ConfigError] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        first, *more = errors
+        told = dict.fromkeys(str(error) for error in more if str(error) != str(first))
+        raise ConfigError(first.key, first.value, "; and ".join([str(first.mend), *told]))
+
+
+def plainly_asked(tasks: Sequence[Any], tokenizer: Any) -> list[str]:
+    """A sentence where the tokenizer has a chat template and something is asked without it: a tuned model was not taught to go
+    on with plain text, and may score far below what it can.
+
+    Args:
+        tasks: of a suite. tokenizer: transformers', of the model; None asks nothing.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    plain = [task.name for task in tasks if isinstance(task, ProbeTask) and not task.probes.chat]
+    plain += [task.name for task in tasks if isinstance(task, HarnessTask) and not task.apply_chat_template]
+    day = day_of(tokenizer)
+    dated = [task.name for task in tasks if isinstance(task, AnswersTask | ProbeTask | HarnessTask) and task.name not in plain]
+    said = [f"the chat template writes the day, which is {day} in all that is asked here"] if day and dated else []
+    if plain:
+        named = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        said.append(
+            f"the tokenizer has a chat template, and {named} asked without it, in plain text, as a base model is asked; for a "
+            "tuned model set `chat: true` of probes and `apply_chat_template: true` of lm_eval (eval --chat)"
+        )
+    return said
 
 
 LOOKED_AT = 64  # documents of a corpus

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.requests import Generation
+from nemo_longctx.hf.chat import render
 
 LONGEST = 512  # tokens of an answer where nobody says
 
@@ -93,8 +94,13 @@ def _row(line: str, where: str) -> dict[str, Any]:
     raise ConfigError("--prompts", where, 'is no row {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}]}')
 
 
-def prompt_tokens(row: dict[str, Any], tokenizer: Any, *, template: str | None, system: str = "") -> list[int]:
+def prompt_tokens(
+    row: dict[str, Any], tokenizer: Any, *, template: str | None, system: str = "", today: bool = False
+) -> list[int]:
     """Token ids of a prompt: as it stands, or as a user's turn in the chat template; `messages` always in the template.
+
+    Args:
+        today: a template that writes the day writes this one; else that of all results (`nemo_longctx.hf.chat`).
 
     Raises:
         ConfigError: a template is needed and there is none.
@@ -107,7 +113,7 @@ def prompt_tokens(row: dict[str, Any], tokenizer: Any, *, template: str | None, 
         )
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     turns = ([{"role": "system", "content": system}] if system and turns[0]["role"] != "system" else []) + turns
-    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, turns, today=today, chat_template=template, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 

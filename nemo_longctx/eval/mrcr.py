@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.probe_tools import Made, Tools
+from nemo_longctx.hf.chat import render
 
 NEEDLES = {"mrcr_2": 2, "mrcr_4": 4, "mrcr_8": 8}
 KINDS = tuple(NEEDLES)
@@ -89,7 +90,7 @@ def _parted(rows: list[dict[str, str]], tools: Tools) -> tuple[list[int], list[i
     template: Any = getattr(tools.tokenizer, "chat_template", None)
     if template:
         # Without thought before the answer, which there is no room for.
-        text = tools.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = render(tools.tokenizer, rows, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         prefix: list[int] = []
     else:
         text = "".join(f"{row['role'].capitalize()}: {row['content']}\n\n" for row in rows) + "Assistant:"

@@ -14,35 +14,21 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from nemo_longctx.config import ConfigError, did_you_mean
+from nemo_longctx.config import ConfigError
 from nemo_longctx.data.retrieval_text import CODE, RECORDS, draw_code, draw_number
 from nemo_longctx.eval import helmet, mrcr, nolima, ruler
+from nemo_longctx.eval.probe_config import KINDS, PAPER_LENGTHS, SUITES, WITHOUT_DEPTH, ProbeConfig
 from nemo_longctx.eval.probe_tools import Made, Tools
 from nemo_longctx.eval.question_data import Questions, read_labelled, read_questions
 from nemo_longctx.files import write_text
+from nemo_longctx.hf.chat import asked, day_of
 
-# Xiong et al. 2023, Figure 5: the lengths of first-sentence retrieval.
-PAPER_LENGTHS = (256, 1024, 2048, 4096, 8192, 10240, 12288, 14336, 16384, 20480, 24576, 28672, 30720)
-KINDS = (
-    "first_sentence",
-    "passkey",
-    "record",
-    "code",
-    "needle",
-    "needle_multi_key",
-    "needle_multi_value",
-    "variable_tracking",
-    nolima.KIND,
-    *ruler.KINDS,
-    *helmet.KINDS,
-    *mrcr.KINDS,
-)
-WITHOUT_DEPTH = ("first_sentence", "variable_tracking", *ruler.KINDS, *helmet.KINDS, *mrcr.KINDS)
-SUITES = {"ruler": ruler.KINDS, "helmet": helmet.KINDS, "nolima": (nolima.KIND,), "mrcr": mrcr.KINDS}
+__all__ = ["KINDS", "PAPER_LENGTHS", "SUITES", "WITHOUT_DEPTH", "Probe", "ProbeConfig", "Tokenizer", "make_probes"]
+
 WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "haven", "iris", "jade",
     "knoll", "lotus", "maple", "nectar", "olive", "pearl", "quill", "raven", "sable", "tulip",
@@ -57,55 +43,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Which probes to make.
-
-    Attributes:
-        kinds: any of `first_sentence`, `passkey`, `record`, `code`, `needle` and the tasks of the suites.
-        lengths: tokens of the whole prompt.
-        depths: where the needle is, 0 (start) to 1 (end).
-        samples: probes of each kind, length and depth.
-        seed: of their texts, names and numbers.
-        max_new_tokens: longest answer of passkeys and needles; a first sentence gets its own length and 16 more.
-        suite: `ruler`, `helmet`, `nolima` or `mrcr` in place of kinds: all of its tasks.
-        data: folder of question answering data for RULER's qa_1 (`squad.json`) and qa_2 (`hotpotqa.json`), without which its
-            other eleven tasks are measured, and of labelled texts for HELMET's learning in context (`icl.jsonl`).
-    """
-
-    kinds: tuple[str, ...] = ("first_sentence", "passkey")
-    lengths: tuple[int, ...] = PAPER_LENGTHS
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 5
-    seed: int = 0
-    max_new_tokens: int = 32
-    suite: str = ""
-    data: str = ""
-
-    def __post_init__(self) -> None:
-        if self.suite:
-            if self.suite not in SUITES:
-                raise ConfigError("probes.suite", self.suite, f"unknown suite, {did_you_mean(str(self.suite), SUITES)}")
-            default = next(each.default for each in fields(self) if each.name == "kinds")
-            if tuple(self.kinds) not in (default, SUITES[self.suite]):
-                mend = f"has no effect beside suite={self.suite}, which names its own; leave one out"
-                raise ConfigError("probes.kinds", list(self.kinds), mend)
-            object.__setattr__(self, "kinds", SUITES[self.suite])
-        if not self.kinds:
-            raise ConfigError("probes.kinds", [], f"name at least one of {', '.join(KINDS)}, or leave the task out")
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise ConfigError("probes.kinds", kind, f"unknown probe, {did_you_mean(kind, KINDS)}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ConfigError("probes.lengths", self.lengths, "give at least one positive length in tokens")
-        if not all(0 <= depth <= 1 for depth in self.depths) or not self.depths:
-            raise ConfigError("probes.depths", self.depths, "give shares between 0 (start) and 1 (end)")
-        if self.samples < 1:
-            raise ConfigError("probes.samples", self.samples, "give at least 1 sample a cell")
-        if self.max_new_tokens < 1:
-            raise ConfigError("probes.max_new_tokens", self.max_new_tokens, "give at least 1 token for the answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +94,13 @@ def make_probes(
         ConfigError: a length too short for what it must hold, or all of them.
         ValueError: no text, or none with a sentence of 5 to 40 words.
     """
-    made_from = {"config": asdict(config), "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 4}
+    settings = asdict(config)
+    if not config.chat:  # as before there was the choice: what was kept is found
+        del settings["chat"]
+    made_from = {"config": settings, "texts": [_digest(t) for t in texts], "prefix": list(prefix), "code": 4}
     every_letter = "".join(chr(c) for c in range(32, 127)) + GRASS + " ".join(WORDS) + "".join(t[:2000] for t in texts[:8])
     made_from["tokenizer"] = tokenizer.encode(every_letter, add_special_tokens=False)
-    made_from["template"] = str(getattr(tokenizer, "chat_template", None))
+    made_from["template"] = str(getattr(tokenizer, "chat_template", None)) + day_of(tokenizer)
     if config.data:
         files = sorted(file for file in Path(config.data).glob("*.json*") if file.is_file())
         made_from["data"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -203,6 +143,8 @@ class _Maker:
     def __init__(self, config: ProbeConfig, texts: Sequence[str], tokenizer: Tokenizer, prefix: list[int]):
         self.config, self.tokenizer, self.prefix = config, tokenizer, prefix
         self.text = "\n".join(texts)
+        self.tail_text = ""
+        self.tail: list[int] = []  # of the chat template, behind what is asked
         if not self.text.strip():
             raise ValueError("probes are hidden in text, and none was given")
         sentences = re.finditer(r"(?:(?<=[.!?])\s+|\n\s*|\A\s*)([A-Z][^.!?\n]{10,300}[.!?])(?=\s)", self.text)
@@ -212,10 +154,13 @@ class _Maker:
         self._questions: dict[str, Questions] = {}
         self._labelled: dict[str, list[str]] | None = None
         self.start = 0
+        if config.chat:
+            head, self.tail_text = asked(tokenizer)
+            self.prefix, self.tail = self.encode(head, after=""), self.encode(self.tail_text, after="")
         self.tools = Tools(
             tokenizer=tokenizer,
             encode=self.encode,
-            prefix=prefix,
+            prefix=self.prefix,
             essay=self._filler,
             size=len(self.text),
             fill=lambda tokens, text: self._filler(0, tokens, text * max(1, 4096 // len(text))),
@@ -239,6 +184,7 @@ class _Maker:
         rng = random.Random(f"{self.config.seed} {kind} {length} {depth} {group}")
         # Lengths and depths of a sample share their text, so that it is read once for all of them.
         self.start = random.Random(f"{self.config.seed} {sample}").randrange(max(1, len(self.text)))
+        whole, length = length, length if kind in mrcr.KINDS else length - len(self.tail)  # a talk has the template already
         if kind in ruler.KINDS:
             made = ruler.make(kind, rng, length, self.tools, turn=turn)
         elif kind in helmet.KINDS:
@@ -259,12 +205,16 @@ class _Maker:
             made = self._code(rng, length, depth)
         else:
             made = self._needles(rng, kind, length, depth)
-        return self._probe(made, kind, length, depth, sample)
+        if whole > length:
+            made = replace(made, prompt=[*made.prompt, *self.tail])
+        return self._probe(made, kind, whole, depth, sample)
 
     def _probe(self, made: Made, kind: str, length: int, depth: float, sample: int) -> Probe:
         # Of several values all are asked, so the loss is that of all, and the reply needs room for them.
-        asked = ", ".join(made.answers) if kind == "needle_multi_value" else made.answers[0]
-        first = list(made.first) or self.encode(" " + asked, after=":")
+        told = ", ".join(made.answers) if kind == "needle_multi_value" else made.answers[0]
+        begin = self.tail_text or ("" if self.config.chat else None)
+        plain = self.encode(" " + told, after=":") if begin is None else self.encode(told, after=begin)
+        first = list(made.first) or plain
         new = len(first) + 16 if kind == "first_sentence" else self.config.max_new_tokens
         return Probe(
             kind=kind,

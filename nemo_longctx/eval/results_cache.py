@@ -6,11 +6,14 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_longctx.eval.requests import Continuation, Request, Score
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]], settings: str = "") -> str:
@@ -42,6 +45,28 @@ def request_key(identity: Mapping[str, Any], kind: str, tokens: Sequence[int], s
     digest = hashlib.blake2b(json.dumps([dict(identity), kind, split, dict(options)], sort_keys=True).encode(), digest_size=20)
     digest.update(torch.tensor(tokens, dtype=torch.int64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def packed(result: Score | list[int]) -> dict[str, Any]:
+    """JSON form of a result. Log-probabilities keep their sum only: it is all that lm-eval asks."""
+    return {"sum": result.log_likelihood, "greedy": result.is_greedy} if isinstance(result, Score) else {"tokens": result}
+
+
+@dataclass(frozen=True)
+class Scored:
+    log_likelihood: float
+    is_greedy: bool
+
+
+def unpacked(value: Mapping[str, Any]) -> Any:
+    return value["tokens"] if "tokens" in value else Scored(value["sum"], value["greedy"])
+
+
+def key_of(identity: Mapping[str, Any], job: Request, more: Mapping[str, Any]) -> str:
+    if isinstance(job, Continuation):
+        return request_key(identity, "score", [*job.context, *job.continuation], len(job.context), more)
+    options = {k: v for k, v in asdict(job).items() if k not in ("context", "stop")}
+    return request_key(identity, "generate", job.context, len(job.context), options | dict(more))
 
 
 class ResultsCache:

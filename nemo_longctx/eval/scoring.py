@@ -21,6 +21,9 @@ from torch import Tensor
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.requests import Continuation, Generation, Request, Score, Step, plan_reading, union
 
+# An answer made of them would be scored as a wrong one, and a mean over the others would look like a result.
+NO_NUMBERS = "the model's log-probabilities after {:,} tokens are no numbers (NaN): its weights or its precision are at fault"
+
 
 class CausalModel(Protocol):
     """What the scorer asks of a model. Every rank of a model-parallel group makes the same calls in the same order."""
@@ -110,7 +113,7 @@ class Scorer:
         Results are `Score` for a `Continuation` and the new tokens for a `Generation`.
 
         Raises:
-            ValueError: a request that is longer than the model reads, or a token id outside the vocabulary.
+            ValueError: a request longer than the model reads, a token id outside the vocabulary, or a model that gives NaN.
         """
         self.check(requests)
         whole = self.model.reads_whole
@@ -192,7 +195,10 @@ class Scorer:
                     greedy = greedy and bool(greedy_K.all())
             if block[0] >= step.shared:
                 still += _copies(block, step.later)
-        return Score(token_log_probs=torch.cat(log_probs).float().cpu().numpy(), is_greedy=greedy), still
+        found = torch.cat(log_probs).float().cpu().numpy()
+        if np.isnan(found).any():
+            raise ValueError(NO_NUMBERS.format(first + int(np.isnan(found).argmax()) + 1))
+        return Score(token_log_probs=found, is_greedy=greedy), still
 
     def _generate(self, request: Generation, state_H: Tensor, length: int) -> list[int]:
         """Decode after `length` cached tokens, then forget what was made."""
@@ -202,7 +208,10 @@ class Scorer:
             random = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) >> 1)
         made: list[int] = []
         while len(made) < request.max_new_tokens:
-            made.append(choose(self.model.next_logits(state_H), request, random))
+            logits_V = self.model.next_logits(state_H)
+            if bool(logits_V.max().isnan()):  # NaN is above all to `max`, and an answer of any token to `argmax`
+                raise ValueError(NO_NUMBERS.format(length + len(made)))
+            made.append(choose(logits_V, request, random))
             if request.stop(made) or len(made) == request.max_new_tokens:
                 break
             if self.model.reads_whole:

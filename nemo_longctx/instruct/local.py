@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.sft_instances import chat_template
+from nemo_longctx.hf.chat import render
 from nemo_longctx.instruct.client import Call, CallError
 from nemo_longctx.instruct.journal import Reply
 
@@ -65,9 +66,8 @@ class LocalCheckpoint:
         from nemo_longctx.eval.scoring import Generation
 
         tokenizer, ends = self.tokenizer, end_tokens(self.scorer.model, self.tokenizer)
-        asked = tokenizer.apply_chat_template(
-            [{"role": "user", "content": call.prompt}], chat_template=self.template, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": call.prompt}]
+        asked = render(tokenizer, turns, chat_template=self.template, add_generation_prompt=True)
         window = self.scorer.model.max_length
         if len(asked) + call.max_tokens > window:
             said = f"{len(asked)} tokens and an answer of {call.max_tokens} do not fit a window of {window}; lower chunk_tokens"

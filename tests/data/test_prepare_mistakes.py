@@ -287,6 +287,26 @@ def test_how_small_a_packed_file_s_share_is_nobody_knows_before_it_is_read(here)
     assert (here / "one.txt.gz").stat().st_size * 9e-4 < 16 < made["tokens"]["holdout"]
 
 
+@pytest.mark.parametrize(("share", "split"), [(1e-7, "holdout"), (1 - 1e-7, "train")])
+def test_what_may_come_of_a_packed_file_s_share_is_told_before_the_work(here, monkeypatch, share, split):
+    from nemo_longctx.data import prepare as module
+
+    with gzip.open(here / "one.txt.gz", "wt") as file:
+        file.write("text 1 " * 300)
+    told = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "tokenizer_of", stop)
+    config = module.PrepareConfig(inputs=("one.txt.gz",), output="c", tokenizer="t", holdout=share)
+    with pytest.raises(KeyboardInterrupt):
+        module.prepare(config, say=told.append, progress=None)
+    size = (here / "one.txt.gz").stat().st_size
+    assert f"leaves the {split} split empty, which is an error at the end, unless these {size} bytes unpack to" in told[0]
+    assert f"{16 / (1e-7 * size):,.0f} times as many" in told[0]
+
+
 def test_more_than_was_allowed_is_told(here):
     _, said = run("a.jsonl", output="c", max_input_bytes=1)
     assert f"1 of 1 files are taken, {len(ROWS)} bytes, more than max_input_bytes" in said

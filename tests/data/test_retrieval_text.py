@@ -324,6 +324,23 @@ if __name__ == "__main__":  # after a change that is meant to make other documen
     MADE.write_text(json.dumps(made_now(), indent=0) + "\n", encoding="utf-8")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_setting_that_no_kind_asked_for_takes_is_refused_by_name(kind):
+    for name, value, takes in (("facts", 2, ("records", "codes")), ("filler", 0.25, ("records", "rounds"))):
+        given = {"length": 64, "tokens": 64, "shares": {kind: 1.0}, name: value}
+        if kind in takes:
+            assert getattr(RetrievalConfig(**given), name) == value
+        else:
+            with pytest.raises(ConfigError, match=f"{name}={value}: has no effect on {kind}, only on {' and '.join(takes)}"):
+                RetrievalConfig(**given)
+        mixed = given | {"shares": {"copy": 0.5, "records": 0.5}}
+        assert getattr(RetrievalConfig(**mixed), name) == value
+    assert (RetrievalConfig(length=64, tokens=64, shares={kind: 1.0}).facts, RetrievalConfig(length=64, tokens=64).filler) == (
+        3,
+        0.5,
+    )
+
+
 def test_shares_of_kinds_as_they_are_written():
     from nemo_longctx.commands.synth import _shares
 
@@ -369,17 +386,17 @@ def test_the_note_says_all_that_made_the_text(tmp_path, tokenizer, capsys):
     (tmp_path / "in" / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), encoding="utf-8")
     output, source = tmp_path / "new" / "o.jsonl", str(tmp_path / "in")
     command = ["synth", source, "--output", str(output), "--tokenizer", tokenizer, "--length", "64", "--tokens", "640"]
-    command += ["--kinds", "copy", "--keys", "body", "--facts", "2", "--filler", "0.25", "--seed", "7"]
+    command += ["--kinds", "records", "--keys", "body", "--facts", "2", "--filler", "0.25", "--seed", "7"]
     for more, ends in (([], 1), (["--no-append-eod", "--force", "--glob", "*.jsonl"], 0)):
         assert main([*command, *more]) == 0
         note = json.loads((tmp_path / "new" / "o.jsonl.made").read_text())
-        asked = {"length": 64, "tokens": 640, "kinds": {"copy": 1.0}, "keys": "body", "glob": ["*.jsonl"] if more else []}
+        asked = {"length": 64, "tokens": 640, "kinds": {"records": 1.0}, "keys": "body", "glob": ["*.jsonl"] if more else []}
         expected = {"inputs": [source], "tokenizer": tokenizer, "tokenizer_sha256": load_tokenizer(tokenizer).sha256, "seed": 7,
                     "facts": 2, "filler": 0.25, "appended_end_tokens": ends, "asked": asked}  # fmt: skip
         assert {key: note[key] for key in expected} == expected
         said = capsys.readouterr().out.splitlines()
         assert said[0] == f"{output}: 10 documents of 64 tokens, 640 in all"
-        assert said[1] == f"  copy           {10:>9,} documents{640:>15,} tokens{1:>8.1%}"
+        assert said[1] == f"  records        {10:>9,} documents{640:>15,} tokens{1:>8.1%}"
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [sorted(row) for row in rows] == [["facts", "kind", "text"]] * 10
     for words, said in (

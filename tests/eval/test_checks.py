@@ -2,6 +2,8 @@
 
 import json
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from nemo_longctx.config import ConfigError
 from nemo_longctx.data.writer import CorpusWriter
 from nemo_longctx.eval import checks, task_names
 from nemo_longctx.eval.checks import check_eval
-from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask
+from nemo_longctx.eval.config import ContextTask, EvalConfig, HarnessTask, PositionTask, parse_tasks
 from nemo_longctx.eval.task_names import check_spelling
 
 
@@ -122,6 +124,43 @@ def test_an_unknown_task_is_told_before_the_index_is_made(folder, monkeypatch, c
     assert "eval.tasks='nope': no such task" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"eval\.tasks='nope': no such task"):
         dry_run.check_evaluation(EvalConfig(tasks=({"kind": "lm_eval", "tasks": ["nope"]},)))
+
+
+def test_a_bad_folder_and_a_bad_task_are_told_together(folder, capsys, monkeypatch):
+    """The folder alone was told, and the task once that was mended."""
+    from nemo_longctx.cli import main
+
+    monkeypatch.setattr(task_names, "module_folder", lambda name: folder)
+    probes = ["--probes", str(folder / "no text.txt")]
+    assert main(["eval", str(folder / "nothing"), str(folder / "nor this"), "--tasks", "leval,nope", *probes]) == 2
+    said = capsys.readouterr().err
+    places = [said.index(part) for part in ("nothing'", "nor this'", "no text.txt'", "eval.tasks='nope': no such task")]
+    assert places == sorted(places)
+    checks.told_together(lambda: None)
+    with pytest.raises(ConfigError, match=r"^a=1: b; and c=2: d$"):  # one mistake is told once
+        checks.told_together(*(partial(fail, *error) for error in (("a", 1, "b"), ("c", 2, "d"), ("a", 1, "b"))))
+
+
+def fail(*error):
+    raise ConfigError(*error)
+
+
+def test_what_is_asked_without_the_chat_template_is_told():
+    probes, chat = ({"text": "t", "probes": {"kinds": ["passkey"], "chat": chat}} for chat in (False, True))
+    tasks = parse_tasks([{"kind": "probes", **probes}, *({"kind": "lm_eval", "tasks": [n]} for n in ("arc", "boolq", "leval"))])
+    base, tuned = SimpleNamespace(chat_template=None), SimpleNamespace(chat_template="{{ messages }}")
+    dated = SimpleNamespace(chat_template="{{ strftime_now('%d') }}")
+    assert checks.plainly_asked(tasks, base) == checks.plainly_asked(tasks, None) == []
+    (said,) = checks.plainly_asked(tasks, tuned)
+    assert said.startswith(
+        "the tokenizer has a chat template, and probes, arc, boolq and 1 more asked without it, in plain text"
+    )
+    asked = parse_tasks([{"kind": "probes", **chat}, {"kind": "lm_eval", "tasks": ["arc"], "apply_chat_template": True}])
+    assert checks.plainly_asked(asked, tuned) == []
+    assert checks.plainly_asked(asked, dated) == [
+        "the chat template writes the day, which is 26 Jul 2024 in all that is asked here"
+    ]
+    assert len(checks.plainly_asked(tasks, dated)) == 1
 
 
 def test_a_bare_name_with_a_slip_is_no_hub_error(folder, monkeypatch):

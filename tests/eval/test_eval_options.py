@@ -1,6 +1,7 @@
 """What the options of `eval` make of a suite's file."""
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,10 @@ def test_scalars_and_failures_are_printed(capsys):
     result = blank_result("m")
     result.tasks["leval"] = {"f1": 0.25, "alias": "x", "on": True}
     result.errors["other"] = "ValueError: no"
+    result.tasks["leval"] |= {"samples": 14042, "loss": 3.0, "lost": math.nan}
     command._print(result)
-    assert capsys.readouterr().out == f"m  {'leval/f1':<40}{0.25:>12.4f}\nm  other failed: ValueError: no\n"
+    counted = f"m  {'leval/samples':<40}{'14,042':>12}\nm  {'leval/loss':<40}{'3.0000':>12}\nm  {'leval/lost':<40}{'nan':>12}\n"
+    assert capsys.readouterr().out == f"m  {'leval/f1':<40}{0.25:>12.4f}\n{counted}m  other failed: ValueError: no\n"
 
 
 def test_what_has_to_be_known_to_read_the_numbers_stands_on_the_page(tmp_path):

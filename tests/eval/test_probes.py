@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from dataclasses import replace
@@ -187,6 +188,64 @@ def test_a_stop_token_is_no_part_of_the_reply():
     for reply, stops, right in (("3\0", (0,), 1), ("3\0", (), 0), ("3", (0,), 1), ("3", (ord("3"),), 0), ("", (0,), 0)):
         (row,) = probe_rows([probe], [[*map(ord, reply)], score], Letters, name="m", max_length=20, stop_tokens=stops)
         assert row.score == right, (reply, stops)
+
+
+TURN = "{% for m in messages %}<s>[{{ m['role'] }} {{ strftime_now('%d %b %Y') }}] {{ m['content'] }} [over]{% endfor %}A:"
+
+
+@pytest.mark.parametrize(
+    "kind", ["first_sentence", "passkey", "needle_multi_value", "nolima", "ruler_vt", "helmet_json_kv", "mrcr_2"]
+)
+def test_a_tuned_model_is_asked_in_its_template_and_the_length_stays_exact(kind, tokenizer):
+    """Every probe asked tuned models in plain text, as if to go on with a book."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TURN
+    made = {}
+    for chat in (False, True):
+        config = ProbeConfig(kinds=(kind,), lengths=(1500,), depths=(0.5,), samples=1, chat=chat)
+        (made[chat],) = make_probes(config, TEXTS, tokenizer, prefix=[tokenizer.bos_token_id])
+    plain, chat = made[False], made[True]
+    assert len(plain.prompt) == len(chat.prompt)
+    text = tokenizer.decode(chat.prompt)
+    if not kind.startswith("mrcr"):  # which is a talk in the template anyway
+        assert text.startswith("<s>[user 26 Jul 2024] ")
+        assert text.endswith(" [over]A:")
+        assert text.count("[over]") == 1
+        assert "[over]" not in tokenizer.decode(plain.prompt)
+    assert chat.answers == plain.answers
+    assert tokenizer.decode(chat.first).strip() == tokenizer.decode(plain.first).strip()
+    assert chat.length == 1500
+
+
+def test_the_day_of_a_template_is_one_and_the_same_but_in_a_talk(monkeypatch, capsys, tokenizer):
+    from nemo_longctx.hf import chat
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TURN
+    turns = [{"role": "user", "content": "Hi"}]
+    monkeypatch.setattr(chat, "_told", set())
+    said = [chat.render(tokenizer, turns, tokenize=False, today=today) for today in (False, False, True)]
+    assert said[0] == said[1] == "<s>[user 26 Jul 2024] Hi [over]A:"
+    assert said[2] == tokenizer.apply_chat_template(turns, tokenize=False) != said[0]
+    assert capsys.readouterr().err.count("the chat template writes the day: it is 26 Jul 2024") == 1  # once
+    assert chat.render(tokenizer, turns, tokenize=False, chat_template="{{ messages[0].content }}") == "Hi"
+    assert chat.day_of(tokenizer, "{{ messages }}") == ""
+    tokenizer.chat_template = None
+    assert chat.day_of(tokenizer) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(None, "has no chat template"), ("fixed", "does not write what is asked once"),
+     ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "does not write what is asked once")],
+)  # fmt: skip
+def test_a_template_in_which_nothing_can_be_asked_is_refused(template, said, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=f"probes.chat=True: .*{said}"):
+        make_probes(ProbeConfig(kinds=("passkey",), lengths=(512,), chat=True), TEXTS, tokenizer)
+    with pytest.raises(ConfigError, match=r"probes\.kinds='code': begins the answer's word itself"):
+        ProbeConfig(kinds=("code",), chat=True)
 
 
 def cell(length, score, kind="needle", depth=0.0, model="m"):

@@ -206,6 +206,29 @@ def test_impossible_requests_are_refused(llama, request_, message):
         list(Scorer(HFCausalModel(llama)).run([request_]))
 
 
+class Broken(HFCausalModel):
+    """Its numbers are none from a length on."""
+
+    def log_probs(self, states_KH, targets_K):
+        found, greedy = super().log_probs(states_KH, targets_K)
+        return torch.where(torch.arange(len(found)) == 1, torch.nan, found), greedy
+
+    def next_logits(self, state_H):
+        logits = super().next_logits(state_H)
+        logits[7] = torch.nan
+        return logits
+
+
+def test_what_is_no_number_is_no_answer():
+    """A reply of token 7, and an accuracy over NaN, looked like a model that knows nothing."""
+    scorer = Scorer(Broken(tiny_llama()))
+    with pytest.raises(ValueError, match=r"after 4 tokens are no numbers \(NaN\)"):
+        scorer.score([Continuation(context=[1, 2, 3], continuation=[4, 5, 6])])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"after 3 tokens are no numbers \(NaN\)"):
+            scorer.generate([Generation(context=[1, 2, 3], max_new_tokens=2, stop=never, temperature=temperature)])
+
+
 def test_bad_settings_are_refused():
     for bad in ({"temperature": -1}, {"top_p": 0.0}, {"top_k": -1}):
         with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -112,7 +112,7 @@ NOT_LOADED = "no such model"  # mistakes are told before a model is looked for
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--probes", "t", "--chat"], "--chat=True: has no effect without --tasks"),
+        (["--corpus", "c", "--chat"], "--chat=True: has no effect without --tasks"),
         (["--probes", "t", "--allow-code-execution"], "--allow-code-execution=True: has no effect without --tasks"),
         (["--probes", "t", "--data", "d"], "--data='d': has no effect without --tasks"),
         (["--probes", "t", "--limit", "2"], "--limit=2: has no effect without --tasks"),

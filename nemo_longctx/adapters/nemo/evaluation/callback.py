@@ -18,6 +18,7 @@ from nemo_longctx.adapters.megatron.rope_module import temporary_rope
 from nemo_longctx.adapters.nemo.loggers import figures_in, log_pictures
 from nemo_longctx.adapters.nemo.model.config import mcore_modules
 from nemo_longctx.config import ConfigError, build
+from nemo_longctx.eval.checks import plainly_asked
 from nemo_longctx.eval.config import EvalConfig, HarnessTask, PositionTask, longest_input
 from nemo_longctx.eval.guard import Verdict, judge, plus_minus, seen_percent
 from nemo_longctx.eval.results import SuiteResult, blank_result
@@ -195,12 +196,19 @@ class LongContextEvalCallback(Callback):
         try:
             known = {one.model for one in self.results}
             whole = {one.model: one for one in [*read_results(self.directory), *self._unwritten] if one.model in known}
-            page = write_results(self.directory, [*whole.values()], provenance=provenance, marks=old, guard=self.guard)
+            notes = [f"{said[0].upper()}{said[1:]}." for said in self._notes()]
+            page = write_results(
+                self.directory, [*whole.values()], provenance=provenance, marks=old, guard=self.guard, notes=notes
+            )
             self._unwritten = []
             print(f"evaluation at {result.model}: {page}", flush=True)
             log_pictures(trainer, figures_in(self.directory))
         except Exception:  # a full disk or a figure that cannot be drawn must not end the run that is being watched
             logger.warning("results of the evaluation at %s could not be written", result.model, exc_info=True)
+
+    def _notes(self) -> list[str]:
+        """What has to be known to read the page."""
+        return plainly_asked(self._suite.tasks, self._suite.tokenizer) if self._suite is not None else []
 
     def _watch(self, trainer: Any, result: SuiteResult) -> None:
         """Compare with the first evaluation; every rank holds the same results, so every rank decides the same."""
