@@ -95,13 +95,32 @@ def build(cls: type[T], values: Mapping[str, Any] | None, *, where: str = "") ->
             raise ConfigError(f"{prefix}{key}", values[key], f"unknown key, {_meant(str(key), (hints, fields, prefix), whole)}")
     told = _whole.set(whole)
     try:
-        return cls(**_checked_fields(values, hints, fields, prefix))
+        made = _checked_fields(values, hints, fields, prefix)
+        try:
+            return cls(**made)
+        except ConfigError as error:
+            raise _where_it_stands(error, where, fields) from None
     finally:
         _whole.reset(told)
 
 
 Place = tuple[Mapping[str, Any], Mapping[str, Any], str]  # hints and fields of a dataclass, and the prefix of its keys
 _whole: ContextVar[Place | None] = ContextVar("whole", default=None)  # what is built outermost, for hints of keys
+
+
+def _where_it_stands(error: ConfigError, where: str, fields: Iterable[str]) -> ConfigError:
+    """A class knows its keys by the place where it usually stands (`data.mix`); here it may stand elsewhere."""
+    usual, _, name = error.key.rpartition(".")
+    inside = error.key.startswith((f"{where}.", f"{where}["))
+    if (
+        not where
+        or not usual
+        or name not in fields
+        or inside
+        or usual in (re.sub(r"\[\d+\]", "", where), where.partition(".")[0])
+    ):
+        return error
+    return ConfigError(f"{where}.{name}", error.value, error.mend)
 
 
 def _checked_fields(values: dict[str, Any], hints: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -242,6 +261,8 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             meant = value if isinstance(value, float) and value.is_integer() else size_of_text(value)
+            if meant is not None and abs(meant) >= 2**63:
+                raise ConfigError(where, value, "must be a whole number of 64 bits")
             raise ConfigError(where, value, "must be a whole number" + ("" if meant is None else f"; write {int(meant)}"))
         if not -(2**63) <= int(value) < 2**63:
             raise ConfigError(where, value, "must be a whole number of 64 bits")

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 
-ASKS_NOTHING = (None, False, 0, "", [], {}, ())
+ASKS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, ())
 
 
 @dataclasses.dataclass(frozen=True)

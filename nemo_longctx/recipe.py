@@ -189,9 +189,9 @@ class InstructRecipe(RunConfig):
     lora: LoRAConfig | None = None
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.restore_from:
             raise ConfigError("restore_from", None, "name the extended checkpoint to tune")
+        super().__post_init__()
         if len(self.curriculum.stages) != 1:
             mend = "instruction tuning keeps one window length; name one stage"
             raise ConfigError("curriculum.stages", len(self.curriculum.stages), mend)

@@ -14,7 +14,7 @@ from nemo_longctx.cross_checks import (
 )
 from nemo_longctx.data.curriculum import Curriculum, StageConfig
 from nemo_longctx.data.evaluation import EvaluationConfig
-from nemo_longctx.recipe import TrainerConfig, load_recipe
+from nemo_longctx.recipe import TrainerConfig, load_instruct_recipe, load_recipe
 
 TP, PP, CP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "x"))
 CP = "context_parallel_size"
@@ -174,6 +174,17 @@ def recipe(**parts):
         ({"trainer": {"devices": 2, CP: 2}, "data": {"mix": {"sources": [{"path": "p"}]},
                                                      "validation": [{"name": "v", "path": "p", "seq_length": 6}]}},
          "data.validation[0].seq_length=6"),
+        ({"eval": {"guard": {"loss": -1.0}}}, "eval.guard.loss=-1.0: give a change"),
+        ({"eval": {"tasks": [{"kind": "probes", "text": "t", "probes": {"lengths": []}}]}}, "eval.tasks[0].probes.lengths=()"),
+        ({"eval": {"tasks": [{"kind": "position", "corpus": "p", "seq_length": 0}]}}, "eval.seq_length=0"),
+        ({"eval": {"tokenizer": " "}}, "eval.tokenizer=' ': names nothing"),
+        ({"data": {"mix": {"sources": [{"path": "p"}]}, "test": [{"name": "t", "path": "p", "seq_length": 8, "samples": 0}]}},
+         "data.test[0].samples=0"),
+        ({"data": {"mix": {"sources": []}}}, "data.mix.sources=[]"),
+        ({"data": {"mix": {"sources": [{"path": "p", "weight": -1.0}]}}}, "data.mix.sources.weight=-1.0"),
+        ({"curriculum": {"stages": [{"until": 2.0, "seq_length": 8}], "tokens_per_step": 16, "total_tokens": 32}},
+         "curriculum.stages.until=2.0"),
+        ({"seed": 1e30}, "seed=1e+30: must be a whole number of 64 bits"),
         *(({"name": name}, f"name={name!r}: is a folder's name") for name in ("  ", " a", "a ", "a\nb", "\t")),
         *(({key: path, **more}, f"{key}={path!r}: {why}")
           for key, more in (("output_dir", {}), ("restore_from", {"model": {}}))
@@ -184,6 +195,31 @@ def recipe(**parts):
 )  # fmt: skip
 def test_a_recipe_is_asked_all_of_these(parts, said):
     assert (refusal(recipe, **parts) or "taken").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("pretraining", "said"),
+    [
+        ({"sources": []}, "data.pretraining.sources=[]: name at least one source"),
+        ({"sources": [{"path": "p", "weight": 0.0}]}, "data.pretraining.sources[0].weight=0.0: a share above 0"),
+        ({"sources": [{"path": "p"}], "long_share": 0.5}, "data.pretraining.long_share=0.5: long_length and long_share"),
+    ],
+)
+def test_a_mix_of_tuning_is_told_by_its_own_place(pretraining, said):
+    data = {"tokenizer": "t", "blend": {"pretraining": 1.0}, "pretraining": pretraining}
+    assert refusal(load_instruct_recipe, tuning(data=data)).startswith(said)
+
+
+def tuning(**parts):
+    curriculum = {"stages": [{"until": 1.0, "seq_length": 8}], "tokens_per_step": 8, "total_tokens": 8}
+    data = {"tokenizer": "t", "short": ["a"], "blend": {"short": 1.0}}
+    return {"name": "a", "restore_from": "base", "data": data, "curriculum": curriculum, **parts}
+
+
+def test_tuning_without_a_checkpoint_asks_for_that_alone():
+    assert refusal(load_instruct_recipe, tuning(restore_from=None)).startswith(
+        "restore_from=None: name the extended checkpoint"
+    )
 
 
 def test_names_and_places_in_any_language_are_taken():

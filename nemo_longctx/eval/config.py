@@ -280,6 +280,9 @@ class EvalConfig:
             raise ConfigError("eval.time_budget", self.time_budget, "give seconds, or leave it out for no limit")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError("eval.max_length", self.max_length, "give at least 2 tokens, or leave it out")
+        for name in ("tokenizer", "results_cache"):
+            if (said := getattr(self, name)) is not None and not said.strip():
+                raise ConfigError(f"eval.{name}", said, "names nothing; leave it out, or name one")
         names = [task.name for task in self.tasks]
         if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
             mend = "two tasks of this name; give each a `label` (probes: put them in one block)"
