@@ -11,8 +11,6 @@ import numpy as np
 
 from nemo_longctx.data.documents import Documents, Pieces
 
-Shard = tuple[str, int]  # a shard's identity, and which of those with this identity it is
-
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
@@ -45,47 +43,56 @@ class Remaining:
 
 
 class Seen:
-    """How often every document of every shard was read that some stream went through, whether it is in the mix now or not."""
+    """How often every document of every shard was read that some stream went through, whether it is in the mix now or not.
 
-    def __init__(self, shards: dict[Shard, tuple[np.ndarray, Pieces]] | None = None):
+    A shard is known by its identity. Where several sources have it (under length rules of their own), what one reads counts for
+    all of them: their places in the mix may change.
+    """
+
+    def __init__(self, shards: dict[str, tuple[np.ndarray, Pieces]] | None = None):
         self._shards = dict(shards or {})
 
     def knows(self, identity: str) -> bool:
         """Whether a shard of this identity was gone through."""
-        return (identity, 0) in self._shards
+        return identity in self._shards
 
     def of(self, documents: Documents) -> Remaining:
         """What it means for these documents; a shard that was never gone through is unread."""
         times = np.zeros(len(documents), np.int32)
         pieces: list[Pieces] = []
-        for shard, first in zip(_shards(documents), documents.shard_offsets.tolist(), strict=False):
-            if shard in self._shards:
-                read, parts = self._shards[shard]
+        for identity, first in zip(documents.identities, documents.shard_offsets.tolist(), strict=False):
+            if identity in self._shards:
+                read, parts = self._shards[identity]
                 times[first : first + len(read)] = read
                 pieces.append(Pieces(parts.documents + first, parts.starts, parts.stops))
         return Remaining(times, Pieces.join(pieces))
 
     def after(self, documents: Documents, ranges: Ranges) -> Seen:
         """This, and `ranges` (whose numbers are those of `documents`, pieces included) read on top of it."""
-        now = _read_on(documents, self.of(documents), ranges)
+        places: dict[str, int] = {}  # the first shard of each identity, which stands for all
+        for number, identity in enumerate(documents.identities):
+            places.setdefault(identity, number)
+        shift = documents.starts(ranges.documents)
+        whole = _in_first(documents, places, documents.whole(ranges.documents))
+        now = _read_on(documents, self.of(documents), Ranges(whole, ranges.starts + shift, ranges.stops + shift))
         shards = dict(self._shards)
         offsets = documents.shard_offsets.tolist()
         edges = np.searchsorted(now.pieces.documents, offsets)
-        for number, shard in enumerate(_shards(documents)):
+        for identity, number in places.items():
             first, end = offsets[number], offsets[number + 1]
             low, high = edges[number], edges[number + 1]
             parts = Pieces(now.pieces.documents[low:high] - first, now.pieces.starts[low:high], now.pieces.stops[low:high])
-            shards[shard] = (now.times[first:end], parts)
+            shards[identity] = (now.times[first:end], parts)
         return Seen(shards)
 
 
-def _shards(documents: Documents) -> list[Shard]:
-    count: dict[str, int] = {}
-    found = []
-    for identity in documents.identities:
-        count[identity] = count.get(identity, -1) + 1
-        found.append((identity, count[identity]))
-    return found
+def _in_first(documents: Documents, places: dict[str, int], numbers: np.ndarray) -> np.ndarray:
+    """Numbers (int64) of the same documents in the first shard of their identity."""
+    if len(places) == len(documents.identities):
+        return numbers
+    offsets = documents.shard_offsets
+    back = np.array([offsets[places[identity]] - offsets[shard] for shard, identity in enumerate(documents.identities)])
+    return numbers + back[np.searchsorted(offsets, numbers, side="right") - 1]
 
 
 def _read_on(documents: Documents, before: Remaining, ranges: Ranges) -> Remaining:

@@ -527,3 +527,32 @@ def test_what_a_power_failure_cut_short_in_the_cache_is_told_or_made_again(telli
         with pytest.raises(ConfigError, match=r"data\.cache_dir='.*\.stage0\.bins': these windows are damaged; delete them"):
             stream([prefix], 20, tmp_path, packing="best_fit").begin()
         (windows / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("then", ["places_changed", "the_first_left_out", "renamed", "both_rules_lifted"])
+def test_a_corpus_that_two_sources_read_is_read_once(telling_corpora, tmp_path, then):
+    """Which of two sources had read what was told by their places: in another order each was taken for the other."""
+    (prefix,) = telling_corpora([TEXT])
+    rules = {"short": {"drop_longer": 75}, "long": {"drop_shorter": 76}}
+
+    def of(names, steps, cache, told=lambda name: name):
+        sources = [{"path": prefix, "name": told(name), "weight": 0.5, **rules.get(name, {})} for name in names]
+        values = {"stages": ONE, "tokens_per_step": STEP, "total_tokens": STEP * steps}
+        mix = build(MixConfig, {"sources": sources, "share_tolerance": 0.9})
+        return Stream(mix, build(Curriculum, values), cache_dir=str(cache))
+
+    first = of(["short", "long"], 20, tmp_path / "a")
+    first.begin()
+    now = {
+        "places_changed": of(["long", "short"], 20, tmp_path / "b"),
+        "the_first_left_out": of(["long"], 14, tmp_path / "b"),
+        "renamed": of(["long", "short"], 20, tmp_path / "b", told=str.upper),
+        "both_rules_lifted": of(["all"], 20, tmp_path / "b"),
+    }[then]
+    assert now.go_on(json.loads(json.dumps(first.state())), 7 * STEP)[1] == []
+    assert no_token_twice((first.windows, 0, 7 * STEP), (now.windows, 7 * STEP, now.curriculum.total_tokens))
+    last = of(["short", "long"], 26, tmp_path / "c")
+    if then == "places_changed":  # and once more, from what it says of itself
+        last.go_on(json.loads(json.dumps(now.state())), 12 * STEP)
+        parts = (first.windows, 0, 7 * STEP), (now.windows, 7 * STEP, 12 * STEP), (last.windows, 12 * STEP, 20 * STEP)
+        assert no_token_twice(*parts)

@@ -17,7 +17,7 @@ from nemo_longctx.adapters.nemo.evaluation import callback as evaluation
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import callbacks as launch_callbacks
 from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
-from nemo_longctx.adapters.nemo.launch.lifecycle import keep_own_files_in_place
+from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback, keep_own_files_in_place
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.loggers import keep_ids
@@ -80,6 +80,26 @@ def test_other_documents_are_noted_where_only_a_path_says_so(changed, paths, not
     )
     found = [_other_documents(trainer_at(step, datamodule=data), recipe("a"), recipe(*paths)) for step in (7, 8)]
     assert found == [{"data.mix.sources": noted} if noted else {}, {}]  # later starts: it is in the history already
+
+
+def test_bad_steps_that_are_made_again_are_dropped_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A start that was killed meanwhile lost the names of all bad steps."""
+    callback, records = LifecycleCallback(directory=str(tmp_path), curriculum=None), tmp_path / "results" / "bad_numbers.jsonl"
+    callback._drop_later_records(5)
+    records.parent.mkdir()
+    records.write_text('{"step": 3}\n{"step": 5}\n{"step": 7}\n{"ste')
+    before = records.read_text()
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            callback._drop_later_records(5)
+    assert records.read_text() == before
+    callback._drop_later_records(5)
+    assert records.read_text() == '{"step": 3}\n{"step": 5}\n'
 
 
 @pytest.mark.parametrize(("step", "at_start", "times"), [(0, True, 1), (0, False, 0), (7, True, 0)])

@@ -31,7 +31,7 @@ import nemo_run as run
 from nemo.lightning.io import load, reinit
 from omegaconf import OmegaConf
 
-from nemo_longctx.adapters.nemo.data import sampler
+from nemo_longctx.adapters.nemo.data import data_module, sampler
 from nemo_longctx.adapters.nemo.data.data_module import LongContextDataModule
 from nemo_longctx.adapters.nemo.data.datasets import EvaluationDataset, WindowDataset, collate
 from nemo_longctx.adapters.nemo.data.sampler import CurriculumBatchSampler, command_with
@@ -315,6 +315,14 @@ def test_a_restart_opens_the_stream_once_its_checkpoint_is_read(monkeypatch, cor
     assert data.windows is None
     data.load_state_dict(state)
     assert len(data.windows) == data.curriculum.total_samples
+    told = []
+    monkeypatch.setattr(LongContextDataModule, "_report", lambda self, windows: told.append(windows))
+    for steps, count in ((12, 1), (6, 1)):  # at its end it reads nothing more, and has nothing to tell of it
+        longer = {**CURRICULUM, "total_tokens": steps * 256}
+        data = attach(module(corpus, tmp_path, curriculum=longer), ckpt_path="a checkpoint")
+        data.setup("fit")
+        data.load_state_dict(state)
+        assert (len(told), data.windows is not None) == (count, True)
 
 
 def test_a_corpus_that_cannot_be_written_beside_has_its_order_in_the_run(corpus, tmp_path):
@@ -342,11 +350,16 @@ def test_a_checkpoint_refuses_a_corpus_of_which_one_token_was_written_over(monke
         shutil.copy(corpus + suffix, tmp_path / f"text{suffix}")
     state = state_of(corpus, tmp_path / "cache", 6)
     restored(monkeypatch, str(tmp_path / "text"), tmp_path / "cache", state)  # a copy is the same data
+    own, told = state_of(str(tmp_path / "text"), tmp_path / "cache", 6), []
     with open(tmp_path / "text.bin", "r+b") as file:
         file.seek(1234)
         file.write(b"\xff")
     with pytest.raises(ConfigError, match="data changed since the checkpoint at 1536 tokens"):
         restored(monkeypatch, str(tmp_path / "text"), tmp_path / "cache", state)
+    monkeypatch.setattr(data_module, "rank_zero_info", told.append)
+    restored(monkeypatch, str(tmp_path / "text"), tmp_path / "cache", own, allow_change=True)
+    (said,) = [line for line in told if "count as unread" in line]
+    assert "what was read up to token 1536 cannot be told any more, as its data changed since; its documents count" in said
 
 
 def test_a_seed_is_not_negative(corpus, tmp_path):

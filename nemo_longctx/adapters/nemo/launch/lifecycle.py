@@ -23,7 +23,7 @@ from nemo_longctx.adapters.megatron.optimizer import ask_before_updates, keep_to
 from nemo_longctx.adapters.nemo.launch.optimizer_settings import when_made
 from nemo_longctx.checkpoints import checkpoints
 from nemo_longctx.data.curriculum import Curriculum
-from nemo_longctx.files import OpenFiles
+from nemo_longctx.files import OpenFiles, write_text
 from nemo_longctx.loggers import IDS
 from nemo_longctx.recipe_parts import BadNumbersConfig
 from nemo_longctx.report.bad_numbers import BadStep, NumbersWatch
@@ -259,7 +259,7 @@ class LifecycleCallback(Callback):
             return
         lines = [line for line in self._records.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self._records.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(self._records, "".join(f"{line}\n" for line in kept))  # killed meanwhile, it is the old one
 
     def state_dict(self) -> dict[str, Any]:
         return {"past": self.watch.state()}
