@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import nemo_longctx
+from nemo_longctx import loggers
 from nemo_longctx.cli import COMMANDS, _arguments, main
 from nemo_longctx.commands import eval as evaluate
 from nemo_longctx.compose import compose, groups
@@ -293,6 +294,18 @@ def test_names_in_the_docs_are_the_code_s():
             name for names in re.findall(r"nemo-longctx\[([\w,]+)\]", text) for name in names.split(",") if name not in extras()
         ]
     assert not unknown
+
+
+def test_what_a_run_leaves_and_sends_is_what_the_code_writes():
+    """Files by their names in the code; the loggers' table is that of the module."""
+    text = (ROOT / "docs" / "run_directory.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(?:results/)?(\w+\.(?:json|jsonl|csv|png|html))`", text))
+    assert len(files) > 8
+    written = list(texts_of_the_code())
+    assert {name for name in files if not any(name in said for said in written)} == set()
+    table = re.findall(r"^\| (.+?) \| .+ \| (.+?) \|$", loggers.__doc__, re.MULTILINE)
+    assert len(table) == 9
+    assert [row for row in table if row not in re.findall(r"^\| (.+?) \| .+ \| (.+?) \|$", text, re.MULTILINE)] == []
 
 
 def test_every_extra_is_told_where_to_install_is():
