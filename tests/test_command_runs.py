@@ -289,8 +289,13 @@ def test_the_yield_is_a_line_a_step():
         "parsed                                            7",
         "kept                                              6",
         "  with a short answer                             1",
-        "replies paid in all                           1,234  (12,345 prompt + 678 completion tokens, cost 1.2346)",
+        "replies that this rests on                    1,234  (12,345 prompt + 678 completion tokens, cost 1.2346)",
     ]
+    calls = REPORT["calls"]
+    free = instruct.yield_table(REPORT | {"calls": calls | {"cost": 0.0}})  # no price was given: 0.0000 would pass for one
+    assert free.endswith("(12,345 prompt + 678 completion tokens)")
+    uncounted = instruct.yield_table(REPORT | {"calls": calls | {"prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}})
+    assert uncounted.endswith("1,234  (the server counts no tokens, so nothing is known of their cost)")
 
 
 def test_a_run_with_calls_that_got_no_answer_ends_with_status_1(monkeypatch, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from nemo_longctx.config import ConfigError
@@ -38,19 +39,23 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(option, str(written), "is a folder; name a file in it")
         if written.exists() and any(each.exists() and written.samefile(each) for each in (args.a, args.b, *(args.votes or ()))):
             raise ConfigError(option, str(written), "is read, and would be replaced; name another file")
+    a, b = compare.labels(args.a, args.b)
     comparison = compare.compare_files(args.a, args.b, seed=args.seed)
+    for name, path in ((a, args.a), (b, args.b)):
+        if cut := compare.cut_short(path):
+            print(f"{name}: {cut:,} of {len(comparison.pairs):,} answers were cut at their longest length", file=sys.stderr)
     if args.output is not None:
         args.output.write_text(compare.page_html(comparison), encoding="utf-8")
         print(f"wrote {args.output}: {len(comparison.pairs)} examples. Open it in a browser; each rater saves a file of votes.")
         return 0
-    table = compare.tabulate(compare.read_votes(comparison, args.votes))
-    print(compare.table_text(table, a=args.a.stem, b=args.b.stem))
+    table = compare.tabulate(compare.read_votes(comparison, args.votes), pairs=len(comparison.pairs))
+    print(compare.table_text(table, a=a, b=b))
     if args.table is not None:
         from nemo_longctx.report.plots import plot_votes
 
         args.table.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n", encoding="utf-8")
-        names = compare.outcome_names(a=args.a.stem, b=args.b.stem)
+        names = compare.outcome_names(a=a, b=b)
         rows = {names[outcome]: (share.share, share.low, share.high) for outcome, share in table.shares.items()}
-        title = f"{args.a.stem} against {args.b.stem}: {table.votes:,} votes on {table.examples:,} examples"
+        title = f"{a} against {b}: {table.votes:,} votes on {compare.voted_on(table)}"
         plot_votes(rows, args.table.with_suffix(".png"), title=title)
     return 0

@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nemo_longctx.eval.context import touches_limit
     from nemo_longctx.eval.scaling import fit_curve, read_curves
     from nemo_longctx.report.plots import plot_context_law
 
@@ -56,8 +57,13 @@ def run(args: argparse.Namespace) -> int:
         law = laws[model]
         print(f"{model}: L(c) = (alpha/c)^beta + gamma, {len(curve['loss'])} points, bootstrap over {law.bootstrap}")
         for name in ("alpha", "beta", "gamma"):
-            low, high = law.intervals.get(name, (float("nan"), float("nan")))
-            print(f"  {name:<6}{getattr(law, name):>10.4g}   {args.confidence:.0%} interval {low:.4g} to {high:.4g}")
+            told = "no interval"
+            if name in law.intervals:
+                low, high = law.intervals[name]
+                told = f"{100 * args.confidence:g}% interval {low:.4g} to {high:.4g}"
+            print(f"  {name:<6}{getattr(law, name):>10.4g}   {told}")
+        if why := touches_limit(law, args.bootstrap):
+            print(f"  not to be relied on: {why}")
     if not laws:
         raise ValueError(
             f"{args.csv.name}: no model has a fit; {'; '.join(f'model {name!r}: {why}' for name, why in without.items())}"

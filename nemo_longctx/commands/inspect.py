@@ -341,19 +341,27 @@ def _begins(path: Path, text: str) -> bool:
         return file.read(len(text)) == text.encode()
 
 
+def percent(share: float) -> str:
+    """`12.3%`; what is little is not nothing, and what is nearly all is not all."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+
+
 def _print(report: dict[str, Any]) -> None:
     for source in report["sources"]:
         length = source["length"]
-        print(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens ({source['dtype']})")
+        empty = f", beside {source['empty_documents']:,} without any" if source.get("empty_documents") else ""
+        print(f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens ({source['dtype']}){empty}")
         kinds = ", ".join(f"{kind} {value:,.0f}" for kind, value in length.items())
         print(f"  length: {kinds}")
-        shares = ", ".join(f">= {int(at):,}: {share:.1%}" for at, share in source["share_of_tokens_at_least"].items())
+        shares = ", ".join(f">= {int(at):,}: {percent(share)}" for at, share in source["share_of_tokens_at_least"].items())
         print(f"  tokens in documents {shares}")
         if "cut" in source:
             print(f"  cut by windows of {source['cut']['seq_length']:,}:")
             for name, packing in (("concatenate_and_chunk", "concatenate and chunk"), ("best_fit", "best fit")):
                 cut = source["cut"][name]
-                print(f"    {packing}: {cut['documents']:.1%} of documents, with {cut['tokens']:.1%} of the tokens")
+                print(f"    {packing}: {percent(cut['documents'])} of documents, with {percent(cut['tokens'])} of the tokens")
     if "plan" in report:
         plan = report["plan"]
         given = plan.get("total_tokens_given", plan["total_tokens"])

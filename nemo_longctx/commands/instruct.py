@@ -149,7 +149,10 @@ def yield_table(report: dict[str, Any]) -> str:
     }
     lines = [f"{text:<42}{counts[name]:>9,}" for name, text in explained.items() if name in counts]
     tokens = f"{calls['prompt_tokens']:,} prompt + {calls['completion_tokens']:,} completion tokens"
-    lines.append(f"{'replies paid in all':<42}{calls['made'] + calls['replayed']:>9,}  ({tokens}, cost {calls['cost']:.4f})")
+    cost = f", cost {calls['cost']:.4f}" if calls["cost"] else ""  # without prices nothing is known of it
+    if calls["made"] + calls["replayed"] and not calls["prompt_tokens"] + calls["completion_tokens"]:
+        tokens, cost = "the server counts no tokens, so nothing is known of their cost", ""
+    lines.append(f"{'replies that this rests on':<42}{calls['made'] + calls['replayed']:>9,}  ({tokens}{cost})")
     return "\n".join(lines)
 
 

@@ -22,14 +22,16 @@ class LengthCounts:
     Attributes:
         values: int64 [n], the lengths that occur, in tokens, ascending.
         counts: int64 [n], documents of each.
+        empty: documents without tokens, which no other figure holds.
     """
 
     values: np.ndarray
     counts: np.ndarray
+    empty: int = 0
 
     @classmethod
     def of(cls, pieces: Iterable[np.ndarray]) -> LengthCounts:
-        """Count lengths (integer arrays of any size) that come in pieces; documents without tokens are left out."""
+        """Count lengths (integer arrays of any size) that come in pieces; documents without tokens are `empty`."""
         counts = np.zeros(_COUNTED, np.int64)
         long: list[np.ndarray] = []
         for lengths in pieces:
@@ -38,10 +40,11 @@ class LengthCounts:
                 long.append(lengths[~fits].astype(np.int64))
                 lengths = lengths[fits]
             counts += np.bincount(lengths, minlength=_COUNTED)
-        counts[0] = 0
+        empty, counts[0] = int(counts[0]), 0
         values = np.flatnonzero(counts)
         long_values, long_counts = np.unique(np.concatenate([np.empty(0, np.int64), *long]), return_counts=True)
-        return cls(values=np.concatenate([values, long_values]), counts=np.concatenate([counts[values], long_counts]))
+        values, counts = np.concatenate([values, long_values]), np.concatenate([counts[values], long_counts])
+        return cls(values=values, counts=counts, empty=empty)
 
     @property
     def documents(self) -> int:
@@ -93,6 +96,7 @@ def describe(counts: LengthCounts, seq_length: int | None) -> dict[str, Any]:
     """The figures of one source, ready for JSON. Shares are fractions of 1, lengths are tokens."""
     values: dict[str, Any] = {
         "documents": counts.documents,
+        "empty_documents": counts.empty,
         "tokens": counts.tokens,
         "length": {
             "shortest": int(counts.values[0]),

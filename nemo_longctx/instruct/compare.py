@@ -122,13 +122,34 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """How A fared against B. `agreement`: how often two raters of an example voted alike; None with one rater each."""
+    """How A fared against B. `agreement`: how often two raters of an example voted alike; None with one rater each. `pairs`:
+    examples of the page, voted on or not; 0 where nobody says."""
 
     shares: Mapping[str, Share]
     votes: int
     examples: int
     raters: int
     agreement: float | None
+    pairs: int = 0
+
+
+def labels(a: Path, b: Path) -> tuple[str, str]:
+    """What to call two files: their names, with as many of the folders above as tell them apart.
+
+    Raises:
+        ConfigError: both are the same file.
+    """
+    parts = [(*path.absolute().parts[:-1], path.stem) for path in (a, b)]
+    for count in range(1, max(map(len, parts)) + 1):
+        one, other = ("/".join(part[-count:]) for part in parts)
+        if one != other:
+            return one, other
+    raise ConfigError("compare", str(a), "is given twice; name the answers of two models")
+
+
+def cut_short(path: Path) -> int:
+    """Answers of a file that ended at their longest length and not by themselves (`generate` and servers say so)."""
+    return sum(isinstance(row, dict) and row.get("finish_reason") == "length" for _, row in _json_lines(path))
 
 
 def read_votes(comparison: Comparison, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
@@ -155,7 +176,7 @@ def read_votes(comparison: Comparison, paths: Sequence[Path]) -> dict[str, dict[
     return votes
 
 
-def tabulate(votes: Mapping[str, Mapping[str, str]]) -> Table:
+def tabulate(votes: Mapping[str, Mapping[str, str]], *, pairs: int = 0) -> Table:
     """Shares of win, tie and loss over all votes, with 95 % intervals that allow for several raters of one example.
 
     Votes on one example are not independent, so the variance is that of the examples' votes (the ratio estimator for
@@ -175,6 +196,7 @@ def tabulate(votes: Mapping[str, Mapping[str, str]]) -> Table:
         examples=len(by_example),
         raters=len({rater for raters in votes.values() for rater in raters}),
         agreement=float(np.mean(alike)) if alike else None,
+        pairs=pairs,
     )
 
 
@@ -202,6 +224,11 @@ def outcome_names(*, a: str, b: str) -> dict[str, str]:
     return {"win": f"{a} better", "tie": "tie", "loss": f"{b} better"}
 
 
+def voted_on(table: Table) -> str:
+    """`12 examples`, or `12 of 100 examples` where not all of the page were voted on."""
+    return f"{table.examples:,}{f' of {table.pairs:,}' if table.pairs > table.examples else ''} examples"
+
+
 def table_text(table: Table, *, a: str, b: str) -> str:
     """The table for a terminal."""
     names = outcome_names(a=a, b=b)
@@ -211,5 +238,5 @@ def table_text(table: Table, *, a: str, b: str) -> str:
         share = table.shares[outcome]
         lines.append(f"{names[outcome]:{width}}  {share.share:6.1%}  [{share.low:.1%}, {share.high:.1%}]")
     agreement = "" if table.agreement is None else f", raters agree on {table.agreement:.1%}"
-    lines.append(f"{table.votes:,} votes on {table.examples:,} examples by {table.raters} raters{agreement}")
+    lines.append(f"{table.votes:,} votes on {voted_on(table)} by {table.raters} raters{agreement}")
     return "\n".join(lines)

@@ -22,9 +22,10 @@ def as_text(plan: dict[str, Any], *, rows: int) -> str:
         at = plan["at_mfu"]
         lines += [
             "",
-            f"at an MFU of {at['mfu']:.1%} ({at['convention']}): {_duration(at['hours'])}, {at['gpu_hours']:,.0f} GPU-hours",
+            f"at an MFU of {at['mfu']:.1%} ({at['convention']}): {_duration(at['hours'])}, "
+            f"{_amount(at['gpu_hours'])} GPU-hours",
         ]
-        lines[-1] += f", cost {at['cost']:,.0f}" if "cost" in at else ""
+        lines[-1] += f", cost {_amount(at['cost'])}" if "cost" in at else ""
     if "search" in plan:
         lines += _search_lines(plan["search"], rows)
     if "longest" in plan:
@@ -57,7 +58,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"total {plan['total_flops']:.3e} FLOPs; long from the start {plan['long_from_start_flops']:.3e}; "
-        f"saving {plan['saving']:.1%}",
+        f"saving {plan['saving'] if abs(plan['saving']) >= 5e-4 else 0:.1%}",
         "executed with recomputation: " + ", ".join(f"{k} {v:.3e}" for k, v in plan["flops_with_recompute"].items()),
         f"crossover 6h = {plan['crossover_6h']:,} tokens"
         + (
@@ -101,8 +102,9 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
         )
     lines += _choice_lines(layout.get("activation_choices", []))
     if "hours" in layout:
-        lines.append(f"  in all {_duration(layout['hours'])}, {layout['gpu_hours']:,.0f} GPU-hours")
-        lines[-1] += f", cost {layout['cost']:,.0f}" if "cost" in layout else ""
+        lines.append(f"  in all {_duration(layout['hours'])}, {_amount(layout['gpu_hours'])} GPU-hours")
+        lines[-1] += f", cost {_amount(layout['cost'])}" if "cost" in layout else ""
+        lines[-1] += "; of its steps: starts, validation, evaluations and checkpoints come on top"
     return lines
 
 
@@ -145,5 +147,12 @@ def _count(number: float) -> str:
     return f"{number / 1e9:,.2f} B" if number >= 1e8 else f"{number / 1e6:,.2f} M"
 
 
+def _amount(value: float) -> str:
+    """Whole numbers; of small ones what would be lost."""
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
+
+
 def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.3g} minutes"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -254,6 +254,11 @@ REPORT = {
 
 
 def test_what_people_read_of_a_report(capsys):
+    assert [command.percent(share) for share in (0, 1e-9, 0.00049, 0.0005, 0.123, 0.9994, 0.9995, 1 - 1e-9, 1)] == [
+        "0.0%", "<0.1%", "<0.1%", "0.1%", "12.3%", "99.9%", ">99.9%", ">99.9%", "100.0%",
+    ]  # fmt: skip
+    command._print({"sources": [REPORT["sources"][0] | {"empty_documents": 12}]})
+    assert ", beside 12 without any\n" in capsys.readouterr().out
     command._print(REPORT)
     assert capsys.readouterr().out.splitlines() == [
         "books: 1,200 documents, 34,567 tokens (uint16)",

@@ -56,7 +56,7 @@ def test_what_is_described_is_that_of_the_lengths():
     told = describe(LengthCounts.of([np.array(lengths[:3]), np.array([0, *lengths[3:]])]), 8192)
     mean = sum(lengths) / 10
     assert told["length"] == {"shortest": 5, "median": 4096, "mean": mean, "p90": 9000, "p99": 1 << 20, "longest": 1 << 20}
-    assert (told["documents"], told["tokens"]) == (10, sum(lengths))
+    assert (told["documents"], told["empty_documents"], told["tokens"]) == (10, 1, sum(lengths))
     assert list(map(int, told["share_of_tokens_at_least"])) == [4096 << n for n in range(9)]
     for length, share in told["share_of_tokens_at_least"].items():
         assert share == pytest.approx(sum(n for n in lengths if n >= int(length)) / sum(lengths))

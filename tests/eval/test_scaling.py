@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -280,6 +281,24 @@ def test_command_fits_every_model_of_a_table(tmp_path, capsys):
         assert fits[model]["bootstrap"] == "standard errors"
     assert (tmp_path / "loss.fit.png").stat().st_size > 10_000
     assert "95% interval" in capsys.readouterr().out
+
+
+def test_a_fit_says_what_its_intervals_are_worth(tmp_path, capsys, monkeypatch):
+    """It printed `95% interval nan to nan` without a bootstrap, 99.5 % as 100 %, and nothing of resamples without a fit."""
+    write(tmp_path / "t.csv", ["c", "loss"], list(zip(CONTEXTS, paper_curve("7B"), strict=True)))
+    assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "0"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("   no interval\n") == 3
+    assert "nan" not in said
+    assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "50", "--confidence", "0.995"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("99.5% interval") == 3
+    assert "not to be relied on" not in said
+    fit = scaling.fit_curve
+    few = lambda curve, **more: dataclasses.replace(fit(curve, **more), replicates=30)  # noqa: E731
+    monkeypatch.setattr(scaling, "fit_curve", few)
+    assert main(["fit-context", str(tmp_path / "t.csv"), "--bootstrap", "50"]) == 0
+    assert "  not to be relied on: 20 of 50 resamples have no fit\n" in capsys.readouterr().out
 
 
 def test_a_document_column_asks_for_the_bootstrap_over_documents(tmp_path):

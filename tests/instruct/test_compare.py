@@ -298,6 +298,41 @@ def test_one_example_and_votes_all_alike_have_wilson_s_interval_of_the_examples(
         "12 votes on 4 examples by 3 raters, raters agree on 100.0%",
     ]
     assert compare.table_text(tabulate({"0": {"Ada": "tie"}}), a="a", b="b").endswith("\n1 votes on 1 examples by 1 raters")
+    some = compare.table_text(tabulate({"0": {"Ada": "tie"}}, pairs=1200), a="a", b="b")
+    assert some.endswith("\n1 votes on 1 of 1,200 examples by 1 raters")
+
+
+def test_two_files_of_one_name_are_two_models(tmp_path, capsys, monkeypatch):
+    """`a/answers.jsonl` against `b/answers.jsonl`: both bars had one name, so the wins' lay under the losses', unseen."""
+    for folder in ("tuned", "base"):
+        (tmp_path / folder).mkdir()
+    a, b = (rows(tmp_path / folder / "answers.jsonl", folder) for folder in ("tuned", "base"))
+    assert compare.labels(a, b) == ("tuned/answers", "base/answers")
+    assert compare.labels(a, b.with_name("b.jsonl")) == ("answers", "b")
+    with pytest.raises(ConfigError, match="is given twice"):
+        compare.labels(a, a)
+    given = [json.loads(line) for line in a.read_text().splitlines()]
+    cut = [row | {"finish_reason": "length" if n < 2 else "stop"} for n, row in enumerate(given)]
+    a.write_text("".join(json.dumps(row) + "\n" for row in cut))
+    comparison = compare_files(a, b, seed=1234)
+    votes = write_votes(tmp_path / "ada", comparison, [("Ada", "0", "win"), ("Ada", "1", "tie")])
+    drawn = []
+    monkeypatch.setattr("nemo_longctx.report.plots.plot_votes", lambda rows, path, **more: drawn.append((list(rows), more)))
+    assert main(["compare", str(a), str(b), "--votes", str(votes), "--table", str(tmp_path / "t.json")]) == 0
+    assert drawn == [
+        (
+            ["tuned/answers better", "tie", "base/answers better"],
+            {"title": "tuned/answers against base/answers: 2 votes on 2 of 6 examples"},
+        )
+    ]
+    said = capsys.readouterr()
+    assert said.err == "tuned/answers: 2 of 6 answers were cut at their longest length\n"
+    assert [line.split("  ")[0] for line in said.out.splitlines()[1:4]] == [
+        "tuned/answers better",
+        "tie",
+        "base/answers better",
+    ]
+    assert "2 votes on 2 of 6 examples" in said.out
 
 
 def test_rows_and_votes_that_are_none_are_named_by_their_line(files, tmp_path):

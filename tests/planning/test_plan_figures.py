@@ -267,8 +267,10 @@ def test_tables_hold_the_figures_of_the_plan():
         f"crossover 6h = 3,072 tokens; attention overtakes the layers at {plan['crossover_tokens']:,.0f} in this convention",
         "\n8 x h100, TP2 CP1 PP1 DP4 mb1 none, bf16\n",
         f"  rates: {layout['rates']['source']} (no measured run stands behind the time)",
-        f"  in all {layout['hours']:.1f} hours, {layout['gpu_hours']:,.0f} GPU-hours, cost {layout['cost']:,.0f}\n",
-        f"at an MFU of 30.0% (causal): {at['hours']:.1f} hours, {at['gpu_hours']:,.0f} GPU-hours, cost {at['cost']:,.0f}\n",
+        f"  in all {60 * layout['hours']:.3g} minutes, {layout['gpu_hours']:.3g} GPU-hours, cost {layout['cost']:,.0f}; of its "
+        "steps: starts, validation, evaluations and checkpoints come on top\n",
+        f"at an MFU of 30.0% (causal): {60 * at['hours']:.3g} minutes, {at['gpu_hours']:.3g} GPU-hours, "
+        f"cost {at['cost']:,.0f}\n",
         f"longest sequence that fits: {plan['longest']['seq_length']:,} tokens by ",
     ):
         assert said in whole
@@ -290,6 +292,19 @@ def test_tables_hold_the_figures_of_the_plan():
     rough = as_text(make_plan(settings(flops="full")), rows=1)
     assert "convention full: full attention, 12 h^2 a layer, without the LM head" in rough
     assert "GPU-hours" not in rough
+
+
+def test_little_is_not_nothing_and_nothing_has_no_sign():
+    """A short run took `0.0 hours, 0 GPU-hours, cost 0`, and saved `-0.0%`."""
+    assert [text._duration(hours) for hours in (0.004, 0.999, 1, 47.9, 48)] == [
+        "0.24 minutes", "59.9 minutes", "1.0 hours", "47.9 hours", "2.0 days",
+    ]  # fmt: skip
+    assert [text._amount(value) for value in (0, 0.0312, 3.456, 99.9, 100, 12345.6)] == [
+        "0", "0.0312", "3.46", "99.9", "100", "12,346",
+    ]  # fmt: skip
+    plan = make_plan(settings()) | {"saving": -2e-16}
+    assert "; saving 0.0%" in as_text(plan, rows=1)
+    assert "; saving 12.3%" in as_text(plan | {"saving": 0.123}, rows=1)
 
 
 def test_a_table_of_a_search_shows_so_many_rows_of_each_kind():
