@@ -159,10 +159,10 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
             return ConfigError(*((key, value) if equals and key else ("override", item)), f"{mend} ({words})")
     if (found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", words)) is not None:
         chosen = next((each.partition("=")[2] for each in overrides if each.startswith(f"{found[1]}=")), None)
-        if found[1] not in (known := groups(CONF_DIR)):
-            own = next((each.partition("=")[2] for each in overrides if each.startswith("recipe=")), None)
-            mend = f"its defaults override /{found[1]}, which is no group: {did_you_mean(found[1], known)}"
-            return ConfigError("recipe", own, mend)
+        if found[1] not in (there := groups(CONF_DIR)):
+            recipe = next((each.partition("=")[2] for each in overrides if each.startswith("recipe=")), None)
+            mend = f"its defaults override /{found[1]}, which is no group: {did_you_mean(found[1], there)}"
+            return ConfigError("recipe", recipe, mend)
         mend = f"this command has no such group; write its keys: {found[1]}.NAME=VALUE"
         if found[1] in ("recipe", "sft"):
             mend = "this command has no such group: `nemo-longctx train` takes recipe=NAME, `nemo-longctx sft` takes sft=NAME"
@@ -195,8 +195,8 @@ def _explained(error: Exception, overrides: Sequence[str]) -> ConfigError:
         return ConfigError(f"~{found[1]}", None, "there is no such key to take away; leave it out")
     if (found := re.search(r"full_key: (\S+)", words)) is not None:
         key = found[1].partition("[")[0]
-        value = next((each.partition("=")[2] for each in overrides if each.startswith(f"{key}=")), None)
-        return ConfigError(key, value, f"cannot be worked out: {words.partition(' full_key:')[0]}")
+        said = next((each.partition("=")[2] for each in overrides if each.startswith(f"{key}=")), None)
+        return ConfigError(key, said, f"cannot be worked out: {words.partition(' full_key:')[0]}")
     return ConfigError("overrides", list(overrides), words)
 
 

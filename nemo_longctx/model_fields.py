@@ -64,6 +64,17 @@ SET_BY_THE_RUN: dict[str, str] = {
     "quant_recipe": "it is code, which a recipe cannot say; leave it out",
 }
 
+# What no run has, whatever the class says of it.
+NOT_HERE: dict[str, str] = {
+    "attention_chunk_size": "the run's attention has windows and no chunks; set model.window_size, or leave it out",
+    "attn_logit_softcapping": "models that cap attention's scores (Gemma 2) are not supported; leave it out",
+    "mtp_num_layers": "the run's loss predicts one token; leave it out",
+    "defer_embedding_wgrad_compute": "the run's loss needs the gradient of its head at once; leave it out",
+    "use_mup": "the run's loss has no scaled logits; leave it out",
+}
+# RoPE's stretch in the words of the host and of transformers.
+_STRETCHES = ("rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "rope_type", "original_max_position_embeddings")
+
 _SIZES = ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
 _OPTIONAL_SIZES = ("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size", "num_moe_experts", "moe_ffn_hidden_size",
                    "mtp_num_layers", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
@@ -91,6 +102,7 @@ _SWITCHES = ("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "qk_layerno
              "scatter_embedding_sequence_parallel", "use_transformer_engine_full_layer_spec",
              "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
              "use_transformer_engine_op_fuser", "enable_cuda_graph", "external_cuda_graph")  # fmt: skip
+COMMUNICATION = ("p2p", "all_gather", "a2a", "a2a+p2p")  # of Transformer Engine's context parallelism
 LARGEST_FLOAT32 = 3.4e38
 LARGEST_BASE = 1e15  # beyond it every pair of RoPE but the first stands still over any length
 MOST = 2**31 - 1  # of a size: beyond it no tensor of a layer can be made
@@ -111,6 +123,10 @@ def check_model(model: Mapping[str, Any]) -> None:
             raise ConfigError(key, value, "the run sets it: set trainer.precision (fp8, fp8-delayed or fp8-current)")
         if name in SET_BY_THE_RUN:
             raise ConfigError(key, value, f"the run sets it: {SET_BY_THE_RUN[name]}")
+        if name in NOT_HERE and value:
+            raise ConfigError(key, value, NOT_HERE[name])
+        if (name.startswith("yarn_") or name in _STRETCHES) and value is not None:
+            raise ConfigError(key, value, "RoPE is said under rope, such as rope=yarn rope.factor=4; leave it out here")
         if name.startswith("_"):
             raise ConfigError(key, value, "no field of a config that a recipe can set; leave it out")
         _check_known(name, value, key)
@@ -179,6 +195,8 @@ def _check_field(name: str, value: Any, key: str) -> None:
         if choices and value is not None and value not in choices:
             only = "only RoPE models can be extended; " if name == "position_embedding_type" else "no such choice, "
             raise ConfigError(key, value, f"{only}{did_you_mean(value, choices)}")
+    elif name == "cp_comm_type" and isinstance(value, str) and value not in COMMUNICATION:
+        raise ConfigError(key, value, f"no such choice, {did_you_mean(value, COMMUNICATION)}")
     elif name == "window_size":
         _check_window(value, key)
     elif name in ("window_attn_skip_freq", "no_rope_freq"):
@@ -302,10 +320,23 @@ def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> Non
             mend = f"the {layers} layers must divide by pipeline{' x virtual' if virtual else ''} stages = {chunks}"
             raise ConfigError(f"{where}pipeline_model_parallel_size", pipeline, mend)
         _check_ends(shape, layers, pipeline, virtual or 1)
+        if layers and not uneven:
+            _check_blocks(stage, trainer, layers // chunks, number)
         for name, count in (("attention heads", heads), ("query groups", groups)):
             if count and count % tensor and (name == "attention heads" or tensor % count):
                 mend = f"the {count} {name} must divide by it"
                 raise ConfigError(f"{where}tensor_model_parallel_size", tensor, mend)
+
+
+def _check_blocks(stage: Any, trainer: Any, layers: int, number: int) -> None:
+    """`block:N` of a chunk that has fewer layers: `full` under another name, which the planner refuses too."""
+    for name in ("recompute", "offload"):
+        own, whole = getattr(stage, name), getattr(trainer, name)
+        said = whole if own is None else own
+        kind, _, count = said.partition(":")
+        if kind == "block" and int(count) > layers:
+            where = "trainer" if said == whole else f"curriculum.stages[{number}]"
+            raise ConfigError(f"{where}.{name}", said, f"a model chunk has {layers} layers; set full, or block:N up to that")
 
 
 def _check_ends(shape: Mapping[str, Any], layers: Any, pipeline: int, virtual: int) -> None:

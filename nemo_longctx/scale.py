@@ -155,6 +155,12 @@ def _model(shrink: _Shrink, scale: ScaleConfig) -> None:
     }
     for name, value in small.items():
         shrink.set(f"model.{name}", value)
+    stages = enumerate(shrink.part("curriculum").get("stages") or ())
+    for where, part in [("trainer", trainer), *((f"curriculum.stages[{i}]", stage) for i, stage in stages)]:
+        for name in ("recompute", "offload"):
+            kind, _, count = str(part.get(name)).partition(":")
+            if kind == "block" and count.isdecimal() and not shrink.is_said(f"{where}.{name}"):
+                part[name] = f"block:{min(int(count), model['num_layers'] // chunks)}"
 
 
 def _lengths(shrink: _Shrink, factor: int) -> None:

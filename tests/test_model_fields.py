@@ -52,6 +52,20 @@ def test_what_the_run_sets_is_refused(name):
         ({"num_attention_heads": 6, "num_query_groups": 4}, "must divide the 6"),
         ({"num_attention_heads": 3, "hidden_size": 128}, "must divide the 128"),
         ({"__class__": 1}, "no field"),
+        *(
+            ({name: value}, said)
+            for name, value, said in (
+                ("attention_chunk_size", 1024, "has windows and no chunks"),
+                ("attn_logit_softcapping", 30.0, "not supported"),
+                ("mtp_num_layers", 1, "predicts one token"),
+                ("defer_embedding_wgrad_compute", True, "at once"),
+                ("use_mup", True, "no scaled logits"),
+                ("yarn_mscale", 1.0, "RoPE is said under rope"),
+                ("rope_scaling", {"type": "yarn"}, "RoPE is said under rope"),
+                ("rotary_scaling_factor", 4, "said under rope"),
+                ("cp_comm_type", "ring", "no such choice, known: a2a, a2a+p2p, all_gather, p2p"),
+            )
+        ),
         ({"fp8": "hybrid"}, "fp8='hybrid': the run sets it: set trainer.precision"),
         ({"fp8_margin": 2}, "the run sets it: set trainer.precision"),
         ({"attention_backend": "flsh"}, "no such choice, did you mean 'flash'?"),
@@ -71,6 +85,8 @@ def test_what_classes_have_is_taken():
     check_model({"window_size": [4095, 0], "rotary_base": 1_000_000, "kv_channels": 64, "softmax_scale": None})
     check_model({"num_moe_experts": 4, "moe_router_topk": 4, "normalization": "RMSNorm", "attention_backend": "fused"})
     check_model({"position_embedding_type": "yarn", "moe_router_topk": 9})
+    check_model({"attention_chunk_size": None, "mtp_num_layers": None, "rope_scaling": None, "cp_comm_type": "a2a+p2p"})
+    check_model({"attn_logit_softcapping": None, "defer_embedding_wgrad_compute": False, "cp_comm_type": ["p2p", "a2a"]})
 
 
 def test_fields_of_another_version_of_the_host_are_left_to_its_classes(monkeypatch):
@@ -359,3 +375,32 @@ def test_a_window_has_a_part_for_each_rank(length, context, tensor, sequence, sa
         return
     mend = f"must be a multiple of {said}, so that each rank has its part of a window"
     assert refusal(check_layout, {}, trainer, curriculum) == f"curriculum.stages[0].seq_length={length}: {mend}"
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "own", "whole", "said"),
+    [
+        (4, {}, None, "block:4", ""),
+        (4, {}, None, "block:5", "trainer.recompute='block:5': a model chunk has 4 layers; set full, or block:N up to that"),
+        (8, {"pipeline_model_parallel_size": 2}, None, "block:5", "trainer.recompute='block:5': a model chunk has 4 layers"),
+        (
+            8,
+            {"pipeline_model_parallel_size": 2},
+            "block:5",
+            "none",
+            "curriculum.stages[0].recompute='block:5': a model chunk has 4",
+        ),
+        (8, {"pipeline_model_parallel_size": 2}, "block:4", "block:9", ""),
+        (8, {"pipeline_model_parallel_size": 2}, "full", "block:9", ""),
+        (None, {}, None, "block:9", ""),  # of how many is not known yet
+        (8, {"pipeline_model_parallel_size": 2}, "block:5", "block:5", "trainer.recompute='block:5'"),  # as a run fills it in
+    ],
+)
+def test_no_more_layers_of_a_chunk_are_named_than_it_has(layers, sizes, own, whole, said):
+    trainer = TrainerConfig(accelerator="cpu", devices=8, recompute=whole, **sizes)
+    stage = {**ONE} if own is None else {**ONE, "recompute": own}
+    shape = {} if layers is None else {"num_layers": layers}
+    if said:
+        assert refusal(check_layout, shape, trainer, run(stage)).startswith(said)
+    else:
+        check_layout(shape, trainer, run(stage))

@@ -195,3 +195,15 @@ def test_every_number_of_a_run_is_scaled_by_its_rule():
     assert [stage["seq_length"] for stage in made["curriculum"]["stages"]] == [256, 1024]
     assert made["curriculum"]["total_tokens"] == 3 * made["curriculum"]["tokens_per_step"]
     assert (made["trainer"]["devices"], made["trainer"]["pipeline_model_parallel_size"]) == (16, 2)
+
+
+def test_blocks_of_layers_are_no_more_than_the_small_model_has():
+    made = compose(["recipe=llama2_7b", "model=llama2_7b", "restore_from=null", "scale=tiny", "trainer.offload=block:1",
+                    "curriculum.stages=[{until: 1.0, seq_length: 32768, recompute: 'block:9'}]"])  # fmt: skip
+    assert made["curriculum"]["stages"][0]["recompute"] == "block:9"  # as the command line says
+    values = {"model": {"config": "Llama2Config7B"}, "trainer": {"recompute": "block:9", "offload": "block:1"}, "scale": {}}
+    values["curriculum"] = {"stages": [{"until": 1.0, "seq_length": 512, "offload": "block:9"}], "tokens_per_step": 4096,
+                            "total_tokens": 40960}  # fmt: skip
+    small = scaled(values, recipe=values)
+    assert (small["trainer"]["recompute"], small["trainer"]["offload"]) == ("block:2", "block:1")
+    assert small["curriculum"]["stages"][0]["offload"] == "block:2"
