@@ -65,7 +65,7 @@ TABLE = (
     Row("data.short", "equal", MOVABLE, opened=True),
     Row("data.long", "equal", MOVABLE, opened=True),
     Row("data.pretraining.sources[].path", "equal", MOVABLE, opened=True),
-    Row("data.after", "equal", "said once, where a run begins", opened=True),
+    Row("data.after", "equal", "said once, where a run begins; a base that was moved may be named where it is", opened=True),
     Row("data.allow_change", "free", "opens a change of the stream"),
     Row("data.validation*", "applied", "what is measured from now on"),
     Row("data.test*", "applied", "what is measured from now on"),
@@ -162,7 +162,7 @@ def _change(key: str, before: Any, run: Any) -> Change | None:
     row = rule_of(key)
     if row is None or row.rule == "free" or before == run:
         return None
-    if (row.pattern == "restore_from" or row.why == MOVABLE) and _moved(before, run):
+    if (row.pattern in ("restore_from", "data.after") or row.why == MOVABLE) and _moved(before, run):
         return None
     if row.rule == "equal" and (before is None or run is None) and key != "restore_from":
         return None

@@ -148,6 +148,16 @@ def test_other_rules_of_the_mix_need_to_be_allowed():
     assert "data.packing" in applied(change)
 
 
+def test_a_base_run_that_was_moved_is_the_same_base_run(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "other").mkdir()
+    found = {
+        (was, now): [each.key for each in changes(*({"data": {"after": str(tmp_path / name)}} for name in (was, now)))]
+        for was, now in (("there", "there/"), ("gone", "there"), ("there", "other"))
+    }
+    assert list(found.values()) == [[], [], ["data.after"]]
+
+
 def test_a_base_that_was_moved_is_the_same_base(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     there.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,8 @@ class Stream:
         self._keep_names(saved[-1])
         changed, refused = changes(saved[-1], self._now())
         stays = not changed
-        now = {"data.document_masking": self.document_masking, "data.after": after}
-        before = {"data.document_masking": state["document_masking"], "data.after": state["after"]}
-        beside = [name for name in now if now[name] != before[name]]
+        beside = ["data.document_masking"] if self.document_masking != state["document_masking"] else []
+        beside += [] if _same_place(state["after"], after) else ["data.after"]
         changed, refused = sorted([*changed, *beside]), sorted([*refused, *beside])
         if MOVES.intersection(changed):
             changed.append("order")
@@ -185,6 +185,13 @@ class Stream:
 
     def _now(self) -> Segment:
         return Segment.of(self.mix, self.documents, self.curriculum, packing=self.packing, seed=self.seed)
+
+
+def _same_place(before: str | None, now: str | None) -> bool:
+    """Whether two paths mean one base run: the same place, or nothing lies any more at the old one, so that it was moved."""
+    if before is None or now is None:
+        return before is now
+    return os.path.realpath(before) == os.path.realpath(now) or not os.path.exists(before)
 
 
 def report(windows: Windows) -> list[str]:

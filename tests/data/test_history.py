@@ -266,6 +266,15 @@ def test_what_a_stream_goes_on_under_unasked_and_what_not(telling_corpora, tmp_p
         assert [segment.until for segment in now.segments] == ([None] if now.windows.order.origin == 0 else [token, None])
     again = stream(prefixes, 20, tmp_path, weights=[0.5, 0.5])
     assert again.go_on(state, token, after="runs/base") == (["data.after"], ["data.after"])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    base = str(tmp_path / "base")
+    for was, after, same in (
+        (base, base + "/", True), (base, f"{tmp_path}/other/../base", True), (base, str(tmp_path / "other"), False),
+        (base, None, False), (str(tmp_path / "moved"), base, True), ("moved", "moved", True),
+    ):  # fmt: skip
+        told = ([], []) if same else (["data.after"], ["data.after"])
+        assert stream(prefixes, 20, tmp_path, weights=[0.5, 0.5]).go_on(state | {"after": was}, token, after=after) == told
     done = stream(prefixes, 7, tmp_path, weights=[0.5, 0.5])
     done.go_on(state, token)
     assert done.state()["segments"] == state["segments"]  # it stands at its end: nothing of it is forgotten
