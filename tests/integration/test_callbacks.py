@@ -16,13 +16,16 @@ from nemo.utils import AppState
 from nemo_longctx.adapters.nemo.evaluation import callback as evaluation
 from nemo_longctx.adapters.nemo.evaluation.callback import LongContextEvalCallback
 from nemo_longctx.adapters.nemo.launch import callbacks as launch_callbacks
-from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, _other_documents
+from nemo_longctx.adapters.nemo.launch.callbacks import LongContextSettingsCallback, TrainingLogCallback, _other_documents
 from nemo_longctx.adapters.nemo.launch.lifecycle import LifecycleCallback, keep_own_files_in_place
+from nemo_longctx.adapters.nemo.launch.throughput import ThroughputCallback
 from nemo_longctx.config import ConfigError
+from nemo_longctx.data.curriculum import Curriculum
 from nemo_longctx.eval.results import SuiteResult
 from nemo_longctx.loggers import keep_ids
 from nemo_longctx.report.evaluation import read_results, write_results
-from nemo_longctx.runs import GUARD_STOP, check_guard, one_run, write_finished
+from nemo_longctx.report.training_log import TRAINING_COLUMNS, read_training_log
+from nemo_longctx.runs import FINISHED, GUARD_STOP, check_guard, one_run, write_finished
 
 WATCHED = {"kind": "position", "corpus": "unused", "seq_length": 64, "guard": True}
 
@@ -107,6 +110,51 @@ def test_an_evaluation_at_the_start_is_none_at_a_resume(tmp_path, step, at_start
     callback = Counting(directory=str(tmp_path), at_start=at_start)
     callback.on_train_start(trainer_at(step), None)
     assert callback.evaluated == [step] * times
+
+
+class Slow(LongContextEvalCallback):
+    """An evaluation takes as long as a hundred steps."""
+
+    def _measure(self, trainer, pl_module, name, rope=None):
+        assert name == f"step {trainer.global_step}"
+        trainer.clock[0] += 100.0
+
+
+def test_the_time_of_an_evaluation_is_no_step_s(tmp_path, monkeypatch):
+    """It was counted to the rows and the throughput after it, as if training had become slow."""
+    clock = [50.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.process_time", lambda: clock[0] / 2)
+    stages = Curriculum.constant(seq_length=8, global_batch_size=1, total_steps=9)
+    log = TrainingLogCallback(path=str(tmp_path / "training.csv"), curriculum=stages)
+    speed = ThroughputCallback(curriculum=stages, path=str(tmp_path / "t.json"))
+    slow = Slow(tasks=[], directory=str(tmp_path), every=2)
+    (tmp_path / "training.csv").write_text(",".join(TRAINING_COLUMNS) + "\n")
+    log._note(1)
+    speed._window = (1, clock[0])
+    groups = [SimpleNamespace(param_groups=[{"lr": 0.1}])]
+    for step in (2, 3):
+        clock[0] += 1.0
+        more = {"callbacks": [log, speed, slow], "callback_metrics": {}, "optimizers": groups, "clock": clock}
+        trainer = trainer_at(step, **more)
+        log.on_train_batch_end(trainer, None, None, None, 0)
+        slow.on_train_batch_end(trainer, None, None, None, 0)
+    rows = read_training_log(tmp_path / "training.csv")
+    assert [(row["tokens_per_second"], row["processor_seconds"]) for row in rows] == [(8.0, 0.5)] * 2
+    assert speed._window == (1, 150.0)
+    speed._window = None
+    speed.leave_out(seconds=3.0)  # nothing is timed yet
+    assert speed._window is None
+
+
+@pytest.mark.parametrize(("guard", "told"), [({}, True), (None, False)])
+def test_a_guard_that_compared_nothing_says_so_at_the_end(tmp_path, capsys, guard, told):
+    end = LifecycleCallback(directory=str(tmp_path), curriculum=SimpleNamespace(total_steps=3, tokens_per_step=8))
+    watcher = Counting(directory=str(tmp_path), guard=guard)
+    end.on_fit_end(trainer_at(3, callbacks=[end, watcher]), None)
+    said = "short-context guard: nothing was compared, there was no second evaluation"
+    assert (said in capsys.readouterr().out) == told
+    assert (said in (tmp_path / FINISHED).read_text()) == told
 
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path):

@@ -99,6 +99,29 @@ def test_every_step_counts_at_its_own_length(tmp_path, every, convention):
     assert sum(stage["flops"] for stage in record["stages"]) + first == pytest.approx(planned)
 
 
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({}, {0: 3, 1: 4}), ({"devices": 2}, {}), ({"convention": "full"}, {}), ({"lengths": (512, 8192)}, {1: 4}),
+     ({"numbers": False}, {}), ({"gone": True}, {})],
+)  # fmt: skip
+def test_a_run_that_goes_on_keeps_what_it_measured(tmp_path, change, kept):
+    """The stages behind a restart were gone from the file, and from the table at the end."""
+    path = tmp_path / "t.json"
+    lengths = change.get("lengths", (1024, 8192))
+    stages = [
+        {"seq_length": length, "steps": n, "flops": 2.0 * n, "seconds": 1.0 * n, "mfu": 0.5}
+        | ({"number": place} if change.get("numbers", True) else {})
+        for place, (length, n) in enumerate(zip(lengths, (3, 4), strict=True))
+    ]
+    record = {"convention": change.get("convention", "causal"), "devices": change.get("devices", 1), "stages": stages}
+    if not change.get("gone"):
+        path.write_text(json.dumps(record))
+    found = ThroughputCallback(curriculum=CURRICULUM, path=str(path))._earlier(1)
+    assert {number: stage["steps"] for number, stage in found.items()} == kept
+    for stage in found.values():
+        assert list(stage) == ["seq_length", "steps", "flops", "seconds"]
+
+
 def test_metrics_are_logged_and_without_a_known_peak_there_is_no_mfu(tmp_path):
     record, trainer = train(tmp_path, every=1)
     assert {"tokens_per_second", "tflops_per_gpu"} <= set(trainer.callback_metrics)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.lightning.pytorch.callbacks import PEFT
 
@@ -108,7 +110,8 @@ class LongContextEvalCallback(Callback):
 
     def evaluate(self, trainer: Any, pl_module: Any) -> None:
         """Measure the model now, unless this step was measured before."""
-        self._measure(trainer, pl_module, f"{STEP}{trainer.global_step}")
+        with _outside_training(trainer):
+            self._measure(trainer, pl_module, f"{STEP}{trainer.global_step}")
 
     def _measure_base(self, trainer: Any, pl_module: Any) -> None:
         """The watched tasks on the checkpoint as it was: the weights that the run has now, under the checkpoint's own RoPE."""
@@ -117,7 +120,8 @@ class LongContextEvalCallback(Callback):
 
         own = variant_of(checkpoint_model(str(self.base), {}))
         if own != variant_of(pl_module):  # else step 0 is the base
-            self._measure(trainer, pl_module, BASE, rope=own)
+            with _outside_training(trainer):
+                self._measure(trainer, pl_module, BASE, rope=own)
 
     def _measure(self, trainer: Any, pl_module: Any, name: str, rope: RopeVariant | None = None) -> None:
         if any(result.model == name for result in self.results):
@@ -208,7 +212,7 @@ class LongContextEvalCallback(Callback):
 
     def _notes(self) -> list[str]:
         """What has to be known to read the page."""
-        return plainly_asked(self._suite.tasks, self._suite.tokenizer) if self._suite is not None else []
+        return plainly_asked(self.tasks, getattr(self._suite, "tokenizer", None))
 
     def _watch(self, trainer: Any, result: SuiteResult) -> None:
         """Compare with the first evaluation; every rank holds the same results, so every rank decides the same."""
@@ -254,6 +258,22 @@ def _known(results: Sequence[SuiteResult]) -> list[SuiteResult]:
     """That there was each evaluation, and what the first one watched, with which the guard compares. The losses of a thousand
     documents, kept of every evaluation by every process, would be gigabytes by the end of a run."""
     return [replace(blank_result(one.model), watched={} if number else one.watched) for number, one in enumerate(results)]
+
+
+@contextlib.contextmanager
+def _outside_training(trainer: Any) -> Iterator[None]:
+    """Let the callbacks that time the training (they have `leave_out`) leave out what is done inside: an evaluation of minutes
+    was counted to the steps after it, as if they were slow."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what the step before still owes is its own
+    clock, used = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        took = {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - used}
+        for each in getattr(trainer, "callbacks", ()):
+            if hasattr(each, "leave_out"):
+                each.leave_out(**took)
 
 
 def _give_back_memory() -> None:

@@ -188,8 +188,8 @@ class TrainingLogCallback(Callback):
 
     Args:
         path: the CSV; columns `TRAINING_COLUMNS` and the loss of each validation set by its name, losses with all digits.
-            `processor_seconds` is what the processor of this process spent since the row before, which other work on the
-            machine lengthens far less than the clock.
+            `processor_seconds` is what the processor of this process spent on training since the row before, which other work
+            on the machine lengthens far less than the clock. Validation and evaluation are in neither time.
         curriculum: gives tokens and sequence length of a step.
         every: steps between two rows.
     """
@@ -260,6 +260,12 @@ class TrainingLogCallback(Callback):
         picture = self.path.with_suffix(".png")
         plot_training_curve(read_training_log(self.path), picture, switches=switches)
         log_pictures(trainer, {"figures/training": picture})
+
+    def leave_out(self, *, seconds: float, processor_seconds: float) -> None:
+        """So much time since the last row was no training's."""
+        if self._last is not None:
+            step, began, spent = self._last
+            self._last = (step, began + seconds, spent + processor_seconds)
 
     def _note(self, step: int) -> None:
         self._last = (step, time.perf_counter(), time.process_time())

@@ -115,6 +115,9 @@ class LifecycleCallback(Callback):
             lines = evaluation_lines([result.scalars() for result in read_results(self.directory / "results" / "eval")])
             verdicts = [callback.verdict for callback in trainer.callbacks if getattr(callback, "verdict", None) is not None]
             lines += [line for verdict in verdicts for line in verdict.lines()]
+            watchers = [each for each in trainer.callbacks if getattr(each, "guard", None) is not None]
+            if any(getattr(each, "verdict", watchers) is None for each in watchers):
+                lines.append("short-context guard: nothing was compared, there was no second evaluation")
             write_finished(self.directory, step=step, tokens=step * self.curriculum.tokens_per_step, evaluated=lines)
             where = "" if is_rehearsal(self.directory) else f"finished: {self.directory}\n"
             print(f"\n{where}{ending(self.directory)}", flush=True)

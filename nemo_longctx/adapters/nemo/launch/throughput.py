@@ -21,7 +21,7 @@ from nemo_longctx.activations import recompute_name
 from nemo_longctx.adapters.megatron.attention import layer_window, transformer_engine_installed
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import Curriculum, Stage
-from nemo_longctx.files import write_text
+from nemo_longctx.files import read_mapping, write_text
 from nemo_longctx.planning.flops import convention_by_name, token_flops, training_cost
 from nemo_longctx.planning.gpus import GIB, GPUS, Gpu
 from nemo_longctx.planning.layout import Layout
@@ -33,8 +33,9 @@ from nemo_longctx.planning.timing import step_time
 class ThroughputCallback(Callback):
     """Logs `tokens_per_second`, `tflops_per_gpu` and, where the peak is known, `mfu`; keeps them per stage in a JSON.
 
-    Times are those of training: validation is left out, and so is the first step, which warms up kernels and allocator. The
-    file is what `nemo-longctx plan --mfu-from` reads; beside what was measured it holds what the plan says of the same layout,
+    Times are those of training: validation and evaluation are left out, and so is the first step of a start, which warms up
+    kernels and allocator. A run that goes on keeps what its earlier starts measured on as many devices. The file is what
+    `nemo-longctx plan --mfu-from` reads; beside what was measured it holds what the plan says of the same layout,
     and at the end of the run both are printed.
 
     Args:
@@ -87,6 +88,24 @@ class ThroughputCallback(Callback):
             self.peak_tflops = gpu.bf16_tflops
         self._planned = planned_stages(trainer, pl_module, self._model, self.curriculum, gpu)
         self._window = None
+        self.stages = self._earlier(trainer.world_size) if trainer.global_step else {}
+
+    def leave_out(self, *, seconds: float, **_: float) -> None:
+        """So much time of the open window was no training's."""
+        if self._window is not None:
+            self._window = (self._window[0], self._window[1] + seconds)
+
+    def _earlier(self, devices: int) -> dict[int, dict[str, float]]:
+        """What earlier starts of this run left in the file, of the stages that are still those of the curriculum."""
+        record = read_mapping(self.path)
+        if (record.get("convention"), record.get("devices")) != (self.convention.name, devices):
+            return {}
+        lengths = {stage.number: stage.seq_length for stage in self.curriculum.plan}
+        return {
+            each["number"]: {key: each[key] for key in ("seq_length", "steps", "flops", "seconds")}
+            for each in record.get("stages", ())
+            if "number" in each and lengths.get(each["number"]) == each["seq_length"]
+        }
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -157,6 +176,7 @@ class ThroughputCallback(Callback):
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
             "stages": [
                 {
+                    "number": number,
                     **stage,
                     **self._metrics(stage["flops"], stage["steps"] * tokens, stage["seconds"], devices),
                     "planned": self._planned[number],
