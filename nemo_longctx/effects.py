@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from nemo_longctx.config import ConfigError
+from nemo_longctx.eval.guard import fewest_pairs, level
 
 ASKS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, ())
 
@@ -127,7 +128,23 @@ def without_effect(recipe: Any) -> list[str]:
         for key, rule in idle(values)
         if part(values, key) != defaults.get(key)
     ]
-    return said + [f"{key}={value}: {why}" for key, value, why in beyond(recipe)]
+    return said + [f"{key}={value}: {why}" for key, value, why in beyond(recipe)] + list(blind_guard(recipe))
+
+
+def blind_guard(recipe: Any) -> Iterator[str]:
+    """A sentence on each task that the guard watches on documents too few for an alarm at the run's last look."""
+    if recipe.eval is None or recipe.eval.guard is None:
+        return
+    watched = [task for task in recipe.eval.tasks if getattr(task, "guard", False)]
+    looks = -(-recipe.curriculum.total_steps // recipe.eval.every) if recipe.eval.every else 1
+    needed = fewest_pairs(level(recipe.eval.guard.significance, looks), len(watched))
+    for task in watched:
+        documents = getattr(task, "documents", needed)
+        if documents < needed:
+            yield (
+                f"eval.guard: no change of {task.name} on {documents} documents, however large, is told from chance at the "
+                f"last of {looks} looks; set documents={needed} or more in the task, or a larger eval.every"
+            )
 
 
 def _short(value: Any) -> str:

@@ -145,3 +145,14 @@ def test_intervals_beyond_the_run_are_notes_and_as_long_as_it_are_none():
     assert without_effect(recipe(checkpoint={"every_tokens": 40}))[0] == (
         "checkpoint.every_tokens=40: the run has 32 tokens, so only the end is saved"
     )
+
+
+def test_documents_too_few_for_the_guard_s_last_look_are_a_note():
+    def notes(documents, every):
+        task = {"kind": "position", "corpus": "held", "seq_length": 8, "documents": documents, "guard": True}
+        return without_effect(recipe(eval={"tasks": [task], "every": every, "guard": {}}))
+
+    assert notes(10, 1) == []
+    assert [line.partition(", however")[0] for line in notes(8, 1)] == ["eval.guard: no change of position_8 on 8 documents"]
+    assert "at the last of 4 looks; set documents=9 or more" in notes(8, 1)[0]
+    assert notes(8, 2) == notes(8, 0) == []

@@ -8,6 +8,8 @@ at look k, which needs no planned number of looks), and within a look over the m
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -18,6 +20,7 @@ from nemo_longctx.config import ConfigError, did_you_mean
 
 ACTIONS = ("warn", "stop")
 LOWER = "lower_is_better"  # part of the name of a score of which a rise is a loss of ability
+FLIPS = 10_000
 BLOCK = 1 << 22  # signs drawn at once
 
 
@@ -68,9 +71,9 @@ class Change:
     fall: float
 
 
-def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int = 10_000, seed: int = 0) -> Change:
+def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int = FLIPS, seed: int = 0) -> Change:
     """Compare paired measurements by a sign-flip permutation test (Fisher 1935): exact for any distribution of differences
-    that would be symmetric around 0 if nothing had changed.
+    that would be symmetric around 0 if nothing had changed. All flips are made where they are no more than `flips`.
 
     Where so few flips cannot tell a p value, Hoeffding's bound for random signs does, exp(-sum(d)^2 / (2 sum(d^2))), which is
     never below the exact one. Pairs with a NaN (not scored) are left out.
@@ -85,12 +88,18 @@ def paired_change(before: Sequence[float], after: Sequence[float], *, flips: int
     if not len(d):
         raise ValueError("no pair was scored both before and after")
     rng, total, slack = np.random.default_rng(seed), d.sum(), 1e-12 * max(1.0, np.abs(d).sum())
-    rows = max(1, BLOCK // len(d))  # MMLU has 14,042 pairs: all flips of it at once would take 1 GB
     counts = np.zeros(3, int)  # flips as far as this from 0, as high, as low
-    for done in range(0, flips, rows):
-        sums = rng.choice((-1.0, 1.0), (min(rows, flips - done), len(d))) @ d
+    every = 2 ** len(d) if 2 ** len(d) <= flips else 0
+    rows = max(1, BLOCK // len(d))  # MMLU has 14,042 pairs: all flips of it at once would take 1 GB
+    for done in range(0, every or flips, rows):
+        size = min(rows, (every or flips) - done)
+        if every:
+            signs = 1.0 - 2.0 * ((np.arange(done, done + size)[:, None] >> np.arange(len(d))) & 1)
+        else:
+            signs = rng.choice((-1.0, 1.0), (size, len(d)))
+        sums = signs @ d
         counts += [(np.abs(sums) >= abs(total) - slack).sum(), (sums >= total - slack).sum(), (sums <= total + slack).sum()]
-    p_two, p_rise, p_fall = (counts + 1) / (flips + 1)
+    p_two, p_rise, p_fall = counts / every if every else (counts + 1) / (flips + 1)
     squares = (d**2).sum()
     bound = float(np.exp(-(total**2) / (2 * squares))) if squares else 1.0
     error = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else float("nan")
@@ -119,6 +128,16 @@ def holm(p_values: Mapping[str, float], alpha: float) -> set[str]:
     return fallen
 
 
+def smallest_p(pairs: int) -> float:
+    """The least p value of one direction that `paired_change` can give: of equal differences, all for the worse."""
+    return 0.5**pairs if 2**pairs <= FLIPS else min(1 / (FLIPS + 1), math.exp(-pairs / 2))
+
+
+def fewest_pairs(alpha: float, measurements: int = 1) -> int:
+    """So many pairs are needed for any change, however large, to be significant at `alpha` among so many measurements."""
+    return next(pairs for pairs in itertools.count(1) if smallest_p(pairs) <= alpha / measurements)
+
+
 # Standard errors by which a mean may stay below what is allowed and still not be told from it.
 REACH = 2.0
 
@@ -133,13 +152,14 @@ def power(change: Change, limit: float, alpha: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Changes by name; a sentence for each that is too much and significant; by name why something could not be compared;
-    by name the chance that a change of what is allowed would have been seen."""
+    """Changes by name; a sentence for each that is too much and significant; by name why something could not be compared, or
+    could have raised no alarm; by name the chance that a change of what is allowed would have been seen."""
 
     changes: dict[str, Change]
     alarms: list[str]
     unpaired: dict[str, str]
     power: dict[str, float]
+    blind: dict[str, str]
 
     def lines(self) -> list[str]:
         """What a run's last words say: alarms, or that none was raised and what was looked at; and what could not be."""
@@ -147,6 +167,7 @@ class Verdict:
         said = [f"ALARM: {alarm}" for alarm in self.alarms]
         said += [] if said else [f"no alarm: {looked}"] if looked else ["nothing was compared, so it saw nothing"]
         said += [f"{name} was not compared: {why}" for name, why in self.unpaired.items()]
+        said += [f"{name} can raise no alarm: {why}" for name, why in self.blind.items()]
         return [f"short-context guard: {line}" for line in said]
 
 
@@ -176,9 +197,16 @@ def judge(
     worse = {name: change.rise if _rise_is_bad(name) else change.fall for name, change in changes.items()}
     alarms, seen = [], {}
     fallen = holm(worse, alpha)
+    could = holm({name: smallest_p(change.pairs) for name, change in changes.items()}, alpha)
+    blind = {
+        name: f"no change of so few pairs ({change.pairs}) can be told from chance at look {look}, which needs "
+        f"{fewest_pairs(alpha, len(changes))}; measure more, or less often"
+        for name, change in changes.items()
+        if name not in could
+    }
     for name, change in changes.items():
         limit = config.limit(name)
-        seen[name] = power(change, limit, alpha / len(changes))
+        seen[name] = 0.0 if name in blind else power(change, limit, alpha / len(changes))
         by = change.mean if _rise_is_bad(name) else -change.mean
         reach = 0.0 if np.isnan(change.standard_error) else REACH * change.standard_error
         if name in fallen and by + reach >= limit:
@@ -186,7 +214,7 @@ def judge(
                 f"{name} changed by {change.mean:+.4f} {plus_minus(change.standard_error)} since the start "
                 f"(p = {worse[name]:.2g}, {change.pairs} pairs, look {look}); {limit} is allowed"
             )
-    return Verdict(changes=changes, alarms=alarms, unpaired=unpaired, power=seen)
+    return Verdict(changes=changes, alarms=alarms, unpaired=unpaired, power=seen, blind=blind)
 
 
 def plus_minus(standard_error: float) -> str:

@@ -244,7 +244,8 @@ def _change_table(results: Sequence[SuiteResult], guard: GuardConfig) -> list[li
             error = "–" if math.isnan(change.standard_error) else f"{change.standard_error:.4f}"
             p_value = f"{change.p_value:.4f}" if change.p_value >= 5e-5 else "below 0.0001"
             row = [f"{change.mean:+.4f}", error, p_value, change.pairs]
-            alarm = "yes" if any(text.startswith(f"{name} ") for text in verdict.alarms) else "–"
+            none = "–, too few pairs" if name in verdict.blind else "–"
+            alarm = "yes" if any(text.startswith(f"{name} ") for text in verdict.alarms) else none
             table.append([name, result.model, *row, guard.limit(name), seen_percent(verdict.power[name]), alarm])
         for name, why in verdict.unpaired.items():
             table.append([name, result.model, f"not compared: {why}", "", "", 0, guard.limit(name), "–", "–"])

@@ -7,7 +7,7 @@ import pytest
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.eval import guard
-from nemo_longctx.eval.guard import GuardConfig, holm, judge, level, paired_change, power
+from nemo_longctx.eval.guard import GuardConfig, fewest_pairs, holm, judge, level, paired_change, power
 
 
 def runs(count, *, looks, tasks, planted, seed, pairs=64, spread=0.1):
@@ -239,5 +239,20 @@ def test_a_run_s_last_words_say_what_the_guard_saw():
         "short-context guard: loss_a was not compared: it was not measured at the start",
     ]
     assert judge({"loss_a": [2.0]}, {"loss_a": [2.0]}, GuardConfig()).lines() == [
-        "short-context guard: no alarm: loss_a +0.0000 (one pair: no error)"
+        "short-context guard: no alarm: loss_a +0.0000 (one pair: no error)",
+        "short-context guard: loss_a can raise no alarm: no change of so few pairs (1) can be told from chance at look 1, "
+        "which needs 6; measure more, or less often",
     ]
+
+
+def test_pairs_too_few_for_any_alarm_are_told():
+    """Eight documents at eight looks: the loss rose by 2.9 nats, a run's last words were "no alarm"."""
+    start, ruined = ({"loss_a": [level + i / 100 for i in range(8)]} for level in (2.0, 9.0))
+    assert [len(judge(start, ruined, GuardConfig(), look=look).alarms) for look in (1, 2, 3, 8)] == [1, 1, 1, 0]
+    verdict = judge(start, ruined, GuardConfig(), look=8)
+    assert verdict.power == {"loss_a": 0.0}
+    assert "no change of so few pairs (8) can be told from chance at look 8, which needs 11" in verdict.lines()[1]
+    for alpha in (0.05, 1e-3, 1e-4, 2e-5, 1e-9):
+        fewest = fewest_pairs(alpha, 2)
+        found = [paired_change([0.0] * pairs, [1.0] * pairs).rise for pairs in (fewest - 1, fewest)]
+        assert found[0] > alpha / 2 >= found[1], alpha

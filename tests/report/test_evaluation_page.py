@@ -220,7 +220,7 @@ def test_one_pair_has_no_error_and_a_p_value_is_never_nothing():
         GuardConfig(),
     )
     one, many, other = table[1:]
-    assert one[2:] == ["+0.5000", "–", "1.0000", 1, 0.05, "–", "–"]
+    assert one[2:] == ["+0.5000", "–", "1.0000", 1, 0.05, "0 %", "–, too few pairs"]
     assert many[2:5] == ["+0.0100", "0.0000", "below 0.0001"]
     assert other[2] == "not compared: 2 measurements before and 1 after cannot be paired"
     assert not any("nan" in str(value) for line in table for value in line)

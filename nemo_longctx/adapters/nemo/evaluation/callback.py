@@ -81,6 +81,7 @@ class LongContextEvalCallback(Callback):
         self.results: list[SuiteResult] = []  # what every process has to know of each; the files have the rest
         self._unwritten: list[SuiteResult] = []  # whole, where the disk was full
         self.verdict: Verdict | None = None  # the guard's last
+        self._blind: set[str] = set()  # of what it was told that too few pairs can raise no alarm any more
         self._suite: Suite | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -223,6 +224,10 @@ class LongContextEvalCallback(Callback):
         if trainer.is_global_zero:
             for name, why in verdict.unpaired.items():
                 logger.warning("guard: %s could not be compared at %s: %s", name, result.model, why)
+            for name, why in verdict.blind.items():
+                if name not in self._blind:  # it does not get better
+                    logger.warning("guard: %s can raise no alarm from %s on: %s", name, result.model, why)
+            self._blind |= verdict.blind.keys()
             for name, change in verdict.changes.items():
                 limit, seen = self.guard.limit(name), verdict.power[name]
                 what = f"{name} {change.mean:+.4f} {plus_minus(change.standard_error)}, p = {change.p_value:.3f}"
