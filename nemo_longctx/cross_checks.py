@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_longctx.config import ConfigError
 from nemo_longctx.data.curriculum import PARALLEL_SIZES
+from nemo_longctx.model_fields import UNEVEN
 from nemo_longctx.planning.models import class_sizes, sizes_of
 
 PLAIN_CLASSES = ("GPTConfig", "LlamaConfig")  # of the host: no window unless one is set
@@ -91,13 +92,8 @@ def check_pipeline(model: Mapping[str, Any], trainer: Any, curriculum: Any, *, e
             raise ConfigError(key, virtual, mend)
 
 
-# Of the host's fields those that its strategy sets from its own arguments: what a recipe says of them is handed to it.
-UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
-          "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip
-
-
 def uneven_stages(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe's `model` says of pipeline stages that hold different numbers of layers."""
+    """What a recipe's `model` says of pipeline stages that hold different numbers of layers; it is handed to the strategy."""
     return {name: model[name] for name in UNEVEN if model.get(name)}
 
 

@@ -315,7 +315,7 @@ def check_layout(shape: Mapping[str, Any], trainer: Any, curriculum: Any) -> Non
             raise ConfigError(f"curriculum.stages[{number}].seq_length", stage.seq_length, mend)
         chunks = pipeline * (virtual or 1)
         layers, heads, groups = (shape.get(name) for name in ("num_layers", "num_attention_heads", "num_query_groups"))
-        uneven = any(shape.get(name) for name in _UNEVEN)
+        uneven = any(shape.get(name) for name in UNEVEN)
         if layers and not uneven and layers % chunks:
             mend = f"the {layers} layers must divide by pipeline{' x virtual' if virtual else ''} stages = {chunks}"
             raise ConfigError(f"{where}pipeline_model_parallel_size", pipeline, mend)
@@ -341,7 +341,7 @@ def _check_blocks(stage: Any, trainer: Any, layers: int, number: int) -> None:
 
 def _check_ends(shape: Mapping[str, Any], layers: Any, pipeline: int, virtual: int) -> None:
     """The layers that a first and a last stage of their own leave, against the other stages."""
-    ends = [name for name in _UNEVEN[:2] if shape.get(name)]
+    ends = [name for name in UNEVEN[:2] if shape.get(name)]
     if not ends or not layers or pipeline == 1:
         return
     left, others = layers - sum(shape[name] for name in ends), pipeline - len(ends)
@@ -354,5 +354,6 @@ def _check_ends(shape: Mapping[str, Any], layers: Any, pipeline: int, virtual: i
 
 
 _PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-_UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
-           "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip
+# How layers lie on pipeline stages: of a layout, not of weights. The host's strategy sets them from its own arguments.
+UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
+          "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip

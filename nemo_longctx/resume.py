@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,9 +54,30 @@ TABLE = (
     Row("restore_from", "equal", "a resumed run has its own weights; a base that was moved may be named where it is now"),
     Row("seed", "equal", "all random choices"),
     Row("model.*", "equal", "the weights have that shape"),
-    Row("model.*fusion", "free", "which kernels compute"),
-    Row("model.attention_backend", "free", "which kernels compute"),
-    Row("model.*dropout", "applied", "from the checkpoint's step on"),
+    *(
+        Row(f"model.{name}", "free", "which kernels compute")
+        for name in ("*fusion", "*fusion_impl", "attention_backend", "*cuda_graph*", "*_layer_norm", "deterministic_mode")
+    ),
+    *(
+        Row(f"model.{name}", "free", "layout, and what its ranks exchange when")
+        for name in (
+            "*pipeline_stage",
+            "*pipeline_split",
+            "pipeline_model_parallel_layout",
+            "cp_comm_type",
+            "tp_comm*",
+            "hierarchical_context_parallel_sizes",
+            "moe_token_dispatcher_type",
+            "*deepep*",
+            "*p2p*",
+            "*overlap*",
+            "*wgrad*",
+        )
+    ),
+    *(
+        Row(f"model.{name}", "applied", "from the checkpoint's step on")
+        for name in ("*dropout", "*loss_coeff", "*loss_scaling_factor", "moe_router_bias_update_rate")
+    ),
     Row("rope*", "equal", "the weights have learned these positions"),
     Row("data.*", "equal", "the stream of tokens is made of it", opened=True),
     Row("data.mix.sources[].path", "free", "contents are compared, by their hash: a corpus may be moved"),
@@ -390,9 +412,9 @@ def check_resumed_live(live: Mapping[str, Any], directory: Path, *, asked: Mappi
 
 
 def table_markdown() -> str:
-    """The table as the docs show it."""
+    """The table as the docs show it: neighbours under one rule for one reason stand in one line."""
     lines = ["| setting | rule | why |", "| --- | --- | --- |"]
-    for row in TABLE:
-        rule = f"{row.rule}; applied with `{ALLOW}=true`" if row.opened else row.rule
-        lines.append(f"| `{row.pattern}` | {rule} | {row.why} |")
+    for (rule, opened, why), rows in itertools.groupby(TABLE, lambda row: (row.rule, row.opened, row.why)):
+        told = f"{rule}; applied with `{ALLOW}=true`" if opened else rule
+        lines.append(f"| {', '.join(f'`{row.pattern}`' for row in rows)} | {told} | {why} |")
     return "\n".join(lines) + "\n"

@@ -69,7 +69,11 @@ def test_every_setting_has_a_rule():
 @pytest.mark.parametrize(
     ("key", "rule"),
     [("optimizer.lr", "applied"), ("optimizer.distributed", "equal"), ("rope.base", "equal"), ("model.num_layers", "equal"),
-     ("model.apply_rope_fusion", "free"), ("seed", "equal"), ("data.mix.sources[3].weight", "applied"),
+     ("model.apply_rope_fusion", "free"), ("model.num_layers_in_last_pipeline_stage", "free"), ("model.cp_comm_type", "free"),
+     ("model.account_for_loss_in_pipeline_split", "free"), ("model.persist_layer_norm", "free"),
+     ("model.overlap_p2p_comm", "free"), ("model.moe_aux_loss_coeff", "applied"), ("model.attention_dropout", "applied"),
+     ("model.qk_layernorm", "equal"), ("model.moe_grouped_gemm", "equal"),
+     ("seed", "equal"), ("data.mix.sources[3].weight", "applied"),
      ("data.mix.sources[3].path", "free"), ("data.validation[0].samples", "applied"), ("data.num_workers", "free"),
      ("data.tokenizer", "applied"),
      ("curriculum.stages[0].micro_batch_size", "free"), ("curriculum.stages[0].context_parallel_size", "free"),

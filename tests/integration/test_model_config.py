@@ -106,6 +106,15 @@ def test_a_checkpoint_of_an_fp8_run_is_read_on_any_gpu_and_at_any_length(monkeyp
     }  # fmt: skip
 
 
+def test_a_checkpoint_s_layers_lie_on_the_stages_of_who_reads_it():
+    """Trained with one layer on the first stage and two on the second: export ended in "Invalid access pattern"."""
+    plain, uneven = ({"config": "LlamaConfig", **TINY, **more} for more in ({}, {"num_layers_in_first_pipeline_stage": 1}))
+    model = fresh_model(uneven)
+    model_config._forget_stages(model)
+    assert fields_of(model.config) == fields_of(fresh_model(plain).config)
+    assert model.config.__io__.num_layers_in_first_pipeline_stage is None
+
+
 @pytest.mark.parametrize(
     ("says", "stored", "becomes"),
     [

@@ -34,7 +34,7 @@ from nemo_longctx.config import ConfigError, did_you_mean
 from nemo_longctx.data.tokenization import check_hub_name
 from nemo_longctx.hf.other_formats import no_nemo_checkpoint
 from nemo_longctx.hf.tokenizer import in_other_words, open_tokenizer, other_things
-from nemo_longctx.model_fields import no_rope_layers
+from nemo_longctx.model_fields import UNEVEN, no_rope_layers
 from nemo_longctx.nemo_files import check_context, check_whole, embedding_rows
 from nemo_longctx.rope.base import RopeVariant
 from nemo_longctx.trust import check_checkpoint
@@ -109,6 +109,7 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
         rows = embedding_rows(directory)
         if rows is not None:
             set_config_field(model, "vocab_size", rows)
+    _forget_stages(model)
     check_supported(model.config)
     fields = dict(overrides)
     if "config" in fields:
@@ -127,6 +128,13 @@ def checkpoint_model(path: str | Path, overrides: Mapping[str, Any], *, adapters
             value = no_rope_layers(value, model.config.num_layers)
         set_config_field(model, key, _in_the_hosts_words(key, value))
     return model
+
+
+def _forget_stages(model: GPTModel) -> None:
+    """Take from a checkpoint's config how its run laid layers on pipeline stages: on others, or none, some would be missing."""
+    for field in dataclasses.fields(model.config):
+        if field.name in UNEVEN and getattr(model.config, field.name) != field.default:
+            set_config_field(model, field.name, field.default)
 
 
 def load_tokenizer(name: str | None) -> Any:
