@@ -156,7 +156,9 @@ def _checkpoint_model(restore_from: str) -> tuple[str, ModelShape]:
     if context is not None:
         return path.name, model_from_nemo(context)
     if path.name not in MODELS:
-        mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {', '.join(MODELS)}; give --model"
+        names = ", ".join(MODELS)
+        mend = f"no NeMo checkpoint is there to read sizes from, and its name is none of {names}"
+        mend = f"{mend}; give --model: one of them, or the Hugging Face directory that it will be imported from"
         raise ConfigError("restore_from", restore_from, mend)
     return path.name, model_by_name(path.name)
 
