@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from nemo_longctx.config import ConfigError
-from nemo_longctx.eval.guard import fewest_pairs, level
 
 ASKS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, ())
 
@@ -135,6 +134,8 @@ def blind_guard(recipe: Any) -> Iterator[str]:
     """A sentence on each task that the guard watches on documents too few for an alarm at the run's last look."""
     if recipe.eval is None or recipe.eval.guard is None:
         return
+    from nemo_longctx.eval.guard import fewest_pairs, level  # numpy, which `plan` does without
+
     watched = [task for task in recipe.eval.tasks if getattr(task, "guard", False)]
     looks = -(-recipe.curriculum.total_steps // recipe.eval.every) if recipe.eval.every else 1
     needed = fewest_pairs(level(recipe.eval.guard.significance, looks), len(watched))

@@ -41,6 +41,7 @@ def test_the_strategy_gets_the_layout_of_the_run():
         "context_parallel_size": 2, "sequence_parallel": True,
     }  # fmt: skip
     asked = [*(f"trainer.{key}={value}" for key, value in sizes.items()), "trainer.devices=8", "model.num_layers=4"]
+    asked += ["curriculum.tokens_per_step=4096", "eval=null"]
     made = parts.trainer_config(recipe(*asked), callbacks=[])
     assert {key: getattr(made.strategy, key) for key in sizes} == sizes
     assert (made.devices, made.num_nodes, made.accelerator, made.__fn_or_cls__) == (8, 1, "cpu", nl.Trainer)

@@ -352,7 +352,8 @@ def test_what_does_not_fit_is_marked_in_the_table_of_choices():
 )
 def test_numbers_are_told_in_the_unit_that_reads_best(tokens, short, count):
     assert (text._short(tokens), text._count(tokens)) == (short, count)
-    assert [text._duration(hours) for hours in (0.5, 47.94, 48, 60)] == ["0.5 hours", "47.9 hours", "2.0 days", "2.5 days"]
+    told = {0.0125: "0.75 minutes", 0.5: "30 minutes", 1: "1.0 hours", 47.94: "47.9 hours", 48: "2.0 days", 60: "2.5 days"}
+    assert {hours: text._duration(hours) for hours in told} == told
 
 
 def test_a_document_s_convention_has_no_crossover_to_tell():
