@@ -43,6 +43,9 @@ def test_numbers_and_words_stay_what_they_are():
         ("a#b", "'a#b'"),
         ("a=b", "'a=b'"),
         ("[1, 2]", "[1, 2]"),
+        ("[~a, b]", "['~a', b]"),
+        ("{a: ~b}", "{a: '~b'}"),
+        ("['x", "['x"),  # neither's: Hydra says so
     ],
 )
 def test_what_hydra_reads_is_left_as_it_is(value, given):

@@ -83,6 +83,8 @@ def test_stops_end_an_answer_and_are_left_out():
     assert [stop(made[:n]) for n in range(1, len(made))].index(True) == len(tokenizer.encode("It was.\nQ:")) - 1
     row = generation.answer({"id": "1", "prompt": "?"}, [1], made, tokenizer, sampling)
     assert (row["response"], row["finish_reason"]) == ("It was.", "stop")
+    marked = [tokenizer.bos_token_id, *tokenizer.encode("Yes", add_special_tokens=False)]
+    assert generation.answer({"id": "1", "prompt": "?"}, [1], marked, tokenizer, sampling)["response"] == "Yes"
 
 
 def test_a_chat_template_asks_as_a_user():

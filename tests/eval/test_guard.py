@@ -252,6 +252,7 @@ def test_pairs_too_few_for_any_alarm_are_told():
     verdict = judge(start, ruined, GuardConfig(), look=8)
     assert verdict.power == {"loss_a": 0.0}
     assert "no change of so few pairs (8) can be told from chance at look 8, which needs 11" in verdict.lines()[1]
+    assert fewest_pairs(0.5**9) == 9
     for alpha in (0.05, 1e-3, 1e-4, 2e-5, 1e-9):
         fewest = fewest_pairs(alpha, 2)
         found = [paired_change([0.0] * pairs, [1.0] * pairs).rise for pairs in (fewest - 1, fewest)]

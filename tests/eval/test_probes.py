@@ -25,6 +25,7 @@ from nemo_longctx.eval.probe_scores import (
 )
 from nemo_longctx.eval.probes import KINDS, PAPER_LENGTHS, SUITES, Probe, ProbeConfig, make_probes
 from nemo_longctx.eval.requests import Score
+from nemo_longctx.hf import chat
 from nemo_longctx.report.plots import plot_probes
 
 TEXTS = [
@@ -201,25 +202,23 @@ def test_a_tuned_model_is_asked_in_its_template_and_the_length_stays_exact(kind,
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TURN
     made = {}
-    for chat in (False, True):
-        config = ProbeConfig(kinds=(kind,), lengths=(1500,), depths=(0.5,), samples=1, chat=chat)
-        (made[chat],) = make_probes(config, TEXTS, tokenizer, prefix=[tokenizer.bos_token_id])
-    plain, chat = made[False], made[True]
-    assert len(plain.prompt) == len(chat.prompt)
-    text = tokenizer.decode(chat.prompt)
+    for tuned in (False, True):
+        config = ProbeConfig(kinds=(kind,), lengths=(1500,), depths=(0.5,), samples=1, chat=tuned)
+        (made[tuned],) = make_probes(config, TEXTS, tokenizer, prefix=[tokenizer.bos_token_id])
+    plain, asked = made[False], made[True]
+    assert len(plain.prompt) == len(asked.prompt)
+    text = tokenizer.decode(asked.prompt)
     if not kind.startswith("mrcr"):  # which is a talk in the template anyway
         assert text.startswith("<s>[user 26 Jul 2024] ")
         assert text.endswith(" [over]A:")
         assert text.count("[over]") == 1
         assert "[over]" not in tokenizer.decode(plain.prompt)
-    assert chat.answers == plain.answers
-    assert tokenizer.decode(chat.first).strip() == tokenizer.decode(plain.first).strip()
-    assert chat.length == 1500
+    assert asked.answers == plain.answers
+    assert tokenizer.decode(asked.first).strip() == tokenizer.decode(plain.first).strip()
+    assert asked.length == 1500
 
 
 def test_the_day_of_a_template_is_one_and_the_same_but_in_a_talk(monkeypatch, capsys, tokenizer):
-    from nemo_longctx.hf import chat
-
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TURN
     turns = [{"role": "user", "content": "Hi"}]
@@ -246,6 +245,13 @@ def test_a_template_in_which_nothing_can_be_asked_is_refused(template, said, tok
         make_probes(ProbeConfig(kinds=("passkey",), lengths=(512,), chat=True), TEXTS, tokenizer)
     with pytest.raises(ConfigError, match=r"probes\.kinds='code': begins the answer's word itself"):
         ProbeConfig(kinds=("code",), chat=True)
+
+
+def test_what_is_asked_ends_where_the_reply_begins(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    turn = "<{{ messages[0].role }}>{{ messages[0].content }}{% if add_generation_prompt %}<reply>{% endif %}"
+    tokenizer.chat_template = turn + "{% if enable_thinking is defined and not enable_thinking %}<no thought>{% endif %}"
+    assert chat.asked(tokenizer) == ("<user>", "<reply><no thought>")
 
 
 def cell(length, score, kind="needle", depth=0.0, model="m"):
