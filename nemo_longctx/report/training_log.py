@@ -56,16 +56,17 @@ def points_of(rows: Sequence[Mapping[str, Any]], clock: str, name: str) -> list[
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of about 1/20 of the curve around each point, so that it lies among its points and not behind them; less at the
-    ends, where fewer lie on both sides. NaN stays NaN, and is in no other's mean."""
+    """Mean of about 1/20 of the curve around each point, so that it lies among its points and not behind them. At the start,
+    where a curve is steep, of fewer on both sides; at the end of fewer ahead alone, or the last step would stand there as it
+    is, like a jump. NaN stays NaN, and is in no other's mean."""
     half = max(1, len(values) // 40)
     there = [not math.isnan(value) for value in values]
     total = [0.0, *itertools.accumulate(value if ok else 0.0 for value, ok in zip(values, there, strict=True))]
     count = [0, *itertools.accumulate(there)]
-    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
+    reach = [(n - min(half, n), n + min(half, n, len(values) - 1 - n) + 1) for n in range(len(values))]
     return [
-        (total[n + r + 1] - total[n - r]) / (count[n + r + 1] - count[n - r]) if there[n] else math.nan
-        for n, r in enumerate(reach)
+        (total[last] - total[first]) / (count[last] - count[first]) if there[n] else math.nan
+        for n, (first, last) in enumerate(reach)
     ]
 
 

@@ -19,6 +19,7 @@ from nemo_longctx.report.plots import (
     plot_votes,
     tokens_label,
 )
+from nemo_longctx.report.training_log import smoothed
 
 
 def ink(path, colour):
@@ -171,3 +172,11 @@ def test_lines_that_lie_on_each_other_are_told_apart():
     assert len(set(map(str, line_styles(32)))) == 32
     dashes = [dash for _, dash in line_styles(8)]
     assert all(a != b for a, b in itertools.pairwise(dashes))
+
+
+def test_a_loud_last_step_is_no_jump_of_the_smoothed_line():
+    """The demo's training seemed to end in a leap from 3.9 to 4.9: its last step, as it was."""
+    smooth = smoothed([8.0 - n for n in range(6)] + [2.0] * 194 + [5.0])
+    assert smooth[0] == 8.0  # the start is steep, and has nothing before it
+    assert smooth[-1] == (5 * 2.0 + 5.0) / 6
+    assert smooth[100] == 2.0
