@@ -24,6 +24,7 @@ from typing import Any, Literal
 from nemo_longctx.checkpoints import Checkpoint, checkpoints
 from nemo_longctx.config import ConfigError, build
 from nemo_longctx.data.curriculum import Curriculum
+from nemo_longctx.effects import part
 from nemo_longctx.runs import check_guard
 
 Rule = Literal["equal", "applied", "free"]
@@ -173,7 +174,7 @@ def changes(before: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
     found = [_change(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
     for key in _lists_of_other_lengths(before, run):
         found = [change for change in found if change is None or not (change.key == key or change.key.startswith(f"{key}["))]
-        found.append(_change(key, _part(before, key), _part(run, key)))
+        found.append(_change(key, part(before, key), part(run, key)))
     adapters = before.get("lora"), run.get("lora")
     if (adapters[0] is None) != (adapters[1] is None) and (row := rule_of("lora")) is not None:
         found.append(Change("lora", row, *adapters))
@@ -200,19 +201,13 @@ def _moved(before: Any, run: Any) -> bool:
     return Path(before).resolve() == Path(run).resolve() or not Path(before).exists()
 
 
-def _part(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
-
-
 SOURCES = "data.mix.sources"
 LISTS = ("curriculum.stages", "data.mix.sources", "data.pretraining.sources", "data.validation", "data.test", "eval.tasks")
 
 
 def _lists_of_other_lengths(before: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str]:
     for key in LISTS:
-        lists = _part(before, key), _part(run, key)
+        lists = part(before, key), part(run, key)
         if not all(isinstance(each, list) for each in lists):
             continue
         if len(lists[0]) != len(lists[1]) or (key == SOURCES and _replaced(*lists)):
@@ -227,7 +222,7 @@ def _replaced(before: Sequence[Any], run: Sequence[Any]) -> bool:
 
 def _in_old_order(before: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
     """`run` with its sources in the order that they have in `before`, where they are the same ones."""
-    lists = _part(before, SOURCES), _part(run, SOURCES)
+    lists = part(before, SOURCES), part(run, SOURCES)
     if not all(isinstance(each, list) for each in lists):
         return run
     there, here = ([str(each.get("name") or each.get("path")) for each in sources] for sources in lists)
